@@ -1,0 +1,145 @@
+"""Checks at the door: what was expected, what came, what to do.
+
+JAX clamps silently: an id beyond the vocabulary reads the last row of the table. So everything
+that comes from a user passes here once. Shapes and types are checked under `jit` too; values are
+checked where they are known.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray
+
+
+class OptionError(ValueError, TypeError):
+    """An option that does not exist (Python's own error for that is a `TypeError`)."""
+
+
+def is_known(x: Any) -> bool:
+    """Whether the values of `x` can be looked at: under `jit`, `vmap` and `grad` they cannot."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def check_size(**sizes: Any) -> None:
+    """Raise unless every size is an integer of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}.")
+
+
+def check_rate(**rates: Any) -> None:
+    """Raise unless every rate is a number in [0, 1)."""
+    for name, rate in rates.items():
+        number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
+        if not (number and 0 <= rate < 1):
+            raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}.")
+
+
+def check_positive(**values: Any) -> None:
+    """Raise unless every value is a finite number above 0."""
+    for name, value in values.items():
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+def check_options(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise `OptionError` for the first name in `given` that is not in `known`."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise OptionError(
+                f"{where} has no option {name!r}.{hint} Its options are: {', '.join(known)}."
+            )
+
+
+def check_key(key: Any, purpose: str = "to draw the initial weights") -> PRNGKeyArray:
+    """The PRNG key itself, or an error where there is none."""
+    ok = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0
+        else key.shape == (2,) and key.dtype == jnp.uint32
+    )
+    if not ok:
+        raise ValueError(
+            f"key must be a JAX PRNG key {purpose}, got {_describe(key)}. "
+            "Pass key=jax.random.key(0), or one part of jax.random.split(key)."
+        )
+    return key
+
+
+def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
+    """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must hold integer ids, got dtype {tokens.dtype}. "
+            "Token ids are indices into the vocabulary: cast with .astype(int) if they are whole."
+        )
+    if tokens.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} must have shape (t,) or (batch, t), got {tokens.shape}. "
+            "Add or remove an axis, for instance tokens[None]."
+        )
+    if 0 in tokens.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tokens.shape}.")
+    if is_known(tokens):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"{name} must be ids from 0 to {vocab_size - 1} (the vocabulary has {vocab_size}), "
+                f"got {low if low < 0 else high}. Mark padding with padding_mask=, not by an id "
+                "outside the vocabulary."
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def check_padding_mask(
+    padding_mask: ArrayLike | None, shape: tuple[int, ...], name: str = "padding_mask"
+) -> Bool[Array, "..."] | None:
+    """`padding_mask` as a boolean array of the tokens' shape, or None."""
+    if padding_mask is None:
+        return None
+    padding_mask = jnp.asarray(padding_mask)
+    if padding_mask.dtype != jnp.bool_ or padding_mask.shape != shape:
+        raise ValueError(
+            f"{name} must be boolean with the tokens' shape {shape}, True where a token is real, "
+            f"got {_describe(padding_mask)}. For 0/1 integers write {name} == 1."
+        )
+    return padding_mask
+
+
+def check_activations(x: Any, d_model: int, name: str = "x") -> None:
+    """Raise unless `x` is a floating-point array of shape `(t, d_model)` or `(b, t, d_model)`."""
+    if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
+        raise ValueError(f"{name} must be a floating-point array, got {_describe(x)}.")
+    if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
+        raise ValueError(
+            f"{name} must have shape (t, {d_model}) or (batch, t, {d_model}) without empty axes, "
+            f"got {x.shape}."
+        )
+
+
+def check_same_batch(**arrays: Any) -> None:
+    """Raise unless all arrays agree in every axis before the sequence's."""
+    (first, a), *others = ((name, x) for name, x in arrays.items() if x is not None)
+    for name, other in others:
+        if other.shape[:1] * (other.ndim - 1) != a.shape[:1] * (a.ndim - 1):
+            raise ValueError(
+                f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
+                f"{other.shape}."
+            )
+
+
+def _describe(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of dtype {x.dtype} and shape {x.shape}"
+    return repr(x)

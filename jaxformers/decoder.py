@@ -1,0 +1,327 @@
+"""The decoder, with or without cross-attention, and the cache that it decodes with."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxformers.attention import KV, MultiHeadAttention
+from jaxformers.checks import (
+    check_activations,
+    check_key,
+    check_same_batch,
+    check_size,
+    is_known,
+)
+from jaxformers.layers import Residual, as_module, split_key
+from jaxformers.masks import AttentionMask, as_mask
+from jaxformers.pieces import (
+    Pieces,
+    build_cross_attention,
+    build_feed_forward,
+    build_final_norm,
+    build_residual,
+    build_self_attention,
+    check_pieces,
+    take_bias,
+)
+from jaxformers.positional_encoding import BiasPosition
+
+
+class LayerCache(NamedTuple):
+    """What one decoder layer remembers: its own keys and values, and those of the encoder."""
+
+    own: KV
+    cross: KV | None
+
+
+class Cache(eqx.Module):
+    """Keys and values of the tokens decoded so far; it goes into `forward` and comes out extended.
+
+    All layers share the slots: the next token of every sequence is written to slot `length`.
+    Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
+    padding, so that nobody attends to it.
+    """
+
+    layers: tuple[LayerCache, ...]
+    positions: Int[Array, "b s"]
+    length: Int[Array, ""]
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def token_counts(self) -> Int[Array, " b"]:
+        """How many real tokens each sequence has so far, which is its next position."""
+        return jnp.max(self.positions, axis=1) + 1
+
+    def extend(self, positions: Int[Array, "b t"]) -> "Cache":
+        """The cache with the positions of t more tokens; layers write theirs with `append`.
+
+        Raises:
+            ValueError: if fewer than t slots are left (JAX would overwrite the last ones).
+        """
+        t = positions.shape[1]
+        if is_known(self.length) and int(self.length) + t > self.slots:
+            raise ValueError(
+                f"the cache has {self.slots} slots, {int(self.length)} of them in use, and cannot "
+                f"take {t} more tokens. Make it with more slots."
+            )
+        written = lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
+        return type(self)(self.layers, written, self.length + t)
+
+
+def append(cache: LayerCache, kv: KV, slot: Int[Array, ""]) -> LayerCache:
+    """A layer's cache with `kv` written from `slot` on."""
+    own = [
+        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+        for old, new in zip(cache.own, kv, strict=True)
+    ]
+    return LayerCache(KV(*own), cache.cross)
+
+
+class DecoderLayer(eqx.Module):
+    """Self-attention, attention to the encoder, then a feed-forward, each joined to the stream.
+
+    Arguments:
+        d_model: width of the residual stream.
+        num_heads: attention heads.
+        d_ff: width inside the feed-forward.
+        dropout_rate: dropout on what each sublayer writes.
+        cross_attention: False leaves out the attention to an encoder (decoder-only models).
+        key: PRNG key, required.
+        **pieces: see `Pieces`.
+
+    Raises:
+        ValueError: if sizes do not fit, an option is unknown, or there is no key.
+
+    Example:
+        >>> layer = DecoderLayer(64, 8, 256, key=jax.random.key(0))
+        >>> x, encoder_output = jnp.ones((2, 10, 64)), jnp.ones((2, 12, 64))
+        >>> layer(x, encoder_output, create_causal_mask(10)).shape
+        (2, 10, 64)
+    """
+
+    self_attention: MultiHeadAttention
+    self_attention_residual: Residual
+    cross_attention: MultiHeadAttention | None
+    cross_attention_residual: Residual | None
+    feed_forward: Callable = eqx.field(converter=as_module)
+    feed_forward_residual: Residual
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        dropout_rate: float = 0.1,
+        *,
+        cross_attention: bool = True,
+        key: PRNGKeyArray | None = None,
+        **pieces: Unpack[Pieces],
+    ):
+        check_pieces(pieces, type(self))
+        self_key, cross_key, feed_forward_key = split_key(check_key(key), 3)
+        self.self_attention = build_self_attention(d_model, num_heads, self_key, **pieces)
+        self.self_attention_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.cross_attention = self.cross_attention_residual = None
+        if cross_attention:
+            self.cross_attention = build_cross_attention(d_model, num_heads, cross_key, **pieces)
+            self.cross_attention_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
+        self.feed_forward_residual = build_residual(d_model, dropout_rate, **pieces)
+
+    def __call__(
+        self,
+        x: Float[Array, "*b t d"],
+        encoder_output: Float[Array, "*b s d"] | None = None,
+        self_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        cross_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*b t d"]:
+        """The residual stream after this layer.
+
+        Arguments:
+            x: `(b, t, d_model)`, or `(t, d_model)`.
+            encoder_output: `(b, s, d_model)`; None for a layer without cross-attention.
+            self_attn_mask: an `AttentionMask`, or booleans (True = may attend) that broadcast to
+                `(b, num_heads, t, t)`. A layer is not causal by itself.
+            cross_attn_mask: the same for `(b, num_heads, t, s)`.
+            key: PRNG key for dropout while training; None means inference.
+
+        Raises:
+            ValueError: if shapes or types do not fit, or an encoder output is missing or surplus.
+        """
+        masks = as_mask(self_attn_mask), as_mask(cross_attn_mask)
+        return self.forward(x, encoder_output, *masks, key)[0]
+
+    def forward(
+        self,
+        x: Float[Array, "*b t d"],
+        encoder_output: Float[Array, "*b s d"] | None,
+        mask: AttentionMask,
+        cross_mask: AttentionMask,
+        key: PRNGKeyArray | None = None,
+        cache: LayerCache | None = None,
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "*b t d"], LayerCache | None]:
+        """The one body: with a cache, x are the tokens from `slot` on; without one, all of them."""
+        check_activations(x, self.self_attention.d_model)
+        weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
+
+        h = self.self_attention_residual.read(x)
+        kv = self.self_attention.project(h, h, mask.query_positions(x.shape[-2]))
+        if cache is not None:
+            cache = append(cache, kv, slot)
+            kv = cache.own
+        y = self.self_attention.attend(h, kv, mask, key=weights_key)
+        x = self.self_attention_residual.write(x, y, self_key)
+
+        kv = self.project_cross(encoder_output) if cache is None else cache.cross
+        if kv is not None:
+            h = self.cross_attention_residual.read(x)
+            y = self.cross_attention.attend(h, kv, cross_mask, key=cross_weights_key)
+            x = self.cross_attention_residual.write(x, y, cross_key)
+
+        y = self.feed_forward(self.feed_forward_residual.read(x))
+        return self.feed_forward_residual.write(x, y, feed_forward_key), cache
+
+    def project_cross(self, encoder_output: Float[Array, "*b s d"] | None) -> KV | None:
+        """The encoder's keys and values for this layer, computed once per sequence."""
+        if (self.cross_attention is None) != (encoder_output is None):
+            have = "no cross-attention" if self.cross_attention is None else "cross-attention"
+            got = "none" if encoder_output is None else f"one of shape {encoder_output.shape}"
+            raise ValueError(
+                f"this decoder has {have}, and was given as encoder_output {got}. "
+                "Build it with cross_attention=True exactly when there is an encoder."
+            )
+        if self.cross_attention is None:
+            return None
+        check_activations(encoder_output, self.cross_attention.d_model, "encoder_output")
+        positions = jnp.arange(encoder_output.shape[-2])
+        return self.cross_attention.project(encoder_output, encoder_output, positions)
+
+
+class Decoder(eqx.Module):
+    """A stack of decoder layers, with a norm at the end if they are pre-norm.
+
+    Arguments:
+        num_layers: how many layers.
+        d_model: width of the residual stream.
+        num_heads: attention heads.
+        d_ff: width inside the feed-forwards.
+        dropout_rate: dropout on what each sublayer writes.
+        cross_attention: False leaves out the attention to an encoder (decoder-only models).
+        final_norm: whether there is a norm at the end; None follows `norm_first`.
+        key: PRNG key, required.
+        **pieces: see `Pieces`.
+
+    Raises:
+        ValueError: if sizes do not fit, an option is unknown, or there is no key.
+
+    Example:
+        >>> decoder = Decoder(6, 64, 8, 256, key=jax.random.key(0))
+        >>> x, encoder_output = jnp.ones((2, 10, 64)), jnp.ones((2, 12, 64))
+        >>> decoder(x, encoder_output, create_causal_mask(10)).shape
+        (2, 10, 64)
+    """
+
+    layers: tuple[DecoderLayer, ...]
+    norm: Callable | None
+    position: BiasPosition | None
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        dropout_rate: float = 0.1,
+        *,
+        cross_attention: bool = True,
+        final_norm: bool | None = None,
+        key: PRNGKeyArray | None = None,
+        **pieces: Unpack[Pieces],
+    ):
+        check_size(num_layers=num_layers)
+        check_pieces(pieces, type(self))
+        self.position, pieces = take_bias(pieces)
+        sizes = d_model, num_heads, d_ff, dropout_rate
+        self.layers = tuple(
+            DecoderLayer(*sizes, cross_attention=cross_attention, key=layer_key, **pieces)
+            for layer_key in split_key(check_key(key), num_layers)
+        )
+        self.norm = build_final_norm(d_model, final_norm, **pieces)
+
+    def __call__(
+        self,
+        x: Float[Array, "*b t d"],
+        encoder_output: Float[Array, "*b s d"] | None = None,
+        self_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        cross_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*b t d"]:
+        """The decoded sequence; arguments and errors as for `DecoderLayer`."""
+        masks = as_mask(self_attn_mask), as_mask(cross_attn_mask)
+        return self.forward(x, encoder_output, *masks, key)[0]
+
+    def forward(
+        self,
+        x: Float[Array, "*b t d"],
+        encoder_output: Float[Array, "*b s d"] | None,
+        mask: AttentionMask,
+        cross_mask: AttentionMask,
+        key: PRNGKeyArray | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "*b t d"], Cache | None]:
+        """The one body for training, prefill and decoding: a cache goes in and comes out.
+
+        With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
+        given, and the encoder's output is not needed: its keys and values are in the cache.
+        """
+        check_same_batch(x=x, encoder_output=encoder_output)
+        mask = mask if self.position is None else mask.replace(bias=self.position)
+        slot = None if cache is None else cache.length
+        if cache is not None:
+            cache = cache.extend(mask.q_positions)
+            mask = mask.replace(k_positions=cache.positions)
+        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+        written = []
+        keys = split_key(key, len(self.layers))
+        for layer, layer_key, layer_cache in zip(self.layers, keys, layer_caches, strict=True):
+            x, layer_cache = layer.forward(
+                x, encoder_output, mask, cross_mask, layer_key, layer_cache, slot
+            )
+            written.append(layer_cache)
+        x = x if self.norm is None else self.norm(x)
+        if cache is not None:
+            cache = Cache(tuple(written), cache.positions, cache.length)
+        return x, cache
+
+    def init_cache(
+        self,
+        batch_size: int,
+        slots: int,
+        encoder_output: Float[Array, "b s d"] | None = None,
+    ) -> Cache:
+        """An empty cache for `slots` tokens per sequence, with the encoder's keys and values.
+
+        Arguments:
+            batch_size: number of sequences.
+            slots: how many tokens each may have, prompt, padding and new ones together.
+            encoder_output: `(batch_size, s, d_model)` for a decoder with cross-attention.
+        """
+        check_size(batch_size=batch_size, slots=slots)
+
+        def empty(layer: DecoderLayer) -> LayerCache:
+            heads = layer.self_attention
+            shape = batch_size, heads.num_kv_heads, slots, heads.head_dim
+            zeros = jnp.zeros(shape, heads.wk.dtype)
+            return LayerCache(KV(zeros, zeros), layer.project_cross(encoder_output))
+
+        positions = jnp.full((batch_size, slots), -1, jnp.int32)
+        return Cache(tuple(map(empty, self.layers)), positions, jnp.zeros((), jnp.int32))

@@ -1,0 +1,160 @@
+"""Token embeddings, and the sum of tokens and positions that enters a stack."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformers.checks import (
+    check_key,
+    check_positive,
+    check_rate,
+    check_size,
+    check_tokens,
+    is_known,
+)
+from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.layers import dropout, split_key
+from jaxformers.positional_encoding import (
+    AbsolutePosition,
+    LearnablePositionalEncoding,
+    PositionScheme,
+    SinusoidalPositionalEncoding,
+    check_seq_length,
+)
+
+
+class TokenEmbedding(eqx.Module):
+    """A trained vector per token of the vocabulary.
+
+    Arguments:
+        vocab_size: number of tokens v.
+        d_model: width of a vector.
+        init: how the table is drawn, Xavier-uniform unless told otherwise.
+        key: PRNG key, required.
+
+    Example:
+        >>> TokenEmbedding(65, 64, key=jax.random.key(0))(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 64)
+    """
+
+    weight: Float[Array, "v d"]
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(vocab_size=vocab_size, d_model=d_model)
+        self.weight = init(check_key(key), (vocab_size, d_model), vocab_size, d_model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def __call__(self, tokens: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
+        """The vectors of the tokens.
+
+        Raises:
+            ValueError: if tokens are not integer ids within the vocabulary.
+        """
+        return self.weight[check_tokens(tokens, self.vocab_size)]
+
+
+class TransformerEmbedding(eqx.Module):
+    """Token vectors times `scale`, plus position vectors, then dropout.
+
+    Arguments:
+        vocab_size: number of tokens v.
+        d_model: width of a vector.
+        max_seq_length: longest sequence of the sinusoids or the learned table.
+        learnable_pos: a trained table of positions instead of sinusoids.
+        dropout_rate: dropout on the sum while training.
+        position: a position scheme instead of these two; one that does not act here (rotary,
+            ALiBi) leaves the token vectors as they are.
+        scale: factor on the token vectors; None is `sqrt(d_model)`, which lifts Xavier-sized
+            vectors to the size of the sinusoids (Vaswani et al. 2017, section 3.4).
+        init: how the tables are drawn.
+        key: PRNG key, required.
+
+    Example:
+        >>> embedding = TransformerEmbedding(65, 64, 128, key=jax.random.key(0))
+        >>> embedding(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 64)
+    """
+
+    token_embedding: TokenEmbedding | None
+    position: AbsolutePosition | None
+    dropout_rate: float = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        max_seq_length: int,
+        learnable_pos: bool = False,
+        dropout_rate: float = 0.1,
+        *,
+        position: PositionScheme | None = None,
+        scale: float | None = None,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_rate(dropout_rate=dropout_rate)
+        check_size(max_seq_length=max_seq_length)
+        scale = d_model**0.5 if scale is None else scale
+        check_positive(scale=scale)
+        token_key, position_key = split_key(check_key(key), 2)
+        self.token_embedding = TokenEmbedding(vocab_size, d_model, init=init, key=token_key)
+        if learnable_pos:
+            position = LearnablePositionalEncoding(
+                max_seq_length, d_model, init=init, key=position_key
+            )
+        elif position is None:
+            position = SinusoidalPositionalEncoding(max_seq_length, d_model)
+        self.position = position if isinstance(position, AbsolutePosition) else None
+        self.dropout_rate = float(dropout_rate)
+        self.scale = float(scale)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The longest sequence the position scheme knows; None if there is no limit."""
+        return None if self.position is None else self.position.max_seq_length
+
+    def with_tokens(self, token_embedding: TokenEmbedding | None) -> "TransformerEmbedding":
+        """The same with another token table, or with None: for models that share one."""
+        return eqx.tree_at(
+            lambda x: x.token_embedding, self, token_embedding, is_leaf=lambda x: x is None
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*b t"],
+        key: PRNGKeyArray | None = None,
+        *,
+        positions: Int[Array, "*b t"] | None = None,
+    ) -> Float[Array, "*b t d"]:
+        """The embedded sequence.
+
+        Arguments:
+            tokens: ids, `(b, t)` or `(t,)`.
+            key: PRNG key for dropout while training; None means inference.
+            positions: position of each token, -1 for padding; None is 0 .. t-1.
+
+        Raises:
+            ValueError: if tokens are not ids within the vocabulary, or longer than the positions
+                known.
+        """
+        if self.token_embedding is None:
+            raise ValueError("this embedding shares another's token table: use with_tokens first.")
+        x = self.token_embedding(tokens) * self.scale
+        if self.position is not None:
+            check_seq_length(x.shape[-2], self.position.max_seq_length)
+            positions = jnp.arange(x.shape[-2]) if positions is None else positions
+            if is_known(positions):
+                check_seq_length(int(positions.max()) + 1, self.position.max_seq_length)
+            x = x + self.position.embed(positions).astype(x.dtype)
+        return dropout(x, self.dropout_rate, key)

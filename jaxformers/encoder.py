@@ -1,0 +1,150 @@
+"""The encoder: layers of self-attention and feed-forward."""
+
+from collections.abc import Callable
+from typing import Unpack
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxformers.attention import MultiHeadAttention
+from jaxformers.checks import check_activations, check_key, check_size
+from jaxformers.layers import Residual, as_module, split_key
+from jaxformers.masks import AttentionMask, as_mask
+from jaxformers.pieces import (
+    Pieces,
+    build_feed_forward,
+    build_final_norm,
+    build_residual,
+    build_self_attention,
+    check_pieces,
+    take_bias,
+)
+from jaxformers.positional_encoding import BiasPosition
+
+
+class EncoderLayer(eqx.Module):
+    """Self-attention, then a feed-forward, each joined to the residual stream.
+
+    Arguments:
+        d_model: width of the residual stream.
+        num_heads: attention heads.
+        d_ff: width inside the feed-forward.
+        dropout_rate: dropout on what each sublayer writes.
+        key: PRNG key, required.
+        **pieces: see `Pieces`.
+
+    Raises:
+        ValueError: if sizes do not fit, an option is unknown, or there is no key.
+
+    Example:
+        >>> layer = EncoderLayer(64, 8, 256, key=jax.random.key(0))
+        >>> layer(jnp.ones((2, 10, 64))).shape
+        (2, 10, 64)
+    """
+
+    attention: MultiHeadAttention
+    attention_residual: Residual
+    feed_forward: Callable = eqx.field(converter=as_module)
+    feed_forward_residual: Residual
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        dropout_rate: float = 0.1,
+        *,
+        key: PRNGKeyArray | None = None,
+        **pieces: Unpack[Pieces],
+    ):
+        check_pieces(pieces, type(self))
+        attention_key, feed_forward_key = split_key(check_key(key), 2)
+        self.attention = build_self_attention(d_model, num_heads, attention_key, **pieces)
+        self.attention_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
+        self.feed_forward_residual = build_residual(d_model, dropout_rate, **pieces)
+
+    def __call__(
+        self,
+        x: Float[Array, "*b t d"],
+        mask: AttentionMask | Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*b t d"]:
+        """The residual stream after this layer.
+
+        Arguments:
+            x: `(b, t, d_model)`, or `(t, d_model)`.
+            mask: an `AttentionMask`, or booleans (True = may attend) that broadcast to
+                `(b, num_heads, t, t)`.
+            key: PRNG key for dropout while training; None means inference.
+
+        Raises:
+            ValueError: if shapes or types do not fit.
+        """
+        check_activations(x, self.attention.d_model)
+        weights_key, attention_key, feed_forward_key = split_key(key, 3)
+        attended = self.attention(self.attention_residual.read(x), mask=mask, key=weights_key)
+        x = self.attention_residual.write(x, attended, attention_key)
+        y = self.feed_forward(self.feed_forward_residual.read(x))
+        return self.feed_forward_residual.write(x, y, feed_forward_key)
+
+
+class Encoder(eqx.Module):
+    """A stack of encoder layers, with a norm at the end if they are pre-norm.
+
+    Arguments:
+        num_layers: how many layers.
+        d_model: width of the residual stream.
+        num_heads: attention heads.
+        d_ff: width inside the feed-forwards.
+        dropout_rate: dropout on what each sublayer writes.
+        final_norm: whether there is a norm at the end; None follows `norm_first`.
+        key: PRNG key, required.
+        **pieces: see `Pieces`.
+
+    Raises:
+        ValueError: if sizes do not fit, an option is unknown, or there is no key.
+
+    Example:
+        >>> encoder = Encoder(6, 64, 8, 256, key=jax.random.key(0))
+        >>> encoder(jnp.ones((2, 10, 64))).shape
+        (2, 10, 64)
+    """
+
+    layers: tuple[EncoderLayer, ...]
+    norm: Callable | None
+    position: BiasPosition | None
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        dropout_rate: float = 0.1,
+        *,
+        final_norm: bool | None = None,
+        key: PRNGKeyArray | None = None,
+        **pieces: Unpack[Pieces],
+    ):
+        check_size(num_layers=num_layers)
+        check_pieces(pieces, type(self))
+        self.position, pieces = take_bias(pieces)
+        self.layers = tuple(
+            EncoderLayer(d_model, num_heads, d_ff, dropout_rate, key=layer_key, **pieces)
+            for layer_key in split_key(check_key(key), num_layers)
+        )
+        self.norm = build_final_norm(d_model, final_norm, **pieces)
+
+    def __call__(
+        self,
+        x: Float[Array, "*b t d"],
+        mask: AttentionMask | Bool[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*b t d"]:
+        """The encoded sequence; arguments and errors as for `EncoderLayer`."""
+        mask = as_mask(mask)
+        mask = mask if self.position is None else mask.replace(bias=self.position)
+        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
+            x = layer(x, mask, layer_key)
+        return x if self.norm is None else self.norm(x)

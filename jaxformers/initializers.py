@@ -1,0 +1,50 @@
+"""How weights are drawn: functions `(key, shape, fan_in, fan_out) -> array`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxformers.checks import check_positive, check_size
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...], int, int], Float[Array, "..."]]
+
+
+def xavier_uniform(
+    key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, fan_out: int
+) -> Float[Array, "..."]:
+    """Uniform in `+-sqrt(6 / (fan_in + fan_out))`, so that signals keep their variance both ways.
+
+    Glorot and Bengio 2010. The fans are given apart from the shape because an axis of heads is
+    part of the fan: `(d, heads, head_dim)` maps d to heads * head_dim features.
+    """
+    limit = (6.0 / (fan_in + fan_out)) ** 0.5
+    return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+
+
+def normal(stddev: float = 0.02) -> Initializer:
+    """Normal with mean 0 and the given standard deviation (0.02 in BERT and GPT-2)."""
+    check_positive(stddev=stddev)
+
+    def init(key, shape, fan_in, fan_out):
+        return stddev * jax.random.normal(key, shape, jnp.float32)
+
+    return init
+
+
+def depth_scaled(num_layers: int, init: Initializer = xavier_uniform) -> Initializer:
+    """`init` shrunk by `1 / sqrt(2 num_layers)`, for projections into the residual stream.
+
+    Each of a stack's layers adds two sublayers to the stream, so its variance then stays that of
+    one sublayer at any depth (Radford et al. 2019, GPT-2, section 2.3).
+
+    Example:
+        >>> model = TransformerLM(65, num_layers=24, residual_init=depth_scaled(24), key=key)
+    """
+    check_size(num_layers=num_layers)
+
+    def scaled(key, shape, fan_in, fan_out):
+        return init(key, shape, fan_in, fan_out) / (2 * num_layers) ** 0.5
+
+    return scaled

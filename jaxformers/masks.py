@@ -1,0 +1,178 @@
+"""What may attend to what, described first and turned into booleans late.
+
+A dense boolean mask forbids the fast kernels, so a description goes down to the attention function:
+causal or not, a window, the positions of queries and keys. Padding is position -1.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformers.checks import check_size, check_tokens
+from jaxformers.positional_encoding import BiasPosition
+
+
+class AttentionMask(eqx.Module):
+    """Which queries may attend to which keys; `AttentionMask()` hides nothing.
+
+    All conditions hold together. A query that may attend to nothing gets zeros, not NaN.
+
+    Arguments:
+        causal: a query sees keys at its own position and before.
+        window: a query sees the last `window` positions, its own included; without `causal` it
+            sees keys less than `window` positions away on both sides.
+        explicit: boolean, True = may attend, broadcastable to `(batch, heads, t, s)`.
+        q_positions: integer positions of the queries, `(batch, t)` or `(t,)`; None is 0 .. t-1.
+        k_positions: those of the keys; -1 marks keys that nobody may attend to.
+        q_segments, k_segments: document numbers of packed sequences; a query sees its own only.
+        bias: a position scheme that adds to the scores, such as `ALiBi()`.
+
+    Example:
+        >>> AttentionMask(causal=True).materialize(3, 3).astype(int)
+        Array([[1, 0, 0],
+               [1, 1, 0],
+               [1, 1, 1]], dtype=int32)
+    """
+
+    causal: bool = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
+    explicit: Bool[Array, "..."] | None
+    q_positions: Int[Array, "*b t"] | None
+    k_positions: Int[Array, "*b s"] | None
+    q_segments: Int[Array, "*b t"] | None
+    k_segments: Int[Array, "*b s"] | None
+    bias: BiasPosition | None
+
+    def __init__(
+        self,
+        causal: bool = False,
+        window: int | None = None,
+        explicit: Bool[Array, "..."] | None = None,
+        q_positions: Int[Array, "*b t"] | None = None,
+        k_positions: Int[Array, "*b s"] | None = None,
+        q_segments: Int[Array, "*b t"] | None = None,
+        k_segments: Int[Array, "*b s"] | None = None,
+        bias: BiasPosition | None = None,
+    ):
+        if window is not None:
+            check_size(window=window)
+        if (q_segments is None) != (k_segments is None):
+            raise ValueError("give q_segments and k_segments together, or neither.")
+        if explicit is not None and explicit.dtype != jnp.bool_:
+            raise ValueError(
+                f"a mask must be boolean, True where a query may attend, got dtype "
+                f"{explicit.dtype}. For 0/1 numbers write mask != 0."
+            )
+        self.causal = causal
+        self.window = window
+        self.explicit = explicit
+        self.q_positions = q_positions
+        self.k_positions = k_positions
+        self.q_segments = q_segments
+        self.k_segments = k_segments
+        self.bias = bias
+
+    def replace(self, **changes) -> "AttentionMask":
+        """The same description with some fields changed."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return type(self)(**fields | changes)
+
+    def query_positions(self, t: int) -> Int[Array, "*b {t}"]:
+        """The positions of `t` queries, counted from 0 where none were given."""
+        return jnp.arange(t) if self.q_positions is None else self.q_positions
+
+    def key_positions(self, s: int) -> Int[Array, "*b {s}"]:
+        """The positions of `s` keys, counted from 0 where none were given."""
+        return jnp.arange(s) if self.k_positions is None else self.k_positions
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise unless the explicit mask broadcasts to `shape`, that of the scores."""
+        have = () if self.explicit is None else self.explicit.shape
+        pairs = zip(reversed(have), reversed(shape), strict=False)
+        if len(have) > len(shape) or any(size not in (1, want) for size, want in pairs):
+            axes = "(batch, heads, t, s)" if len(shape) == 4 else "(heads, t, s)"
+            raise ValueError(
+                f"a mask must broadcast to {axes} = {shape}, got {have}. A mask per sequence has "
+                "shape (batch, 1, t, s): write mask[:, None]."
+            )
+
+    def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:
+        """The mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.
+
+        The shape broadcasts to `(batch, heads, t, s)`: `(t, s)` where the same holds for all
+        sequences, `(batch, 1, t, s)` where positions or segments differ between them.
+        """
+        conditions = []
+        q = self.query_positions(t)[..., :, None]
+        k = self.key_positions(s)[..., None, :]
+        if self.k_positions is not None:
+            conditions.append(k >= 0)
+        if self.causal:
+            conditions.append(k <= q)
+        if self.window is not None:
+            conditions.append(k > q - self.window)
+            if not self.causal:
+                conditions.append(k < q + self.window)
+        if self.q_segments is not None and self.k_segments is not None:
+            conditions.append(self.q_segments[..., :, None] == self.k_segments[..., None, :])
+        # Batched conditions get their axis of heads here; the explicit mask brings its own.
+        allowed = [c[:, None] if c.ndim == 3 else c for c in conditions]
+        if self.explicit is not None:
+            allowed.append(self.explicit)
+        if not allowed:
+            return None
+        mask = allowed[0]
+        for other in allowed[1:]:
+            mask = mask & other
+        return mask
+
+    def score_bias(self, t: int, s: int, num_heads: int) -> Float[Array, "*b n t s"] | None:
+        """What the position scheme adds to the scores, in float32, or None."""
+        if self.bias is None:
+            return None
+        return self.bias.bias(self.query_positions(t), self.key_positions(s), num_heads)
+
+
+def as_mask(mask: AttentionMask | Bool[Array, "..."] | None) -> AttentionMask:
+    """A description of whatever was given: None hides nothing, an array is taken as it is."""
+    if isinstance(mask, AttentionMask):
+        return mask
+    return AttentionMask(explicit=None if mask is None else jnp.asarray(mask))
+
+
+def create_causal_mask(seq_length: int) -> Bool[Array, "t t"]:
+    """The lower triangle, True where a query (row) may attend to a key (column).
+
+    Models make their own causal mask; this one is for layers that are used alone.
+
+    Raises:
+        ValueError: if `seq_length` is not a positive integer.
+
+    Example:
+        >>> create_causal_mask(2)
+        Array([[ True, False],
+               [ True,  True]], dtype=bool)
+    """
+    check_size(seq_length=seq_length)
+    return jnp.tril(jnp.ones((seq_length, seq_length), jnp.bool_))
+
+
+def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Array, "*b t"]:
+    """True where a token is real, False where it is `pad_token`: what models take as padding_mask.
+
+    Example:
+        >>> create_padding_mask(jnp.array([5, 7, 0, 0]), pad_token=0)
+        Array([ True,  True, False, False], dtype=bool)
+    """
+    return check_tokens(tokens, vocab_size=jnp.iinfo(jnp.int32).max) != pad_token
+
+
+def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"]:
+    """Positions counted over the real tokens, -1 for padding, wherever the padding stands.
+
+    Example:
+        >>> padding_to_positions(jnp.array([False, True, True, False]))
+        Array([-1,  0,  1, -1], dtype=int32)
+    """
+    counts = jnp.cumsum(padding_mask, axis=-1, dtype=jnp.int32)
+    return jnp.where(padding_mask, counts - 1, -1)

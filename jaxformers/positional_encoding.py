@@ -1,0 +1,258 @@
+"""Position schemes: what a token's place in the sequence does to the computation.
+
+A position is an integer: 0 for the first real token of a sequence, -1 for padding. Everything
+here is a function of positions, so left padding, right padding and packed documents need no code
+of their own. A scheme acts at one of three places, and says so by the method it has:
+
+- `embed(positions)` gives vectors that are added to the token embeddings (sinusoids, a table);
+- `rotate(x, positions)` turns queries and keys inside attention (rotary);
+- `bias(q_positions, k_positions, num_heads)` is added to the attention scores (ALiBi).
+"""
+
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformers.checks import check_key, check_positive, check_size
+from jaxformers.initializers import Initializer, xavier_uniform
+
+
+@runtime_checkable
+class AbsolutePosition(Protocol):
+    """A scheme that is added to the token embeddings; it knows `max_seq_length` positions."""
+
+    @property
+    def max_seq_length(self) -> int: ...
+
+    def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]: ...
+
+
+@runtime_checkable
+class RotatingPosition(Protocol):
+    """A scheme that turns queries and keys by an angle which depends on their position."""
+
+    def rotate(
+        self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
+    ) -> Float[Array, "*b n t h"]: ...
+
+
+@runtime_checkable
+class BiasPosition(Protocol):
+    """A scheme that adds a bias to each attention score."""
+
+    def bias(
+        self, q_positions: Int[Array, "*b t"], k_positions: Int[Array, "*b s"], num_heads: int
+    ) -> Float[Array, "*b n t s"]: ...
+
+
+PositionScheme = AbsolutePosition | RotatingPosition | BiasPosition
+
+
+def sinusoid(positions: Int[Array, "*b t"], d_model: int) -> Float[Array, "*b t {d_model}"]:
+    """Sines in the even and cosines in the odd features, in float32.
+
+    `PE(p, 2i) = sin(p / 10000^(2i/d))`, `PE(p, 2i+1) = cos(p / 10000^(2i/d))`
+    (Vaswani et al. 2017, section 3.5).
+    """
+    frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return both.reshape(*positions.shape, -1)[..., :d_model]
+
+
+def positional_encoding(seq_length: int, d_model: int) -> Float[Array, "t d"]:
+    """The sinusoidal encoding of positions `0 .. seq_length - 1`, shape `(seq_length, d_model)`.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
+
+    Example:
+        >>> positional_encoding(50, 64).shape
+        (50, 64)
+    """
+    check_size(seq_length=seq_length, d_model=d_model)
+    return sinusoid(jnp.arange(seq_length), d_model)
+
+
+class SinusoidalPositionalEncoding(eqx.Module):
+    """Fixed sines and cosines, added to the token embeddings (Vaswani et al. 2017, section 3.5).
+
+    The values are computed from the positions, never stored: a stored table would be trained.
+
+    Arguments:
+        max_seq_length: the longest sequence the model is meant for; longer ones are refused.
+        d_model: width of the encoding.
+
+    Example:
+        >>> SinusoidalPositionalEncoding(512, 64)(10).shape
+        (10, 64)
+    """
+
+    max_seq_length: int = eqx.field(static=True)
+    d_model: int = eqx.field(static=True)
+
+    def __init__(self, max_seq_length: int, d_model: int):
+        check_size(max_seq_length=max_seq_length, d_model=d_model)
+        self.max_seq_length = max_seq_length
+        self.d_model = d_model
+
+    def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
+        """The vectors of the given positions (of padding: those of position 0)."""
+        return sinusoid(jnp.maximum(positions, 0), self.d_model)
+
+    def __call__(self, seq_length: int) -> Float[Array, "t d"]:
+        """The encoding of positions `0 .. seq_length - 1`."""
+        return self.embed(_first_positions(seq_length, self.max_seq_length))
+
+
+class LearnablePositionalEncoding(eqx.Module):
+    """A trained vector per position, added to the token embeddings (BERT, GPT-2).
+
+    Arguments:
+        max_seq_length: number of rows of the table; longer sequences are refused.
+        d_model: width of a row.
+        init: how the table is drawn, Xavier-uniform unless told otherwise.
+        key: PRNG key, required.
+
+    Example:
+        >>> LearnablePositionalEncoding(512, 64, key=jax.random.key(0))(10).shape
+        (10, 64)
+    """
+
+    weight: Float[Array, "p d"]
+
+    def __init__(
+        self,
+        max_seq_length: int,
+        d_model: int,
+        *,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(max_seq_length=max_seq_length, d_model=d_model)
+        self.weight = init(check_key(key), (max_seq_length, d_model), max_seq_length, d_model)
+
+    @property
+    def max_seq_length(self) -> int:
+        return self.weight.shape[0]
+
+    def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
+        """The rows of the given positions (of padding: row 0)."""
+        return self.weight[jnp.maximum(positions, 0)]
+
+    def __call__(self, seq_length: int) -> Float[Array, "t d"]:
+        """The first `seq_length` rows."""
+        return self.embed(_first_positions(seq_length, self.max_seq_length))
+
+
+class RotaryPositionalEncoding(eqx.Module):
+    """Rotary positions: queries and keys turn by an angle that grows with the position.
+
+    Their product then depends on the distance alone (Su et al. 2021, RoFormer). Angles are
+    computed in float32 whatever the activations' type: bfloat16 cannot tell 257 from 256.
+    There is no longest sequence.
+
+    Arguments:
+        theta: base of the geometric series of wavelengths, 10000 in the paper.
+        rotary_dim: how many of the `head_dim` features turn (even); None turns all of them.
+        interleaved: True pairs neighbouring features as the paper (and GPT-J) does; False, the
+            default, pairs feature i with feature i + rotary_dim / 2 as Llama and GPT-NeoX do.
+
+    Example:
+        >>> model = TransformerLM(65, position=RotaryPositionalEncoding(theta=5e5), key=key)
+    """
+
+    theta: float = eqx.field(static=True)
+    rotary_dim: int | None = eqx.field(static=True)
+    interleaved: bool = eqx.field(static=True)
+
+    def __init__(
+        self, theta: float = 10000.0, rotary_dim: int | None = None, interleaved: bool = False
+    ):
+        check_positive(theta=theta)
+        if rotary_dim is not None:
+            _check_even(rotary_dim)
+        self.theta = float(theta)
+        self.rotary_dim = rotary_dim
+        self.interleaved = interleaved
+
+    def rotate(
+        self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
+    ) -> Float[Array, "*b n t h"]:
+        """`x` (queries or keys per head) turned according to `positions`."""
+        head_dim = x.shape[-1]
+        dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        _check_even(dim)
+        if dim > head_dim:
+            raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
+        frequencies = self.theta ** (-np.arange(0, dim, 2) / dim)
+        angles = positions[..., None, :, None].astype(jnp.float32) * frequencies.astype(np.float32)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        turning, still = x[..., :dim].astype(jnp.float32), x[..., dim:]
+        # A pair of features is a point in the plane; pairs lie on the last axis or the one before.
+        pairs = (dim // 2, 2) if self.interleaved else (2, dim // 2)
+        axis = -1 if self.interleaved else -2
+        points = turning.reshape(*x.shape[:-1], *pairs)
+        a, b = (lax.index_in_dim(points, i, axis, keepdims=False) for i in (0, 1))
+        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
+        turned = turned.reshape(*x.shape[:-1], dim).astype(x.dtype)
+        return jnp.concatenate([turned, still], axis=-1)
+
+
+class ALiBi(eqx.Module):
+    """Attention with linear biases: a score falls with the distance, by a slope per head.
+
+    Nothing is added to the embeddings and there is no longest sequence (Press et al. 2022).
+
+    Example:
+        >>> model = TransformerLM(65, position=ALiBi(), key=key)
+    """
+
+    def bias(
+        self, q_positions: Int[Array, "*b t"], k_positions: Int[Array, "*b s"], num_heads: int
+    ) -> Float[Array, "*b n t s"]:
+        """`-slope * |q - k|` for each head."""
+        distance = jnp.abs(q_positions[..., :, None] - k_positions[..., None, :])
+        return -alibi_slopes(num_heads)[:, None, None] * distance[..., None, :, :].astype(
+            jnp.float32
+        )
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slopes of ALiBi: `2^(-8i/n)` for a power of two, else completed from the next one.
+
+    Follows the authors' rule: the slopes of the largest power of two below, then every other
+    slope of twice that many heads.
+    """
+    power = 2 ** int(np.log2(num_heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * power + 1, 2) / power)
+    return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
+
+
+def _first_positions(seq_length: int, max_seq_length: int) -> Int[Array, " t"]:
+    check_size(seq_length=seq_length)
+    check_seq_length(seq_length, max_seq_length)
+    return jnp.arange(seq_length)
+
+
+def check_seq_length(seq_length: int, max_seq_length: int) -> None:
+    """Raise if a sequence is longer than an absolute scheme knows."""
+    if seq_length > max_seq_length:
+        raise ValueError(
+            f"a sequence may have at most max_seq_length = {max_seq_length} tokens, got "
+            f"{seq_length}. Shorten it, build the model with a larger max_seq_length, or use "
+            "position=RotaryPositionalEncoding(), which has no limit."
+        )
+
+
+def _check_even(rotary_dim: int) -> None:
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(
+            f"rotary positions turn pairs of features, so their number must be even, got "
+            f"{rotary_dim}. Pass rotary_dim= (even, at most head_dim)."
+        )
