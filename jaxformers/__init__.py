@@ -6,11 +6,20 @@ from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.layers import FeedForward, GatedFeedForward, LayerNorm, Residual, RMSNorm
+from jaxformers.losses import cross_entropy
 from jaxformers.masks import (
     AttentionMask,
     create_causal_mask,
     create_padding_mask,
     padding_to_positions,
+)
+from jaxformers.optim import (
+    AdamW,
+    Optimizer,
+    as_optimizer,
+    clip_by_global_norm,
+    default_decay_mask,
+    global_norm,
 )
 from jaxformers.output import OutputLayer
 from jaxformers.positional_encoding import (
@@ -20,4 +29,16 @@ from jaxformers.positional_encoding import (
     SinusoidalPositionalEncoding,
     positional_encoding,
 )
+from jaxformers.schedules import (
+    Schedule,
+    constant,
+    cosine,
+    inverse_square_root,
+    join,
+    linear,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
+)
+from jaxformers.training import language_model_loss, sequence_to_sequence_loss, train_step
 from jaxformers.transformer import Transformer, TransformerEncoder, TransformerLM

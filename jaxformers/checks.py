@@ -92,7 +92,9 @@ def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> In
     if 0 in tokens.shape:
         raise ValueError(f"{name} must not be empty, got shape {tokens.shape}.")
     if is_known(tokens):
-        low, high = int(tokens.min()), int(tokens.max())
+        # Known ids inside a `jit` (closed over, not passed in) would otherwise be staged out.
+        with jax.ensure_compile_time_eval():
+            low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"{name} must be ids from 0 to {vocab_size - 1} (the vocabulary has {vocab_size}), "
@@ -132,7 +134,7 @@ def check_same_batch(**arrays: Any) -> None:
     """Raise unless all arrays agree in every axis before the sequence's."""
     (first, a), *others = ((name, x) for name, x in arrays.items() if x is not None)
     for name, other in others:
-        if other.shape[:1] * (other.ndim - 1) != a.shape[:1] * (a.ndim - 1):
+        if other.shape[:-2] != a.shape[:-2]:
             raise ValueError(
                 f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
                 f"{other.shape}."

@@ -75,7 +75,7 @@ class Cache(eqx.Module):
         return type(self)(self.layers, written, self.length + t)
 
 
-def append(cache: LayerCache, kv: KV, slot: Int[Array, ""]) -> LayerCache:
+def append(cache: LayerCache, kv: KV, slot: Int[Array, ""] | int) -> LayerCache:
     """A layer's cache with `kv` written from `slot` on."""
     own = [
         lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
@@ -167,7 +167,7 @@ class DecoderLayer(eqx.Module):
         cross_mask: AttentionMask,
         key: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
-        slot: Int[Array, ""] | None = None,
+        slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "*b t d"], LayerCache | None]:
         """The one body: with a cache, x are the tokens from `slot` on; without one, all of them."""
         check_activations(x, self.self_attention.d_model)
@@ -181,10 +181,10 @@ class DecoderLayer(eqx.Module):
         y = self.self_attention.attend(h, kv, mask, key=weights_key)
         x = self.self_attention_residual.write(x, y, self_key)
 
-        kv = self.project_cross(encoder_output) if cache is None else cache.cross
-        if kv is not None:
+        memory = self.project_cross(encoder_output) if cache is None else cache.cross
+        if self.cross_attention and self.cross_attention_residual and memory:
             h = self.cross_attention_residual.read(x)
-            y = self.cross_attention.attend(h, kv, cross_mask, key=cross_weights_key)
+            y = self.cross_attention.attend(h, memory, cross_mask, key=cross_weights_key)
             x = self.cross_attention_residual.write(x, y, cross_key)
 
         y = self.feed_forward(self.feed_forward_residual.read(x))
@@ -192,15 +192,15 @@ class DecoderLayer(eqx.Module):
 
     def project_cross(self, encoder_output: Float[Array, "*b s d"] | None) -> KV | None:
         """The encoder's keys and values for this layer, computed once per sequence."""
-        if (self.cross_attention is None) != (encoder_output is None):
+        if self.cross_attention is None and encoder_output is None:
+            return None
+        if self.cross_attention is None or encoder_output is None:
             have = "no cross-attention" if self.cross_attention is None else "cross-attention"
             got = "none" if encoder_output is None else f"one of shape {encoder_output.shape}"
             raise ValueError(
                 f"this decoder has {have}, and was given as encoder_output {got}. "
                 "Build it with cross_attention=True exactly when there is an encoder."
             )
-        if self.cross_attention is None:
-            return None
         check_activations(encoder_output, self.cross_attention.d_model, "encoder_output")
         positions = jnp.arange(encoder_output.shape[-2])
         return self.cross_attention.project(encoder_output, encoder_output, positions)
@@ -285,12 +285,13 @@ class Decoder(eqx.Module):
         """
         check_same_batch(x=x, encoder_output=encoder_output)
         mask = mask if self.position is None else mask.replace(bias=self.position)
-        slot = None if cache is None else cache.length
+        slot: Int[Array, ""] | int = 0
+        layer_caches: tuple[LayerCache | None, ...] = (None,) * len(self.layers)
         if cache is not None:
-            cache = cache.extend(mask.q_positions)
+            slot, layer_caches = cache.length, cache.layers
+            cache = cache.extend(mask.query_positions(x.shape[-2]))
             mask = mask.replace(k_positions=cache.positions)
-        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
-        written = []
+        written: list = []
         keys = split_key(key, len(self.layers))
         for layer, layer_key, layer_cache in zip(self.layers, keys, layer_caches, strict=True):
             x, layer_cache = layer.forward(
@@ -320,8 +321,9 @@ class Decoder(eqx.Module):
         def empty(layer: DecoderLayer) -> LayerCache:
             heads = layer.self_attention
             shape = batch_size, heads.num_kv_heads, slots, heads.head_dim
-            zeros = jnp.zeros(shape, heads.wk.dtype)
-            return LayerCache(KV(zeros, zeros), layer.project_cross(encoder_output))
+            # Two arrays: one that stood in both places could not be donated.
+            own = KV(jnp.zeros(shape, heads.wk.dtype), jnp.zeros(shape, heads.wk.dtype))
+            return LayerCache(own, layer.project_cross(encoder_output))
 
         positions = jnp.full((batch_size, slots), -1, jnp.int32)
         return Cache(tuple(map(empty, self.layers)), positions, jnp.zeros((), jnp.int32))

@@ -1,6 +1,7 @@
 """Token embeddings, and the sum of tokens and positions that enters a stack."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -104,7 +105,7 @@ class TransformerEmbedding(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_rate(dropout_rate=dropout_rate)
-        check_size(max_seq_length=max_seq_length)
+        check_size(d_model=d_model, max_seq_length=max_seq_length)
         scale = d_model**0.5 if scale is None else scale
         check_positive(scale=scale)
         token_key, position_key = split_key(check_key(key), 2)
@@ -118,6 +119,10 @@ class TransformerEmbedding(eqx.Module):
         self.position = position if isinstance(position, AbsolutePosition) else None
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokens.vocab_size
 
     @property
     def max_seq_length(self) -> int | None:
@@ -148,13 +153,19 @@ class TransformerEmbedding(eqx.Module):
             ValueError: if tokens are not ids within the vocabulary, or longer than the positions
                 known.
         """
-        if self.token_embedding is None:
-            raise ValueError("this embedding shares another's token table: use with_tokens first.")
-        x = self.token_embedding(tokens) * self.scale
+        x = self._tokens(tokens) * self.scale
         if self.position is not None:
             check_seq_length(x.shape[-2], self.position.max_seq_length)
             positions = jnp.arange(x.shape[-2]) if positions is None else positions
             if is_known(positions):
-                check_seq_length(int(positions.max()) + 1, self.position.max_seq_length)
+                with jax.ensure_compile_time_eval():
+                    longest = int(positions.max()) + 1
+                check_seq_length(longest, self.position.max_seq_length)
             x = x + self.position.embed(positions).astype(x.dtype)
         return dropout(x, self.dropout_rate, key)
+
+    @property
+    def _tokens(self) -> TokenEmbedding:
+        if self.token_embedding is None:
+            raise ValueError("this embedding shares another's token table: use with_tokens first.")
+        return self.token_embedding

@@ -1,7 +1,7 @@
 """The small parts: linear maps, dropout, norms, feed-forwards and the residual stream."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import equinox as eqx
 import jax
@@ -27,7 +27,11 @@ def linear(
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray] | list[None]:
+@overload
+def split_key(key: PRNGKeyArray, num: int) -> list[PRNGKeyArray]: ...
+@overload
+def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]: ...
+def split_key(key, num):
     """`num` keys from one, or `num` Nones from None (no key means inference)."""
     return [None] * num if key is None else list(jax.random.split(key, num))
 

@@ -67,4 +67,5 @@ class OutputLayer(eqx.Module):
                 "a tied output layer needs the token table at each call and one with weights of "
                 f"its own takes none, got w = {self.w!r} and table = {table!r}."
             )
-        return linear(x, table.T if self.w is None else self.w, self.b).astype(jnp.float32)
+        w = table.T if self.w is None else self.w  # type: ignore[union-attr]
+        return linear(x, w, self.b).astype(jnp.float32)

@@ -5,7 +5,7 @@ flag. Stacks and models hand the options down as they came; a layer builds from 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
 from jaxtyping import PRNGKeyArray
@@ -177,6 +177,6 @@ def take_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
     return position, rest
 
 
-def _only(pieces: Pieces, names: tuple[str, ...]) -> dict[str, Any]:
+def _only(pieces: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     # What the user left out stays left out, so that each constructor's own default holds.
     return {name: pieces[name] for name in names if name in pieces}

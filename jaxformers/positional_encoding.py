@@ -217,9 +217,8 @@ class ALiBi(eqx.Module):
     ) -> Float[Array, "*b n t s"]:
         """`-slope * |q - k|` for each head."""
         distance = jnp.abs(q_positions[..., :, None] - k_positions[..., None, :])
-        return -alibi_slopes(num_heads)[:, None, None] * distance[..., None, :, :].astype(
-            jnp.float32
-        )
+        slopes = jnp.asarray(alibi_slopes(num_heads))[:, None, None]
+        return -slopes * distance[..., None, :, :].astype(jnp.float32)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

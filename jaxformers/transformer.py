@@ -1,11 +1,12 @@
 """The three models: decoder-only, encoder-decoder and encoder-only."""
 
+from functools import partial
 from typing import Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
     check_key,
@@ -15,11 +16,15 @@ from jaxformers.checks import (
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
+from jaxformers.generation import Options, generate, generate_from_source
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, as_mask, padding_to_positions
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.positional_encoding import check_seq_length
+from jaxformers.prompts import Tokens
+from jaxformers.sampling import Keys
+from jaxformers.steps import LMStep, Seq2SeqStep
 
 Mask = AttentionMask | Bool[Array, "..."]
 
@@ -102,7 +107,7 @@ class TransformerLM(eqx.Module):
 
     @property
     def vocab_size(self) -> int:
-        return self.embedding.token_embedding.vocab_size
+        return self.embedding.vocab_size
 
     @property
     def max_seq_length(self) -> int | None:
@@ -181,6 +186,60 @@ class TransformerLM(eqx.Module):
         """An empty cache for `slots` tokens in each of `batch_size` sequences."""
         return _init_cache(self.embedding, self.decoder, batch_size, slots)
 
+    def generate(
+        self,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        end_token: int | None = None,
+        temperature: ArrayLike = 1.0,
+        top_k: ArrayLike | None = None,
+        top_p: ArrayLike | None = None,
+        padding_mask: ArrayLike | None = None,
+        key: Keys | None = None,
+        **options: Unpack[Options],
+    ) -> Int[Array, "*b u"]:
+        """The prompt and `max_new_tokens` tokens that continue it.
+
+        Arguments:
+            prompt: ids, `(b, t)` or `(t,)`.
+            max_new_tokens: how many tokens to add.
+            end_token: a row ends with this token, and is filled with it from there on.
+            temperature: what logits are divided by before sampling, above 0.
+            top_k: sample from the k most probable tokens.
+            top_p: sample from the fewest tokens that hold this much probability, in (0, 1].
+            padding_mask: shape of `prompt`, True where a token is real; padding may be anywhere.
+            key: PRNG key to sample with, or one per row; None takes the most probable token.
+                A row's tokens depend on its key (of one key: on `fold_in(key, row)`), never on
+                the other rows.
+            **options: see `Options`.
+
+        Numbers for sampling may be arrays of one per row.
+
+        Returns:
+            int32, `(b, t + max_new_tokens)`, or `(t + max_new_tokens,)` for a prompt without a
+            batch axis.
+
+        Raises:
+            ValueError: if an option is out of its range or would be without effect, or the new
+                tokens go beyond `max_seq_length`.
+            FloatingPointError: if the logits are NaN.
+        """
+        return generate(
+            LMStep(self),
+            prompt,
+            max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+            end_token=end_token,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            padding_mask=padding_mask,
+            key=key,
+            **options,
+        )
+
 
 class Transformer(eqx.Module):
     """The encoder-decoder: target tokens are predicted from those before and from the source.
@@ -249,12 +308,12 @@ class Transformer(eqx.Module):
                 "encoder and decoder cannot share a position scheme with weights of its own. Pass "
                 "a function `key -> scheme`, so that each draws one."
             )
-        sizes = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
+        width = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
         self.src_embedding, encoder_pieces = build_embedding(
-            src_vocab_size, *sizes, src_key, **pieces
+            src_vocab_size, *width, src_key, **pieces
         )
         self.tgt_embedding, decoder_pieces = build_embedding(
-            tgt_vocab_size, *sizes, tgt_key, **pieces
+            tgt_vocab_size, *width, tgt_key, **pieces
         )
         if share_embeddings:
             if src_vocab_size != tgt_vocab_size:
@@ -274,11 +333,11 @@ class Transformer(eqx.Module):
 
     @property
     def src_vocab_size(self) -> int:
-        return (self.src_embedding.token_embedding or self.tgt_embedding.token_embedding).vocab_size
+        return self._source_embedding.vocab_size
 
     @property
     def tgt_vocab_size(self) -> int:
-        return self.tgt_embedding.token_embedding.vocab_size
+        return self.tgt_embedding.vocab_size
 
     @property
     def max_seq_length(self) -> int | None:
@@ -356,9 +415,7 @@ class Transformer(eqx.Module):
         src_padding_mask: Bool[Array, "*b s"] | None = None,
     ) -> Float[Array, "*b s d"]:
         """The encoder's output; arguments as for `__call__`."""
-        embedding = self.src_embedding
-        if embedding.token_embedding is None:
-            embedding = embedding.with_tokens(self.tgt_embedding.token_embedding)
+        embedding = self._source_embedding
         return _encode(embedding, self.encoder, src, src_mask, key, src_padding_mask, "src")
 
     def decode(
@@ -402,8 +459,8 @@ class Transformer(eqx.Module):
         cross = as_mask(src_tgt_mask)
         if src_padding_mask is not None:
             source = src_padding_mask.shape if encoder_output is None else encoder_output.shape[:-1]
-            padding = check_padding_mask(src_padding_mask, source, "src_padding_mask")
-            cross = cross.replace(k_positions=padding_to_positions(padding))
+            check_padding_mask(src_padding_mask, source, "src_padding_mask")
+            cross = cross.replace(k_positions=padding_to_positions(jnp.asarray(src_padding_mask)))
         return _decode(
             self.tgt_embedding,
             self.decoder,
@@ -425,6 +482,62 @@ class Transformer(eqx.Module):
         """An empty cache for `slots` target tokens, with the encoder's keys and values."""
         batch_size = encoder_output.shape[0]
         return _init_cache(self.tgt_embedding, self.decoder, batch_size, slots, encoder_output)
+
+    def generate(
+        self,
+        src: Tokens,
+        max_length: int,
+        start_token: int,
+        end_token: int | None,
+        temperature: ArrayLike = 1.0,
+        key: Keys | None = None,
+        *,
+        top_k: ArrayLike | None = None,
+        top_p: ArrayLike | None = None,
+        src_padding_mask: ArrayLike | None = None,
+        **options: Unpack[Options],
+    ) -> Int[Array, "*b t"]:
+        """Target sequences for the source, beginning with `start_token`.
+
+        Arguments:
+            src: source ids, `(b, s)` or `(s,)`.
+            max_length: length of the result, the start token included.
+            start_token: the first target token.
+            end_token: a row ends with this token, and is filled with it from there on.
+            temperature, key, top_k, top_p, **options: as for `TransformerLM.generate`.
+            src_padding_mask: shape of `src`, True where a token is real.
+
+        Returns:
+            int32, `(b, max_length)`, or `(max_length,)` for a source without a batch axis.
+
+        Raises:
+            ValueError: if an option is out of its range or would be without effect, or
+                `max_length` is beyond `max_seq_length`.
+            FloatingPointError: if the logits are NaN.
+        """
+        return generate_from_source(
+            partial(Seq2SeqStep, self),
+            src,
+            max_length,
+            start_token,
+            src_padding_mask,
+            src_vocab_size=self.src_vocab_size,
+            vocab_size=self.tgt_vocab_size,
+            max_seq_length=self.max_seq_length,
+            end_token=end_token,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            key=key,
+            **options,
+        )
+
+    @property
+    def _source_embedding(self) -> TransformerEmbedding:
+        # With share_embeddings the target's table is the only one.
+        if self.src_embedding.token_embedding is not None:
+            return self.src_embedding
+        return self.src_embedding.with_tokens(self.tgt_embedding.token_embedding)
 
 
 class TransformerEncoder(eqx.Module):
@@ -477,7 +590,7 @@ class TransformerEncoder(eqx.Module):
 
     @property
     def vocab_size(self) -> int:
-        return self.embedding.token_embedding.vocab_size
+        return self.embedding.vocab_size
 
     @property
     def max_seq_length(self) -> int | None:
@@ -510,7 +623,7 @@ class TransformerEncoder(eqx.Module):
 
 def _encode(embedding, encoder, tokens, mask, key, padding_mask, name="tokens"):
     """Embed and encode: the side of the source."""
-    tokens = check_tokens(tokens, embedding.token_embedding.vocab_size, name)
+    tokens = check_tokens(tokens, embedding.vocab_size, name)
     mask = _place(as_mask(mask), tokens, padding_mask, None)
     embedding_key, encoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)
@@ -530,7 +643,7 @@ def _decode(
     name="tokens",
 ):
     """Embed and decode: the side of the target."""
-    tokens = check_tokens(tokens, embedding.token_embedding.vocab_size, name)
+    tokens = check_tokens(tokens, embedding.vocab_size, name)
     mask = _place(as_mask(mask), tokens, padding_mask, cache).replace(causal=True)
     embedding_key, decoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)

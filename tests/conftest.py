@@ -1,0 +1,25 @@
+"""The strict world of the tests: no silent promotion of types, and two devices."""
+
+import itertools
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives another PRNG key at each call, the same ones in every run."""
+    seeds = itertools.count(2026)
+    return lambda: jax.random.key(next(seeds))
+
+
+@pytest.fixture
+def no_shape_checker():
+    """Users do not run the shape checker: without it, bad input has to meet our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

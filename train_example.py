@@ -1,0 +1,452 @@
+"""Train a Transformer from scratch on one of three tasks.
+
+    python train_example.py                 an encoder-decoder learns to reverse sequences
+    python train_example.py copy            a language model learns to repeat a sequence
+    python train_example.py shakespeare     a language model writes, character by character
+
+Each prints what it learned and saves its loss curve. Ctrl-C stops early and still reports.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers import (
+    AdamW,
+    FeedForward,
+    RotaryPositionalEncoding,
+    Transformer,
+    TransformerLM,
+    language_model_loss,
+    sequence_to_sequence_loss,
+    train_step,
+    warmup_cosine,
+)
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error}. The progress bar and the plot need: pip install 'jaxformers[train]'")
+
+PAD, START, END = 0, 1, 2
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SHORTEST, LONGEST = 4, 16
+HELD_OUT = 2000
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass
+class Task:
+    """What the loop needs to know: a model, its loss, batches, and how to report."""
+
+    model: eqx.Module
+    loss: Callable
+    batches: Iterator[dict[str, np.ndarray]]
+    report: Callable[[eqx.Module], None]
+    validate: Callable[[eqx.Module], float] | None = None
+
+
+@dataclass
+class History:
+    """Losses by step, in nats per token."""
+
+    train: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+
+# Sequences of letters, for the reverse and the copy task.
+
+
+def letters(rng: np.random.Generator, count: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Random sequences (count, LONGEST) padded on the right, and their lengths.
+
+    A checksum of its content decides on which side a sequence is, so no held-out one is trained on.
+    """
+    rows: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    while sum(len(row) for row in rows) < count:
+        length = rng.integers(SHORTEST, LONGEST + 1, 4 * count)
+        row = rng.integers(END + 1, END + 1 + len(LETTERS), (4 * count, LONGEST))
+        row = np.where(np.arange(LONGEST) < length[:, None], row, PAD)
+        checksum = (row * (np.arange(LONGEST) + 31)).sum(1) % 5
+        rows.append(row[(checksum == 0) == held_out])
+        lengths.append(length[(checksum == 0) == held_out])
+    return np.concatenate(rows)[:count], np.concatenate(lengths)[:count]
+
+
+def spell(tokens: np.ndarray) -> str:
+    return "".join(LETTERS[t - END - 1] for t in tokens if t > END)
+
+
+def report_exact_match(kind: str, sources, answers, wanted) -> None:
+    """Prints a few examples and the share of held-out sequences without a single mistake."""
+    for source, answer in list(zip(sources, answers, strict=True))[:5]:
+        print(f"  {spell(source):>{LONGEST}} -> {spell(answer)}")
+    exact = np.mean([np.array_equal(a, w) for a, w in zip(answers, wanted, strict=True)])
+    print(f"{kind}: {100 * exact:.2f} % of {len(sources)} held-out sequences exactly right")
+
+
+def until_end(row: np.ndarray) -> np.ndarray:
+    """The tokens before the first end token."""
+    ends = np.flatnonzero(row == END)
+    return row[: ends[0]] if ends.size else row
+
+
+def reverse_task(args: argparse.Namespace) -> Task:
+    """Encoder-decoder: the target is the source backwards."""
+    rng = np.random.default_rng(args.seed)
+    vocabulary = END + 1 + len(LETTERS)
+    model = Transformer(
+        vocabulary,
+        vocabulary,
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        num_encoder_layers=args.num_layers,
+        num_decoder_layers=args.num_layers,
+        d_ff=4 * args.d_model,
+        max_seq_length=LONGEST + 1,
+        dropout_rate=args.dropout,
+        key=jax.random.key(args.seed),
+    )
+
+    def backwards(row, length):
+        return np.where(
+            np.arange(LONGEST) < length[:, None],
+            np.take_along_axis(row, (length[:, None] - 1 - np.arange(LONGEST)) % LONGEST, 1),
+            PAD,
+        )
+
+    def batches():
+        while True:
+            src, length = letters(rng, args.batch_size, held_out=False)
+            answer = np.pad(backwards(src, length), ((0, 0), (1, 1)))
+            answer[:, 0] = START
+            answer[np.arange(len(src)), length + 1] = END
+            real = np.arange(LONGEST + 1) <= length[:, None]
+            yield {
+                "src": src,
+                "src_padding_mask": src != PAD,
+                "tgt": np.where(real, answer[:, :-1], PAD),
+                "targets": answer[:, 1:],
+                "tgt_padding_mask": real,
+            }
+
+    def report(model):
+        src, length = letters(np.random.default_rng(args.seed + 1), HELD_OUT, held_out=True)
+        out = model.generate(src, LONGEST + 1, START, END, src_padding_mask=src != PAD)
+        answers = [until_end(row[1:]) for row in np.asarray(out)]
+        wanted = [row[:n] for row, n in zip(backwards(src, length), length, strict=True)]
+        report_exact_match("reverse", src, answers, wanted)
+
+    return Task(model, sequence_to_sequence_loss, batches(), report)
+
+
+def copy_task(args: argparse.Namespace) -> Task:
+    """Language model: after the separator, the sequence before it comes again."""
+    rng = np.random.default_rng(args.seed)
+    model = TransformerLM(
+        END + 1 + len(LETTERS),
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        d_ff=4 * args.d_model,
+        dropout_rate=args.dropout,
+        position=RotaryPositionalEncoding(),
+        key=jax.random.key(args.seed),
+    )
+
+    def batches():
+        width = 2 * LONGEST + 2
+        while True:
+            rows, lengths = letters(rng, args.batch_size, held_out=False)
+            text = np.full((len(rows), width), PAD)
+            for row, n, out in zip(rows, lengths, text, strict=True):
+                out[: 2 * n + 2] = [*row[:n], START, *row[:n], END]
+            place = np.arange(width - 1)
+            yield {
+                "tokens": text[:, :-1],
+                "targets": text[:, 1:],
+                "padding_mask": place < 2 * lengths[:, None] + 1,
+                # Only the copy can be predicted; the sequence itself is random.
+                "loss_mask": (place >= lengths[:, None]) & (place < 2 * lengths[:, None] + 1),
+            }
+
+    def report(model):
+        rows, lengths = letters(np.random.default_rng(args.seed + 1), HELD_OUT, held_out=True)
+        prompt = np.pad(rows, ((0, 0), (0, 1)))
+        prompt[np.arange(HELD_OUT), lengths] = START
+        out = model.generate(prompt, LONGEST + 1, end_token=END, padding_mask=prompt != PAD)
+        answers = [until_end(row[LONGEST + 1 :]) for row in np.asarray(out)]
+        wanted = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        report_exact_match("copy", rows, answers, wanted)
+
+    return Task(model, language_model_loss, batches(), report)
+
+
+# Text, for the Shakespeare task.
+
+
+def shakespeare_text(path: Path | None) -> str:
+    """The given file, else the cached text, else the text downloaded, checked and cached."""
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cached = Path(home) / "jaxformers" / "tinyshakespeare.txt"
+    if not cached.exists():
+        print(f"downloading tiny-shakespeare to {cached}")
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+                data = response.read()
+        except (urllib.error.URLError, TimeoutError) as error:
+            sys.exit(
+                f"could not download tiny-shakespeare: {error}.\nWithout a network, pass the text "
+                f"as --data FILE (any UTF-8 text works), or put it at {cached}."
+            )
+        check_sha256(data, "the download")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = cached.with_suffix(f".{os.getpid()}")
+        partial_file.write_bytes(data)
+        partial_file.replace(cached)
+    data = cached.read_bytes()
+    check_sha256(data, str(cached))
+    return data.decode()
+
+
+def check_sha256(data: bytes, what: str) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        sys.exit(
+            f"{what} is not tiny-shakespeare: {len(data)} bytes with SHA-256 {digest}, expected "
+            f"1115394 bytes with {SHAKESPEARE_SHA256}. Delete it, or pass a text as --data FILE."
+        )
+
+
+def shakespeare_task(args: argparse.Namespace) -> Task:
+    """Language model over characters; the last tenth of the text validates."""
+    rng = np.random.default_rng(args.seed)
+    text = shakespeare_text(args.data)
+    characters = sorted(set(text))
+    index = {character: i for i, character in enumerate(characters)}
+    tokens = np.array([index[c] for c in text], np.int32)
+    split = int(0.9 * len(tokens))
+    if len(tokens) - split <= args.context:
+        sys.exit(
+            f"the text has {len(tokens)} characters, too few for a tenth to be longer than "
+            f"--context {args.context}. Pass a longer text or a shorter --context."
+        )
+    train, held_out = tokens[:split], tokens[split:]
+    print(f"{len(text):,} characters, {len(characters)} different, the last 10 % held out")
+    model = TransformerLM(
+        len(characters),
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        d_ff=4 * args.d_model,
+        max_seq_length=args.context,
+        dropout_rate=args.dropout,
+        feed_forward=partial(FeedForward, activation=jax.nn.gelu),
+        position=RotaryPositionalEncoding(),
+        window=args.context,  # so that the sample may be longer than what was trained on
+        key=jax.random.key(args.seed),
+    )
+
+    def windows(source, starts):
+        rows = source[starts[:, None] + np.arange(args.context + 1)]
+        return {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+
+    def batches():
+        while True:
+            yield windows(train, rng.integers(0, len(train) - args.context, args.batch_size))
+
+    loss = eqx.filter_jit(language_model_loss)
+
+    def validate(model, every=8):
+        # Windows side by side over the held-out text: all of it at the end, an eighth on the way.
+        starts = np.arange(0, len(held_out) - args.context, args.context * every)
+        parts = [windows(held_out, part) for part in np.array_split(starts, -(-len(starts) // 64))]
+        sizes = [len(part["tokens"]) for part in parts]
+        return float(np.average([loss(model, part) for part in parts], weights=sizes))
+
+    def report(model):
+        loss = validate(model, every=1)
+        print(f"validation loss {loss:.4f} nats per character, perplexity {np.exp(loss):.3f}")
+        prompt = jnp.array([[index.get("\n", 0)]])
+        sample = model.generate(prompt, 500, temperature=0.8, key=jax.random.key(args.seed))
+        print("sample at temperature 0.8:\n")
+        print("".join(characters[i] for i in np.asarray(sample)[0]))
+
+    return Task(model, language_model_loss, batches(), report, validate)
+
+
+# The loop.
+
+
+class Stop:
+    """Ctrl-C asks the loop to end after the step; a second one ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(task: Task, args: argparse.Namespace) -> tuple[eqx.Module, History]:
+    """Trains with AdamW, warm-up and cosine decay, under a progress bar."""
+    rate = warmup_cosine(args.learning_rate, args.warmup, args.steps, 0.05 * args.learning_rate)
+    optimizer = AdamW(rate, b2=0.99, weight_decay=args.weight_decay, max_grad_norm=1.0)
+    model, state = task.model, optimizer.init(task.model)
+    stop, history = Stop(), History()
+    keys = jax.random.key(args.seed)
+    losses, tokens, since = [], 0, time.perf_counter()
+    with tqdm(total=args.steps, unit="step", desc=args.task, file=sys.stdout) as bar:
+        for step, batch in zip(range(1, args.steps + 1), task.batches, strict=False):
+            key = jax.random.fold_in(keys, step)
+            model, state, loss = train_step(
+                model, state, batch, optimizer=optimizer, loss=task.loss, key=key
+            )
+            losses.append(loss)
+            tokens += batch["targets"].size
+            last = step == args.steps or stop.asked
+            if step % args.log_every == 0 or last:
+                # Reading a loss waits for the device, so it is done for many steps at once.
+                history.train += [float(loss) for loss in losses]
+                speed = tokens / (time.perf_counter() - since)
+                recent = np.mean(history.train[-len(losses) :])
+                bar.set_postfix_str(f"loss {recent:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.update(len(losses))
+                losses, tokens, since = [], 0, time.perf_counter()
+            if task.validate and (step % args.eval_every == 0 or last):
+                history.validation.append((step, task.validate(model)))
+                bar.write(f"step {step:5}: validation loss {history.validation[-1][1]:.4f}")
+                since = time.perf_counter()
+            if stop.asked:
+                bar.write(f"stopped after step {step} of {args.steps}")
+                break
+    return model, history
+
+
+def save_curve(history: History, title: str, path: Path) -> None:
+    """The losses as a picture: every step faint, their running mean, and the validation points."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    train = np.array(history.train)
+    steps = np.arange(1, len(train) + 1)
+    axes.plot(steps, train, color="C0", alpha=0.25, linewidth=0.7, label="train, each step")
+    width = max(1, len(train) // 50)
+    smooth = np.convolve(train, np.ones(width) / width, "valid")
+    axes.plot(steps[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
+    if history.validation:
+        axes.plot(*zip(*history.validation, strict=True), "o-", color="C1", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"loss curve: {path}")
+
+
+# The command line. A task's own defaults stand beside the flag in --help.
+
+TASKS = {"reverse": reverse_task, "copy": copy_task, "shakespeare": shakespeare_task}
+DEFAULTS = {
+    "steps": (1500, 1500, 5000),
+    "batch_size": (128, 128, 16),
+    "learning_rate": (2e-3, 2e-3, 2e-3),
+    "d_model": (64, 64, 192),
+    "num_heads": (4, 4, 6),
+    "num_layers": (2, 2, 4),
+    "dropout": (0.0, 0.0, 0.05),
+}
+HELP = {
+    "steps": "number of updates",
+    "batch_size": "sequences per update",
+    "learning_rate": "highest learning rate, after the warm-up",
+    "d_model": "width of the residual stream",
+    "num_heads": "attention heads",
+    "num_layers": "layers (of the encoder and of the decoder)",
+    "dropout": "dropout rate",
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", nargs="?", choices=TASKS, default="reverse")
+    for name, values in DEFAULTS.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = (
+            f"{HELP[name]} ({', '.join(f'{t}: {v}' for t, v in zip(TASKS, values, strict=True))})"
+        )
+        parser.add_argument(flag, type=type(values[0]), help=text)
+    parser.add_argument("--warmup", type=int, default=100, help="steps of warm-up (%(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
+    parser.add_argument(
+        "--log-every", type=int, default=20, help="steps between updates of the bar"
+    )
+    parser.add_argument("--curve", type=Path, help="where the loss curve goes (runs/TASK.png)")
+    shakespeare = parser.add_argument_group("shakespeare only")
+    shakespeare.add_argument("--data", type=Path, help="a UTF-8 text instead of tiny-shakespeare")
+    shakespeare.add_argument("--context", type=int, help="characters per window (128)")
+    shakespeare.add_argument("--eval-every", type=int, help="steps between validations (500)")
+    args = parser.parse_args(argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, dict(zip(TASKS, values, strict=True))[args.task])
+    for name, value in {"data": None, "context": 128, "eval_every": 500}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        elif args.task != "shakespeare":
+            parser.error(f"--{name.replace('_', '-')} goes with the task shakespeare")
+    if args.data is not None and not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file")
+    for name in ("steps", "batch_size", "warmup", "log_every", "context", "eval_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.warmup = min(args.warmup, args.steps)
+    args.curve = args.curve or Path("runs") / f"{args.task}.png"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    begin = time.perf_counter()
+    try:
+        task = TASKS[args.task](args)
+    except ValueError as error:
+        sys.exit(f"train_example.py: {error}")
+    count = sum(x.size for x in jax.tree.leaves(task.model))
+    print(f"{args.task}: a {type(task.model).__name__} with {count:,} parameters")
+    model, history = train(task, args)
+    print(f"trained {len(history.train)} steps in {time.perf_counter() - begin:.0f} s")
+    task.report(model)
+    save_curve(history, args.task, args.curve)
+
+
+if __name__ == "__main__":
+    main()
