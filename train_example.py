@@ -358,7 +358,8 @@ def save_curve(history: History, title: str, path: Path) -> None:
     axes.plot(steps, train, color="C0", alpha=0.25, linewidth=0.7, label="train, each step")
     width = max(1, len(train) // 50)
     smooth = np.convolve(train, np.ones(width) / width, "valid")
-    axes.plot(steps[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
+    middle = steps[(width - 1) // 2 :][: len(smooth)]
+    axes.plot(middle, smooth, color="C0", label=f"train, mean of {width} steps")
     if history.validation:
         axes.plot(*zip(*history.validation, strict=True), "o-", color="C1", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
@@ -373,13 +374,13 @@ def save_curve(history: History, title: str, path: Path) -> None:
 
 TASKS = {"reverse": reverse_task, "copy": copy_task, "shakespeare": shakespeare_task}
 DEFAULTS = {
-    "steps": (1500, 1500, 5000),
-    "batch_size": (128, 128, 16),
-    "learning_rate": (2e-3, 2e-3, 2e-3),
-    "d_model": (64, 64, 192),
-    "num_heads": (4, 4, 6),
-    "num_layers": (2, 2, 4),
-    "dropout": (0.0, 0.0, 0.05),
+    "steps": (1200, 1500, 5000),
+    "batch_size": (128, 128, 12),
+    "learning_rate": (2e-3, 2e-3, 3e-3),
+    "d_model": (64, 64, 128),
+    "num_heads": (4, 4, 4),
+    "num_layers": (2, 3, 4),
+    "dropout": (0.0, 0.0, 0.0),
 }
 HELP = {
     "steps": "number of updates",

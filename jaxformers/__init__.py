@@ -4,6 +4,7 @@ from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attentio
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
+from jaxformers.generation import Generation
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.layers import FeedForward, GatedFeedForward, LayerNorm, Residual, RMSNorm
 from jaxformers.losses import cross_entropy
@@ -40,5 +41,6 @@ from jaxformers.schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from jaxformers.scoring import perplexity
 from jaxformers.training import language_model_loss, sequence_to_sequence_loss, train_step
 from jaxformers.transformer import Transformer, TransformerEncoder, TransformerLM

@@ -101,7 +101,10 @@ def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> In
                 f"got {low if low < 0 else high}. Mark padding with padding_mask=, not by an id "
                 "outside the vocabulary."
             )
-    return jnp.asarray(tokens, jnp.int32)
+    # Cast in NumPy what came from there: in JAX each new shape would compile a program for it.
+    if isinstance(tokens, np.ndarray):
+        return jax.device_put(tokens.astype(np.int32))
+    return tokens.astype(jnp.int32)
 
 
 def check_padding_mask(

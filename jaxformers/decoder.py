@@ -44,6 +44,13 @@ class Cache(eqx.Module):
     All layers share the slots: the next token of every sequence is written to slot `length`.
     Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
     padding, so that nobody attends to it.
+
+    Example:
+        >>> cache = model.init_cache(batch_size=1, slots=8)
+        >>> hidden, cache = model.forward(jnp.array([[1, 2, 3]]), cache=cache)
+        >>> hidden, cache = model.forward(jnp.array([[4]]), cache=cache)
+        >>> print(cache.length, cache.positions)
+        4 [[ 0  1  2  3 -1 -1 -1 -1]]
     """
 
     layers: tuple[LayerCache, ...]

@@ -1,193 +1,196 @@
-"""Decoding: one compiled program for every model.
+"""`generate` and `stream` for every model: what the user gave to the compiled loop, and back."""
 
-`generate` turns what the user gave into arrays, then runs one program: the whole prompt in one
-call, then one `lax.while_loop` over tokens that ends when all rows have ended. The program is
-handed an adapter (`steps.py`) and knows no model.
-
-Rows of different length are moved to the right, so that in every row the prompt's last token
-stands in column `t - 1` and new ones from column `t` on. Column c of the tokens is column c of the
-cache.
-"""
-
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.checks import check_options, check_padding_mask, check_size, check_tokens, is_known
-from jaxformers.prompts import Tokens, check_ids, check_room, join, pad_to_bucket
-from jaxformers.sampling import Keys, Warper, draw, make_warper, row_keys
-
-
-class Plan(eqx.Module):
-    """What to do with logits and when to stop, all numbers as arrays: new ones compile nothing."""
-
-    start: Int[Array, ""]  # the column of the first new token
-    limit: Int[Array, ""]  # one past the column of the last
-    keys: Key[Array, " b"] | None  # one per row; None is greedy
-    warper: Warper
-    end_tokens: Int[Array, " e"]
-    pad_token: Int[Array, ""]
-
-
-class State(NamedTuple):
-    """What the loop carries."""
-
-    tokens: Int[Array, "b s"]
-    length: Int[Array, ""]  # columns in use
-    first: Int[Array, " b"]  # the first real column of each row
-    done: Bool[Array, " b"]
-    failed: Bool[Array, " b"]  # rows whose logits were not numbers
-    real: Bool[Array, " b"]  # whether the last column is a token rather than filling
-    cache: Any
+from jaxformers.beams import Beams, best_of, run_beams
+from jaxformers.checks import check_options, check_size, is_known
+from jaxformers.decoder import Cache
+from jaxformers.loop import State, advance_stream, run, start_stream
+from jaxformers.plan import ANY, AllOptions, Plan, make_plan
+from jaxformers.prompts import (
+    Prompt,
+    Tokens,
+    bucket,
+    check_ids,
+    check_room,
+    read_prompt,
+    read_source,
+)
+from jaxformers.sampling import per_row
+from jaxformers.speculative import LookupDraft, ModelDraft, run_speculative
 
 
-def choose(plan: Plan, logits: Float[Array, "b v"], length: Int[Array, ""]) -> Int[Array, " b"]:
-    """The token of column `length`."""
-    if plan.keys is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return draw(plan.warper(logits), plan.keys, length - plan.start)
-
-
-def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
-    """The state with one more column; rows that have ended get the filling."""
-    failed = ~state.done & jnp.isnan(logits).any(-1)
-    stopped = state.done | failed
-    token = jnp.where(stopped, plan.pad_token, choose(plan, logits, state.length))
-    ends = (token[:, None] == plan.end_tokens).any(-1)
-    return state._replace(
-        tokens=lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.length, axis=1),
-        length=state.length + 1,
-        done=stopped | ends,
-        failed=state.failed | failed,
-        real=~stopped,
-    )
-
-
-def prefill(
-    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], slots: int
-) -> State:
-    """The state after the first new token."""
-    b, t = tokens.shape
-    tokens, real = to_the_right(plan, tokens, real)
-    hidden, cache = step(tokens, real, step.start(b, slots))
-    # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
-    cache = step.rewind(cache, plan.start)
-    last = lax.dynamic_slice_in_dim(hidden, plan.start - 1, 1, axis=1)
-    filling = jnp.broadcast_to(plan.pad_token, (b, slots))
-    none = jnp.zeros(b, jnp.bool_)
-    state = State(
-        tokens=lax.dynamic_update_slice(filling, tokens, (0, 0)),
-        length=plan.start,
-        first=jnp.argmax(real, axis=1).astype(jnp.int32),
-        done=none,
-        failed=none,
-        real=~none,
-        cache=cache,
-    )
-    return emit(plan, state, step.project(last)[:, 0])
-
-
-def advance(step: Any, plan: Plan, state: State) -> State:
-    """The state after one more token."""
-    last = lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
-    hidden, cache = step(last, state.real[:, None], state.cache)
-    return emit(plan, state._replace(cache=cache), step.project(hidden)[:, 0])
-
-
-def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
-    """Whether there is a column left and a row that has not ended."""
-    return (state.length < plan.limit) & ~state.done.all()
-
-
-def to_the_right(
-    plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
-) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
-    """Each row's tokens moved together to the end of the prompt's columns, filling before them."""
-    beyond = jnp.arange(tokens.shape[1]) >= plan.start
-    order = jnp.argsort(jnp.where(beyond, 2, real.astype(jnp.int32)), axis=1, stable=True)
-    tokens, real = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, real))
-    return jnp.where(real, tokens, plan.pad_token), real
-
-
-@eqx.filter_jit
-def run(
-    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], slots: int
-) -> tuple[Int[Array, "b s"], Bool[Array, " b"]]:
-    """The whole of decoding: the tokens of all columns, and which rows failed."""
-    state = prefill(step, plan, tokens, real, slots)
-    state = lax.while_loop(
-        lambda state: unfinished(plan, state), lambda state: advance(step, plan, state), state
-    )
-    # New tokens that no row got to stay what the buffer began with, the filling.
-    return state.tokens, state.failed
-
-
-class Options(TypedDict, total=False):
-    """What `generate` takes besides the arguments it names; every name may be left out.
+class Generation(NamedTuple):
+    """What `generate` returns where more than the tokens is asked for.
 
     Arguments:
-        pad_token: what rows are filled with once they have ended; default `end_token`, or 0.
-        min_p: sample from tokens at least this times as probable as the most probable one, [0, 1].
-        typical_p: sample from the tokens whose surprise is nearest to the entropy, this much
-            probability of them, in (0, 1].
+        tokens: int32, the prompt and the new tokens.
+        log_probs: of each new token under the model itself (before temperature, cuts and
+            penalties), 0 after a row's end; shape of the new tokens.
+        scores: their sum per row; of beams the score they were ranked by.
+        cache: the model's memory of `tokens`, if `return_cache`; a later call can continue it.
+        acceptance_rate: with a draft, the share of its guesses that were kept.
     """
 
-    pad_token: int | None
-    min_p: ArrayLike | None
-    typical_p: ArrayLike | None
+    tokens: Int[Array, "*b t"]
+    log_probs: Float[Array, "*b u"]
+    scores: Float[Array, "*b"]
+    cache: Cache | None = None
+    acceptance_rate: Float[Array, ""] | None = None
+
+
+class Request(NamedTuple):
+    """A call of `generate` or `stream`, checked."""
+
+    plan: Plan
+    prompt: Prompt
+    columns: int  # of the prompt's bucket
+    slots: int  # the columns of the prompt's and the budget's bucket
+    start: int  # the column of the first new token, and one past that of the last
+    stop: int
+
+    @property
+    def arrays(self) -> tuple[Plan, Array, Array, int]:
+        """What the loop takes after the adapter."""
+        return self.plan, *self.prompt.to_bucket(self.columns), self.slots
+
+
+def read_request(
+    prompt: Tokens | Prompt,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    *,
+    vocab_size: int,
+    max_seq_length: int | None,
+    padding_mask: Any = None,
+) -> Request:
+    """The call's arguments, checked and turned into arrays."""
+    check_options(options, AllOptions.__annotations__, "generate")
+    check_size(max_new_tokens=max_new_tokens)
+    if not isinstance(prompt, Prompt):
+        prompt = read_prompt(prompt, padding_mask, vocab_size)
+    check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
+    batch_size, start = prompt.tokens.shape
+    plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options)
+    columns = bucket(start, max_seq_length)
+    slots, stop = columns + bucket(max_new_tokens), start + max_new_tokens
+    if max_seq_length is not None:
+        slots = max(min(slots, max_seq_length), columns, stop)
+    slots += read_draft_length(options)  # guesses may go beyond the last column
+    return Request(plan, prompt, columns, slots, start, stop)
 
 
 def generate(
     step: Any,
-    prompt: Tokens,
+    prompt: Tokens | Prompt,
     max_new_tokens: int,
     *,
-    vocab_size: int,
-    max_seq_length: int | None,
-    end_token: int | None,
-    temperature: ArrayLike,
-    top_k: ArrayLike | None,
-    top_p: ArrayLike | None,
-    key: Keys | None,
-    padding_mask: ArrayLike | None = None,
-    **options: Unpack[Options],
-) -> Int[Array, "*b t"]:
+    options: dict[str, Any],
+    **model: Any,
+) -> Int[Array, "*b t"] | Generation:
     """The prompt and what the model continues it with; see the models' own `generate`.
 
     Arguments:
         step: an adapter from `steps.py`, which drives the model.
         prompt: `(b, t)` or `(t,)`.
         max_new_tokens: how many tokens to add.
-        vocab_size: number of tokens the model knows.
-        max_seq_length: the longest sequence it knows; None if there is no limit.
+        options: see `Options`, and the arguments of the models' `generate`.
+        **model: see `read_request`.
     """
-    check_options(options, Options.__annotations__, "generate")
-    check_size(max_new_tokens=max_new_tokens)
-    prompt = check_tokens(prompt, vocab_size, "prompt")
-    padding_mask = check_padding_mask(padding_mask, prompt.shape)
-    check_room(prompt, padding_mask, max_new_tokens, max_seq_length)
-    end_tokens = check_ids("end_token", end_token, vocab_size)
-    pad = check_ids("pad_token", options.get("pad_token"), vocab_size)
-    batch_size, t = (1, *prompt.shape)[-2:]
-    sampling = temperature, top_k, top_p, options.get("min_p"), options.get("typical_p")
-    if key is None:
-        check_greedy(*sampling)
-    plan = Plan(
-        start=jnp.asarray(np.int32(t)),
-        limit=jnp.asarray(np.int32(t + max_new_tokens)),
-        keys=row_keys(key, batch_size),
-        warper=Warper() if key is None else make_warper(batch_size, *sampling),
-        end_tokens=jnp.asarray(end_tokens),
-        pad_token=jnp.asarray(np.int32([*pad, *end_tokens, 0][0])),
+    request = read_request(prompt, max_new_tokens, options, **model)
+    beams = read_beams(options, request.prompt.tokens.shape[0])
+    draft = read_draft(step, options, request, max_new_tokens)
+    keep = options.get("return_cache", False)
+    if beams is not None:
+        result = search(step, request, *beams)
+    elif draft is not None:
+        state, rate = run_speculative(step, draft, *request.arrays, read_draft_length(options))
+        result = answer(request, request.prompt, state)._replace(acceptance_rate=rate)
+    else:
+        cache = room_for(step, options.get("cache"), request.slots)
+        state = run(step, *request.arrays, cache, keep)
+        result = answer(request, request.prompt, state)._replace(cache=state.cache)
+    return result if keep or options.get("return_scores", False) else result.tokens
+
+
+def search(step: Any, request: Request, beams: Beams, count: int) -> Generation:
+    """What beam search finds, the `count` best for each row."""
+    plan, *arrays = request.arrays
+    ended, failed = run_beams(step, plan, beams, *arrays)
+    best, prompt = best_of(ended, count), request.prompt.repeat(count)
+    result = answer(request, prompt, Found(best.tokens, best.log_probs, failed))
+    return result._replace(scores=prompt.place(best.scores))
+
+
+class Found(NamedTuple):
+    """What `answer` needs of a loop's state."""
+
+    tokens: Int[Array, "b s"]
+    log_probs: Float[Array, "b s"]
+    failed: Bool[Array, " r"]
+
+
+def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation:
+    """What a loop found, in the shape the user gave the prompt in."""
+    tokens = check_finite(found.tokens, found.failed)
+    log_probs = prompt.cut(found.log_probs, request.start, request.stop)
+    return Generation(
+        tokens=prompt.join(tokens, request.start, request.stop),
+        log_probs=prompt.place(log_probs),
+        scores=prompt.place(log_probs.sum(-1)),
     )
-    tokens, real, slots = pad_to_bucket(prompt, padding_mask, max_new_tokens, max_seq_length)
-    tokens, failed = run(step, plan, tokens, real, slots)
-    return join(prompt, check_finite(tokens, failed), t, max_new_tokens)
+
+
+# Options whose answer is only known at the end, or that decide several tokens at once.
+NOT_STREAMED = {
+    *("num_beams", "num_return_sequences", "length_penalty", "early_stopping"),
+    *("draft_model", "prompt_lookup", "draft_length", "return_scores", "return_cache", "cache"),
+}
+
+
+def stream(
+    step: Any,
+    prompt: Tokens | Prompt,
+    max_new_tokens: int,
+    *,
+    options: dict[str, Any],
+    **model: Any,
+) -> Iterator[Int[Array, "*b"]]:
+    """The tokens of `generate` one column at a time, as they come."""
+    beyond = NOT_STREAMED & set(options)
+    if beyond:
+        raise ValueError(
+            f"{sorted(beyond)[0]} is not for streaming, which gives tokens as they come. Call "
+            "generate, or leave it out."
+        )
+    request = read_request(prompt, max_new_tokens, options, **model)
+    return _columns(step, request)
+
+
+def _columns(step: Any, request: Request) -> Iterator[Int[Array, "*b"]]:
+    plan, *arrays = request.arrays
+    state = start_stream(step, plan, *arrays)
+    for column in range(request.start, request.stop):
+        check_finite(state.tokens, state.failed)
+        newest = request.prompt.cut(state.tokens, column, column + 1)
+        done = bool(state.done.all())
+        yield request.prompt.place(newest[:, 0])
+        if done or column + 1 == request.stop:
+            return
+        state = advance_stream((step, plan), state)
+
+
+def gather(
+    end_token: Any, temperature: Any, top_k: Any, top_p: Any, key: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """All options by name."""
+    named = {"end_token": end_token, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return {**options, **named, "key": key}
 
 
 def generate_from_source(
@@ -195,40 +198,104 @@ def generate_from_source(
     src: Tokens,
     max_length: int,
     start_token: int,
-    src_padding_mask: ArrayLike | None,
+    src_padding_mask: Any,
     *,
     src_vocab_size: int,
+    max_source_length: int | None,
     vocab_size: int,
-    **options: Any,
-) -> Int[Array, "*b t"]:
-    """Target sequences for a source: `generate` with the start token as the prompt."""
+    decode: Callable[..., Any] = generate,
+    **rest: Any,
+) -> Any:
+    """`generate` (or `stream`) for a source, with the start token as the prompt."""
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(
             "max_length must be an integer of at least 2, the start token and one more, got "
             f"{max_length!r}."
         )
-    src = check_tokens(src, src_vocab_size, "src")
-    mask = check_padding_mask(src_padding_mask, src.shape, "src_padding_mask")
-    (start,) = check_ids("start_token", start_token, vocab_size)
-    step = make_step(*(x if x is None or x.ndim == 2 else x[None] for x in (src, mask)))
-    prompt = jnp.asarray(np.full((*src.shape[:-1], 1), start))
-    return generate(step, prompt, max_length - 1, vocab_size=vocab_size, **options)
+    source, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length)
+    (start,) = check_ids("start_token", [start_token], vocab_size)
+    step = make_step(*arrays)
+    prompt = source.begin(int(start))
+    return decode(step, prompt, max_length - 1, vocab_size=vocab_size, **rest)
 
 
-def check_greedy(temperature: ArrayLike, *others: ArrayLike | None) -> None:
-    """Raise if an option of sampling is given where nothing is sampled."""
-    names = "top_k", "top_p", "min_p", "typical_p"
-    given = [name for name, value in zip(names, others, strict=True) if value is not None]
-    if not (isinstance(temperature, int | float) and temperature == 1.0):
-        given.insert(0, "temperature")
-    if given:
+def read_beams(options: dict[str, Any], batch_size: int) -> tuple[Beams, int] | None:
+    """How to search and how many sequences to return, or None without beam search."""
+    num_beams, count = options.get("num_beams", 1), options.get("num_return_sequences", 1)
+    check_size(num_beams=num_beams, num_return_sequences=count)
+    if num_beams == 1:
+        for name in ("num_return_sequences", "length_penalty", "early_stopping"):
+            if name in options:
+                raise ValueError(
+                    f"{name} is for beam search, got num_beams 1. Pass num_beams=, or leave it out."
+                )
+        return None
+    if count > num_beams:
         raise ValueError(
-            f"{' and '.join(given)} only matter when sampling, got no key, which means greedy "
-            "decoding. Pass key=jax.random.key(0) to sample, or leave them out."
+            f"num_return_sequences must be at most num_beams, got {count} and {num_beams}."
         )
+    for name in ("cache", "return_cache"):
+        if options.get(name):
+            raise ValueError(f"{name} does not go with num_beams, got both. Leave one out.")
+    early_stopping = options.get("early_stopping", False)
+    if not (isinstance(early_stopping, bool) or early_stopping == "never"):
+        raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}.')
+    penalty = options.get("length_penalty", 1.0)
+    penalty = per_row("length_penalty", penalty, batch_size, *ANY)
+    return Beams(penalty, num_beams, early_stopping), count
 
 
-def check_finite(tokens: Int[Array, "b s"], failed: Bool[Array, " b"]) -> Int[Array, "b s"]:
+def read_draft_length(options: dict[str, Any]) -> int:
+    """How many tokens are guessed at a time, 0 if none are."""
+    given = [name for name in ("draft_model", "prompt_lookup") if options.get(name) is not None]
+    if len(given) == 2:
+        raise ValueError(
+            "draft_model and prompt_lookup both guess tokens, got both. Leave one out."
+        )
+    if not given:
+        if "draft_length" in options:
+            raise ValueError(
+                "draft_length is how many tokens are guessed at a time, got neither draft_model "
+                "nor prompt_lookup to guess them. Pass one of these, or leave it out."
+            )
+        return 0
+    for name in ("num_beams", "cache", "return_cache"):
+        if options.get(name):
+            raise ValueError(f"{name} does not go with {given[0]}, got both. Leave one out.")
+    length = options.get("draft_length", 4)
+    check_size(draft_length=length)
+    return length
+
+
+def read_draft(
+    step: Any, options: dict[str, Any], request: Request, max_new_tokens: int
+) -> ModelDraft | LookupDraft | None:
+    """Who guesses tokens, or None for plain decoding."""
+    if not read_draft_length(options):
+        return None
+    model = options.get("draft_model")
+    if model is None:
+        check_size(prompt_lookup=options["prompt_lookup"])
+        return LookupDraft(options["prompt_lookup"])
+    draft = step.drive(model)
+    if draft.vocab_size != step.vocab_size:
+        raise ValueError(
+            f"draft_model must have the model's vocabulary of {step.vocab_size} tokens, got one "
+            f"of {draft.vocab_size}."
+        )
+    check_room(request.prompt, max_new_tokens, model.max_seq_length)
+    return ModelDraft(draft)
+
+
+def room_for(step: Any, cache: Any, slots: int) -> Any:
+    """The cache with room for `slots` more columns; None stays None."""
+    if cache is None:
+        return None
+    free = cache.slots - int(cache.length) if is_known(cache.length) else 0
+    return cache if free >= slots else step.grow(cache, bucket(cache.slots + slots - free))
+
+
+def check_finite(tokens: Int[Array, "b s"], failed: Bool[Array, " r"]) -> Int[Array, "b s"]:
     """The tokens, or an error where the model gave logits that are not numbers."""
     message = (
         "the model's logits are NaN, so that there is nothing to choose from. Look for the cause "

@@ -18,13 +18,21 @@ def xavier_uniform(
 
     Glorot and Bengio 2010. The fans are given apart from the shape because an axis of heads is
     part of the fan: `(d, heads, head_dim)` maps d to heads * head_dim features.
+
+    Example:
+        >>> xavier_uniform(jax.random.key(0), (64, 8, 4), 64, 32).shape
+        (64, 8, 4)
     """
     limit = (6.0 / (fan_in + fan_out)) ** 0.5
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
 
 def normal(stddev: float = 0.02) -> Initializer:
-    """Normal with mean 0 and the given standard deviation (0.02 in BERT and GPT-2)."""
+    """Normal with mean 0 and the given standard deviation (0.02 in BERT and GPT-2).
+
+    Example:
+        >>> model = TransformerLM(65, init=normal(0.02), embedding_scale=1.0, key=key)
+    """
     check_positive(stddev=stddev)
 
     def init(key, shape, fan_in, fan_out):

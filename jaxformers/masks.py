@@ -93,7 +93,8 @@ class AttentionMask(eqx.Module):
             axes = "(batch, heads, t, s)" if len(shape) == 4 else "(heads, t, s)"
             raise ValueError(
                 f"a mask must broadcast to {axes} = {shape}, got {have}. A mask per sequence has "
-                "shape (batch, 1, t, s): write mask[:, None]."
+                "shape (batch, 1, t, s): write mask[:, None]. For padding, models take "
+                "padding_mask=."
             )
 
     def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:

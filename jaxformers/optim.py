@@ -93,7 +93,19 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
 
 
 class Optimizer(eqx.Module):
-    """The protocol; derive from it to write an optimiser of your own."""
+    """The protocol; derive from it to write an optimiser of your own.
+
+    Example:
+        >>> class GradientDescent(Optimizer):
+        ...     rate: float
+        ...
+        ...     def init(self, model):
+        ...         return None
+        ...
+        ...     def update(self, grads, state, model):
+        ...         updates = jax.tree.map(lambda g: -self.rate * g, grads)
+        ...         return eqx.apply_updates(model, updates), state
+    """
 
     @abstractmethod
     def init(self, model: PyTree) -> PyTree:

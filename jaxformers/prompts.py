@@ -4,19 +4,128 @@ Sizes are rounded up to buckets, so that a new length inside a bucket compiles n
 in NumPy: in JAX, cutting or padding to each new length would itself compile.
 """
 
-from collections.abc import Iterable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Int
 
-from jaxformers.checks import is_known
+from jaxformers.checks import check_padding_mask, check_tokens, is_known
 
 # What may be given as token ids.
 Tokens = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+
+
+class Prompt(NamedTuple):
+    """A prompt as a NumPy array, or as the tracer it is under `jit` and `vmap`."""
+
+    tokens: Any  # (b, t), int32
+    real: Any  # (b, t), True where a token is real
+    batched: bool  # False for a prompt that came as (t,)
+    sharding: Sharding | None  # where the result goes; None is the default device
+
+    def to_bucket(self, columns: int) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+        """The tokens in `columns` columns, and which of them are real."""
+        width = (0, 0), (0, columns - self.tokens.shape[1])
+        xp = np if is_known(self.tokens) else jnp
+        return self._put(xp.pad(self.tokens, width)), self._put(xp.pad(self.real, width))
+
+    def begin(self, token: int) -> "Prompt":
+        """A prompt of the same rows, each being `token` alone."""
+        tokens = np.full((self.tokens.shape[0], 1), token, np.int32)
+        return self._replace(tokens=tokens, real=np.ones(tokens.shape, np.bool_))
+
+    def repeat(self, times: int) -> "Prompt":
+        """The prompt with each row `times` times over."""
+        xp = np if is_known(self.tokens) else jnp
+        tokens, real = (xp.repeat(x, times, axis=0) for x in (self.tokens, self.real))
+        return Prompt(tokens, real, self.batched or times > 1, self.sharding)
+
+    def cut(self, columns: Array, start: int, stop: int) -> Any:
+        """Columns `start` to `stop`, in NumPy where that is possible."""
+        return (np.asarray(columns) if is_known(columns) else columns)[:, start:stop]
+
+    def join(self, tokens: Int[Array, "b s"], start: int, stop: int) -> Int[Array, "*b t"]:
+        """The prompt as it came, followed by columns `start` to `stop` of `tokens`."""
+        new = self.cut(tokens, start, stop)
+        xp = np if isinstance(self.tokens, np.ndarray) and isinstance(new, np.ndarray) else jnp
+        return self.place(xp.concatenate([self.tokens, new], axis=1))
+
+    def place(self, rows: Any) -> Array:
+        """A result with an entry per row, on the prompt's devices, and unbatched if it was."""
+        return self._put(rows if self.batched else rows[0])
+
+    def _put(self, x: Any) -> Array:
+        """`x` where the prompt came from, with its rows spread over the devices in the same way."""
+        if not is_known(x):
+            return x
+        where = self.sharding
+        if isinstance(where, NamedSharding):
+            rows = where.spec[:1] if self.batched else ()
+            where = NamedSharding(where.mesh, PartitionSpec(*rows))
+        return jax.device_put(x, where)
+
+
+def read_prompt(
+    prompt: Tokens, padding_mask: ArrayLike | None, vocab_size: int, name: str = "prompt"
+) -> Prompt:
+    """The prompt, checked; rows of different length are padded on the left.
+
+    Raises:
+        ValueError: if it holds no ids of the vocabulary, or a row has no token.
+    """
+    prompt, padding_mask = _fill_ragged(prompt, padding_mask)
+    committed = isinstance(prompt, jax.Array) and is_known(prompt) and prompt.committed
+    sharding = prompt.sharding if committed else None
+    tokens = check_tokens(np.asarray(prompt) if is_known(prompt) else prompt, vocab_size, name)
+    mask_name = "src_padding_mask" if name == "src" else "padding_mask"
+    real = check_padding_mask(padding_mask, tokens.shape, mask_name)
+    if is_known(tokens):
+        tokens = np.asarray(tokens)
+    if real is None:
+        real = np.ones(tokens.shape, np.bool_)
+    elif is_known(real):
+        real = np.asarray(real)
+        if not real.any(-1).all():
+            raise ValueError(
+                f"{name} must have at least one real token in every row, got a row without any. "
+                "Begin it with a start token, or leave it out."
+            )
+    batched = tokens.ndim == 2
+    if not batched:
+        tokens, real = tokens[None], real[None]
+    return Prompt(tokens, real, batched, sharding)
+
+
+def read_source(
+    src: Tokens, padding_mask: ArrayLike | None, vocab_size: int, max_length: int | None
+) -> tuple[Prompt, tuple[Int[Array, "b s"], Bool[Array, "b s"]]]:
+    """A source, checked, and its tokens and padding mask in the columns of its bucket."""
+    source = read_prompt(src, padding_mask, vocab_size, "src")
+    check_length("src", source, max_length)
+    return source, source.to_bucket(bucket(source.tokens.shape[1], max_length))
+
+
+def _fill_ragged(prompt: Tokens, padding_mask: ArrayLike | None) -> tuple[Any, Any]:
+    """Lists of different length as one array padded on the left with 0, and its padding mask."""
+    nested = isinstance(prompt, list | tuple) and any(
+        isinstance(row, list | tuple | np.ndarray) for row in prompt
+    )
+    if not nested or len({len(row) for row in prompt}) == 1:
+        return prompt, padding_mask
+    if padding_mask is not None:
+        raise ValueError(
+            "padding_mask must be left out where prompt is a list of rows of different length, "
+            "which says itself how long each is."
+        )
+    rows = [np.asarray(row, None if len(row) else np.int32) for row in prompt]
+    longest = max(map(len, rows))
+    pads = [(longest - len(row), 0) for row in rows]
+    tokens = np.stack([np.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+    return tokens, np.arange(longest) >= np.array(pads)[:, :1]
 
 
 def bucket(size: int, cap: int | None = None) -> int:
@@ -26,68 +135,23 @@ def bucket(size: int, cap: int | None = None) -> int:
     return rounded if cap is None else max(min(rounded, cap), size)
 
 
-def pad_to_bucket(
-    prompt: Int[Array, "*b t"],
-    padding_mask: Bool[Array, "*b t"] | None,
-    max_new_tokens: int,
-    max_seq_length: int | None,
-) -> tuple[Int[Array, "b s"], Bool[Array, "b s"], int]:
-    """The prompt in a bucket's columns, which of them are real, and how many slots to decode in."""
-    xp, (tokens, real) = _numpy(prompt, padding_mask)
-    real = xp.ones(tokens.shape, bool) if real is None else real
-    tokens, real = xp.atleast_2d(tokens), xp.atleast_2d(real)
-    t = tokens.shape[1]
-    columns = bucket(t, max_seq_length)
-    slots = columns + bucket(max_new_tokens)
-    if max_seq_length is not None:
-        slots = max(min(slots, max_seq_length), t + max_new_tokens)
-    width = ((0, 0), (0, columns - t))
-    return _like(prompt, xp.pad(tokens, width)), _like(prompt, xp.pad(real, width)), slots
-
-
-def join(
-    prompt: Int[Array, "*b t"], tokens: Int[Array, "b s"], t: int, max_new_tokens: int
-) -> Int[Array, "*b u"]:
-    """The prompt as it came, and the new tokens from column `t` on."""
-    xp, (old, tokens) = _numpy(prompt, tokens)
-    new = tokens[:, t : t + max_new_tokens].reshape(*old.shape[:-1], max_new_tokens)
-    return _like(prompt, xp.concatenate([old, new], axis=-1))
-
-
-def _numpy(*arrays: Array | None) -> tuple[ModuleType, list]:
-    """NumPy and the arrays in it where their values are known, else JAX's and as they are."""
-    if all(map(is_known, arrays)):
-        return np, [None if x is None else np.asarray(x) for x in arrays]
-    return jnp, list(arrays)
-
-
-def _like(prompt: Array, x: ArrayLike) -> Array:
-    """`x` on the prompt's devices, with its rows spread over them as the prompt's are."""
-    if not (is_known(x) and is_known(prompt) and prompt.committed):
-        return jnp.asarray(x)
-    where = prompt.sharding
-    if isinstance(where, NamedSharding):
-        rows = where.spec[:1] if prompt.ndim == 2 else ()
-        where = NamedSharding(where.mesh, PartitionSpec(*rows))
-    return jax.device_put(x, where)
+def put(numbers: ArrayLike) -> Array:
+    """Integers as an int32 array, without compiling anything."""
+    return jax.device_put(np.asarray(numbers, np.int32))
 
 
 def check_room(
-    prompt: Int[Array, "*b t"],
-    padding_mask: Bool[Array, "*b t"] | None,
-    max_new_tokens: int,
-    max_seq_length: int | None,
+    prompt: Prompt, max_new_tokens: int, max_seq_length: int | None, cache: Any = None
 ) -> None:
-    """Raise if a row is empty, or longer with its new tokens than the model knows positions."""
-    longest = prompt.shape[-1]
-    if padding_mask is not None and is_known(padding_mask):
-        counts = np.asarray(padding_mask).sum(-1)
-        if counts.min() == 0:
-            raise ValueError(
-                "prompt must have at least one real token in every row, got a row that is all "
-                "padding. Begin it with a start token, or leave it out."
-            )
-        longest = int(counts.max())
+    """Raise if a row is longer with its new tokens than the model knows positions."""
+    lengths = _lengths(prompt)
+    if cache is not None:
+        rows, wanted = cache.positions.shape[0], prompt.tokens.shape[0]
+        if rows != wanted:
+            raise ValueError(f"cache must have the prompt's {wanted} rows, got {rows}.")
+        if is_known(cache.positions):
+            lengths = lengths + np.asarray(cache.positions).max(-1) + 1
+    longest = int(lengths.max())
     if max_seq_length is not None and longest + max_new_tokens > max_seq_length:
         raise ValueError(
             f"max_new_tokens must leave room for the prompt within max_seq_length = "
@@ -97,7 +161,22 @@ def check_room(
         )
 
 
-def check_ids(name: str, ids: int | Iterable[int] | None, vocab_size: int) -> np.ndarray:
+def check_length(name: str, prompt: Prompt, max_seq_length: int | None) -> None:
+    """Raise if there are more columns than the model knows positions."""
+    columns = prompt.tokens.shape[1]
+    if max_seq_length is not None and columns > max_seq_length:
+        raise ValueError(
+            f"{name} may have at most max_seq_length = {max_seq_length} columns, got {columns}. "
+            "Cut it, or build the model with a larger max_seq_length."
+        )
+
+
+def _lengths(prompt: Prompt) -> np.ndarray:
+    """How many tokens each row has, or may have where that is not known."""
+    return prompt.real.sum(-1) if is_known(prompt.real) else np.array(prompt.real.shape[1])
+
+
+def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     """Token ids, one or several or none, as an array."""
     ids = [] if ids is None else np.ravel(np.asarray(ids)).tolist()
     for token in ids:

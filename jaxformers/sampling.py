@@ -159,31 +159,4 @@ def per_row(
             f"{name} must be {wanted}, or an array of that, one per row, shape ({batch_size},), "
             f"got {value!r}."
         )
-    return jnp.asarray(np.broadcast_to(array.astype(dtype), (batch_size,)))
-
-
-def make_warper(
-    batch_size: int,
-    temperature: ArrayLike,
-    top_k: ArrayLike | None,
-    top_p: ArrayLike | None,
-    min_p: ArrayLike | None,
-    typical_p: ArrayLike | None,
-    keep: int = 1,
-) -> Warper:
-    """The options of `generate` as a `Warper`, checked.
-
-    Raises:
-        ValueError: if a number is out of its range or not one per row.
-    """
-    fields = {
-        "temperature": (temperature, np.float32, lambda x: x > 0, "a number above 0"),
-        "top_k": (top_k, np.int32, lambda x: x >= 1, "an integer of at least 1"),
-        "top_p": (top_p, np.float32, lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"),
-        "min_p": (min_p, np.float32, lambda x: (x >= 0) & (x <= 1), "a number in [0, 1]"),
-        "typical_p": (typical_p, np.float32, lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"),
-    }
-    arrays = {
-        name: per_row(name, value, batch_size, *rest) for name, (value, *rest) in fields.items()
-    }
-    return Warper(**arrays, keep=keep)
+    return jax.device_put(np.broadcast_to(array.astype(dtype), (batch_size,)))

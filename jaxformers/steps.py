@@ -8,16 +8,26 @@ have axes, have the rows as the first one.
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.decoder import Cache
+from jaxformers.attention import KV
+from jaxformers.decoder import Cache, LayerCache
 
 
 class LMStep(eqx.Module):
     """Drives a decoder-only model."""
 
     model: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    def drive(self, model: Any) -> "LMStep":
+        """The same for another model."""
+        return LMStep(model)
 
     def start(self, batch_size: int, slots: int) -> Cache:
         """An empty cache of `slots` columns."""
@@ -30,13 +40,29 @@ class LMStep(eqx.Module):
         """Hidden states of `tokens`, which follow those in the cache, and the longer cache."""
         return self.model.forward(tokens, padding_mask=real, cache=cache)
 
+    def full(self, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Hidden states of whole sequences, without a cache."""
+        return self.model.forward(tokens, padding_mask=real)[0]
+
     def project(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits from hidden states."""
         return self.model.project(hidden)
 
-    def rewind(self, cache: Cache, length: Int[Array, ""]) -> Cache:
-        """The cache with only its first `length` columns in use."""
-        return rewind(cache, length)
+    def rewind(self, cache: Cache, columns: Int[Array, ""]) -> Cache:
+        """The cache without its last `columns`."""
+        return rewind(cache, columns)
+
+    def take(self, cache: Cache, rows: Int[Array, " b"]) -> Cache:
+        """The cache with the rows that `rows` names."""
+        return jax.tree.map(lambda x: x[rows] if x.ndim else x, cache)
+
+    def repeat(self, cache: Cache, times: int) -> Cache:
+        """The cache with each row `times` times over."""
+        return repeat(cache, times)
+
+    def grow(self, cache: Cache, slots: int) -> Cache:
+        """The cache with `slots` columns, those in use included."""
+        return grow(cache, slots)
 
 
 class Seq2SeqCache(NamedTuple):
@@ -52,6 +78,14 @@ class Seq2SeqStep(eqx.Module):
     model: Any
     src: Int[Array, "b s"]
     src_padding_mask: Bool[Array, "b s"] | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.tgt_vocab_size
+
+    def drive(self, model: Any) -> "Seq2SeqStep":
+        """The same for another model."""
+        return Seq2SeqStep(model, self.src, self.src_padding_mask)
 
     def start(self, batch_size: int, slots: int) -> Seq2SeqCache:
         """A cache of `slots` columns with the encoder's keys and values."""
@@ -71,16 +105,56 @@ class Seq2SeqStep(eqx.Module):
         )
         return hidden, cache._replace(target=target)
 
+    def full(self, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Hidden states of whole sequences, without a cache."""
+        padding = {"src_padding_mask": self.src_padding_mask}
+        memory = self.model.encode(self.src, **padding)
+        return self.model.decode(tokens, memory, tgt_padding_mask=real, **padding)
+
     def project(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits from hidden states."""
         return self.model.project(hidden)
 
-    def rewind(self, cache: Seq2SeqCache, length: Int[Array, ""]) -> Seq2SeqCache:
-        """The cache with only its first `length` columns in use."""
-        return cache._replace(target=rewind(cache.target, length))
+    def rewind(self, cache: Seq2SeqCache, columns: Int[Array, ""]) -> Seq2SeqCache:
+        """The cache without its last `columns`."""
+        return cache._replace(target=rewind(cache.target, columns))
+
+    def take(self, cache: Seq2SeqCache, rows: Int[Array, " b"]) -> Seq2SeqCache:
+        """The cache with the rows that `rows` names, which must have the same sources."""
+        target = cache.target
+        # The source's keys and values, which can be most of the cache, stay where they are.
+        own, positions = jax.tree.map(
+            lambda x: x[rows], ([layer.own for layer in target.layers], target.positions)
+        )
+        layers = tuple(map(LayerCache, own, [layer.cross for layer in target.layers]))
+        return cache._replace(target=Cache(layers, positions, target.length))
+
+    def repeat(self, cache: Seq2SeqCache, times: int) -> Seq2SeqCache:
+        """The cache with each row `times` times over."""
+        return repeat(cache, times)
 
 
-def rewind(cache: Cache, length: Int[Array, ""]) -> Cache:
-    """The cache with only its first `length` columns in use."""
+def rewind(cache: Cache, columns: Int[Array, ""]) -> Cache:
+    """The cache without its last `columns`."""
+    length = cache.length - columns
     used = jnp.arange(cache.slots) < length
     return Cache(cache.layers, jnp.where(used, cache.positions, -1), length)
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """The cache with `slots` columns, those in use included."""
+    more = slots - cache.slots
+
+    def widen(x: Array, axis: int, filling: int) -> Array:
+        width = [(0, more if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, width, constant_values=filling)
+
+    layers = tuple(
+        LayerCache(KV(*(widen(x, 2, 0) for x in layer.own)), layer.cross) for layer in cache.layers
+    )
+    return Cache(layers, widen(cache.positions, 1, -1), cache.length)
+
+
+def repeat(cache: Any, times: int) -> Any:
+    """The cache with each row `times` times over."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, cache)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_key
 from jaxformers.losses import cross_entropy
-from jaxformers.optim import Optimizer, as_optimizer
+from jaxformers.optim import as_optimizer
 from jaxformers.transformer import Transformer, TransformerLM
 
 Batch = Mapping[str, Any]
@@ -55,6 +55,12 @@ def sequence_to_sequence_loss(
         batch: see this module; `tgt` begins with the start token, and `targets[:, i]` is the
             token that follows `tgt[:, i]`.
         key: PRNG key for dropout; None evaluates without.
+
+    Example:
+        >>> model = Transformer(9, 9, 16, 2, 1, 1, 32, 8, key=jax.random.key(0))
+        >>> answer = jnp.array([[1, 5, 4, 3, 2]])  # 1 starts and 2 ends a target
+        >>> batch = {"src": jnp.array([[3, 4, 5]]), "tgt": answer[:, :-1], "targets": answer[:, 1:]}
+        >>> loss = sequence_to_sequence_loss(model, batch)
     """
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     logits = model.logits(batch["src"], batch["tgt"], key=key, **padding)
@@ -67,7 +73,7 @@ def train_step(
     state: PyTree,
     batch: Batch,
     *,
-    optimizer: Optimizer,
+    optimizer: Any,
     loss: Loss,
     key: PRNGKeyArray,
 ) -> tuple[Model, PyTree, Float[Array, ""]]:

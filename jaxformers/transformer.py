@@ -1,5 +1,6 @@
 """The three models: decoder-only, encoder-decoder and encoder-only."""
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Unpack
 
@@ -16,14 +17,16 @@ from jaxformers.checks import (
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.generation import Options, generate, generate_from_source
+from jaxformers.generation import Generation, gather, generate, generate_from_source, stream
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, as_mask, padding_to_positions
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.plan import AllOptions, Options
 from jaxformers.positional_encoding import check_seq_length
 from jaxformers.prompts import Tokens
 from jaxformers.sampling import Keys
+from jaxformers.scoring import score, score_with_source
 from jaxformers.steps import LMStep, Seq2SeqStep
 
 Mask = AttentionMask | Bool[Array, "..."]
@@ -191,20 +194,20 @@ class TransformerLM(eqx.Module):
         prompt: Tokens,
         max_new_tokens: int,
         *,
-        end_token: int | None = None,
+        end_token: int | Sequence[int] | None = None,
         temperature: ArrayLike = 1.0,
         top_k: ArrayLike | None = None,
         top_p: ArrayLike | None = None,
         padding_mask: ArrayLike | None = None,
         key: Keys | None = None,
         **options: Unpack[Options],
-    ) -> Int[Array, "*b u"]:
+    ) -> Int[Array, "*b u"] | Generation:
         """The prompt and `max_new_tokens` tokens that continue it.
 
         Arguments:
             prompt: ids, `(b, t)` or `(t,)`.
             max_new_tokens: how many tokens to add.
-            end_token: a row ends with this token, and is filled with it from there on.
+            end_token: a row ends with this token (one or several ids) and is filled with it then.
             temperature: what logits are divided by before sampling, above 0.
             top_k: sample from the k most probable tokens.
             top_p: sample from the fewest tokens that hold this much probability, in (0, 1].
@@ -231,14 +234,52 @@ class TransformerLM(eqx.Module):
             max_new_tokens,
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
-            end_token=end_token,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             padding_mask=padding_mask,
-            key=key,
-            **options,
+            options=gather(end_token, temperature, top_k, top_p, key, options),
         )
+
+    def stream(
+        self,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        padding_mask: ArrayLike | None = None,
+        **options: Unpack[AllOptions],
+    ) -> Iterator[Int[Array, "*b"]]:
+        """The new tokens that `generate` gives for the same arguments, one by one as they come.
+
+        Yields:
+            int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows have ended.
+
+        Example:
+            >>> for token in model.stream(prompt, 100, end_token=0):
+            ...     print(token)
+        """
+        return stream(
+            LMStep(self),
+            prompt,
+            max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+            padding_mask=padding_mask,
+            options=options,
+        )
+
+    def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
+        """The log-probability of each token given those before it.
+
+        Arguments:
+            tokens: ids, `(b, t)` or `(t,)`.
+            padding_mask: shape of `tokens`, True where a token is real.
+
+        Returns:
+            float32, shape of `tokens`; 0 for padding and for the first token of each row.
+
+        Raises:
+            ValueError: if tokens are not ids within the vocabulary, or too long.
+        """
+        sizes = {"vocab_size": self.vocab_size, "max_seq_length": self.max_seq_length}
+        return score(LMStep(self), tokens, padding_mask, **sizes)
 
 
 class Transformer(eqx.Module):
@@ -488,7 +529,7 @@ class Transformer(eqx.Module):
         src: Tokens,
         max_length: int,
         start_token: int,
-        end_token: int | None,
+        end_token: int | Sequence[int] | None,
         temperature: ArrayLike = 1.0,
         key: Keys | None = None,
         *,
@@ -496,14 +537,14 @@ class Transformer(eqx.Module):
         top_p: ArrayLike | None = None,
         src_padding_mask: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> Int[Array, "*b t"]:
+    ) -> Int[Array, "*b t"] | Generation:
         """Target sequences for the source, beginning with `start_token`.
 
         Arguments:
             src: source ids, `(b, s)` or `(s,)`.
             max_length: length of the result, the start token included.
             start_token: the first target token.
-            end_token: a row ends with this token, and is filled with it from there on.
+            end_token: a row ends with this token (one or several ids) and is filled with it then.
             temperature, key, top_k, top_p, **options: as for `TransformerLM.generate`.
             src_padding_mask: shape of `src`, True where a token is real.
 
@@ -522,14 +563,65 @@ class Transformer(eqx.Module):
             start_token,
             src_padding_mask,
             src_vocab_size=self.src_vocab_size,
+            max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            end_token=end_token,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            key=key,
-            **options,
+            options=gather(end_token, temperature, top_k, top_p, key, options),
+        )
+
+    def stream(
+        self,
+        src: Tokens,
+        max_length: int,
+        start_token: int,
+        *,
+        src_padding_mask: ArrayLike | None = None,
+        **options: Unpack[AllOptions],
+    ) -> Iterator[Int[Array, "*b"]]:
+        """The tokens that `generate` gives after `start_token`, one by one as they come.
+
+        Yields:
+            int32, `(b,)`, or `()` for a source without a batch axis; until all rows have ended.
+        """
+        return generate_from_source(
+            partial(Seq2SeqStep, self),
+            src,
+            max_length,
+            start_token,
+            src_padding_mask,
+            src_vocab_size=self.src_vocab_size,
+            max_source_length=self.src_embedding.max_seq_length,
+            vocab_size=self.tgt_vocab_size,
+            max_seq_length=self.max_seq_length,
+            options=options,
+            decode=stream,
+        )
+
+    def score(
+        self,
+        src: Tokens,
+        tgt: Tokens,
+        src_padding_mask: ArrayLike | None = None,
+        tgt_padding_mask: ArrayLike | None = None,
+    ) -> Float[Array, "*b t"]:
+        """The log-probability of each target token given those before it and the source.
+
+        Returns:
+            float32, shape of `tgt`; 0 for padding and for the first token of each row.
+
+        Raises:
+            ValueError: if tokens are not ids within the vocabularies, or too long.
+        """
+        return score_with_source(
+            partial(Seq2SeqStep, self),
+            src,
+            tgt,
+            src_padding_mask,
+            tgt_padding_mask,
+            src_vocab_size=self.src_vocab_size,
+            max_source_length=self.src_embedding.max_seq_length,
+            vocab_size=self.tgt_vocab_size,
+            max_seq_length=self.max_seq_length,
         )
 
     @property

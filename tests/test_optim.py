@@ -296,13 +296,14 @@ def test_the_mask_is_right_for_equinox_layers():
     assert mask["tables"][0].weight
 
 
-def test_the_mask_can_spare_embeddings():
+def test_the_mask_goes_by_names_and_can_spare_embeddings():
     table, weights = jnp.ones((3, 2)), [jnp.ones((2, 2)), jnp.ones((2, 2))]
     model = {
         "token_embedding": {"weight": table},
         "position": {"weight": table},
         "weights": weights,
         "biases": weights,
+        "gain": table,
     }
     assert default_decay_mask(model)["token_embedding"]["weight"]
     assert default_decay_mask(model, decay_embeddings=False) == {
@@ -310,6 +311,7 @@ def test_the_mask_can_spare_embeddings():
         "position": {"weight": False},
         "weights": [True, True],
         "biases": [False, False],
+        "gain": False,
     }
 
 

@@ -362,8 +362,8 @@ class TorchModel(nn.Module):
         self.tgt_embedding = nn.Embedding(tgt_vocab_size, D)
         del options["dim_feedforward"]
         self.transformer = nn.Transformer(
-            num_encoder_layers=LAYERS,
-            num_decoder_layers=LAYERS + 1,
+            num_encoder_layers=1,
+            num_decoder_layers=LAYERS,
             dim_feedforward=F,
             **options,
         )
@@ -412,7 +412,7 @@ def numpy_sinusoids(length, width):
 def test_transformer(norm_first):
     """The whole model: padded source and target, from token ids to log-probabilities."""
     our_options, torch_options = layer_options(norm_first, "relu", True)
-    sizes = 11, 14, D, N, LAYERS, LAYERS + 1, F, 20
+    sizes = 11, 14, D, N, 1, LAYERS, F, 20
     ours = without_weights(Transformer, *sizes, final_norm=True, **our_options)
     rng = np.random.default_rng(5)
     src, tgt = jnp.asarray(rng.integers(0, 11, (B, S))), jnp.asarray(rng.integers(0, 14, (B, T)))

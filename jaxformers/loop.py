@@ -1,0 +1,145 @@
+"""The decoding loop: the whole prompt in one call, then token by token until all rows have ended.
+
+It is handed an adapter (`steps.py`) and knows no model. Rows of different length are moved to the
+right, so that in every row the prompt's last token stands in column `start - 1` and new ones from
+column `start` on. Each column of the tokens takes one of the cache.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformers.plan import Plan
+
+
+class State(NamedTuple):
+    """What the loop carries. The cache lacks the last column, which goes through the model next."""
+
+    tokens: Int[Array, "b s"]
+    log_probs: Float[Array, "b s"]  # of the new tokens under the model itself, unwarped
+    length: Int[Array, ""]  # columns in use
+    first: Int[Array, " b"]  # the first real column of each row
+    done: Bool[Array, " b"]
+    failed: Bool[Array, " b"]  # rows whose logits were not numbers
+    real: Bool[Array, " b"]  # whether the last column holds a token rather than filling
+    cache: Any
+
+
+def prefill(
+    step: Any,
+    plan: Plan,
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    slots: int,
+    cache: Any = None,
+) -> tuple[State, Float[Array, "b v"]]:
+    """The state with the prompt in it, and the logits of the first new token."""
+    b, t = tokens.shape
+    tokens, real = to_the_right(plan, tokens, real)
+    cache = step.start(b, slots) if cache is None else cache
+    hidden, cache = step(tokens, real, cache)
+    # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
+    cache = step.rewind(cache, t - plan.start)
+    last = lax.dynamic_slice_in_dim(hidden, plan.start - 1, 1, axis=1)
+    filling = jnp.broadcast_to(plan.pad_token, (b, slots))
+    none = jnp.zeros(b, jnp.bool_)
+    state = State(
+        tokens=lax.dynamic_update_slice(filling, tokens, (0, 0)),
+        log_probs=jnp.zeros((b, slots)),
+        length=plan.start,
+        first=jnp.argmax(real, axis=1).astype(jnp.int32),
+        done=none,
+        failed=none,
+        real=~none,
+        cache=cache,
+    )
+    return state, step.project(last)[:, 0]
+
+
+def to_the_right(
+    plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
+) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
+    """Each row's tokens moved together to the end of the prompt's columns, filling before them."""
+    beyond = jnp.arange(tokens.shape[1]) >= plan.start
+    order = jnp.argsort(jnp.where(beyond, 2, real.astype(jnp.int32)), axis=1, stable=True)
+    tokens, real = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, real))
+    return jnp.where(real, tokens, plan.pad_token), real
+
+
+def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
+    """The state with one more column; rows that have ended get the filling."""
+    failed = ~state.done & jnp.isnan(logits).any(-1)
+    stopped = state.done | failed
+    chosen = plan.choose(logits, plan.history(state.tokens, state.first, state.length))
+    token = jnp.where(stopped, plan.pad_token, chosen)
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    log_prob = jnp.where(stopped, 0.0, log_prob)
+    tokens, log_probs = (
+        lax.dynamic_update_slice_in_dim(old, new[:, None], state.length, axis=1)
+        for old, new in ((state.tokens, token), (state.log_probs, log_prob))
+    )
+    length = state.length + 1
+    return state._replace(
+        tokens=tokens,
+        log_probs=log_probs,
+        length=length,
+        done=stopped | plan.ends(plan.history(tokens, state.first, length)),
+        failed=state.failed | failed,
+        real=~stopped,
+    )
+
+
+def feed(step: Any, plan: Plan, state: State) -> tuple[State, Float[Array, "b v"]]:
+    """The state with its last column in the cache, and the logits of the next one."""
+    last = lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
+    # A draft may go beyond the limit, where a model need not know positions any more.
+    real = state.real & (state.length <= plan.limit)
+    hidden, cache = step(last, real[:, None], state.cache)
+    return state._replace(cache=cache), step.project(hidden)[:, 0]
+
+
+def advance(step: Any, plan: Plan, state: State) -> State:
+    """The state after one more token."""
+    return emit(plan, *feed(step, plan, state))
+
+
+def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
+    """Whether there is a column left and a row that has not ended."""
+    return (state.length < plan.limit) & ~state.done.all()
+
+
+@eqx.filter_jit
+def run(
+    step: Any,
+    plan: Plan,
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    slots: int,
+    cache: Any = None,
+    keep_cache: bool = False,
+) -> State:
+    """The whole of decoding in one program; the cache that remains is given if it is to be kept."""
+    state = emit(plan, *prefill(step, plan, tokens, real, slots, cache))
+    state = lax.while_loop(
+        lambda state: unfinished(plan, state), lambda state: advance(step, plan, state), state
+    )
+    # New columns that no row got to stay what they began as, the filling.
+    return feed(step, plan, state)[0] if keep_cache else state._replace(cache=None)
+
+
+@eqx.filter_jit
+def start_stream(
+    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], slots: int
+) -> State:
+    """The state after the first new token, for decoding one call at a time."""
+    return emit(plan, *prefill(step, plan, tokens, real, slots))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def advance_stream(fixed: tuple[Any, Plan], state: State) -> State:
+    """The state after one more token; the old one's memory is used for the new one."""
+    return advance(*fixed, state)

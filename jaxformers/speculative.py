@@ -1,0 +1,150 @@
+"""Speculative decoding: a cheap guess of several tokens, checked by the model in one call.
+
+A guess is kept as long as it is what the model itself would have chosen, by the highest logit or
+with the row's own noise for that token. So the tokens are those of plain decoding, one by one, for
+greedy decoding and for sampling alike, and the guess only changes how long they take. A draft that
+samples does so with the same noise, which makes it agree often (Daliri, Musco and Suresh 2024,
+"Coupling without communication"; the idea of a draft is of Leviathan et al. 2023).
+
+The rows of a batch share their columns, so a batch moves on as far as its slowest row.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformers.loop import State, advance, emit, feed, prefill, unfinished
+from jaxformers.plan import Plan
+
+
+class ModelDraft(eqx.Module):
+    """Guesses by a smaller model, whose adapter `step` is. Its memory is its cache."""
+
+    step: Any
+
+    def start(self, plan: Plan, tokens: Any, real: Any, slots: int) -> Any:
+        """The memory of the prompt."""
+        return prefill(self.step, plan, tokens, real, slots)[0].cache
+
+    def guess(
+        self, plan: Plan, state: State, memory: Any, count: int
+    ) -> tuple[Int[Array, "b s"], Any]:
+        """The tokens with `count` more columns guessed, and the memory with these columns."""
+        state = state._replace(cache=memory)
+        state = lax.fori_loop(0, count, lambda _, state: advance(self.step, plan, state), state)
+        return state.tokens, feed(self.step, plan, state)[0].cache
+
+    def rewind(self, memory: Any, columns: Int[Array, ""]) -> Any:
+        """The memory without its last columns."""
+        return self.step.rewind(memory, columns)
+
+
+class LookupDraft(eqx.Module):
+    """Guesses from the row itself: what followed the last time that it had its last tokens.
+
+    Saxena 2023, "Prompt lookup decoding". It has no memory.
+    """
+
+    ngram: int = eqx.field(static=True)
+
+    def start(self, plan: Plan, tokens: Any, real: Any, slots: int) -> None:
+        """Nothing to remember."""
+
+    def guess(
+        self, plan: Plan, state: State, memory: None, count: int
+    ) -> tuple[Int[Array, "b s"], None]:
+        """The tokens with `count` more columns guessed."""
+        tokens, length = state.tokens, state.length
+        columns = jnp.arange(tokens.shape[1])
+        fits = jnp.broadcast_to(columns < length, tokens.shape)
+        matched = jnp.zeros(tokens.shape, jnp.int32)
+        for back in range(1, self.ngram + 1):
+            there = jnp.roll(tokens, back, axis=1)
+            here = jnp.take(tokens, jnp.maximum(length - back, 0), axis=1)[:, None]
+            fits = fits & (there == here) & (columns - back >= state.first[:, None])
+            matched = matched + fits.astype(jnp.int32)
+        # The longest match, and of several the latest. What follows may itself reach the end of
+        # the row, and then goes on from where it began.
+        found = jnp.argmax(matched * tokens.shape[1] + columns, axis=1)[:, None]
+        found = jnp.minimum(found, length - 1)
+        ahead = found + jnp.arange(count) % (length - found)
+        guessed = jnp.take_along_axis(tokens, ahead, axis=1)
+        return lax.dynamic_update_slice_in_dim(tokens, guessed, length, axis=1), None
+
+    def rewind(self, memory: None, columns: Int[Array, ""]) -> None:
+        """Nothing to forget."""
+
+
+class Round(NamedTuple):
+    """What the loop carries."""
+
+    state: State
+    memory: Any
+    guessed: Int[Array, ""]
+    kept: Int[Array, ""]
+
+
+@eqx.filter_jit
+def run_speculative(
+    step: Any,
+    draft: ModelDraft | LookupDraft,
+    plan: Plan,
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    slots: int,
+    count: int,
+) -> tuple[State, Float[Array, ""]]:
+    """What `run` gives, `count` tokens guessed at a time, and the share of guesses kept."""
+    state = emit(plan, *prefill(step, plan, tokens, real, slots))
+    none = jnp.zeros((), jnp.int32)
+    start = Round(state, draft.start(plan, tokens, real, slots), none, none)
+
+    def advance_round(old: Round) -> Round:
+        state = old.state
+        guesses, memory = draft.guess(plan, state, old.memory, count)
+        new = check(step, plan, state, guesses, count)
+        moved = new.length - state.length
+        room = jnp.minimum(count, plan.limit - state.length)
+        # The last token of a round is the model's own, unless a row or the columns ended there.
+        last = lax.dynamic_slice_in_dim(new.tokens, new.length - 1, 1, axis=1)
+        guess = lax.dynamic_slice_in_dim(guesses, new.length - 1, 1, axis=1)
+        right = (moved <= count) & ((last == guess)[:, 0] | state.done).all()
+        return Round(
+            state=new._replace(cache=step.rewind(new.cache, count + 1 - moved)),
+            memory=draft.rewind(memory, count + 1 - moved),
+            guessed=old.guessed + room,
+            kept=old.kept + moved - 1 + right.astype(jnp.int32),
+        )
+
+    end = lax.while_loop(lambda old: unfinished(plan, old.state), advance_round, start)
+    rate = end.kept.astype(jnp.float32) / jnp.maximum(end.guessed, 1).astype(jnp.float32)
+    return end.state._replace(cache=None), rate
+
+
+def check(step: Any, plan: Plan, state: State, guesses: Int[Array, "b s"], count: int) -> State:
+    """The state with the guesses that the model shares, and one more token that is its own.
+
+    The cache comes back with all `count + 1` columns that were looked at.
+    """
+    window = lax.dynamic_slice_in_dim(guesses, state.length - 1, count + 1, axis=1)
+    columns = state.length + jnp.arange(count)
+    ahead = ~state.done[:, None] & (columns < plan.limit)
+    real = jnp.concatenate([state.real[:, None], ahead], axis=1)
+    hidden, cache = step(window, real, state.cache)
+    logits = step.project(hidden)
+    start = state.length
+
+    def agrees(state: State) -> Bool[Array, ""]:
+        last = state.length - 1
+        same = jnp.take(state.tokens, last, axis=1) == jnp.take(guesses, last, axis=1)
+        fits = (state.length == start) | (same | state.done).all()
+        return fits & (state.length - start <= count) & unfinished(plan, state)
+
+    def accept(state: State) -> State:
+        here = lax.dynamic_slice_in_dim(logits, state.length - start, 1, axis=1)
+        return emit(plan, state, here[:, 0])
+
+    return lax.while_loop(agrees, accept, state._replace(cache=cache))

@@ -1,0 +1,82 @@
+"""What the documentation shows is run: docstring examples, README blocks, the notebook's cells."""
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxformers
+
+ROOT = Path(__file__).parent.parent
+MODULES = [m.name for m in pkgutil.iter_modules(jaxformers.__path__, "jaxformers.")]
+
+
+def names_of_the_examples() -> dict:
+    """What docstring examples may use without saying where it comes from."""
+    key = jax.random.key(0)
+    model = jaxformers.TransformerLM(65, 16, 2, 1, 32, 32, key=key)
+    tokens = jnp.array([[1, 2, 3, 4]])
+    names = {name: getattr(jaxformers, name) for name in dir(jaxformers)}
+    return names | {
+        "jax": jax,
+        "jnp": jnp,
+        "eqx": eqx,
+        "key": key,
+        "model": model,
+        "x": jnp.ones((2, 5, 16)),
+        "tokens": tokens,
+        "prompt": tokens,
+        "batch": {"tokens": tokens, "targets": tokens},
+        "residual": jaxformers.Residual(jaxformers.LayerNorm, 16),
+        "feed_forward": jaxformers.FeedForward(16, 32, key=key),
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, no_shape_checker):
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    for example in doctest.DocTestFinder().find(module, name):
+        example.globs = names_of_the_examples() | vars(module) | example.globs
+        report: list[str] = []
+        runner.run(example, out=report.append)
+        assert not report, "".join(report)
+
+
+def test_every_public_class_and_function_has_an_example():
+    without = [
+        name
+        for name, thing in vars(jaxformers).items()
+        if callable(thing) and not name.startswith("_") and ">>>" not in (thing.__doc__ or "")
+    ]
+    assert without == []
+
+
+def test_readme(no_shape_checker):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["greedy"].shape == (2, 11)
+    assert names["out"].shape == (2, 10)
+    assert names["hidden"].shape == (1, 4, 64)
+
+
+def test_notebook(no_shape_checker, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib").use("Agg")
+    notebook = json.loads((ROOT / "notebooks" / "quick_start.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    code = "\n".join(cells).replace("STEPS = 600", "STEPS = 50")
+    assert "STEPS = 50" in code
+    names: dict = {}
+    exec(compile(code, "quick_start.ipynb", "exec"), names)
+    assert names["out"].shape == (1000, 9)

@@ -1,0 +1,185 @@
+"""The compiled training step, and the optimiser on a real model against optax and torch."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformers import (
+    AdamW,
+    ALiBi,
+    GatedFeedForward,
+    RMSNorm,
+    Transformer,
+    TransformerLM,
+    as_optimizer,
+    cross_entropy,
+    language_model_loss,
+    sequence_to_sequence_loss,
+    train_step,
+    warmup_cosine,
+)
+from jaxformers.training import _train_step
+
+VOCAB, T, B, STEPS = 17, 9, 5, 50
+SCHEDULE = warmup_cosine(3e-3, 5, STEPS, 1e-4)
+
+
+# Each side trains its own copy on its own gradients. Attention's key biases are left out: their
+# gradient is zero but for rounding, and Adam makes a step of full size from any rounding.
+
+
+def language_model(key, **options):
+    return TransformerLM(VOCAB, 12, 3, 2, 20, T, 0.0, key=key, **options)
+
+
+def text_batch(seed=0):
+    text = np.random.default_rng(seed).integers(0, VOCAB, (B, T + 1))
+    return {"tokens": jnp.asarray(text[:, :-1]), "targets": jnp.asarray(text[:, 1:])}
+
+
+@eqx.filter_jit
+def gradients(model, batch):
+    return eqx.filter_grad(language_model_loss)(model, batch, None)
+
+
+def assert_same_weights(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_adamw_trains_a_model_as_optax_does(getkey, clip):
+    optax = pytest.importorskip("optax", reason="the reference; see the extra `parity`")
+    numbers = {"b1": 0.85, "b2": 0.97, "eps": 1e-6, "weight_decay": 0.2}
+    ours = theirs = language_model(getkey(), position=ALiBi(), norm=RMSNorm, use_bias=False)
+    mask = jax.tree.map(lambda x: x.ndim > 1, eqx.filter(ours, eqx.is_array))
+    optimizer = AdamW(SCHEDULE, **numbers, max_grad_norm=clip, decay_mask=lambda _: mask)
+    chain = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    reference = optax.chain(*chain, optax.adamw(SCHEDULE, **numbers, mask=mask))
+    state, their_state = optimizer.init(ours), reference.init(eqx.filter(theirs, eqx.is_array))
+    start = ours
+    for step in range(STEPS):
+        batch = text_batch(step)
+        ours, state = optimizer.update(gradients(ours, batch), state, ours)
+        grads = gradients(theirs, batch)
+        with jax.numpy_dtype_promotion("standard"):  # which optax needs
+            updates, their_state = reference.update(
+                grads, their_state, eqx.filter(theirs, eqx.is_array)
+            )
+        theirs = eqx.apply_updates(theirs, updates)
+    assert_same_weights(ours, theirs)
+    assert np.abs(ours.output.w - start.output.w).max() > 0.01
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_adamw_trains_a_model_as_torch_does(getkey, clip):
+    torch = pytest.importorskip("torch", reason="the reference; see the extra `parity`")
+    numbers = {"eps": 1e-7, "weight_decay": 0.3}
+    ours = language_model(
+        getkey(), feed_forward=GatedFeedForward, tie_embeddings=True, use_bias=False
+    )
+    leaves, structure = jax.tree.flatten(ours)
+    weights = [torch.nn.Parameter(torch.tensor(np.array(x))) for x in leaves]
+    reference = torch.optim.AdamW(weights, lr=1.0, betas=(0.8, 0.95), **numbers)
+    optimizer = AdamW(
+        SCHEDULE,
+        b1=0.8,
+        b2=0.95,
+        **numbers,
+        max_grad_norm=clip,
+        decay_mask=lambda model: jax.tree.map(lambda _: True, model),
+    )
+    state = optimizer.init(ours)
+    for step in range(STEPS):
+        batch = text_batch(step)
+        ours, state = optimizer.update(gradients(ours, batch), state, ours)
+        theirs = structure.unflatten([jnp.asarray(w.detach().numpy()) for w in weights])
+        for weight, grad in zip(weights, jax.tree.leaves(gradients(theirs, batch)), strict=True):
+            weight.grad = torch.tensor(np.array(grad))
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(weights, clip)
+        reference.param_groups[0]["lr"] = float(SCHEDULE(step))
+        reference.step()
+    assert_same_weights(ours, [w.detach().numpy() for w in weights])
+
+
+def test_a_step_is_gradient_then_update(getkey):
+    model, batch, optimizer = language_model(getkey()), text_batch(), AdamW(1e-2)
+    state = optimizer.init(model)
+    expected, _ = optimizer.update(gradients(model, batch), state, model)
+    loss = cross_entropy(model.logits(batch["tokens"]), batch["targets"])
+    trained, state, value = train_step(
+        model, state, batch, optimizer=optimizer, loss=language_model_loss, key=getkey()
+    )
+    np.testing.assert_allclose(value, loss, rtol=1e-5)
+    assert_same_weights(trained, expected)
+    assert state.step == 1
+
+
+def test_a_step_donates_the_model_and_the_state_but_not_the_batch(getkey):
+    model, batch, optimizer = language_model(getkey()), text_batch(), AdamW(1e-2)
+    state = optimizer.init(model)
+    old = jax.tree.leaves((model, state))
+    train_step(model, state, batch, optimizer=optimizer, loss=language_model_loss, key=getkey())
+    assert all(x.is_deleted() for x in old)
+    assert not any(x.is_deleted() for x in batch.values())
+
+
+def test_a_loss_that_can_be_learned_falls_and_the_step_compiles_once(getkey):
+    model, batch, optimizer = language_model(getkey()), text_batch(), AdamW(1e-2)
+    state, losses = optimizer.init(model), []
+    for step in range(60):
+        model, state, loss = train_step(
+            model, state, batch, optimizer=optimizer, loss=language_model_loss, key=getkey()
+        )
+        losses.append(float(loss))
+        if step == 0:
+            compiled = _train_step._cached._cache_size()
+    assert _train_step._cached._cache_size() == compiled
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_padding_does_not_count(getkey):
+    """Neither in the loss of a language model nor in that of an encoder-decoder."""
+    batch = text_batch()
+    real = np.arange(T) < np.arange(T - B + 1, T + 1)[:, None]
+    model = language_model(getkey())
+    losses = [
+        language_model_loss(model, {k: jnp.where(real, x, junk) for k, x in batch.items()} | pad)
+        for junk in (0, 5)
+        for pad in [{"padding_mask": jnp.asarray(real)}]
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+    seq2seq = Transformer(VOCAB, VOCAB, 12, 3, 1, 1, 20, T, key=getkey())
+    masks = {"src_padding_mask": jnp.asarray(real), "tgt_padding_mask": jnp.asarray(real[::-1])}
+    losses = []
+    for junk in (0, 5):
+        src = jnp.where(real, batch["tokens"], junk)
+        tgt, targets = (jnp.where(real[::-1], batch[k], junk) for k in ("tokens", "targets"))
+        arrays = {"src": src, "tgt": tgt, "targets": targets}
+        losses.append(sequence_to_sequence_loss(seq2seq, arrays | masks))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_optax_is_accepted(getkey):
+    optax = pytest.importorskip("optax", reason="the other protocol; see the extra `parity`")
+    model, batch, lion = language_model(getkey()), text_batch(), optax.lion(1e-3)
+    before = np.array(model.output.w)
+    state = as_optimizer(lion).init(model)
+    with jax.numpy_dtype_promotion("standard"):
+        model, state, _ = train_step(
+            model, state, batch, optimizer=lion, loss=language_model_loss, key=getkey()
+        )
+    assert 0 < np.abs(model.output.w - before).max() < 2e-3
+
+
+def test_bad_pieces_are_refused(getkey, no_shape_checker):
+    model, batch, optimizer = language_model(getkey()), text_batch(), AdamW(1e-3)
+    state = optimizer.init(model)
+    with pytest.raises(ValueError, match="key must be a JAX PRNG key for dropout"):
+        train_step(model, state, batch, optimizer=optimizer, loss=language_model_loss, key=None)
+    with pytest.raises(ValueError, match="optimizer must be an Optimizer"):
+        train_step(model, state, batch, optimizer="adam", loss=language_model_loss, key=getkey())
