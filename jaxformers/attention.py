@@ -207,7 +207,8 @@ class MultiHeadAttention(eqx.Module):
         check_rate(attention_dropout_rate=attention_dropout_rate)
         if window is not None:
             check_size(window=window)
-        if position is not None and not isinstance(position, RotatingPosition):
+        is_scheme = isinstance(position, RotatingPosition) and not isinstance(position, type)
+        if position is not None and not is_scheme:
             raise ValueError(
                 "position= of an attention layer must rotate queries and keys, as "
                 f"RotaryPositionalEncoding() does, got {position!r}. Other schemes go to the model."

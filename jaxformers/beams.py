@@ -73,10 +73,10 @@ def run_beams(
 ) -> tuple[Hypotheses, Bool[Array, " b"]]:
     """The ended hypotheses of each row, best first, and which rows failed."""
     k = beams.num_beams
-    state, logits = prefill(step, plan, tokens, real, slots)
+    read, logits = prefill(step, plan, tokens, real, slots)
     start = Hypotheses(
-        tokens=jnp.repeat(state.tokens[:, None], k, axis=1),
-        log_probs=jnp.repeat(state.log_probs[:, None], k, axis=1),
+        tokens=jnp.repeat(read.tokens[:, None], k, axis=1),
+        log_probs=jnp.repeat(read.log_probs[:, None], k, axis=1),
         # All beams are the same at first, so only the first may be continued.
         scores=jnp.where(jnp.arange(k) == 0, 0.0, OUT) + jnp.zeros((tokens.shape[0], 1)),
         finished=jnp.zeros((tokens.shape[0], k), jnp.bool_),
@@ -84,12 +84,12 @@ def run_beams(
     state = BeamState(
         running=start,
         ended=start._replace(scores=jnp.full_like(start.scores, OUT)),
-        first=jnp.repeat(state.first, k),
-        length=state.length,
-        hopeful=~state.done,
+        first=jnp.repeat(read.first, k),
+        length=read.length,
+        hopeful=~read.done,
         stuck=jnp.zeros((), jnp.bool_),
-        failed=state.failed,
-        cache=step.repeat(state.cache, k),
+        failed=read.failed,
+        cache=step.repeat(read.cache, k),
     )
     plan = plan.repeat(k)
 

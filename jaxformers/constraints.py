@@ -7,7 +7,7 @@ API. They act on greedy decoding, sampling and beams alike.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -93,7 +93,7 @@ class Constraints(eqx.Module):
 
     def repeat(self, times: int) -> "Constraints":
         """The same for each row `times` times over."""
-        per_row = {
+        per_row: dict[str, Any] = {
             field.name: jnp.repeat(value, times)
             for field in dataclasses.fields(self)
             if eqx.is_array(value := getattr(self, field.name)) and value.ndim == 1

@@ -1,20 +1,19 @@
-"""The decoder, with or without cross-attention, and the cache that it decodes with."""
+"""The decoder, with or without cross-attention."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.attention import KV, MultiHeadAttention
+from jaxformers.cache import Cache, LayerCache, empty_layer, remember
 from jaxformers.checks import (
     check_activations,
     check_key,
     check_same_batch,
     check_size,
-    is_known,
 )
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import AttentionMask, as_mask
@@ -29,66 +28,6 @@ from jaxformers.pieces import (
     take_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
-
-
-class LayerCache(NamedTuple):
-    """What one decoder layer remembers: its own keys and values, and those of the encoder."""
-
-    own: KV
-    cross: KV | None
-
-
-class Cache(eqx.Module):
-    """Keys and values of the tokens decoded so far; it goes into `forward` and comes out extended.
-
-    All layers share the slots: the next token of every sequence is written to slot `length`.
-    Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
-    padding, so that nobody attends to it.
-
-    Example:
-        >>> cache = model.init_cache(batch_size=1, slots=8)
-        >>> hidden, cache = model.forward(jnp.array([[1, 2, 3]]), cache=cache)
-        >>> hidden, cache = model.forward(jnp.array([[4]]), cache=cache)
-        >>> print(cache.length, cache.positions)
-        4 [[ 0  1  2  3 -1 -1 -1 -1]]
-    """
-
-    layers: tuple[LayerCache, ...]
-    positions: Int[Array, "b s"]
-    length: Int[Array, ""]
-
-    @property
-    def slots(self) -> int:
-        return self.positions.shape[1]
-
-    @property
-    def token_counts(self) -> Int[Array, " b"]:
-        """How many real tokens each sequence has so far, which is its next position."""
-        return jnp.max(self.positions, axis=1) + 1
-
-    def extend(self, positions: Int[Array, "b t"]) -> "Cache":
-        """The cache with the positions of t more tokens; layers write theirs with `append`.
-
-        Raises:
-            ValueError: if fewer than t slots are left (JAX would overwrite the last ones).
-        """
-        t = positions.shape[1]
-        if is_known(self.length) and int(self.length) + t > self.slots:
-            raise ValueError(
-                f"the cache has {self.slots} slots, {int(self.length)} of them in use, and cannot "
-                f"take {t} more tokens. Make it with more slots."
-            )
-        written = lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
-        return type(self)(self.layers, written, self.length + t)
-
-
-def append(cache: LayerCache, kv: KV, slot: Int[Array, ""] | int) -> LayerCache:
-    """A layer's cache with `kv` written from `slot` on."""
-    own = [
-        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
-        for old, new in zip(cache.own, kv, strict=True)
-    ]
-    return LayerCache(KV(*own), cache.cross)
 
 
 class DecoderLayer(eqx.Module):
@@ -178,13 +117,13 @@ class DecoderLayer(eqx.Module):
     ) -> tuple[Float[Array, "*b t d"], LayerCache | None]:
         """The one body: with a cache, x are the tokens from `slot` on; without one, all of them."""
         check_activations(x, self.self_attention.d_model)
+        check_same_batch(x=x, encoder_output=encoder_output)
         weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
 
         h = self.self_attention_residual.read(x)
         kv = self.self_attention.project(h, h, mask.query_positions(x.shape[-2]))
         if cache is not None:
-            cache = append(cache, kv, slot)
-            kv = cache.own
+            cache, kv, mask = remember(cache, kv, mask, slot)
         y = self.self_attention.attend(h, kv, mask, key=weights_key)
         x = self.self_attention_residual.write(x, y, self_key)
 
@@ -290,7 +229,6 @@ class Decoder(eqx.Module):
         With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
         given, and the encoder's output is not needed: its keys and values are in the cache.
         """
-        check_same_batch(x=x, encoder_output=encoder_output)
         mask = mask if self.position is None else mask.replace(bias=self.position)
         slot: Int[Array, ""] | int = 0
         layer_caches: tuple[LayerCache | None, ...] = (None,) * len(self.layers)
@@ -327,10 +265,9 @@ class Decoder(eqx.Module):
 
         def empty(layer: DecoderLayer) -> LayerCache:
             heads = layer.self_attention
-            shape = batch_size, heads.num_kv_heads, slots, heads.head_dim
-            # Two arrays: one that stood in both places could not be donated.
-            own = KV(jnp.zeros(shape, heads.wk.dtype), jnp.zeros(shape, heads.wk.dtype))
-            return LayerCache(own, layer.project_cross(encoder_output))
+            sizes = batch_size, heads.num_kv_heads, slots, heads.head_dim
+            cache = empty_layer(*sizes, heads.wk.dtype, heads.window)
+            return cache._replace(cross=layer.project_cross(encoder_output))
 
         positions = jnp.full((batch_size, slots), -1, jnp.int32)
         return Cache(tuple(map(empty, self.layers)), positions, jnp.zeros((), jnp.int32))

@@ -1,15 +1,18 @@
 """`generate` and `stream` for every model: what the user gave to the compiled loop, and back."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.beams import Beams, best_of, run_beams
+from jaxformers.cache import SPARE, Cache
 from jaxformers.checks import check_options, check_size, is_known
-from jaxformers.decoder import Cache
 from jaxformers.loop import State, advance_stream, run, start_stream
 from jaxformers.plan import ANY, AllOptions, Plan, make_plan
 from jaxformers.prompts import (
@@ -35,6 +38,12 @@ class Generation(NamedTuple):
         scores: their sum per row; of beams the score they were ranked by.
         cache: the model's memory of `tokens`, if `return_cache`; a later call can continue it.
         acceptance_rate: with a draft, the share of its guesses that were kept.
+        compile_seconds: what XLA spent compiling for this call; 0 if it knew all the shapes.
+
+    Example:
+        >>> out = model.generate(prompt, 3, return_scores=True)
+        >>> out.tokens.shape, out.log_probs.shape, out.scores.shape
+        ((1, 7), (1, 3), (1,))
     """
 
     tokens: Int[Array, "*b t"]
@@ -42,6 +51,7 @@ class Generation(NamedTuple):
     scores: Float[Array, "*b"]
     cache: Cache | None = None
     acceptance_rate: Float[Array, ""] | None = None
+    compile_seconds: float | None = None
 
 
 class Request(NamedTuple):
@@ -55,9 +65,9 @@ class Request(NamedTuple):
     stop: int
 
     @property
-    def arrays(self) -> tuple[Plan, Array, Array, int]:
-        """What the loop takes after the adapter."""
-        return self.plan, *self.prompt.to_bucket(self.columns), self.slots
+    def arrays(self) -> tuple[Array, Array, int]:
+        """The prompt in its bucket, which columns are real, and the slots to decode in."""
+        return *self.prompt.to_bucket(self.columns), self.slots
 
 
 def read_request(
@@ -92,7 +102,7 @@ def generate(
     *,
     options: dict[str, Any],
     **model: Any,
-) -> Int[Array, "*b t"] | Generation:
+) -> Any:
     """The prompt and what the model continues it with; see the models' own `generate`.
 
     Arguments:
@@ -103,25 +113,47 @@ def generate(
         **model: see `read_request`.
     """
     request = read_request(prompt, max_new_tokens, options, **model)
+    with compiling() as seconds:
+        result = decode(step, request, options)
+    if options.get("return_scores", False) or options.get("return_cache", False):
+        return result._replace(compile_seconds=sum(seconds))
+    return result.tokens
+
+
+def decode(step: Any, request: Request, options: dict[str, Any]) -> Generation:
+    """The loop that the options ask for, and what it found."""
     beams = read_beams(options, request.prompt.tokens.shape[0])
-    draft = read_draft(step, options, request, max_new_tokens)
-    keep = options.get("return_cache", False)
     if beams is not None:
-        result = search(step, request, *beams)
-    elif draft is not None:
-        state, rate = run_speculative(step, draft, *request.arrays, read_draft_length(options))
-        result = answer(request, request.prompt, state)._replace(acceptance_rate=rate)
-    else:
-        cache = room_for(step, options.get("cache"), request.slots)
-        state = run(step, *request.arrays, cache, keep)
-        result = answer(request, request.prompt, state)._replace(cache=state.cache)
-    return result if keep or options.get("return_scores", False) else result.tokens
+        return search(step, request, *beams)
+    draft, count = read_draft(step, options, request), read_draft_length(options)
+    if draft is not None:
+        state, rate = run_speculative(step, draft, request.plan, *request.arrays, count)
+        return answer(request, request.prompt, state)._replace(acceptance_rate=rate)
+    cache = room_for(step, options.get("cache"), request.slots)
+    keep = options.get("return_cache", False)
+    state = run(step, request.plan, *request.arrays, cache, keep)
+    return answer(request, request.prompt, state)._replace(cache=state.cache)
+
+
+@contextmanager
+def compiling() -> Iterator[list[float]]:
+    """The seconds that XLA spends compiling within the block, one entry per program."""
+    seconds: list[float] = []
+
+    def hear(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
 
 
 def search(step: Any, request: Request, beams: Beams, count: int) -> Generation:
     """What beam search finds, the `count` best for each row."""
-    plan, *arrays = request.arrays
-    ended, failed = run_beams(step, plan, beams, *arrays)
+    ended, failed = run_beams(step, request.plan, beams, *request.arrays)
     best, prompt = best_of(ended, count), request.prompt.repeat(count)
     result = answer(request, prompt, Found(best.tokens, best.log_probs, failed))
     return result._replace(scores=prompt.place(best.scores))
@@ -173,8 +205,7 @@ def stream(
 
 
 def _columns(step: Any, request: Request) -> Iterator[Int[Array, "*b"]]:
-    plan, *arrays = request.arrays
-    state = start_stream(step, plan, *arrays)
+    state = start_stream(step, request.plan, *request.arrays)
     for column in range(request.start, request.stop):
         check_finite(state.tokens, state.failed)
         newest = request.prompt.cut(state.tokens, column, column + 1)
@@ -182,7 +213,7 @@ def _columns(step: Any, request: Request) -> Iterator[Int[Array, "*b"]]:
         yield request.prompt.place(newest[:, 0])
         if done or column + 1 == request.stop:
             return
-        state = advance_stream((step, plan), state)
+        state = advance_stream((step, request.plan), state)
 
 
 def gather(
@@ -212,6 +243,12 @@ def generate_from_source(
             "max_length must be an integer of at least 2, the start token and one more, got "
             f"{max_length!r}."
         )
+    for name in ("cache", "return_cache"):
+        if rest["options"].get(name):
+            raise ValueError(
+                f"{name} is for models without an encoder, whose sequences can be continued. "
+                "Leave it out."
+            )
     source, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length)
     (start,) = check_ids("start_token", [start_token], vocab_size)
     step = make_step(*arrays)
@@ -240,9 +277,8 @@ def read_beams(options: dict[str, Any], batch_size: int) -> tuple[Beams, int] | 
     early_stopping = options.get("early_stopping", False)
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}.')
-    penalty = options.get("length_penalty", 1.0)
-    penalty = per_row("length_penalty", penalty, batch_size, *ANY)
-    return Beams(penalty, num_beams, early_stopping), count
+    penalty = per_row("length_penalty", options.get("length_penalty", 1.0), batch_size, *ANY)
+    return Beams(jnp.asarray(penalty), num_beams, early_stopping), count
 
 
 def read_draft_length(options: dict[str, Any]) -> int:
@@ -264,11 +300,16 @@ def read_draft_length(options: dict[str, Any]) -> int:
             raise ValueError(f"{name} does not go with {given[0]}, got both. Leave one out.")
     length = options.get("draft_length", 4)
     check_size(draft_length=length)
+    if length > SPARE:
+        raise ValueError(
+            f"draft_length must be at most {SPARE}, got {length}. Longer guesses are hardly ever "
+            "right to the end."
+        )
     return length
 
 
 def read_draft(
-    step: Any, options: dict[str, Any], request: Request, max_new_tokens: int
+    step: Any, options: dict[str, Any], request: Request
 ) -> ModelDraft | LookupDraft | None:
     """Who guesses tokens, or None for plain decoding."""
     if not read_draft_length(options):
@@ -283,7 +324,7 @@ def read_draft(
             f"draft_model must have the model's vocabulary of {step.vocab_size} tokens, got one "
             f"of {draft.vocab_size}."
         )
-    check_room(request.prompt, max_new_tokens, model.max_seq_length)
+    check_room(request.prompt, request.stop - request.start, model.max_seq_length)
     return ModelDraft(draft)
 
 
@@ -292,7 +333,7 @@ def room_for(step: Any, cache: Any, slots: int) -> Any:
     if cache is None:
         return None
     free = cache.slots - int(cache.length) if is_known(cache.length) else 0
-    return cache if free >= slots else step.grow(cache, bucket(cache.slots + slots - free))
+    return cache if free >= slots else step.resize(cache, bucket(cache.slots + slots - free))
 
 
 def check_finite(tokens: Int[Array, "b s"], failed: Bool[Array, " r"]) -> Int[Array, "b s"]:

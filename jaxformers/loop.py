@@ -40,10 +40,13 @@ def prefill(
     """The state with the prompt in it, and the logits of the first new token."""
     b, t = tokens.shape
     tokens, real = to_the_right(plan, tokens, real)
-    cache = step.start(b, slots) if cache is None else cache
+    fresh = cache is None
+    if fresh:  # the prompt need not attend to slots that are still empty
+        cache = step.resize(step.start(b, slots), t)
     hidden, cache = step(tokens, real, cache)
     # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
     cache = step.rewind(cache, t - plan.start)
+    cache = step.resize(cache, slots) if fresh else cache
     last = lax.dynamic_slice_in_dim(hidden, plan.start - 1, 1, axis=1)
     filling = jnp.broadcast_to(plan.pad_token, (b, slots))
     none = jnp.zeros(b, jnp.bool_)

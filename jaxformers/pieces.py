@@ -171,7 +171,7 @@ def take_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
     A stack holds it once for all its layers; any other scheme stays among the pieces.
     """
     position = pieces.get("position")
-    if not isinstance(position, BiasPosition):
+    if isinstance(position, type) or not isinstance(position, BiasPosition):
         return None, pieces
     rest: Pieces = {name: piece for name, piece in pieces.items() if name != "position"}  # type: ignore[assignment]
     return position, rest

@@ -7,13 +7,13 @@ from typing import Any, TypedDict
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxformers.cache import Cache
 from jaxformers.checks import check_size, is_known
 from jaxformers.constraints import Constraints, History, sequences
-from jaxformers.decoder import Cache
 from jaxformers.prompts import check_ids, put
-from jaxformers.sampling import Keys, Warper, draw, per_row, row_keys
+from jaxformers.sampling import Keys, Numbers, Warper, draw, per_row, row_keys
 
 
 class Options(TypedDict, total=False):
@@ -60,20 +60,20 @@ class Options(TypedDict, total=False):
 
     pad_token: int | None
     stop_sequences: Sequence[Sequence[int]] | None
-    min_p: ArrayLike | None
-    typical_p: ArrayLike | None
-    repetition_penalty: ArrayLike | None
-    frequency_penalty: ArrayLike | None
-    presence_penalty: ArrayLike | None
-    no_repeat_ngram_size: ArrayLike | None
+    min_p: Numbers | None
+    typical_p: Numbers | None
+    repetition_penalty: Numbers | None
+    frequency_penalty: Numbers | None
+    presence_penalty: Numbers | None
+    no_repeat_ngram_size: Numbers | None
     bad_words: Sequence[Sequence[int]] | None
-    min_new_tokens: ArrayLike | None
-    forced_first_token: ArrayLike | None
-    forced_last_token: ArrayLike | None
+    min_new_tokens: Numbers | None
+    forced_first_token: Numbers | None
+    forced_last_token: Numbers | None
     logits_fn: Callable | None
     num_beams: int
     num_return_sequences: int
-    length_penalty: ArrayLike
+    length_penalty: Numbers
     early_stopping: bool | str
     draft_model: Any
     prompt_lookup: int
@@ -87,9 +87,9 @@ class AllOptions(Options, total=False):
     """These, and those that `generate` names itself."""
 
     end_token: int | Sequence[int] | None
-    temperature: ArrayLike
-    top_k: ArrayLike | None
-    top_p: ArrayLike | None
+    temperature: Numbers
+    top_k: Numbers | None
+    top_p: Numbers | None
     key: Keys | None
 
 
@@ -134,7 +134,7 @@ class Plan(eqx.Module):
 
     def repeat(self, times: int) -> "Plan":
         """The same for each row `times` times over; keys stay one per row."""
-        fields = {
+        fields: dict[str, Any] = {
             field.name: jnp.repeat(value, times)
             for field in dataclasses.fields(self.warper)
             if eqx.is_array(value := getattr(self.warper, field.name))
@@ -245,8 +245,7 @@ def _forced(options: dict[str, Any], vocab_size: int, batch_size: int) -> dict[s
 def _allowed(options: dict[str, Any], end_tokens: np.ndarray) -> Sequence[Sequence[int]] | None:
     """The bad words, of which a lone end token is none: rows could never end (as in HF)."""
     words = options.get("bad_words")
-    if not isinstance(words, list | tuple):
+    if not words:
         return words
-    return [
-        word for word in words if list(np.ravel(word)) not in [[end] for end in end_tokens]
-    ] or None
+    ends = [[end] for end in end_tokens.tolist()]
+    return [word for word in words if np.ravel(word).tolist() not in ends] or None

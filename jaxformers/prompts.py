@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Int
 from jaxformers.checks import check_padding_mask, check_tokens, is_known
 
 # What may be given as token ids.
-Tokens = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+Tokens = ArrayLike | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
 
 
 class Prompt(NamedTuple):
@@ -77,12 +77,12 @@ def read_prompt(
     Raises:
         ValueError: if it holds no ids of the vocabulary, or a row has no token.
     """
-    prompt, padding_mask = _fill_ragged(prompt, padding_mask)
-    committed = isinstance(prompt, jax.Array) and is_known(prompt) and prompt.committed
-    sharding = prompt.sharding if committed else None
-    tokens = check_tokens(np.asarray(prompt) if is_known(prompt) else prompt, vocab_size, name)
+    given, padding_mask = _fill_ragged(prompt, padding_mask)
+    committed = isinstance(given, jax.Array) and is_known(given) and given.committed
+    sharding = given.sharding if committed else None
+    tokens: Any = check_tokens(np.asarray(given) if is_known(given) else given, vocab_size, name)
     mask_name = "src_padding_mask" if name == "src" else "padding_mask"
-    real = check_padding_mask(padding_mask, tokens.shape, mask_name)
+    real: Any = check_padding_mask(padding_mask, tokens.shape, mask_name)
     if is_known(tokens):
         tokens = np.asarray(tokens)
     if real is None:
@@ -109,13 +109,13 @@ def read_source(
     return source, source.to_bucket(bucket(source.tokens.shape[1], max_length))
 
 
-def _fill_ragged(prompt: Tokens, padding_mask: ArrayLike | None) -> tuple[Any, Any]:
+def _fill_ragged(prompt: Any, padding_mask: ArrayLike | None) -> tuple[Any, Any]:
     """Lists of different length as one array padded on the left with 0, and its padding mask."""
-    nested = isinstance(prompt, list | tuple) and any(
-        isinstance(row, list | tuple | np.ndarray) for row in prompt
-    )
-    if not nested or len({len(row) for row in prompt}) == 1:
+    if not isinstance(prompt, list | tuple):
         return prompt, padding_mask
+    lengths = {len(row) if isinstance(row, list | tuple | np.ndarray) else 0 for row in prompt}
+    if len(lengths) < 2:
+        return np.asarray(prompt), padding_mask
     if padding_mask is not None:
         raise ValueError(
             "padding_mask must be left out where prompt is a list of rows of different length, "

@@ -5,7 +5,7 @@ The order of the steps and their arithmetic are those of Hugging Face transforme
 is an array with one entry per row: rows may differ, and a new number compiles nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -15,6 +15,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from jaxformers.checks import check_key, is_known
 
+# One number, or one per row.
+Numbers = ArrayLike | Sequence[int] | Sequence[float]
 # One key, or one per row.
 Keys = Key[Array, "..."] | UInt32[Array, "..."]
 
@@ -140,7 +142,7 @@ def row_keys(key: Keys | None, batch_size: int) -> Key[Array, " b"] | None:
 
 def per_row(
     name: str,
-    value: ArrayLike | None,
+    value: Numbers | None,
     batch_size: int,
     dtype: type,
     inside: Callable[[np.ndarray], np.ndarray],

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.attention import KV
-from jaxformers.decoder import Cache, LayerCache
+from jaxformers.cache import Cache
 
 
 class LMStep(eqx.Module):
@@ -50,19 +49,19 @@ class LMStep(eqx.Module):
 
     def rewind(self, cache: Cache, columns: Int[Array, ""]) -> Cache:
         """The cache without its last `columns`."""
-        return rewind(cache, columns)
+        return cache.rewind(columns)
 
     def take(self, cache: Cache, rows: Int[Array, " b"]) -> Cache:
         """The cache with the rows that `rows` names."""
-        return jax.tree.map(lambda x: x[rows] if x.ndim else x, cache)
+        return cache.take(rows)
 
     def repeat(self, cache: Cache, times: int) -> Cache:
         """The cache with each row `times` times over."""
         return repeat(cache, times)
 
-    def grow(self, cache: Cache, slots: int) -> Cache:
-        """The cache with `slots` columns, those in use included."""
-        return grow(cache, slots)
+    def resize(self, cache: Cache, slots: int) -> Cache:
+        """The cache with `slots` columns."""
+        return cache.resize(slots)
 
 
 class Seq2SeqCache(NamedTuple):
@@ -117,42 +116,19 @@ class Seq2SeqStep(eqx.Module):
 
     def rewind(self, cache: Seq2SeqCache, columns: Int[Array, ""]) -> Seq2SeqCache:
         """The cache without its last `columns`."""
-        return cache._replace(target=rewind(cache.target, columns))
+        return cache._replace(target=cache.target.rewind(columns))
+
+    def resize(self, cache: Seq2SeqCache, slots: int) -> Seq2SeqCache:
+        """The cache with `slots` columns."""
+        return cache._replace(target=cache.target.resize(slots))
 
     def take(self, cache: Seq2SeqCache, rows: Int[Array, " b"]) -> Seq2SeqCache:
         """The cache with the rows that `rows` names, which must have the same sources."""
-        target = cache.target
-        # The source's keys and values, which can be most of the cache, stay where they are.
-        own, positions = jax.tree.map(
-            lambda x: x[rows], ([layer.own for layer in target.layers], target.positions)
-        )
-        layers = tuple(map(LayerCache, own, [layer.cross for layer in target.layers]))
-        return cache._replace(target=Cache(layers, positions, target.length))
+        return cache._replace(target=cache.target.take(rows))
 
     def repeat(self, cache: Seq2SeqCache, times: int) -> Seq2SeqCache:
         """The cache with each row `times` times over."""
         return repeat(cache, times)
-
-
-def rewind(cache: Cache, columns: Int[Array, ""]) -> Cache:
-    """The cache without its last `columns`."""
-    length = cache.length - columns
-    used = jnp.arange(cache.slots) < length
-    return Cache(cache.layers, jnp.where(used, cache.positions, -1), length)
-
-
-def grow(cache: Cache, slots: int) -> Cache:
-    """The cache with `slots` columns, those in use included."""
-    more = slots - cache.slots
-
-    def widen(x: Array, axis: int, filling: int) -> Array:
-        width = [(0, more if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(x, width, constant_values=filling)
-
-    layers = tuple(
-        LayerCache(KV(*(widen(x, 2, 0) for x in layer.own)), layer.cross) for layer in cache.layers
-    )
-    return Cache(layers, widen(cache.positions, 1, -1), cache.length)
 
 
 def repeat(cache: Any, times: int) -> Any:

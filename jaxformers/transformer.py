@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import equinox as eqx
 import jax
@@ -12,12 +12,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from jaxformers.checks import (
     check_key,
     check_padding_mask,
+    check_size,
     check_tokens,
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.generation import Generation, gather, generate, generate_from_source, stream
+from jaxformers.generation import gather, generate, generate_from_source, stream
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, as_mask, padding_to_positions
 from jaxformers.output import OutputLayer
@@ -25,7 +26,7 @@ from jaxformers.pieces import Pieces, build_embedding, build_output, check_piece
 from jaxformers.plan import AllOptions, Options
 from jaxformers.positional_encoding import check_seq_length
 from jaxformers.prompts import Tokens
-from jaxformers.sampling import Keys
+from jaxformers.sampling import Keys, Numbers
 from jaxformers.scoring import score, score_with_source
 from jaxformers.steps import LMStep, Seq2SeqStep
 
@@ -195,13 +196,13 @@ class TransformerLM(eqx.Module):
         max_new_tokens: int,
         *,
         end_token: int | Sequence[int] | None = None,
-        temperature: ArrayLike = 1.0,
-        top_k: ArrayLike | None = None,
-        top_p: ArrayLike | None = None,
+        temperature: Numbers = 1.0,
+        top_k: Numbers | None = None,
+        top_p: Numbers | None = None,
         padding_mask: ArrayLike | None = None,
         key: Keys | None = None,
         **options: Unpack[Options],
-    ) -> Int[Array, "*b u"] | Generation:
+    ) -> Any:
         """The prompt and `max_new_tokens` tokens that continue it.
 
         Arguments:
@@ -221,7 +222,7 @@ class TransformerLM(eqx.Module):
 
         Returns:
             int32, `(b, t + max_new_tokens)`, or `(t + max_new_tokens,)` for a prompt without a
-            batch axis.
+            batch axis. A `Generation` with more if an option asks for that.
 
         Raises:
             ValueError: if an option is out of its range or would be without effect, or the new
@@ -235,7 +236,7 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=gather(end_token, temperature, top_k, top_p, key, options),
+            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
     def stream(
@@ -252,8 +253,8 @@ class TransformerLM(eqx.Module):
             int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows have ended.
 
         Example:
-            >>> for token in model.stream(prompt, 100, end_token=0):
-            ...     print(token)
+            >>> [token.shape for token in model.stream(prompt, 3)]
+            [(1,), (1,), (1,)]
         """
         return stream(
             LMStep(self),
@@ -262,7 +263,7 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=options,
+            options=dict(options),
         )
 
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
@@ -278,8 +279,13 @@ class TransformerLM(eqx.Module):
         Raises:
             ValueError: if tokens are not ids within the vocabulary, or too long.
         """
-        sizes = {"vocab_size": self.vocab_size, "max_seq_length": self.max_seq_length}
-        return score(LMStep(self), tokens, padding_mask, **sizes)
+        return score(
+            LMStep(self),
+            tokens,
+            padding_mask,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+        )
 
 
 class Transformer(eqx.Module):
@@ -530,14 +536,14 @@ class Transformer(eqx.Module):
         max_length: int,
         start_token: int,
         end_token: int | Sequence[int] | None,
-        temperature: ArrayLike = 1.0,
+        temperature: Numbers = 1.0,
         key: Keys | None = None,
         *,
-        top_k: ArrayLike | None = None,
-        top_p: ArrayLike | None = None,
+        top_k: Numbers | None = None,
+        top_p: Numbers | None = None,
         src_padding_mask: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> Int[Array, "*b t"] | Generation:
+    ) -> Any:
         """Target sequences for the source, beginning with `start_token`.
 
         Arguments:
@@ -566,7 +572,7 @@ class Transformer(eqx.Module):
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=gather(end_token, temperature, top_k, top_p, key, options),
+            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
     def stream(
@@ -593,7 +599,7 @@ class Transformer(eqx.Module):
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=options,
+            options=dict(options),
             decode=stream,
         )
 
@@ -716,7 +722,7 @@ class TransformerEncoder(eqx.Module):
 def _encode(embedding, encoder, tokens, mask, key, padding_mask, name="tokens"):
     """Embed and encode: the side of the source."""
     tokens = check_tokens(tokens, embedding.vocab_size, name)
-    mask = _place(as_mask(mask), tokens, padding_mask, None)
+    mask = _place(as_mask(mask), tokens, padding_mask, None, name)
     embedding_key, encoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)
     return encoder(x, mask, encoder_key)
@@ -736,15 +742,16 @@ def _decode(
 ):
     """Embed and decode: the side of the target."""
     tokens = check_tokens(tokens, embedding.vocab_size, name)
-    mask = _place(as_mask(mask), tokens, padding_mask, cache).replace(causal=True)
+    mask = _place(as_mask(mask), tokens, padding_mask, cache, name).replace(causal=True)
     embedding_key, decoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)
     return decoder.forward(x, encoder_output, mask, cross_mask, decoder_key, cache)
 
 
-def _place(mask, tokens, padding_mask, cache) -> AttentionMask:
+def _place(mask, tokens, padding_mask, cache, name) -> AttentionMask:
     """The mask with the positions of `tokens`; without any where they are simply 0 .. t-1."""
-    padding_mask = check_padding_mask(padding_mask, tokens.shape)
+    padding_name = "padding_mask" if name == "tokens" else f"{name}_padding_mask"
+    padding_mask = check_padding_mask(padding_mask, tokens.shape, padding_name)
     if mask.q_positions is not None:
         if padding_mask is not None:
             raise ValueError(
@@ -767,6 +774,7 @@ def _project(output, embedding, hidden):
 
 
 def _init_cache(embedding, decoder, batch_size, slots, encoder_output=None) -> Cache:
+    check_size(batch_size=batch_size, slots=slots)
     if embedding.max_seq_length is not None:
         check_seq_length(slots, embedding.max_seq_length)
     return decoder.init_cache(batch_size, slots, encoder_output)

@@ -100,6 +100,14 @@ def test_nothing_counted_is_zero_with_zero_gradient():
     assert (grad == 0).all()
 
 
+def test_positions_that_do_not_count_make_no_nan():
+    expected = cross_entropy(logits, targets, mask)
+    assert cross_entropy(jnp.where(mask[..., None], logits, -jnp.inf), targets, mask) == expected
+    with jax.debug_nans(True):
+        ignored = jnp.where(mask, targets, -100)
+        assert cross_entropy(logits, ignored, ignore_index=-100) == expected
+
+
 def test_positions_that_do_not_count_get_no_gradient():
     grad = jax.grad(cross_entropy)(logits, targets, mask)
     assert (grad[~mask] == 0).all()

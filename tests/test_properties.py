@@ -63,12 +63,12 @@ def filled(constructor, *sizes, **options):
     return jax.tree.map_with_path(draw, model)
 
 
-def language_model(**options):
-    return filled(TransformerLM, VOCAB, D, N, LAYERS, F, MAX, **options)
+def language_model(layers=LAYERS, **options):
+    return filled(TransformerLM, VOCAB, D, N, layers, F, MAX, **options)
 
 
-def encoder_model(**options):
-    return filled(TransformerEncoder, VOCAB, D, N, LAYERS, F, MAX, **options)
+def encoder_model(layers=LAYERS, **options):
+    return filled(TransformerEncoder, VOCAB, D, N, layers, F, MAX, **options)
 
 
 def seq2seq_model(decoder_layers=LAYERS, **options):
@@ -351,6 +351,31 @@ def test_cached_is_full(scheme, group, window):
     check_cached(step, model.init_cache(B, T + 4), np.asarray(model.logits(tokens)), tokens)
 
 
+@pytest.mark.parametrize("scheme", ["rotary", "alibi"])
+def test_cached_is_full_where_the_window_rolls(scheme):
+    """A sequence of many windows, in chunks longer and shorter than what is remembered."""
+    length = 44
+    model = language_model(1, **SCHEMES[scheme], window=WINDOW, num_kv_heads=2)
+    cache = model.init_cache(B, length + 5)
+    assert cache.layers[0].own.keys.shape[2] < 20 < cache.slots
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (B, length)), jnp.int32)
+    full = np.asarray(model.logits(tokens))
+    # Row 1 lags behind by two tokens: padding stands on the left first, on the right later.
+    bounds = [0, 21, 24, 25, 28, 29, 30, 31, 34, 37, 38, 39, 42, length]
+    places = [
+        np.broadcast_to(np.arange(a, b), (B, b - a)).copy()
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    places = [np.where(np.arange(B)[:, None] == 1, chunk - 2, chunk) for chunk in places]
+    places[0] = np.maximum(places[0], -1)
+    rows, seen = np.arange(B)[:, None], cache
+    for chunk in places:
+        real = jnp.asarray(chunk >= 0)
+        hidden, seen = model.forward(tokens[rows, chunk], padding_mask=real, cache=seen)
+        logits = np.asarray(model.project(hidden))
+        assert_close(logits[real], full[rows, chunk][real], err_msg=f"at {chunk[0]}")
+
+
 @each_scheme
 def test_cached_is_full_in_seq2seq(scheme):
     """The encoder's keys and values are in the cache, its padding stays hidden."""
@@ -371,8 +396,8 @@ def test_cached_is_full_in_seq2seq(scheme):
 
 def test_compiling_changes_nothing():
     """Also that ids and masks may be known inside a compiled function, as constants of it."""
-    lm = language_model(**SCHEMES["rotary"], num_kv_heads=2)
-    encoder = encoder_model(**SCHEMES["alibi"], window=WINDOW)
+    lm = language_model(1, **SCHEMES["rotary"], num_kv_heads=2)
+    encoder = encoder_model(1, **SCHEMES["alibi"], window=WINDOW)
     seq2seq = seq2seq_model(1, **SCHEMES["learned"])
     src, tgt = draw_tokens(B, S, vocab_size=SRC_VOCAB), draw_tokens(B, T)
     real = jnp.arange(T) > jnp.array([[0], [1], [3]])
@@ -668,7 +693,14 @@ def test_position_schemes_differ():
             assert not np.allclose(a, b, atol=1e-3)
 
 
-@pytest.mark.parametrize("tied, shared", [(True, False), (False, True), (True, True)])
+@eqx.filter_jit
+@partial(eqx.filter_value_and_grad, has_aux=True)
+def values_and_gradients(model):
+    out = model(draw_tokens(B, S, seed=4), draw_tokens(B, T))
+    return (out * draw(B, T, VOCAB)).sum(), out
+
+
+@pytest.mark.parametrize("tied, shared", [(False, True), (True, True)])
 def test_one_table_takes_the_place_of_two(tied, shared):
     """The values are those of a model with copies, its gradient is the sum of theirs."""
     sizes = VOCAB, VOCAB, D, N, 1, 1, F, MAX
@@ -688,17 +720,8 @@ def test_one_table_takes_the_place_of_two(tied, shared):
     assert len(tables) == 3 - tied - shared
     assert model.src_vocab_size == model.tgt_vocab_size == VOCAB
 
-    src, tgt = draw_tokens(B, S, seed=4), draw_tokens(B, T)
-    cotangent = draw(B, T, VOCAB)
-
-    @eqx.filter_jit
-    @partial(eqx.filter_value_and_grad, has_aux=True)
-    def run(m):
-        out = m(src, tgt)
-        return (out * cotangent).sum(), out
-
-    (_, out), gradient = run(model)
-    (_, expected), gradients = run(copies)
+    (_, out), gradient = values_and_gradients(model)
+    (_, expected), gradients = values_and_gradients(copies)
     assert_close(out, expected)
     total = gradients.tgt_embedding.token_embedding.weight
     total += gradients.src_embedding.token_embedding.weight if shared else 0.0
@@ -717,32 +740,41 @@ def test_tied_language_model():
 
 
 @pytest.mark.parametrize(
-    "options",
+    "build, options",
     [
-        {"norm_first": False, "learnable_pos": True, "tie_embeddings": True},
-        {"position": RotaryPositionalEncoding(), "num_kv_heads": 1, "norm": RMSNorm},
-        {"position": ALiBi(), "feed_forward": GatedFeedForward, "qk_norm": RMSNorm},
+        (seq2seq_model, {"norm_first": False, "learnable_pos": True, "tie_embeddings": True}),
+        (language_model, {"position": RotaryPositionalEncoding(), "num_kv_heads": 1}),
+        (language_model, {"position": ALiBi(), "norm": RMSNorm, "qk_norm": RMSNorm}),
+        (encoder_model, {"feed_forward": GatedFeedForward, "window": WINDOW}),
     ],
 )
-def test_bfloat16(options, getkey):
+def test_bfloat16(build, options, getkey):
     """Weights and activations in half the bytes; log-probabilities in float32 nevertheless."""
-    lm = language_model(**options, attention_dropout_rate=0.2)
-    seq2seq = seq2seq_model(1, **options)
-    src, tgt = draw_tokens(B, S, vocab_size=SRC_VOCAB), draw_tokens(B, T)
+    model = build(1, **options, attention_dropout_rate=0.2)
+    tokens = draw_tokens(B, T)
     real = jnp.arange(T) >= jnp.array([[0], [1], [3]])
 
-    def run(lm, seq2seq):
-        hidden, cache = lm.forward(tgt, padding_mask=real, cache=lm.init_cache(B, T))
-        return hidden, cache.layers[0].own.keys, lm(tgt, padding_mask=real), seq2seq(src, tgt)
+    def run(model, key=None):
+        if build is encoder_model:
+            return [model(tokens, None, key, padding_mask=real)]
+        if build is seq2seq_model:
+            src = draw_tokens(B, S, vocab_size=SRC_VOCAB)
+            memory = model.encode(src)
+            _, cache = model.forward(tokens, cache=model.init_cache(memory, T))
+            return [memory, cache.layers[0].own.keys, model(src, tokens, key=key)]
+        hidden, cache = model.forward(
+            tokens, padding_mask=real, cache=model.init_cache(B, T), key=key
+        )
+        return [hidden, cache.layers[0].own.keys, model(tokens, padding_mask=real)]
 
-    wide = run(lm, seq2seq)
-    lm, seq2seq = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (lm, seq2seq))
-    narrow = eqx.filter_jit(run)(lm, seq2seq)
-    assert [x.dtype for x in narrow] == [jnp.bfloat16] * 2 + [jnp.float32] * 2
+    wide = run(model)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    narrow = eqx.filter_jit(run)(model)
     for a, b in zip(narrow, wide, strict=True):
+        assert a.dtype == (jnp.float32 if b.shape[-1] == VOCAB else jnp.bfloat16)
         # bfloat16 has 8 bits: each of about 30 operations in a row may err by 1/256.
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.1)
-    assert jnp.isfinite(eqx.filter_jit(lm)(tgt, key=getkey())).all()
+    assert all(jnp.isfinite(x).all() for x in run(model, getkey()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])

@@ -105,6 +105,7 @@ def test_the_same_schedule_built_twice_compiles_once(name):
 def test_join_takes_any_function_and_counts_in_integers():
     late = ours.join(lambda step: 0.5, 2**24, ours.linear(0.0, 4.0, 4))
     assert late(2**24 - 1) == 0.5
+    assert late(2**24) == 0.0
     assert late(2**24 + 1) == 1.0  # float32 cannot tell this step from the one before
 
 

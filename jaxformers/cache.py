@@ -1,0 +1,160 @@
+"""The cache: what a decoder remembers of the tokens it has seen."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxformers.attention import KV
+from jaxformers.checks import is_known
+from jaxformers.masks import AttentionMask
+
+# Rolling slots beyond the window: so many tokens at a time are written in place, and may be taken
+# back by `rewind` without a loss of older ones that are still in view.
+SPARE = 16
+
+
+class LayerCache(NamedTuple):
+    """What one decoder layer remembers: its own keys and values, and those of the encoder.
+
+    A layer with a sliding window needs no more slots than the window: there the token at position
+    p is in slot `p % slots`, and `positions` says which one is. Without it, slots are the cache's.
+    """
+
+    own: KV
+    cross: KV | None
+    positions: Int[Array, "b r"] | None = None
+
+
+class Cache(eqx.Module):
+    """Keys and values of the tokens decoded so far; it goes into `forward` and comes out extended.
+
+    All layers share the slots: the next token of every sequence is written to slot `length`.
+    Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
+    padding, so that nobody attends to it. (Layers with a sliding window keep their own slots.)
+
+    Example:
+        >>> cache = model.init_cache(batch_size=1, slots=8)
+        >>> hidden, cache = model.forward(jnp.array([[1, 2, 3]]), cache=cache)
+        >>> hidden, cache = model.forward(jnp.array([[4]]), cache=cache)
+        >>> print(cache.length, cache.positions)
+        4 [[ 0  1  2  3 -1 -1 -1 -1]]
+    """
+
+    layers: tuple[LayerCache, ...]
+    positions: Int[Array, "b s"]
+    length: Int[Array, ""]
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def token_counts(self) -> Int[Array, " b"]:
+        """How many real tokens each sequence has so far, which is its next position."""
+        return jnp.max(self.positions, axis=1) + 1
+
+    def extend(self, positions: Int[Array, "b t"]) -> "Cache":
+        """The cache with the positions of t more tokens; layers write theirs with `remember`.
+
+        Raises:
+            ValueError: if fewer than t slots are left (JAX would overwrite the last ones).
+        """
+        t = positions.shape[1]
+        if is_known(self.length) and int(self.length) + t > self.slots:
+            raise ValueError(
+                f"the cache has {self.slots} slots, {int(self.length)} of them in use, and cannot "
+                f"take {t} more tokens. Make it with more slots."
+            )
+        written = lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
+        return type(self)(self.layers, written, self.length + t)
+
+    def rewind(self, columns: Int[Array, ""]) -> "Cache":
+        """The cache without its last `columns` slots (at most `SPARE` of them real tokens)."""
+        length = self.length - columns
+        kept = jnp.where(jnp.arange(self.slots) < length, self.positions, -1)
+        counts = kept.max(axis=1, keepdims=True) + 1
+
+        def forget(layer: LayerCache) -> LayerCache:
+            if layer.positions is None:
+                return layer
+            positions = jnp.where(layer.positions < counts, layer.positions, -1)
+            return layer._replace(positions=positions)
+
+        return Cache(tuple(map(forget, self.layers)), kept, length)
+
+    def resize(self, slots: int) -> "Cache":
+        """The cache with `slots` slots: more, or fewer if those are not in use."""
+        more = slots - self.slots
+
+        def resize(layer: LayerCache) -> LayerCache:
+            if layer.positions is not None:
+                return layer
+            width = ((0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0))
+            own = (lax.pad(x, jnp.zeros((), x.dtype), width) for x in layer.own)
+            return layer._replace(own=KV(*own))
+
+        positions = lax.pad(self.positions, jnp.int32(-1), ((0, 0, 0), (0, more, 0)))
+        return Cache(tuple(map(resize, self.layers)), positions, self.length)
+
+    def take(self, rows: Int[Array, " r"]) -> "Cache":
+        """The cache with the rows that `rows` names, in place of rows with the same source."""
+        # The source's keys and values, which can be most of the cache, stay where they are.
+        own = [layer._replace(cross=None) for layer in self.layers]
+        own, positions = jax.tree.map(lambda x: x[rows], (own, self.positions))
+        layers = [new._replace(cross=old.cross) for new, old in zip(own, self.layers, strict=True)]
+        return Cache(tuple(layers), positions, self.length)
+
+
+def empty_layer(
+    batch_size: int, heads: int, slots: int, head_dim: int, dtype, window: int | None
+) -> LayerCache:
+    """A layer's cache without keys and values of its own yet, nor of an encoder."""
+    own_slots = slots if window is None else min(slots, window + SPARE)
+    shape = batch_size, heads, own_slots, head_dim
+    # Two arrays: one that stood in both places could not be donated.
+    own = KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    positions = jnp.full((batch_size, own_slots), -1, jnp.int32) if own_slots < slots else None
+    return LayerCache(own, None, positions)
+
+
+def remember(
+    cache: LayerCache, kv: KV, mask: AttentionMask, slot: Int[Array, ""] | int
+) -> tuple[LayerCache, KV, AttentionMask]:
+    """A layer's cache with `kv` written; and the keys, values and mask to attend with."""
+    if cache.positions is not None:
+        return _roll(cache, cache.positions, kv, mask)
+    own = [
+        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+        for old, new in zip(cache.own, kv, strict=True)
+    ]
+    cache = cache._replace(own=KV(*own))
+    return cache, cache.own, mask
+
+
+def _roll(
+    cache: LayerCache, old_positions: Int[Array, "b r"], kv: KV, mask: AttentionMask
+) -> tuple[LayerCache, KV, AttentionMask]:
+    """The same for slots that are used again once their token is out of the window."""
+    t, slots = kv.keys.shape[2], cache.own.keys.shape[2]
+    kv = KV(*(new.astype(old.dtype) for old, new in zip(cache.own, kv, strict=True)))
+    positions = mask.query_positions(t)
+    # Padding is not written, nor what would be overwritten within this very call.
+    last = positions > positions.max(axis=1, keepdims=True) - slots
+    where = jnp.where((positions >= 0) & last, positions % slots, slots)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    own = [
+        old.at[rows, :, where].set(jnp.swapaxes(new, 1, 2), mode="drop")
+        for old, new in zip(cache.own, kv, strict=True)
+    ]
+    written = old_positions.at[rows, where].set(positions, mode="drop")
+    new = LayerCache(KV(*own), cache.cross, written)
+    if t <= SPARE:
+        return new, new.own, mask.replace(k_positions=written)
+    # A long chunk overwrites what its first tokens must still see, so it attends to both.
+    both = KV(*(jnp.concatenate(pair, axis=2) for pair in zip(cache.own, kv, strict=True)))
+    seen = jnp.concatenate([old_positions, positions], axis=1)
+    return new, both, mask.replace(k_positions=seen)
