@@ -264,7 +264,6 @@ def shakespeare_task(args: argparse.Namespace) -> Task:
         num_heads=args.num_heads,
         num_layers=args.num_layers,
         d_ff=4 * args.d_model,
-        max_seq_length=args.context,
         dropout_rate=args.dropout,
         feed_forward=partial(FeedForward, activation=jax.nn.gelu),
         position=RotaryPositionalEncoding(),

@@ -1,6 +1,10 @@
 """Transformer models for JAX as Equinox modules."""
 
-from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
+from jaxformers.attention import (
+    MultiHeadAttention,
+    dot_product_attention,
+    scaled_dot_product_attention,
+)
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
@@ -23,6 +27,7 @@ from jaxformers.optim import (
     global_norm,
 )
 from jaxformers.output import OutputLayer
+from jaxformers.pieces import Pieces
 from jaxformers.positional_encoding import (
     ALiBi,
     LearnablePositionalEncoding,
@@ -32,11 +37,7 @@ from jaxformers.positional_encoding import (
 )
 from jaxformers.schedules import (
     Schedule,
-    constant,
-    cosine,
     inverse_square_root,
-    join,
-    linear,
     warmup_cosine,
     warmup_linear,
     warmup_stable_decay,

@@ -5,6 +5,8 @@ The letters of all shapes in this package, in annotations and einsums alike:
     b batch            n query heads              d width of the residual stream (d_model)
     t query position   g key/value heads          f width inside the feed-forward (d_ff)
     s key position     h features of one head     v vocabulary
+
+and where they are needed: j features of a value, p rows of a table, `*b` an optional batch.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformers import layers
 from jaxformers.checks import (
     check_activations,
     check_key,
@@ -25,9 +28,9 @@ from jaxformers.checks import (
     check_size,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import as_module, dropout, linear, split_key
-from jaxformers.masks import AttentionMask, as_mask
-from jaxformers.positional_encoding import RotatingPosition
+from jaxformers.layers import as_module, linear, split_key
+from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.positional_encoding import RotatingPosition, acts_as
 
 
 class KV(NamedTuple):
@@ -74,7 +77,22 @@ def dot_product_attention(
     *,
     dropout: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "*b n t h"]:
-    """The plain form of attention, and the default `attention_fn`: it makes all `t x s` scores."""
+    """The plain form of attention, and the default `attention_fn`: it makes all `t x s` scores.
+
+    Arguments:
+        q: queries, `(b, n, t, h)`.
+        k, v: keys and values, `(b, g, s, h)`; g divides n.
+        mask: an `AttentionMask`.
+        dropout: applied to the weights.
+
+    Returns:
+        `(b, n, t, h)`.
+
+    Example:
+        >>> q, k = jnp.ones((2, 8, 5, 4)), jnp.ones((2, 2, 5, 4))
+        >>> dot_product_attention(q, k, k, AttentionMask(causal=True)).shape
+        (2, 8, 5, 4)
+    """
     weights = checkpoint_name(dropout(attention_weights(q, k, mask)), "attention_weights")
     return mix(weights, v)
 
@@ -91,7 +109,7 @@ def scaled_dot_product_attention(
     query: Float[Array, "*b t h"],
     keys: Float[Array, "*b s h"],
     values: Float[Array, "*b s j"],
-    mask: AttentionMask | Bool[Array, "..."] | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Float[Array, "*b t j"], Float[Array, "*b t s"]]:
     """`softmax(query keys^T / sqrt(h)) values` (Vaswani et al. 2017, equation 1).
 
@@ -126,13 +144,13 @@ def scaled_dot_product_attention(
             f"{query.shape}, keys {keys.shape}, values {values.shape}."
         )
     # One head where there is no such axis, so that one body serves both.
-    lead = query.ndim == 2
-    q, k, v = (x[None] if lead else x for x in (query, keys, values))
+    headless = query.ndim == 2
+    q, k, v = (x[None] if headless else x for x in (query, keys, values))
     mask = as_mask(mask)
     mask.check(q.shape[:-1] + keys.shape[-2:-1])
     weights = attention_weights(q, k, mask)
     output = mix(weights, v)
-    return (output[0], weights[0]) if lead else (output, weights)
+    return (output[0], weights[0]) if headless else (output, weights)
 
 
 class MultiHeadAttention(eqx.Module):
@@ -152,7 +170,8 @@ class MultiHeadAttention(eqx.Module):
         qk_norm: constructor of a norm over the features of each head of queries and of keys,
             applied before rotation, for instance `RMSNorm`.
         position: a scheme that rotates queries and keys, such as `RotaryPositionalEncoding()`.
-        window: how many positions a query sees, its own included; None is all.
+        window: a causal query sees the last `window` positions, its own included; others see
+            those less than `window` away on both sides; None is all.
         attention_dropout_rate: dropout on the attention weights while training, 0.
         attention_fn: the kernel, a function like `dot_product_attention`.
         init: how the weights are drawn. Xavier-uniform by default as in the original
@@ -203,12 +222,11 @@ class MultiHeadAttention(eqx.Module):
         residual_init: Initializer | None = None,
         key: PRNGKeyArray | None = None,
     ):
-        n, g, h = head_sizes(d_model, num_heads, num_kv_heads, head_dim)
+        n, g, h = _head_sizes(d_model, num_heads, num_kv_heads, head_dim)
         check_rate(attention_dropout_rate=attention_dropout_rate)
         if window is not None:
             check_size(window=window)
-        is_scheme = isinstance(position, RotatingPosition) and not isinstance(position, type)
-        if position is not None and not is_scheme:
+        if position is not None and not acts_as(position, RotatingPosition):
             raise ValueError(
                 "position= of an attention layer must rotate queries and keys, as "
                 f"RotaryPositionalEncoding() does, got {position!r}. Other schemes go to the model."
@@ -253,7 +271,7 @@ class MultiHeadAttention(eqx.Module):
         query: Float[Array, "*b t d"],
         keys: Float[Array, "*b s d"] | None = None,
         values: Float[Array, "*b s d"] | None = None,
-        mask: AttentionMask | Bool[Array, "..."] | None = None,
+        mask: Mask | None = None,
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
@@ -311,9 +329,9 @@ class MultiHeadAttention(eqx.Module):
         mask.check(q.shape[:-1] + kv.keys.shape[-2:-1])
         if self.window is not None:
             mask = mask.replace(window=min(self.window, mask.window or self.window))
-        training = key is not None and self.attention_dropout_rate > 0
-        drop = partial(dropout, rate=self.attention_dropout_rate, key=key)
-        options = {"dropout": drop} if training else {}
+        rate = self.attention_dropout_rate
+        training = key is not None and rate > 0
+        options = {"dropout": partial(layers.dropout, rate=rate, key=key)} if training else {}
         out = self.attention_fn(q, kv.keys, kv.values, mask, **options)
         out = jnp.swapaxes(checkpoint_name(out, "head_outputs"), -2, -3)
         out = out.reshape(*query.shape[:-1], -1)
@@ -325,7 +343,7 @@ class MultiHeadAttention(eqx.Module):
         return jnp.swapaxes(y.reshape(*x.shape[:-1], *w.shape[1:]), -2, -3)
 
 
-def head_sizes(
+def _head_sizes(
     d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None
 ) -> tuple[int, int, int]:
     """Query heads, key/value heads and head_dim, checked against each other."""

@@ -35,17 +35,25 @@ def check_size(**sizes: Any) -> None:
 def check_rate(**rates: Any) -> None:
     """Raise unless every rate is a number in [0, 1)."""
     for name, rate in rates.items():
-        number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
-        if not (number and 0 <= rate < 1):
+        if not (_is_number(rate) and 0 <= rate < 1):
             raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}.")
 
 
 def check_positive(**values: Any) -> None:
     """Raise unless every value is a finite number above 0."""
     for name, value in values.items():
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not (number and 0 < value < math.inf):
+        if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+def check_nonnegative(**values: Any) -> None:
+    """Raise unless every value is a finite number of at least 0."""
+    for name, value in values.items():
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(
+                f"{name} must be a finite number of at least 0, got {value!r}. "
+                "Pass a plain Python number."
+            )
 
 
 def check_options(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -107,6 +115,16 @@ def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> In
     return tokens.astype(jnp.int32)
 
 
+def check_seq_length(length: int, max_seq_length: int | None, name: str = "a sequence") -> None:
+    """Raise if there are more tokens than the position scheme knows; None is no limit."""
+    if max_seq_length is not None and length > max_seq_length:
+        raise ValueError(
+            f"{name} may have at most max_seq_length = {max_seq_length} tokens, got {length}. "
+            "Shorten it, build the model with a larger max_seq_length, or use "
+            "position=RotaryPositionalEncoding(), which has no limit."
+        )
+
+
 def check_padding_mask(
     padding_mask: ArrayLike | None, shape: tuple[int, ...], name: str = "padding_mask"
 ) -> Bool[Array, "..."] | None:
@@ -142,6 +160,10 @@ def check_same_batch(**arrays: Any) -> None:
                 f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
                 f"{other.shape}."
             )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number) and not isinstance(x, bool)
 
 
 def _describe(x: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Unpack
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.attention import KV, MultiHeadAttention
 from jaxformers.cache import Cache, LayerCache, empty_layer, remember
@@ -16,7 +16,7 @@ from jaxformers.checks import (
     check_size,
 )
 from jaxformers.layers import Residual, as_module, split_key
-from jaxformers.masks import AttentionMask, as_mask
+from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
     Pieces,
     build_cross_attention,
@@ -25,7 +25,7 @@ from jaxformers.pieces import (
     build_residual,
     build_self_attention,
     check_pieces,
-    take_bias,
+    take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
 
@@ -85,8 +85,8 @@ class DecoderLayer(eqx.Module):
         self,
         x: Float[Array, "*b t d"],
         encoder_output: Float[Array, "*b s d"] | None = None,
-        self_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
-        cross_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        self_attn_mask: Mask | None = None,
+        cross_attn_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
         """The residual stream after this layer.
@@ -120,17 +120,17 @@ class DecoderLayer(eqx.Module):
         check_same_batch(x=x, encoder_output=encoder_output)
         weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
 
-        h = self.self_attention_residual.read(x)
-        kv = self.self_attention.project(h, h, mask.query_positions(x.shape[-2]))
+        seen = self.self_attention_residual.read(x)
+        kv = self.self_attention.project(seen, seen, mask.query_positions(x.shape[-2]))
         if cache is not None:
             cache, kv, mask = remember(cache, kv, mask, slot)
-        y = self.self_attention.attend(h, kv, mask, key=weights_key)
+        y = self.self_attention.attend(seen, kv, mask, key=weights_key)
         x = self.self_attention_residual.write(x, y, self_key)
 
-        memory = self.project_cross(encoder_output) if cache is None else cache.cross
-        if self.cross_attention and self.cross_attention_residual and memory:
-            h = self.cross_attention_residual.read(x)
-            y = self.cross_attention.attend(h, memory, cross_mask, key=cross_weights_key)
+        source = self.project_cross(encoder_output) if cache is None else cache.cross
+        if self.cross_attention and self.cross_attention_residual and source:
+            seen = self.cross_attention_residual.read(x)
+            y = self.cross_attention.attend(seen, source, cross_mask, key=cross_weights_key)
             x = self.cross_attention_residual.write(x, y, cross_key)
 
         y = self.feed_forward(self.feed_forward_residual.read(x))
@@ -178,7 +178,7 @@ class Decoder(eqx.Module):
 
     layers: tuple[DecoderLayer, ...]
     norm: Callable | None
-    position: BiasPosition | None
+    score_bias: BiasPosition | None
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class Decoder(eqx.Module):
     ):
         check_size(num_layers=num_layers)
         check_pieces(pieces, type(self))
-        self.position, pieces = take_bias(pieces)
+        self.score_bias, pieces = take_score_bias(pieces)
         sizes = d_model, num_heads, d_ff, dropout_rate
         self.layers = tuple(
             DecoderLayer(*sizes, cross_attention=cross_attention, key=layer_key, **pieces)
@@ -207,8 +207,8 @@ class Decoder(eqx.Module):
         self,
         x: Float[Array, "*b t d"],
         encoder_output: Float[Array, "*b s d"] | None = None,
-        self_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
-        cross_attn_mask: AttentionMask | Bool[Array, "..."] | None = None,
+        self_attn_mask: Mask | None = None,
+        cross_attn_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
         """The decoded sequence; arguments and errors as for `DecoderLayer`."""
@@ -229,7 +229,7 @@ class Decoder(eqx.Module):
         With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
         given, and the encoder's output is not needed: its keys and values are in the cache.
         """
-        mask = mask if self.position is None else mask.replace(bias=self.position)
+        mask = mask if self.score_bias is None else mask.replace(bias=self.score_bias)
         slot: Int[Array, ""] | int = 0
         layer_caches: tuple[LayerCache | None, ...] = (None,) * len(self.layers)
         if cache is not None:

@@ -9,6 +9,7 @@ from jaxformers.checks import (
     check_key,
     check_positive,
     check_rate,
+    check_seq_length,
     check_size,
     check_tokens,
     is_known,
@@ -20,7 +21,7 @@ from jaxformers.positional_encoding import (
     LearnablePositionalEncoding,
     PositionScheme,
     SinusoidalPositionalEncoding,
-    check_seq_length,
+    acts_as,
 )
 
 
@@ -110,13 +111,23 @@ class TransformerEmbedding(eqx.Module):
         check_positive(scale=scale)
         token_key, position_key = split_key(check_key(key), 2)
         self.token_embedding = TokenEmbedding(vocab_size, d_model, init=init, key=token_key)
+        if position is not None and not acts_as(position, PositionScheme):
+            raise ValueError(
+                "position must be a position scheme, for instance RotaryPositionalEncoding(), got "
+                f"{position!r}. A class has to be called."
+            )
+        if position is not None and learnable_pos:
+            raise ValueError(
+                "learnable_pos=True is itself a position scheme, got position= as well: "
+                f"{position!r}. Give one of the two."
+            )
         if learnable_pos:
             position = LearnablePositionalEncoding(
                 max_seq_length, d_model, init=init, key=position_key
             )
         elif position is None:
             position = SinusoidalPositionalEncoding(max_seq_length, d_model)
-        self.position = position if isinstance(position, AbsolutePosition) else None
+        self.position = position if acts_as(position, AbsolutePosition) else None
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Unpack
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_activations, check_key, check_size
 from jaxformers.layers import Residual, as_module, split_key
-from jaxformers.masks import AttentionMask, as_mask
+from jaxformers.masks import Mask, as_mask
 from jaxformers.pieces import (
     Pieces,
     build_feed_forward,
@@ -17,7 +17,7 @@ from jaxformers.pieces import (
     build_residual,
     build_self_attention,
     check_pieces,
-    take_bias,
+    take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
 
@@ -67,7 +67,7 @@ class EncoderLayer(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*b t d"],
-        mask: AttentionMask | Bool[Array, "..."] | None = None,
+        mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
         """The residual stream after this layer.
@@ -113,7 +113,7 @@ class Encoder(eqx.Module):
 
     layers: tuple[EncoderLayer, ...]
     norm: Callable | None
-    position: BiasPosition | None
+    score_bias: BiasPosition | None
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Encoder(eqx.Module):
     ):
         check_size(num_layers=num_layers)
         check_pieces(pieces, type(self))
-        self.position, pieces = take_bias(pieces)
+        self.score_bias, pieces = take_score_bias(pieces)
         self.layers = tuple(
             EncoderLayer(d_model, num_heads, d_ff, dropout_rate, key=layer_key, **pieces)
             for layer_key in split_key(check_key(key), num_layers)
@@ -139,12 +139,12 @@ class Encoder(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*b t d"],
-        mask: AttentionMask | Bool[Array, "..."] | None = None,
+        mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
         """The encoded sequence; arguments and errors as for `EncoderLayer`."""
         mask = as_mask(mask)
-        mask = mask if self.position is None else mask.replace(bias=self.position)
+        mask = mask if self.score_bias is None else mask.replace(bias=self.score_bias)
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             x = layer(x, mask, layer_key)
         return x if self.norm is None else self.norm(x)

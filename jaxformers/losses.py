@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from jaxformers.checks import is_known
-from jaxformers.schedules import check_nonnegative
+from jaxformers.checks import check_nonnegative, is_known
 
 
 def cross_entropy(

@@ -4,11 +4,15 @@ A dense boolean mask forbids the fast kernels, so a description goes down to the
 causal or not, a window, the positions of queries and keys. Padding is position -1.
 """
 
+import dataclasses
+import functools
+import operator
+
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxformers.checks import check_size, check_tokens
+from jaxformers.checks import check_padding_mask, check_size
 from jaxformers.positional_encoding import BiasPosition
 
 
@@ -74,8 +78,7 @@ class AttentionMask(eqx.Module):
 
     def replace(self, **changes) -> "AttentionMask":
         """The same description with some fields changed."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return type(self)(**fields | changes)
+        return dataclasses.replace(self, **changes)
 
     def query_positions(self, t: int) -> Int[Array, "*b {t}"]:
         """The positions of `t` queries, counted from 0 where none were given."""
@@ -120,12 +123,7 @@ class AttentionMask(eqx.Module):
         allowed = [c[:, None] if c.ndim == 3 else c for c in conditions]
         if self.explicit is not None:
             allowed.append(self.explicit)
-        if not allowed:
-            return None
-        mask = allowed[0]
-        for other in allowed[1:]:
-            mask = mask & other
-        return mask
+        return functools.reduce(operator.and_, allowed) if allowed else None
 
     def score_bias(self, t: int, s: int, num_heads: int) -> Float[Array, "*b n t s"] | None:
         """What the position scheme adds to the scores, in float32, or None."""
@@ -134,7 +132,11 @@ class AttentionMask(eqx.Module):
         return self.bias.bias(self.query_positions(t), self.key_positions(s), num_heads)
 
 
-def as_mask(mask: AttentionMask | Bool[Array, "..."] | None) -> AttentionMask:
+# Booleans are True where a query may attend, and broadcast to (batch, heads, t, s).
+Mask = AttentionMask | Bool[Array, "..."]
+
+
+def as_mask(mask: Mask | None) -> AttentionMask:
     """A description of whatever was given: None hides nothing, an array is taken as it is."""
     if isinstance(mask, AttentionMask):
         return mask
@@ -165,7 +167,7 @@ def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Arra
         >>> create_padding_mask(jnp.array([5, 7, 0, 0]), pad_token=0)
         Array([ True,  True, False, False], dtype=bool)
     """
-    return check_tokens(tokens, vocab_size=jnp.iinfo(jnp.int32).max) != pad_token
+    return jnp.asarray(tokens) != pad_token
 
 
 def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"]:
@@ -177,3 +179,41 @@ def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"
     """
     counts = jnp.cumsum(padding_mask, axis=-1, dtype=jnp.int32)
     return jnp.where(padding_mask, counts - 1, -1)
+
+
+def place(
+    mask: Mask | None,
+    shape: tuple[int, ...],
+    padding_mask: ArrayLike | None = None,
+    seen: Int[Array, " b"] | None = None,
+    name: str = "padding_mask",
+) -> AttentionMask:
+    """The mask of a sequence over itself, with its positions; none where they are 0 .. t-1.
+
+    Arguments:
+        mask: what the user gave; one with positions keeps them.
+        shape: `(b, t)` or `(t,)`.
+        padding_mask: True where a token is real; positions are counted over those.
+        seen: how many tokens each row already has in the cache.
+        name: what the padding mask is called, for errors.
+    """
+    mask, padding_mask = as_mask(mask), check_padding_mask(padding_mask, shape, name)
+    if mask.q_positions is None and mask.k_positions is not None:
+        raise ValueError(
+            "the mask of a sequence over itself needs q_positions where it has k_positions, got "
+            "k_positions alone. Give q_positions: the keys' are the same unless you say otherwise."
+        )
+    if mask.q_positions is not None:
+        if padding_mask is not None:
+            raise ValueError(
+                "an AttentionMask with q_positions already says what is padding (position -1), "
+                f"got {name} as well. Give one of the two."
+            )
+        return mask if mask.k_positions is not None else mask.replace(k_positions=mask.q_positions)
+    if padding_mask is None and seen is None:
+        return mask
+    real = jnp.ones(shape, jnp.bool_) if padding_mask is None else padding_mask
+    positions = padding_to_positions(real)
+    if seen is not None:
+        positions = jnp.where(real, positions + seen[:, None], -1)
+    return mask.replace(q_positions=positions, k_positions=positions)

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
-from jaxformers.checks import check_positive, check_rate, is_known
-from jaxformers.schedules import check_nonnegative
+from jaxformers.checks import check_nonnegative, check_positive, check_rate, is_known
 
 Model = TypeVar("Model", bound=PyTree)
 

@@ -16,18 +16,24 @@ from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import FeedForward, LayerNorm, Residual, as_module, split_key
 from jaxformers.output import OutputLayer
-from jaxformers.positional_encoding import BiasPosition, PositionScheme
+from jaxformers.positional_encoding import BiasPosition, PositionScheme, acts_as
 
 
 class Pieces(TypedDict, total=False):
     """What a layer is made of; every name may be left out.
 
+    Example:
+        >>> llama = Pieces(norm=RMSNorm, feed_forward=GatedFeedForward, use_bias=False)
+        >>> model = TransformerLM(65, position=RotaryPositionalEncoding(), **llama, key=key)
+
     Arguments:
         num_kv_heads: key/value heads; default `num_heads`.
         head_dim: features per head; default `d_model / num_heads`.
-        use_bias: whether attention and feed-forward have biases; default True.
+        use_bias: whether attention, feed-forward and output layer have biases; default True.
+        use_out_bias: whether attention's output projection has one; default as `use_bias`.
         qk_norm: constructor of a norm on the queries and keys of each head; default none.
-        window: how many positions self-attention sees, its own included; default all.
+        window: a causal query sees the last `window` positions, its own included; others see
+            those less than `window` away on both sides; default all.
         attention_dropout_rate: dropout on attention weights; default 0.
         attention_fn: the attention kernel; default `dot_product_attention`.
         norm: constructor `norm(d_model)`; default `LayerNorm`.
@@ -35,8 +41,9 @@ class Pieces(TypedDict, total=False):
         feed_forward: constructor `feed_forward(d_model, d_ff, key=key)`; default `FeedForward`,
             other choices are `partial(FeedForward, activation=jax.nn.gelu)` and
             `GatedFeedForward`. If use_bias, init or residual_init are given, they are passed on.
-        position: a position scheme, or for one with weights of its own a function `key -> scheme`
-            (each stack draws its own); default sinusoids in models, none in layers and stacks.
+        position: a position scheme; default sinusoids in models, none in stacks and layers. Models
+            also take a function `key -> scheme`, for schemes with weights: each stack draws its
+            own. Stacks take schemes that rotate or bias, layers those that rotate.
         init: how weights are drawn; default `xavier_uniform`.
         residual_init: how projections into the residual stream are drawn; default as `init`.
     """
@@ -44,6 +51,7 @@ class Pieces(TypedDict, total=False):
     num_kv_heads: int | None
     head_dim: int | None
     use_bias: bool
+    use_out_bias: bool | None
     qk_norm: Callable | None
     window: int | None
     attention_dropout_rate: float
@@ -60,6 +68,7 @@ ATTENTION_PIECES = (
     "num_kv_heads",
     "head_dim",
     "use_bias",
+    "use_out_bias",
     "qk_norm",
     "attention_dropout_rate",
     "attention_fn",
@@ -123,22 +132,8 @@ def build_embedding(
 ) -> tuple[TransformerEmbedding, Pieces]:
     """The embedding of a model, and the pieces that are left for the stack above it."""
     embedding_key, position_key = split_key(key, 2)
-    position = pieces.pop("position", None)
-    if position is not None and learnable_pos:
-        raise ValueError(
-            "learnable_pos=True is itself a position scheme, got position= as well: "
-            f"{position!r}. Give one of the two."
-        )
-    if isinstance(position, type):
-        raise ValueError(
-            f"position must be a scheme, got a class. Write position={position.__name__}()."
-        )
-    if not (position is None or isinstance(position, PositionScheme)):
-        if not callable(position):
-            raise ValueError(
-                "position must be a position scheme such as RotaryPositionalEncoding(), or a "
-                f"function `key -> scheme`, got {position!r}."
-            )
+    position: Any = pieces.pop("position", None)
+    if callable(position) and not isinstance(position, type | PositionScheme):
         position = position(position_key)
     embedding = TransformerEmbedding(
         vocab_size,
@@ -165,16 +160,15 @@ def build_output(
     return OutputLayer(d_model, vocab_size, use_bias, tied, init=init, key=key)
 
 
-def take_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
+def take_score_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
     """The position scheme if it biases scores, and the other pieces.
 
     A stack holds it once for all its layers; any other scheme stays among the pieces.
     """
-    position = pieces.get("position")
-    if isinstance(position, type) or not isinstance(position, BiasPosition):
+    if not acts_as(pieces.get("position"), BiasPosition):
         return None, pieces
-    rest: Pieces = {name: piece for name, piece in pieces.items() if name != "position"}  # type: ignore[assignment]
-    return position, rest
+    rest = pieces.copy()
+    return rest.pop("position"), rest  # type: ignore[return-value]
 
 
 def _only(pieces: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ of their own. A scheme acts at one of three places, and says so by the method it
 - `bias(q_positions, k_positions, num_heads)` is added to the attention scores (ALiBi).
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import check_key, check_positive, check_size
+from jaxformers.checks import check_key, check_positive, check_seq_length, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 
 
@@ -50,6 +50,11 @@ class BiasPosition(Protocol):
 
 
 PositionScheme = AbsolutePosition | RotatingPosition | BiasPosition
+
+
+def acts_as(position: object, scheme: Any) -> TypeGuard[Any]:
+    """Whether it is a scheme of this kind; a class has the methods too, but is none yet."""
+    return isinstance(position, scheme) and not isinstance(position, type)
 
 
 def sinusoid(positions: Int[Array, "*b t"], d_model: int) -> Float[Array, "*b t {d_model}"]:
@@ -239,18 +244,9 @@ def _first_positions(seq_length: int, max_seq_length: int) -> Int[Array, " t"]:
     return jnp.arange(seq_length)
 
 
-def check_seq_length(seq_length: int, max_seq_length: int) -> None:
-    """Raise if a sequence is longer than an absolute scheme knows."""
-    if seq_length > max_seq_length:
-        raise ValueError(
-            f"a sequence may have at most max_seq_length = {max_seq_length} tokens, got "
-            f"{seq_length}. Shorten it, build the model with a larger max_seq_length, or use "
-            "position=RotaryPositionalEncoding(), which has no limit."
-        )
-
-
 def _check_even(rotary_dim: int) -> None:
-    if rotary_dim < 2 or rotary_dim % 2:
+    check_size(rotary_dim=rotary_dim)
+    if rotary_dim % 2:
         raise ValueError(
             f"rotary positions turn pairs of features, so their number must be even, got "
             f"{rotary_dim}. Pass rotary_dim= (even, at most head_dim)."

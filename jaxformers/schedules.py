@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxformers.checks import check_nonnegative
 
 
 @dataclass(frozen=True)
@@ -211,17 +212,6 @@ def warmup_stable_decay(
     stable_steps = _whole("stable_steps", stable_steps)
     down = linear(peak, end, _whole("decay_steps", decay_steps))
     return _warm_up(peak, warmup_steps, join(constant(peak), stable_steps, down))
-
-
-def check_nonnegative(**values: Any) -> None:
-    """Raise `ValueError` unless every value is a finite number of at least 0."""
-    for name, value in values.items():
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not (number and 0 <= value < math.inf):
-            raise ValueError(
-                f"{name} must be a finite number of at least 0, got {value!r}. "
-                "Pass a plain Python number."
-            )
 
 
 def _warm_up(peak: float, warmup_steps: int, after: Schedule) -> Schedule:

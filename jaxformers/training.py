@@ -11,19 +11,18 @@ without it all real ones do.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxformers.checks import check_key
+from jaxformers.checks import check_key, check_options
 from jaxformers.losses import cross_entropy
-from jaxformers.optim import as_optimizer
+from jaxformers.optim import Model, as_optimizer
 from jaxformers.transformer import Transformer, TransformerLM
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch, PRNGKeyArray | None], Float[Array, ""]]
-Model = TypeVar("Model", bound=PyTree)
 
 
 def language_model_loss(
@@ -40,6 +39,8 @@ def language_model_loss(
         >>> text = jnp.array([[3, 1, 4, 1, 5]])
         >>> loss = language_model_loss(model, {"tokens": text[:, :-1], "targets": text[:, 1:]})
     """
+    names = "tokens", "targets", "padding_mask", "loss_mask"
+    check_options(batch, names, "the batch of a language model")
     padding_mask = batch.get("padding_mask")
     logits = model.logits(batch["tokens"], None, key, padding_mask=padding_mask)
     return cross_entropy(logits, batch["targets"], batch.get("loss_mask", padding_mask))
@@ -62,6 +63,8 @@ def sequence_to_sequence_loss(
         >>> batch = {"src": jnp.array([[3, 4, 5]]), "tgt": answer[:, :-1], "targets": answer[:, 1:]}
         >>> loss = sequence_to_sequence_loss(model, batch)
     """
+    names = "src", "tgt", "targets", "src_padding_mask", "tgt_padding_mask", "loss_mask"
+    check_options(batch, names, "the batch of an encoder-decoder")
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     logits = model.logits(batch["src"], batch["tgt"], key=key, **padding)
     mask = batch.get("loss_mask", padding["tgt_padding_mask"])

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from jaxformers.checks import (
     check_key,
     check_padding_mask,
+    check_seq_length,
     check_size,
     check_tokens,
 )
@@ -24,7 +25,6 @@ from jaxformers.masks import AttentionMask, as_mask, padding_to_positions
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.plan import AllOptions, Options
-from jaxformers.positional_encoding import check_seq_length
 from jaxformers.prompts import Tokens
 from jaxformers.sampling import Keys, Numbers
 from jaxformers.scoring import score, score_with_source
