@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxformers import layers
 from jaxformers.checks import (
     check_activations,
+    check_flag,
     check_key,
     check_rate,
     check_same_batch,
@@ -224,6 +225,8 @@ class MultiHeadAttention(eqx.Module):
     ):
         n, g, h = _head_sizes(d_model, num_heads, num_kv_heads, head_dim)
         check_rate(attention_dropout_rate=attention_dropout_rate)
+        use_out_bias = use_bias if use_out_bias is None else use_out_bias
+        check_flag(use_bias=use_bias, use_out_bias=use_out_bias)
         if window is not None:
             check_size(window=window)
         if position is not None and not acts_as(position, RotatingPosition):
@@ -232,17 +235,18 @@ class MultiHeadAttention(eqx.Module):
                 f"RotaryPositionalEncoding() does, got {position!r}. Other schemes go to the model."
             )
         if position is not None:  # a scheme that cannot turn heads of this size says so now
-            jax.eval_shape(position.rotate, jnp.zeros((1, 1, h)), jnp.zeros(1, jnp.int32))
+            jax.eval_shape(
+                position.rotate, jnp.zeros((1, 1, h), jnp.float32), jnp.zeros(1, jnp.int32)
+            )
         q_key, k_key, v_key, o_key = split_key(check_key(key), 4)
         self.wq = init(q_key, (d_model, n, h), d_model, n * h)
         self.wk = init(k_key, (d_model, g, h), d_model, g * h)
         self.wv = init(v_key, (d_model, g, h), d_model, g * h)
         self.wo = (residual_init or init)(o_key, (n, h, d_model), n * h, d_model)
-        self.bq = jnp.zeros((n, h)) if use_bias else None
-        self.bk = jnp.zeros((g, h)) if use_bias else None
-        self.bv = jnp.zeros((g, h)) if use_bias else None
-        use_out_bias = use_bias if use_out_bias is None else use_out_bias
-        self.bo = jnp.zeros(d_model) if use_out_bias else None
+        self.bq = jnp.zeros((n, h), jnp.float32) if use_bias else None
+        self.bk = jnp.zeros((g, h), jnp.float32) if use_bias else None
+        self.bv = jnp.zeros((g, h), jnp.float32) if use_bias else None
+        self.bo = jnp.zeros(d_model, jnp.float32) if use_out_bias else None
         self.q_norm = None if qk_norm is None else as_module(qk_norm(h))
         self.k_norm = None if qk_norm is None else as_module(qk_norm(h))
         self.position = position

@@ -78,7 +78,8 @@ def run_beams(
         tokens=jnp.repeat(read.tokens[:, None], k, axis=1),
         log_probs=jnp.repeat(read.log_probs[:, None], k, axis=1),
         # All beams are the same at first, so only the first may be continued.
-        scores=jnp.where(jnp.arange(k) == 0, 0.0, OUT) + jnp.zeros((tokens.shape[0], 1)),
+        scores=jnp.where(jnp.arange(k) == 0, 0.0, OUT)
+        + jnp.zeros((tokens.shape[0], 1), jnp.float32),
         finished=jnp.zeros((tokens.shape[0], k), jnp.bool_),
     )
     state = BeamState(

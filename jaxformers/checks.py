@@ -32,6 +32,20 @@ def check_size(**sizes: Any) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}.")
 
 
+def check_flag(**flags: Any) -> None:
+    """Raise unless every flag is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}.")
+
+
+def check_callable(**functions: Any) -> None:
+    """Raise unless everything can be called."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise ValueError(f"{name} must be a function or a class to call, got {function!r}.")
+
+
 def check_rate(**rates: Any) -> None:
     """Raise unless every rate is a number in [0, 1)."""
     for name, rate in rates.items():
@@ -68,7 +82,9 @@ def check_options(given: Iterable[str], known: Iterable[str], where: str) -> Non
             )
 
 
-def check_key(key: Any, purpose: str = "to draw the initial weights") -> PRNGKeyArray:
+def check_key(
+    key: Any, purpose: str = "(for weights when building, for dropout in a call)"
+) -> PRNGKeyArray:
     """The PRNG key itself, or an error where there is none."""
     ok = isinstance(key, jax.Array) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -77,7 +93,7 @@ def check_key(key: Any, purpose: str = "to draw the initial weights") -> PRNGKey
     )
     if not ok:
         raise ValueError(
-            f"key must be a JAX PRNG key {purpose}, got {_describe(key)}. "
+            f"key must be one JAX PRNG key, got {_describe(key)}. "
             "Pass key=jax.random.key(0), or one part of jax.random.split(key)."
         )
     return key

@@ -229,7 +229,7 @@ class Decoder(eqx.Module):
         With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
         given, and the encoder's output is not needed: its keys and values are in the cache.
         """
-        mask = mask if self.score_bias is None else mask.replace(bias=self.score_bias)
+        mask = mask.biased_by(self.score_bias)
         slot: Int[Array, ""] | int = 0
         layer_caches: tuple[LayerCache | None, ...] = (None,) * len(self.layers)
         if cache is not None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
+    check_flag,
     check_key,
     check_positive,
     check_rate,
@@ -60,9 +61,13 @@ class TokenEmbedding(eqx.Module):
         """The vectors of the tokens.
 
         Raises:
-            ValueError: if tokens are not integer ids within the vocabulary.
+            ValueError: if tokens are not integer ids within the vocabulary. Under `jit`, where
+                values cannot be looked at, the vector of an id that does not exist is NaN.
         """
-        return self.weight[check_tokens(tokens, self.vocab_size)]
+        ids = check_tokens(tokens, self.vocab_size)
+        # Where values are unknown, an id that does not exist must not read another's vector.
+        ids = jnp.where(ids < 0, self.vocab_size, ids)
+        return self.weight.at[ids].get(mode="fill", fill_value=jnp.nan)
 
 
 class TransformerEmbedding(eqx.Module):
@@ -121,6 +126,7 @@ class TransformerEmbedding(eqx.Module):
                 "learnable_pos=True is itself a position scheme, got position= as well: "
                 f"{position!r}. Give one of the two."
             )
+        check_flag(learnable_pos=learnable_pos)
         if learnable_pos:
             position = LearnablePositionalEncoding(
                 max_seq_length, d_model, init=init, key=position_key
@@ -128,6 +134,13 @@ class TransformerEmbedding(eqx.Module):
         elif position is None:
             position = SinusoidalPositionalEncoding(max_seq_length, d_model)
         self.position = position if acts_as(position, AbsolutePosition) else None
+        if self.position is not None:
+            vector = jax.eval_shape(self.position.embed, jnp.zeros(1, jnp.int32))
+            if vector.shape != (1, d_model):
+                raise ValueError(
+                    f"position must embed into d_model = {d_model} features, got "
+                    f"{vector.shape[-1]}. Build it with d_model={d_model}."
+                )
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
 
@@ -151,7 +164,7 @@ class TransformerEmbedding(eqx.Module):
         tokens: Int[Array, "*b t"],
         key: PRNGKeyArray | None = None,
         *,
-        positions: Int[Array, "*b t"] | None = None,
+        positions: Int[Array, "*#b t"] | None = None,
     ) -> Float[Array, "*b t d"]:
         """The embedded sequence.
 

@@ -144,7 +144,7 @@ class Encoder(eqx.Module):
     ) -> Float[Array, "*b t d"]:
         """The encoded sequence; arguments and errors as for `EncoderLayer`."""
         mask = as_mask(mask)
-        mask = mask if self.score_bias is None else mask.replace(bias=self.score_bias)
+        mask = mask.biased_by(self.score_bias)
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             x = layer(x, mask, layer_key)
         return x if self.norm is None else self.norm(x)

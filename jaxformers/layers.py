@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_key, check_positive, check_rate, check_size
+from jaxformers.checks import check_flag, check_key, check_positive, check_rate, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 
 
@@ -33,7 +33,7 @@ def split_key(key: PRNGKeyArray, num: int) -> list[PRNGKeyArray]: ...
 def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]: ...
 def split_key(key, num):
     """`num` keys from one, or `num` Nones from None (no key means inference)."""
-    return [None] * num if key is None else list(jax.random.split(key, num))
+    return [None] * num if key is None else list(jax.random.split(check_key(key), num))
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
@@ -57,9 +57,20 @@ class Function(eqx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict) -> "Function":
+        # Functions compare by identity: a copied one would make the copy another kind of tree.
+        return self
+
+
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`max(x, 0)`; a plain function, which unlike `jax.nn.relu` can be pickled."""
+    return jax.nn.relu(x)
+
 
 def as_module(function: Callable) -> Callable:
     """Modules as they are (they may hold weights), plain functions wrapped in `Function`."""
+    if not callable(function) or isinstance(function, type):
+        raise ValueError(f"expected a function or a module to call, got {function!r}.")
     return function if isinstance(function, eqx.Module) else Function(function)
 
 
@@ -85,8 +96,8 @@ class LayerNorm(eqx.Module):
     def __init__(self, d_model: int, eps: float = 1e-5, use_bias: bool = True):
         check_size(d_model=d_model)
         check_positive(eps=eps)
-        self.gain = jnp.ones(d_model)
-        self.b = jnp.zeros(d_model) if use_bias else None
+        self.gain = jnp.ones(d_model, jnp.float32)
+        self.b = jnp.zeros(d_model, jnp.float32) if use_bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -118,7 +129,7 @@ class RMSNorm(eqx.Module):
     def __init__(self, d_model: int, eps: float = 1e-6):
         check_size(d_model=d_model)
         check_positive(eps=eps)
-        self.gain = jnp.ones(d_model)
+        self.gain = jnp.ones(d_model, jnp.float32)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -136,7 +147,7 @@ class FeedForward(eqx.Module):
     Arguments:
         d_model: width of input and output.
         d_ff: width between the maps.
-        activation: any elementwise function or module, `jax.nn.relu` as in the paper.
+        activation: any elementwise function or module, ReLU as in the paper.
         use_bias: whether both maps have a bias.
         init: how `w_in` is drawn.
         residual_init: how `w_out` is drawn, as `init` unless given.
@@ -157,7 +168,7 @@ class FeedForward(eqx.Module):
         self,
         d_model: int,
         d_ff: int,
-        activation: Callable = jax.nn.relu,
+        activation: Callable = relu,
         use_bias: bool = True,
         *,
         init: Initializer = xavier_uniform,
@@ -165,11 +176,12 @@ class FeedForward(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_size(d_model=d_model, d_ff=d_ff)
+        check_flag(use_bias=use_bias)
         in_key, out_key = split_key(check_key(key), 2)
         self.w_in = init(in_key, (d_model, d_ff), d_model, d_ff)
         self.w_out = (residual_init or init)(out_key, (d_ff, d_model), d_ff, d_model)
-        self.b_in = jnp.zeros(d_ff) if use_bias else None
-        self.b_out = jnp.zeros(d_model) if use_bias else None
+        self.b_in = jnp.zeros(d_ff, jnp.float32) if use_bias else None
+        self.b_out = jnp.zeros(d_model, jnp.float32) if use_bias else None
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -217,13 +229,14 @@ class GatedFeedForward(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_size(d_model=d_model, d_ff=d_ff)
+        check_flag(use_bias=use_bias)
         gate_key, up_key, down_key = split_key(check_key(key), 3)
         self.w_gate = init(gate_key, (d_model, d_ff), d_model, d_ff)
         self.w_up = init(up_key, (d_model, d_ff), d_model, d_ff)
         self.w_down = (residual_init or init)(down_key, (d_ff, d_model), d_ff, d_model)
-        self.b_gate = jnp.zeros(d_ff) if use_bias else None
-        self.b_up = jnp.zeros(d_ff) if use_bias else None
-        self.b_down = jnp.zeros(d_model) if use_bias else None
+        self.b_gate = jnp.zeros(d_ff, jnp.float32) if use_bias else None
+        self.b_up = jnp.zeros(d_ff, jnp.float32) if use_bias else None
+        self.b_down = jnp.zeros(d_model, jnp.float32) if use_bias else None
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -258,6 +271,7 @@ class Residual(eqx.Module):
         self, norm: Callable, d_model: int, dropout_rate: float = 0.1, norm_first: bool = True
     ):
         check_rate(dropout_rate=dropout_rate)
+        check_flag(norm_first=norm_first)
         self.norm = norm(d_model)
         self.dropout_rate = float(dropout_rate)
         self.norm_first = norm_first

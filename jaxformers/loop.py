@@ -52,7 +52,7 @@ def prefill(
     none = jnp.zeros(b, jnp.bool_)
     state = State(
         tokens=lax.dynamic_update_slice(filling, tokens, (0, 0)),
-        log_probs=jnp.zeros((b, slots)),
+        log_probs=jnp.zeros((b, slots), jnp.float32),
         length=plan.start,
         first=jnp.argmax(real, axis=1).astype(jnp.int32),
         done=none,

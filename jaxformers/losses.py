@@ -47,8 +47,12 @@ def cross_entropy(
         0.6931
     """
     _check_coefficients(label_smoothing, z_loss)
+    logits, targets = (x if hasattr(x, "dtype") else np.asarray(x) for x in (logits, targets))
     counted = _counted(logits, targets, mask, ignore_index)
     logits = jnp.asarray(logits, jnp.float32)
+    if mask is not None or ignore_index is not None:
+        # What does not count may be anything, NaN too, and must not reach a gradient.
+        logits = jnp.where(counted[..., None], logits, 0.0)
     targets = jnp.where(counted, jnp.asarray(targets, jnp.int32), 0)
     # Everything relative to the largest logit: large logits would lose digits otherwise.
     top = jax.lax.stop_gradient(logits.max(axis=-1))

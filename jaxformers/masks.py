@@ -12,8 +12,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxformers.checks import check_padding_mask, check_size
-from jaxformers.positional_encoding import BiasPosition
+from jaxformers.checks import check_flag, check_padding_mask, check_size
+from jaxformers.positional_encoding import BiasPosition, acts_as
 
 
 class AttentionMask(eqx.Module):
@@ -62,23 +62,36 @@ class AttentionMask(eqx.Module):
             check_size(window=window)
         if (q_segments is None) != (k_segments is None):
             raise ValueError("give q_segments and k_segments together, or neither.")
+        explicit = None if explicit is None else jnp.asarray(explicit)
         if explicit is not None and explicit.dtype != jnp.bool_:
             raise ValueError(
                 f"a mask must be boolean, True where a query may attend, got dtype "
                 f"{explicit.dtype}. For 0/1 numbers write mask != 0."
             )
-        self.causal = causal
+        check_flag(causal=causal)
+        if bias is not None and not acts_as(bias, BiasPosition):
+            raise ValueError(f"bias must be a scheme that biases scores, as ALiBi(), got {bias!r}.")
+        self.causal = bool(causal)
         self.window = window
         self.explicit = explicit
-        self.q_positions = q_positions
-        self.k_positions = k_positions
-        self.q_segments = q_segments
-        self.k_segments = k_segments
+        self.q_positions = _as_integers("q_positions", q_positions)
+        self.k_positions = _as_integers("k_positions", k_positions)
+        self.q_segments = _as_integers("q_segments", q_segments)
+        self.k_segments = _as_integers("k_segments", k_segments)
         self.bias = bias
 
     def replace(self, **changes) -> "AttentionMask":
         """The same description with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def biased_by(self, bias: BiasPosition | None) -> "AttentionMask":
+        """The same with the bias of a stack's position scheme, if it has one."""
+        if bias is not None and self.bias is not None and self.bias is not bias:
+            raise ValueError(
+                f"this model biases scores by {bias!r}, got a mask with the bias {self.bias!r} as "
+                "well. Give one of the two."
+            )
+        return self if bias is None else self.replace(bias=bias)
 
     def query_positions(self, t: int) -> Int[Array, "*b {t}"]:
         """The positions of `t` queries, counted from 0 where none were given."""
@@ -89,7 +102,15 @@ class AttentionMask(eqx.Module):
         return jnp.arange(s) if self.k_positions is None else self.k_positions
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless the explicit mask broadcasts to `shape`, that of the scores."""
+        """Raise unless everything fits `shape`, that of the scores: `(batch, heads, t, s)`."""
+        for name in ("q_positions", "k_positions", "q_segments", "k_segments"):
+            array, length = getattr(self, name), shape[-2 if name[0] == "q" else -1]
+            fits = None if array is None else array.shape
+            if fits not in (None, (length,), (*shape[:-3], length)):
+                raise ValueError(
+                    f"{name} of a mask must have shape {(*shape[:-3], length)} or {(length,)}, "
+                    f"one number for each position, got {fits}."
+                )
         have = () if self.explicit is None else self.explicit.shape
         pairs = zip(reversed(have), reversed(shape), strict=False)
         if len(have) > len(shape) or any(size not in (1, want) for size, want in pairs):
@@ -130,6 +151,18 @@ class AttentionMask(eqx.Module):
         if self.bias is None:
             return None
         return self.bias.bias(self.query_positions(t), self.key_positions(s), num_heads)
+
+
+def _as_integers(name: str, x: ArrayLike | None) -> Int[Array, "*b t"] | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} of a mask must be integers of shape (batch, t) or (t,), got dtype {x.dtype} "
+            f"and shape {x.shape}."
+        )
+    return x
 
 
 # Booleans are True where a query may attend, and broadcast to (batch, heads, t, s).

@@ -7,6 +7,7 @@
 """
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY
@@ -68,7 +69,8 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
     """The model's tree with a bool for each leaf, True for weights, False for norms and biases.
 
     Weight decay applies where it is True: to inexact arrays of at least two axes in a field named
-    neither `gain...` nor `b...` (attention biases have two axes, so axes alone do not tell).
+    neither as a gain (`gain`) nor as a bias (`b`, `bq`, `b_in`, `bias`; attention's have two axes,
+    so axes alone do not tell).
 
     Arguments:
         model: any pytree.
@@ -85,7 +87,9 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
         field = next(filter(None, reversed(names)), "")
         embedding = any("embed" in name or "position" in name for name in names)
         weight = eqx.is_inexact_array(leaf) and leaf.ndim >= 2
-        spared = field.startswith(("b", "gain")) or (embedding and not decay_embeddings)
+        spared = re.fullmatch("b|b[a-z]|b_.*|bias.*|gain.*", field) is not None or (
+            embedding and not decay_embeddings
+        )
         return weight and not spared
 
     return jax.tree_util.tree_map_with_path(decays, model)
@@ -157,7 +161,8 @@ class AdamW(Optimizer):
         weight_decay: at least 0, 0.01; multiplied by the learning rate of the step.
         max_grad_norm: gradients are first clipped to this global norm; None for no clipping.
         decay_mask: function `model -> tree of bools`, True where weight decay applies. To spare
-            embeddings too: `functools.partial(default_decay_mask, decay_embeddings=False)`.
+            embeddings too: `functools.partial(default_decay_mask, decay_embeddings=False)`, made
+            once (another one compiles the update anew).
 
     Raises:
         ValueError: if a number is out of its range.

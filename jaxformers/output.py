@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_key, check_size
+from jaxformers.checks import check_flag, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import linear
 
@@ -40,9 +40,10 @@ class OutputLayer(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_size(d_model=d_model, vocab_size=vocab_size)
+        check_flag(use_bias=use_bias, tied=tied)
         shape = d_model, vocab_size
         self.w = None if tied else init(check_key(key), shape, *shape)
-        self.b = jnp.zeros(vocab_size) if use_bias else None
+        self.b = jnp.zeros(vocab_size, jnp.float32) if use_bias else None
 
     def __call__(
         self, x: Float[Array, "*b t d"], table: Float[Array, "v d"] | None = None

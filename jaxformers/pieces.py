@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 from jaxtyping import PRNGKeyArray
 
 from jaxformers.attention import AttentionFunction, MultiHeadAttention
-from jaxformers.checks import check_options
+from jaxformers.checks import check_callable, check_flag, check_options
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import FeedForward, LayerNorm, Residual, as_module, split_key
@@ -83,6 +83,8 @@ def check_pieces(pieces: Pieces, owner: type) -> None:
     """Raise `OptionError` for a name that is neither a piece nor an argument of `owner`."""
     own = set(inspect.signature(owner).parameters) - {"pieces"}
     check_options(pieces, own | set(Pieces.__annotations__), owner.__name__)
+    functions = "norm", "feed_forward", "attention_fn", "init"
+    check_callable(**_only(pieces, functions))
 
 
 def build_self_attention(
@@ -117,6 +119,7 @@ def build_residual(d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]) 
 def build_final_norm(d_model: int, final_norm: bool | None, **pieces: Unpack[Pieces]):
     """The norm at the end of a stack, by default there if the layers are pre-norm, else None."""
     wanted = pieces.get("norm_first", True) if final_norm is None else final_norm
+    check_flag(final_norm=wanted)
     return as_module(pieces.get("norm", LayerNorm)(d_model)) if wanted else None
 
 
@@ -135,6 +138,8 @@ def build_embedding(
     position: Any = pieces.pop("position", None)
     if callable(position) and not isinstance(position, type | PositionScheme):
         position = position(position_key)
+        if not acts_as(position, PositionScheme):
+            raise ValueError(f"position, a function, must return a scheme, got {position!r}.")
     embedding = TransformerEmbedding(
         vocab_size,
         d_model,
@@ -155,6 +160,7 @@ def build_output(
     d_model: int, vocab_size: int, tied: bool, key: PRNGKeyArray, **pieces: Unpack[Pieces]
 ) -> OutputLayer:
     """The output layer of a model; without a bias where it is tied, as in GPT-2 and T5."""
+    check_flag(tie_embeddings=tied)
     use_bias = pieces.get("use_bias", True) and not tied
     init = pieces.get("init", xavier_uniform)
     return OutputLayer(d_model, vocab_size, use_bias, tied, init=init, key=key)

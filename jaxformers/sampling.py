@@ -161,4 +161,6 @@ def per_row(
             f"{name} must be {wanted}, or an array of that, one per row, shape ({batch_size},), "
             f"got {value!r}."
         )
+    if dtype is np.int32:  # larger numbers mean the same as the largest
+        array = np.minimum(array, np.iinfo(np.int32).max)
     return jax.device_put(np.broadcast_to(array.astype(dtype), (batch_size,)))

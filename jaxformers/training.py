@@ -5,9 +5,14 @@ A batch is a dict of arrays:
     language model      tokens (b, t), targets (b, t)
     encoder-decoder     src (b, s), tgt (b, t), targets (b, t)
 
-and where there is padding, boolean masks of the same shapes, True where a token is real:
+and where there is padding, boolean masks of the same shapes, True where an input token is real:
 `padding_mask`; `src_padding_mask`, `tgt_padding_mask`. `loss_mask` marks the targets that count;
-without it all real ones do.
+without it those of real inputs do. Where a padded text is cut into inputs and targets, the last
+real input has padding for a target, so give both:
+
+    real = text != PAD
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:],
+             "padding_mask": real[:, :-1], "loss_mask": real[:, 1:]}
 """
 
 from collections.abc import Callable, Mapping
@@ -106,7 +111,7 @@ def train_step(
         ...     model, state, batch, optimizer=optimizer, loss=language_model_loss, key=key
         ... )
     """
-    key = check_key(key, "for dropout")
+    key = check_key(key)
     return _train_step((as_optimizer(optimizer), loss, batch, key), model, state)
 
 

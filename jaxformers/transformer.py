@@ -21,7 +21,7 @@ from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.generation import gather, generate, generate_from_source, stream
 from jaxformers.layers import split_key
-from jaxformers.masks import AttentionMask, as_mask, padding_to_positions
+from jaxformers.masks import Mask, as_mask, padding_to_positions, place
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.plan import AllOptions, Options
@@ -29,8 +29,6 @@ from jaxformers.prompts import Tokens
 from jaxformers.sampling import Keys, Numbers
 from jaxformers.scoring import score, score_with_source
 from jaxformers.steps import LMStep, Seq2SeqStep
-
-Mask = AttentionMask | Bool[Array, "..."]
 
 
 class TransformerLM(eqx.Module):
@@ -507,6 +505,11 @@ class Transformer(eqx.Module):
         if src_padding_mask is not None:
             source = src_padding_mask.shape if encoder_output is None else encoder_output.shape[:-1]
             check_padding_mask(src_padding_mask, source, "src_padding_mask")
+            if cross.k_positions is not None:
+                raise ValueError(
+                    "src_tgt_mask with k_positions already says which source tokens are padding, "
+                    "got src_padding_mask as well. Give one of the two."
+                )
             cross = cross.replace(k_positions=padding_to_positions(jnp.asarray(src_padding_mask)))
         return _decode(
             self.tgt_embedding,
@@ -722,7 +725,7 @@ class TransformerEncoder(eqx.Module):
 def _encode(embedding, encoder, tokens, mask, key, padding_mask, name="tokens"):
     """Embed and encode: the side of the source."""
     tokens = check_tokens(tokens, embedding.vocab_size, name)
-    mask = _place(as_mask(mask), tokens, padding_mask, None, name)
+    mask = place(mask, tokens.shape, padding_mask, name=_padding_name(name))
     embedding_key, encoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)
     return encoder(x, mask, encoder_key)
@@ -742,31 +745,20 @@ def _decode(
 ):
     """Embed and decode: the side of the target."""
     tokens = check_tokens(tokens, embedding.vocab_size, name)
-    mask = _place(as_mask(mask), tokens, padding_mask, cache, name).replace(causal=True)
+    if cache is not None and tokens.shape[:-1] != cache.positions.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape (batch, t) with the batch of the cache, "
+            f"{cache.positions.shape[0]}, got {tokens.shape}."
+        )
+    seen = None if cache is None else cache.token_counts
+    mask = place(mask, tokens.shape, padding_mask, seen, _padding_name(name)).replace(causal=True)
     embedding_key, decoder_key = split_key(key, 2)
     x = embedding(tokens, embedding_key, positions=mask.q_positions)
     return decoder.forward(x, encoder_output, mask, cross_mask, decoder_key, cache)
 
 
-def _place(mask, tokens, padding_mask, cache, name) -> AttentionMask:
-    """The mask with the positions of `tokens`; without any where they are simply 0 .. t-1."""
-    padding_name = "padding_mask" if name == "tokens" else f"{name}_padding_mask"
-    padding_mask = check_padding_mask(padding_mask, tokens.shape, padding_name)
-    if mask.q_positions is not None:
-        if padding_mask is not None:
-            raise ValueError(
-                "an AttentionMask with q_positions already says what is padding (position -1), "
-                "got padding_mask as well. Give one of the two."
-            )
-        return mask
-    if cache is not None and padding_mask is None:
-        padding_mask = jnp.ones(tokens.shape, jnp.bool_)
-    if padding_mask is None:
-        return mask
-    positions = padding_to_positions(padding_mask)
-    if cache is not None:
-        positions = jnp.where(padding_mask, positions + cache.token_counts[:, None], -1)
-    return mask.replace(q_positions=positions, k_positions=positions)
+def _padding_name(name: str) -> str:
+    return "padding_mask" if name == "tokens" else f"{name}_padding_mask"
 
 
 def _project(output, embedding, hidden):
@@ -775,6 +767,5 @@ def _project(output, embedding, hidden):
 
 def _init_cache(embedding, decoder, batch_size, slots, encoder_output=None) -> Cache:
     check_size(batch_size=batch_size, slots=slots)
-    if embedding.max_seq_length is not None:
-        check_seq_length(slots, embedding.max_seq_length)
+    check_seq_length(slots, embedding.max_seq_length, "a cache")
     return decoder.init_cache(batch_size, slots, encoder_output)

@@ -247,13 +247,13 @@ def test_a_cache_does_not_lift_the_limit_of_positions():
 def test_windowed_layers_keep_only_their_window(position):
     model = make_lm(num_layers=2, window=3, position=position)
     whole = make_lm(num_layers=2, position=position)
-    prompt, new = prompt_of(30, 2), 50
+    prompt, new = prompt_of(30, 2), 30
     real = np.arange(30) < np.array([[30], [10]])
     out = model.generate(prompt, new, padding_mask=real, return_cache=True)
     assert {layer.own.keys.shape[2] for layer in out.cache.layers} == {3 + SPARE}
-    assert out.cache.slots > 80
+    assert out.cache.slots > 60
     for i, row in enumerate([prompt[0], prompt[1, :10]]):
-        wanted = by_hand(partial(full_logits, model), row, new, width=96)
+        wanted = by_hand(partial(full_logits, model), row, new, width=64)
         np.testing.assert_array_equal(out.tokens[i, 30:], wanted[len(row) :])
     assert not np.array_equal(out.tokens, whole.generate(prompt, new, padding_mask=real))
     # Guesses that are taken back must not have cost tokens that are still in view.
@@ -286,9 +286,8 @@ def nearby(model, distance):
     {"key": KEY, "temperature": 1.3, "top_p": 0.9},
     {"key": KEY, "end_token": 5, "repetition_penalty": 1.2, "stop_sequences": [[1, 2]]},
 ], ids=["greedy", "sampled", "constrained"])  # fmt: skip
-@pytest.mark.parametrize("learnable_pos", [False, True])
-def test_drafts_do_not_change_the_tokens(options, learnable_pos):
-    model, prompt = make_lm(learnable_pos=learnable_pos), prompt_of(6, 2)
+def test_drafts_do_not_change_the_tokens(options):
+    model, prompt = make_lm(learnable_pos=True), prompt_of(6, 2)
     wanted = model.generate(prompt, 26, **options)  # up to the last position there is
     near = nearby(model, 0.01)
     rates = {}

@@ -762,32 +762,42 @@ def test_tied_language_model():
         (encoder_model, {"feed_forward": GatedFeedForward, "window": WINDOW}),
     ],
 )
-def test_bfloat16(build, options, getkey):
+def test_bfloat16(build, options):
     """Weights and activations in half the bytes; log-probabilities in float32 nevertheless."""
-    model = build(1, **options, attention_dropout_rate=0.2)
-    tokens = draw_tokens(B, T)
+    tokens, src = draw_tokens(B, T), draw_tokens(B, S, vocab_size=SRC_VOCAB)
     real = jnp.arange(T) >= jnp.array([[0], [1], [3]])
 
-    def run(model, key):
+    @eqx.filter_jit
+    def run(model):
         if build is encoder_model:
-            return [model(tokens, None, key, padding_mask=real)]
+            return [model(tokens, padding_mask=real)]
         if build is seq2seq_model:
-            src = draw_tokens(B, S, vocab_size=SRC_VOCAB)
-            memory = model.encode(src, None, key)
-            _, cache = model.forward(tokens, cache=model.init_cache(memory, T))
-            return [memory, cache.layers[0].own.keys, model(src, tokens, key=key)]
-        hidden, cache = model.forward(
-            tokens, padding_mask=real, cache=model.init_cache(B, T), key=key
-        )
-        return [hidden, cache.layers[0].own.keys, model(tokens, padding_mask=real)]
+            memory = model.encode(src)
+            cache, padding = model.init_cache(memory, T), {"tgt_padding_mask": real}
+        else:
+            cache, padding = model.init_cache(B, T), {"padding_mask": real}
+        hidden, cache = model.forward(tokens, cache=cache, **padding)
+        return [hidden, cache.layers[0].own.keys, jax.nn.log_softmax(model.project(hidden))]
 
-    # The same key drops the same places in both.
-    key = getkey()
-    wide = run(model, key)
-    narrow = eqx.filter_jit(run)(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model), key)
-    for a, b in zip(narrow, wide, strict=True):
+    wide = build(1, **options)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    for a, b in zip(run(narrow), run(wide), strict=True):
         assert a.dtype == (jnp.float32 if b.shape[-1] == VOCAB else jnp.bfloat16)
         # bfloat16 has 8 bits: each of about 30 operations in a row may err by 1/256.
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.1)
+
+
+def test_bfloat16_dropout(getkey):
+    """The same key drops the same places, and keeps the type."""
+    x, key = draw(B, T, D), getkey()
+    wide = filled(MultiHeadAttention, D, N, attention_dropout_rate=0.3)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    half = x.astype(jnp.bfloat16)
+    for a, b in [
+        (dropout(half, 0.3, key), dropout(x, 0.3, key)),
+        (narrow(half, key=key), wide(x, key=key)),
+    ]:
+        assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.1, atol=0.1)
 
 
