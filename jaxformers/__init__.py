@@ -44,4 +44,6 @@ from jaxformers.schedules import (
 )
 from jaxformers.scoring import perplexity
 from jaxformers.training import language_model_loss, sequence_to_sequence_loss, train_step
-from jaxformers.transformer import Transformer, TransformerEncoder, TransformerLM
+from jaxformers.transformer import Transformer
+from jaxformers.transformer_encoder import TransformerEncoder
+from jaxformers.transformer_lm import TransformerLM

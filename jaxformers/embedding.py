@@ -149,6 +149,11 @@ class TransformerEmbedding(eqx.Module):
         return self._tokens.vocab_size
 
     @property
+    def table(self) -> Float[Array, "v d"]:
+        """The token table, which a tied output layer shares."""
+        return self._tokens.weight
+
+    @property
     def max_seq_length(self) -> int | None:
         """The longest sequence the position scheme knows; None if there is no limit."""
         return None if self.position is None else self.position.max_seq_length

@@ -245,6 +245,10 @@ def place(
         return mask if mask.k_positions is not None else mask.replace(k_positions=mask.q_positions)
     if padding_mask is None and seen is None:
         return mask
+    if seen is not None and seen.shape != shape[:-1]:
+        raise ValueError(
+            f"tokens must have shape (batch, t) with the cache's batch, {len(seen)}, got {shape}."
+        )
     real = jnp.ones(shape, jnp.bool_) if padding_mask is None else padding_mask
     positions = padding_to_positions(real)
     if seen is not None:

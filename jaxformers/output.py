@@ -45,6 +45,10 @@ class OutputLayer(eqx.Module):
         self.w = None if tied else init(check_key(key), shape, *shape)
         self.b = jnp.zeros(vocab_size, jnp.float32) if use_bias else None
 
+    @property
+    def tied(self) -> bool:
+        return self.w is None
+
     def __call__(
         self, x: Float[Array, "*b t d"], table: Float[Array, "v d"] | None = None
     ) -> Float[Array, "*b t v"]:

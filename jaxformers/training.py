@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxformers.checks import check_key, check_options
 from jaxformers.losses import cross_entropy
 from jaxformers.optim import Model, as_optimizer
-from jaxformers.transformer import Transformer, TransformerLM
+from jaxformers.transformer import Transformer
+from jaxformers.transformer_lm import TransformerLM
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch, PRNGKeyArray | None], Float[Array, ""]]

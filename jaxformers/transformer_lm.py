@@ -1,0 +1,271 @@
+"""The decoder-only language model."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from jaxformers.checks import (
+    check_key,
+    check_seq_length,
+    check_tokens,
+)
+from jaxformers.decoder import Cache, Decoder
+from jaxformers.embedding import TransformerEmbedding
+from jaxformers.generation import gather, generate, stream
+from jaxformers.layers import split_key
+from jaxformers.masks import Mask, as_mask, place
+from jaxformers.output import OutputLayer
+from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.plan import AllOptions, Options
+from jaxformers.prompts import Tokens
+from jaxformers.sampling import Keys, Numbers
+from jaxformers.scoring import score
+from jaxformers.steps import LMStep
+
+
+class TransformerLM(eqx.Module):
+    """A decoder-only language model: each token is predicted from those before it.
+
+    The shape of GPT-2 and Llama (Radford et al. 2019).
+
+    Arguments:
+        vocab_size: number of tokens v.
+        d_model: width of the residual stream, 512.
+        num_heads: attention heads, 8.
+        num_layers: decoder layers, 6.
+        d_ff: width inside the feed-forwards, 2048.
+        max_seq_length: longest sequence of the sinusoids or the learned table, 512.
+        dropout_rate: dropout on the embeddings and on what each sublayer writes, 0.1.
+        learnable_pos: a learned table of positions instead of sinusoids.
+        tie_embeddings: whether the output layer uses the token table (Press and Wolf 2017).
+        embedding_scale: factor on the token vectors; None is `sqrt(d_model)`, as in the paper.
+        final_norm: whether a norm ends the stack; None follows `norm_first`.
+        key: PRNG key, required.
+        **pieces: norms, feed-forwards, positions, heads and so on: see `Pieces`.
+
+    Raises:
+        ValueError: if sizes do not fit, an option is unknown, or there is no key.
+
+    Example:
+        >>> model = TransformerLM(65, 64, 4, 2, 256, 128, key=jax.random.key(0))
+        >>> tokens = jnp.array([[1, 2, 3]])
+        >>> model(tokens).shape
+        (1, 3, 65)
+        >>> model.generate(tokens, 5).shape
+        (1, 8)
+    """
+
+    embedding: TransformerEmbedding
+    decoder: Decoder
+    output: OutputLayer
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 512,
+        num_heads: int = 8,
+        num_layers: int = 6,
+        d_ff: int = 2048,
+        max_seq_length: int = 512,
+        dropout_rate: float = 0.1,
+        learnable_pos: bool = False,
+        *,
+        tie_embeddings: bool = False,
+        embedding_scale: float | None = None,
+        final_norm: bool | None = None,
+        key: PRNGKeyArray | None = None,
+        **pieces: Unpack[Pieces],
+    ):
+        check_pieces(pieces, type(self))
+        embedding_key, decoder_key, output_key = split_key(check_key(key), 3)
+        sizes = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
+        self.embedding, pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
+        self.decoder = Decoder(
+            num_layers,
+            d_model,
+            num_heads,
+            d_ff,
+            dropout_rate,
+            cross_attention=False,
+            final_norm=final_norm,
+            key=decoder_key,
+            **pieces,
+        )
+        self.output = build_output(d_model, vocab_size, tie_embeddings, output_key, **pieces)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.vocab_size
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The longest sequence the position scheme knows; None if there is no limit."""
+        return self.embedding.max_seq_length
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+    ) -> Float[Array, "*b t v"]:
+        """Log-probabilities of the next token at each position, in float32.
+
+        Arguments:
+            tokens: ids, `(b, t)` or `(t,)`.
+            mask: booleans (True = may attend) that broadcast to `(b, num_heads, t, t)`, or an
+                `AttentionMask`; and-ed with the causal mask.
+            key: PRNG key for dropout while training; None means inference.
+            padding_mask: shape of `tokens`, True where a token is real. Positions are counted
+                over the real tokens, so left and right padding give the same.
+
+        Returns:
+            `(b, t, vocab_size)`, or `(t, vocab_size)` for tokens without a batch axis.
+
+        Raises:
+            ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
+                mask has the wrong shape or type.
+        """
+        return jax.nn.log_softmax(self.logits(tokens, mask, key, padding_mask=padding_mask))
+
+    def logits(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+    ) -> Float[Array, "*b t v"]:
+        """What `__call__` gives, before the log-softmax."""
+        return self.project(self.forward(tokens, mask, key, padding_mask=padding_mask)[0])
+
+    def forward(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "*b t d"], Cache | None]:
+        """The hidden states before the output layer, and the cache extended by these tokens.
+
+        Arguments as for `__call__`, and:
+            cache: from `init_cache` or the call before, if `tokens` follow tokens already seen.
+        """
+        tokens = check_tokens(tokens, self.vocab_size)
+        seen = None if cache is None else cache.token_counts
+        mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)
+        embedding_key, decoder_key = split_key(key, 2)
+        x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
+        return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache)
+
+    def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
+        """Logits from hidden states."""
+        return self.output.logits(hidden, self.embedding.table if self.output.tied else None)
+
+    def init_cache(self, batch_size: int, slots: int) -> Cache:
+        """An empty cache for `slots` tokens in each of `batch_size` sequences."""
+        check_seq_length(slots, self.max_seq_length, "a cache")
+        return self.decoder.init_cache(batch_size, slots)
+
+    def generate(
+        self,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        end_token: int | Sequence[int] | None = None,
+        temperature: Numbers = 1.0,
+        top_k: Numbers | None = None,
+        top_p: Numbers | None = None,
+        padding_mask: ArrayLike | None = None,
+        key: Keys | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """The prompt and `max_new_tokens` tokens that continue it.
+
+        Arguments:
+            prompt: ids, `(b, t)` or `(t,)`.
+            max_new_tokens: how many tokens to add.
+            end_token: a row ends with this token (one or several ids) and is filled with it then.
+            temperature: what logits are divided by before sampling, above 0.
+            top_k: sample from the k most probable tokens.
+            top_p: sample from the fewest tokens that hold this much probability, in (0, 1].
+            padding_mask: shape of `prompt`, True where a token is real; padding may be anywhere.
+            key: PRNG key to sample with, or one per row; None takes the most probable token.
+                A row's tokens depend on its key (of one key: on `fold_in(key, row)`), never on
+                the other rows.
+            **options: see `Options`.
+
+        Numbers for sampling may be arrays of one per row.
+
+        Returns:
+            int32, `(b, t + max_new_tokens)`, or `(t + max_new_tokens,)` for a prompt without a
+            batch axis. A `Generation` with more if an option asks for that.
+
+        Raises:
+            ValueError: if an option is out of its range or would be without effect, or the new
+                tokens go beyond `max_seq_length`.
+            FloatingPointError: if the logits are NaN.
+        """
+        return generate(
+            LMStep(self),
+            prompt,
+            max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+            padding_mask=padding_mask,
+            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
+        )
+
+    def stream(
+        self,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        padding_mask: ArrayLike | None = None,
+        **options: Unpack[AllOptions],
+    ) -> Iterator[Int[Array, "*b"]]:
+        """The new tokens that `generate` gives for the same arguments, one by one as they come.
+
+        Yields:
+            int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows have ended.
+
+        Example:
+            >>> [token.shape for token in model.stream(prompt, 3)]
+            [(1,), (1,), (1,)]
+        """
+        return stream(
+            LMStep(self),
+            prompt,
+            max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+            padding_mask=padding_mask,
+            options=dict(options),
+        )
+
+    def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
+        """The log-probability of each token given those before it.
+
+        Arguments:
+            tokens: ids, `(b, t)` or `(t,)`.
+            padding_mask: shape of `tokens`, True where a token is real.
+
+        Returns:
+            float32, shape of `tokens`; 0 for padding and for the first token of each row.
+
+        Raises:
+            ValueError: if tokens are not ids within the vocabulary, or too long.
+        """
+        return score(
+            LMStep(self),
+            tokens,
+            padding_mask,
+            vocab_size=self.vocab_size,
+            max_seq_length=self.max_seq_length,
+        )
