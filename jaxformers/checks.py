@@ -93,7 +93,7 @@ def check_key(
     )
     if not ok:
         raise ValueError(
-            f"key must be one JAX PRNG key, got {_describe(key)}. "
+            f"key must be a JAX PRNG key, got {_describe(key)}. "
             "Pass key=jax.random.key(0), or one part of jax.random.split(key)."
         )
     return key

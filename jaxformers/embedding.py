@@ -116,10 +116,13 @@ class TransformerEmbedding(eqx.Module):
         check_positive(scale=scale)
         token_key, position_key = split_key(check_key(key), 2)
         self.token_embedding = TokenEmbedding(vocab_size, d_model, init=init, key=token_key)
+        if isinstance(position, type):
+            name = position.__name__
+            raise ValueError(f"position must be a scheme, got a class. Write position={name}().")
         if position is not None and not acts_as(position, PositionScheme):
             raise ValueError(
-                "position must be a position scheme, for instance RotaryPositionalEncoding(), got "
-                f"{position!r}. A class has to be called."
+                "position must be a position scheme such as RotaryPositionalEncoding(), or in "
+                f"models a function `key -> scheme`, got {position!r}."
             )
         if position is not None and learnable_pos:
             raise ValueError(

@@ -200,7 +200,12 @@ def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Arra
         >>> create_padding_mask(jnp.array([5, 7, 0, 0]), pad_token=0)
         Array([ True,  True, False, False], dtype=bool)
     """
-    return jnp.asarray(tokens) != pad_token
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must hold integer ids, got dtype {tokens.dtype}. Cast them first."
+        )
+    return tokens != pad_token
 
 
 def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"]:

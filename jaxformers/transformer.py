@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
+    check_activations,
     check_key,
     check_padding_mask,
     check_seq_length,
+    check_size,
     check_tokens,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -274,6 +276,8 @@ class Transformer(eqx.Module):
 
     def init_cache(self, encoder_output: Float[Array, "b s d"], slots: int) -> Cache:
         """An empty cache for `slots` target tokens, with the encoder's keys and values."""
+        check_size(slots=slots)
+        check_activations(encoder_output, self.tgt_embedding.table.shape[1], "encoder_output")
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(encoder_output.shape[0], slots, encoder_output)
 

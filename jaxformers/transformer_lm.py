@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from jaxformers.checks import (
     check_key,
     check_seq_length,
+    check_size,
     check_tokens,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -170,6 +171,7 @@ class TransformerLM(eqx.Module):
 
     def init_cache(self, batch_size: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens in each of `batch_size` sequences."""
+        check_size(batch_size=batch_size, slots=slots)
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(batch_size, slots)
 
