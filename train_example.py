@@ -311,13 +311,18 @@ class Stop:
 
     def ask(self, *_):
         self.asked = True
+        tqdm.write("\nstopping after this step; Ctrl-C again ends at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def train(task: Task, args: argparse.Namespace) -> tuple[eqx.Module, History]:
-    """Trains with AdamW, warm-up and cosine decay, under a progress bar."""
+def make_optimizer(args: argparse.Namespace) -> AdamW:
+    """AdamW with warm-up and cosine decay."""
     rate = warmup_cosine(args.learning_rate, args.warmup, args.steps, 0.05 * args.learning_rate)
-    optimizer = AdamW(rate, b2=0.99, weight_decay=args.weight_decay, max_grad_norm=1.0)
+    return AdamW(rate, b2=0.99, weight_decay=args.weight_decay, max_grad_norm=1.0)
+
+
+def train(task: Task, optimizer: AdamW, args: argparse.Namespace) -> tuple[eqx.Module, History]:
+    """Trains under a progress bar."""
     model, state = task.model, optimizer.init(task.model)
     stop, history = Stop(), History()
     keys = jax.random.key(args.seed)
@@ -331,7 +336,7 @@ def train(task: Task, args: argparse.Namespace) -> tuple[eqx.Module, History]:
             losses.append(loss)
             tokens += batch["targets"].size
             last = step == args.steps or stop.asked
-            if step % args.log_every == 0 or last:
+            if step % args.log_every == 0 or step == 1 or last:
                 # Reading a loss waits for the device, so it is done for many steps at once.
                 history.train += [float(loss) for loss in losses]
                 speed = tokens / (time.perf_counter() - since)
@@ -364,7 +369,6 @@ def save_curve(history: History, title: str, path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"loss curve: {path}")
 
@@ -425,11 +429,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} goes with the task shakespeare")
     if args.data is not None and not args.data.is_file():
         parser.error(f"--data {args.data}: no such file")
+    if args.curve is not None and args.curve.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--curve {args.curve}: must end in .png, .pdf or .svg")
     for name in ("steps", "batch_size", "warmup", "log_every", "context", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.warmup = min(args.warmup, args.steps)
     args.curve = args.curve or Path("runs") / f"{args.task}.png"
+    try:
+        args.curve.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--curve {args.curve}: {error}")
     return args
 
 
@@ -438,11 +448,12 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     try:
         task = TASKS[args.task](args)
+        optimizer = make_optimizer(args)
     except ValueError as error:
         sys.exit(f"train_example.py: {error}")
     count = sum(x.size for x in jax.tree.leaves(task.model))
     print(f"{args.task}: a {type(task.model).__name__} with {count:,} parameters")
-    model, history = train(task, args)
+    model, history = train(task, optimizer, args)
     print(f"trained {len(history.train)} steps in {time.perf_counter() - begin:.0f} s")
     task.report(model)
     save_curve(history, args.task, args.curve)

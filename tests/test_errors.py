@@ -270,6 +270,21 @@ def test_padding_masks(name, call):
             call(np.ones((B, T), dtype))
 
 
+def test_positions_and_segments_of_masks():
+    for model in (language_model(), encoder_model()):
+        with raises("needs q_positions", "k_positions alone", "Give q_positions"):
+            model(TOKENS, AttentionMask(k_positions=jnp.arange(T)))
+        for shape in [(T - 1,), (B + 1, T)]:
+            segments = jnp.zeros(shape, jnp.int32)
+            for names in [("q_positions", "k_positions"), ("q_segments", "k_segments")]:
+                with raises(f"{names[0]} of a mask must have shape", rf"\({B}, {T}\)", "got"):
+                    model(TOKENS, AttentionMask(**dict.fromkeys(names, segments)))
+    for name in ("q_positions", "k_positions"):
+        for bad in (jnp.zeros(T), jnp.zeros((B, 1, T), jnp.int32), 3):
+            with raises(f"{name} of a mask must be integers of shape", "got dtype"):
+                AttentionMask(**{name: bad})
+
+
 def test_mask_descriptions():
     segments = jnp.zeros(T, jnp.int32)
     with raises("q_segments and k_segments together"):
@@ -440,6 +455,37 @@ def test_unknown_options(constructor):
             constructor(**sizes, zzz=1, key=key)
 
 
+# Where each flag is an option; norm and feed-forward are those of a layer.
+FLAGS = {
+    "use_bias": [*TAKE_PIECES, MultiHeadAttention, FeedForward, GatedFeedForward, OutputLayer],
+    "use_out_bias": [*TAKE_PIECES, MultiHeadAttention],
+    "norm_first": TAKE_PIECES,
+    "final_norm": [TransformerLM, Transformer, TransformerEncoder, Encoder, Decoder],
+    "learnable_pos": [TransformerLM, Transformer, TransformerEncoder, TransformerEmbedding],
+    "tie_embeddings": [TransformerLM, Transformer],
+    "share_embeddings": [Transformer],
+    "cross_attention": [Decoder, DecoderLayer],
+    "tied": [OutputLayer],
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags(flag):
+    """A string or a number is no flag: `"no"` would be true."""
+    for constructor in FLAGS[flag]:
+        for bad in ("no", 0, 1.0):
+            with raises(f"{flag} must be True or False", f"got {bad!r}"):
+                options = CONSTRUCTORS[constructor] | {flag: bad}
+                constructor(**options, key=jax.random.key(0))
+
+
+@takes_pieces
+def test_pieces_are_constructors_and_functions(constructor):
+    for piece in ("norm", "qk_norm", "feed_forward", "attention_fn", "init", "residual_init"):
+        with raises(f"{piece} must be a function or a class to call", "got 3"):
+            constructor(**CONSTRUCTORS[constructor], **{piece: 3}, key=jax.random.key(0))
+
+
 @takes_pieces
 def test_options_out_of_range(constructor):
     sizes, key = CONSTRUCTORS[constructor], jax.random.key(0)
@@ -588,6 +634,28 @@ def test_tied_output():
     embedding = build(TransformerEmbedding, VOCAB, D, MAX).with_tokens(None)
     with raises("with_tokens"):
         embedding(TOKENS)
+
+
+def test_dropout_keys_of_calls():
+    for bad, got in [(0, "got 0"), (True, "got True"), (jnp.zeros(3), "float32")]:
+        for call in (
+            lambda key: language_model()(TOKENS, key=key),
+            lambda key: encoder_model()(TOKENS, key=key),
+            lambda key: seq2seq_model()(SOURCE, TOKENS, key=key),
+            lambda key: build(Encoder, 1, D, N, F)(X, None, key),
+        ):
+            with raises("key must be a JAX PRNG key", got, r"jax.random.key\(0\)"):
+                call(bad)
+
+
+def test_ids_that_are_unknown_under_jit_read_no_other_row():
+    """No error is possible there; JAX would read the last row, or count from the end."""
+    for call, _, vocab in TAKES_TOKENS.values():
+        compiled = jax.jit(call)
+        for bad in (vocab, -1, -vocab):
+            ids = jnp.ones((B, T), jnp.int32).at[0, 0].set(bad)
+            assert jnp.isnan(compiled(ids)[0]).any()
+            assert jnp.isfinite(compiled(ids)[1]).all()
 
 
 def test_messages_hold_with_the_model_as_argument():

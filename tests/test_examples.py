@@ -86,6 +86,8 @@ def test_ctrl_c_stops_cleanly_and_still_reports(tmp_path):
         (["--steps", "0"], "at least 1"),
         (["sort"], "invalid choice"),
         (["--d-model", "30", "--num-heads", "4"], "divisible by num_heads"),
+        (["--learning-rate", "-1"], "peak must be"),
+        (["--curve", "picture.foo"], "must end in .png"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, args, words):

@@ -25,7 +25,10 @@ MODULES = {
 def run_fresh(program):
     """What a new Python process prints, without the settings of this one."""
     command = [sys.executable, "-W", "error", "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # From the folder of the package that is tested here, whatever else is installed.
+    run = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
 
 
 def test_import_starts_no_device_and_changes_no_setting():

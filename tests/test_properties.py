@@ -396,9 +396,9 @@ def test_cached_is_full_in_seq2seq(scheme):
 
 def test_compiling_changes_nothing():
     """Also that ids and masks may be known inside a compiled function, as constants of it."""
-    lm = language_model(1, **SCHEMES["rotary"], num_kv_heads=2)
+    lm = language_model(1, **SCHEMES["learned"], num_kv_heads=2)
     encoder = encoder_model(1, **SCHEMES["alibi"], window=WINDOW)
-    seq2seq = seq2seq_model(1, **SCHEMES["learned"])
+    seq2seq = seq2seq_model(1, **SCHEMES["rotary"])
     src, tgt = draw_tokens(B, S, vocab_size=SRC_VOCAB), draw_tokens(B, T)
     real = jnp.arange(T) > jnp.array([[0], [1], [3]])
     documents = packed(3, 4)
@@ -615,6 +615,7 @@ LAYER = {ENCODER, DECODER}
 OPTIONS = {
     "num_kv_heads": (2, LAYER | {CROSS}),
     "use_bias": (False, LAYER | {CROSS, LOGITS}),
+    "use_out_bias": (False, LAYER | {CROSS}),
     "qk_norm": (RMSNorm, LAYER | {CROSS}),
     "window": (2, LAYER),
     "attention_dropout_rate": (0.5, LAYER | {CROSS}),
