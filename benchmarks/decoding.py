@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from jaxformers import RotaryPositionalEncoding, TransformerLM
-from jaxformers.generation import read_request
-from jaxformers.loop import run
-from jaxformers.steps import LMStep
+from jaxformers.generation.generate import read_request
+from jaxformers.generation.loop import run
+from jaxformers.generation.steps import LMStep
 
 VOCABULARY = 512
 

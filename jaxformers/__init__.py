@@ -8,7 +8,8 @@ from jaxformers.attention import (
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
-from jaxformers.generation import Generation
+from jaxformers.generation.generate import Generation
+from jaxformers.generation.scoring import perplexity
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.layers import FeedForward, GatedFeedForward, LayerNorm, Residual, RMSNorm
 from jaxformers.losses import cross_entropy
@@ -42,7 +43,6 @@ from jaxformers.schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
-from jaxformers.scoring import perplexity
 from jaxformers.training import language_model_loss, sequence_to_sequence_loss, train_step
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder

@@ -20,16 +20,16 @@ from jaxformers.checks import (
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.generation import gather, generate_from_source, stream
+from jaxformers.generation.generate import gather, generate_from_source, stream
+from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.prompts import Tokens
+from jaxformers.generation.sampling import Keys, Numbers
+from jaxformers.generation.scoring import score_with_source
+from jaxformers.generation.steps import Seq2SeqStep
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, padding_to_positions, place
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
-from jaxformers.plan import AllOptions, Options
-from jaxformers.prompts import Tokens
-from jaxformers.sampling import Keys, Numbers
-from jaxformers.scoring import score_with_source
-from jaxformers.steps import Seq2SeqStep
 
 
 class Transformer(eqx.Module):

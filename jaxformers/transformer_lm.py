@@ -15,16 +15,16 @@ from jaxformers.checks import (
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
-from jaxformers.generation import gather, generate, stream
+from jaxformers.generation.generate import gather, generate, stream
+from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.prompts import Tokens
+from jaxformers.generation.sampling import Keys, Numbers
+from jaxformers.generation.scoring import score
+from jaxformers.generation.steps import LMStep
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, place
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
-from jaxformers.plan import AllOptions, Options
-from jaxformers.prompts import Tokens
-from jaxformers.sampling import Keys, Numbers
-from jaxformers.scoring import score
-from jaxformers.steps import LMStep
 
 
 class TransformerLM(eqx.Module):

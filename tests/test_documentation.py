@@ -15,7 +15,7 @@ import pytest
 import jaxformers
 
 ROOT = Path(__file__).parent.parent
-MODULES = [m.name for m in pkgutil.iter_modules(jaxformers.__path__, "jaxformers.")]
+MODULES = [m.name for m in pkgutil.walk_packages(jaxformers.__path__, "jaxformers.")]
 
 
 def names_of_the_examples() -> dict:

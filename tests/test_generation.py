@@ -17,8 +17,8 @@ from jaxformers import (
     generation,
     loop,
 )
-from jaxformers.prompts import bucket
-from jaxformers.sampling import row_keys
+from jaxformers.generation.prompts import bucket
+from jaxformers.generation.sampling import row_keys
 
 V, D, N, D_FF, MAX = 37, 24, 4, 40, 32
 POSITIONS = {

@@ -317,8 +317,8 @@ def test_a_draft_saves_calls_of_the_model(lm):
             jax.debug.callback(lambda: calls.append(tokens.shape))
             return step(self.model, tokens, **options)
 
-    from jaxformers.generation import generate
-    from jaxformers.steps import LMStep
+    from jaxformers.generation.generate import generate
+    from jaxformers.generation.steps import LMStep
 
     sizes = {"vocab_size": V, "max_seq_length": None}
     options = {"draft_model": lm, "draft_length": 4}

@@ -16,8 +16,8 @@ from jaxformers import (
     Transformer,
     TransformerLM,
 )
-from jaxformers.constraints import Constraints, History, sequences
-from jaxformers.sampling import Warper
+from jaxformers.generation.constraints import Constraints, History, sequences
+from jaxformers.generation.sampling import Warper
 
 torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
 transformers = pytest.importorskip("transformers", reason="what decoding is compared with")

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.loop import prefill
-from jaxformers.plan import Plan
+from jaxformers.generation.loop import prefill
+from jaxformers.generation.plan import Plan
 
 # What keeps a sequence out of a choice of the best: far below any sum of log-probabilities, and
 # finite, so that sequences kept out for the same reason still have an order.

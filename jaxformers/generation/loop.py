@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.plan import Plan
+from jaxformers.generation.plan import Plan
 
 
 class State(NamedTuple):

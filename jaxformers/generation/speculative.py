@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.loop import State, advance, emit, feed, prefill, unfinished
-from jaxformers.plan import Plan
+from jaxformers.generation.loop import State, advance, emit, feed, prefill, unfinished
+from jaxformers.generation.plan import Plan
 
 
 class ModelDraft(eqx.Module):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.prompts import check_ids
+from jaxformers.generation.prompts import check_ids
 
 
 class History(NamedTuple):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.beams import Beams, best_of, run_beams
 from jaxformers.cache import SPARE, Cache
 from jaxformers.checks import check_options, check_size, is_known
-from jaxformers.loop import State, advance_stream, run, start_stream
-from jaxformers.plan import ANY, AllOptions, Plan, make_plan
-from jaxformers.prompts import (
+from jaxformers.generation.beams import Beams, best_of, run_beams
+from jaxformers.generation.loop import State, advance_stream, run, start_stream
+from jaxformers.generation.plan import ANY, AllOptions, Plan, make_plan
+from jaxformers.generation.prompts import (
     Prompt,
     Tokens,
     bucket,
@@ -24,8 +24,8 @@ from jaxformers.prompts import (
     read_prompt,
     read_source,
 )
-from jaxformers.sampling import per_row
-from jaxformers.speculative import LookupDraft, ModelDraft, run_speculative
+from jaxformers.generation.sampling import per_row
+from jaxformers.generation.speculative import LookupDraft, ModelDraft, run_speculative
 
 
 class Generation(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_size
-from jaxformers.prompts import Tokens, bucket, check_length, read_prompt, read_source
+from jaxformers.generation.prompts import Tokens, bucket, check_length, read_prompt, read_source
 
 
 def score(

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxformers.cache import Cache
 from jaxformers.checks import check_size, is_known
-from jaxformers.constraints import Constraints, History, sequences
-from jaxformers.prompts import check_ids, put
-from jaxformers.sampling import Keys, Numbers, Warper, draw, per_row, row_keys
+from jaxformers.generation.constraints import Constraints, History, sequences
+from jaxformers.generation.prompts import check_ids, put
+from jaxformers.generation.sampling import Keys, Numbers, Warper, draw, per_row, row_keys
 
 
 class Options(TypedDict, total=False):
