@@ -250,7 +250,7 @@ class MultiHeadAttention(eqx.Module):
         self.q_norm = None if qk_norm is None else as_module(qk_norm(h))
         self.k_norm = None if qk_norm is None else as_module(qk_norm(h))
         self.position = position
-        self.window = window
+        self.window = None if window is None else int(window)
         self.attention_dropout_rate = float(attention_dropout_rate)
         self.attention_fn = attention_fn
 

@@ -102,7 +102,7 @@ def check_key(
 def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
     """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
     if not isinstance(tokens, jax.Array):
-        tokens = np.asarray(tokens)
+        tokens = _as_numpy(tokens, name)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"{name} must hold integer ids, got dtype {tokens.dtype}. "
@@ -176,6 +176,16 @@ def check_same_batch(**arrays: Any) -> None:
                 f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
                 f"{other.shape}."
             )
+
+
+def _as_numpy(x: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a rectangular array, got rows of different length. Pad them to one "
+            "length and say what is padding with padding_mask=."
+        ) from None
 
 
 def _is_number(x: Any) -> bool:

@@ -11,6 +11,7 @@ from jaxformers.attention import KV, MultiHeadAttention
 from jaxformers.cache import Cache, LayerCache, empty_layer, remember
 from jaxformers.checks import (
     check_activations,
+    check_flag,
     check_key,
     check_same_batch,
     check_size,
@@ -71,6 +72,7 @@ class DecoderLayer(eqx.Module):
         **pieces: Unpack[Pieces],
     ):
         check_pieces(pieces, type(self))
+        check_flag(cross_attention=cross_attention)
         self_key, cross_key, feed_forward_key = split_key(check_key(key), 3)
         self.self_attention = build_self_attention(d_model, num_heads, self_key, **pieces)
         self.self_attention_residual = build_residual(d_model, dropout_rate, **pieces)

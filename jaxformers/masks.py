@@ -72,7 +72,7 @@ class AttentionMask(eqx.Module):
         if bias is not None and not acts_as(bias, BiasPosition):
             raise ValueError(f"bias must be a scheme that biases scores, as ALiBi(), got {bias!r}.")
         self.causal = bool(causal)
-        self.window = window
+        self.window = None if window is None else int(window)
         self.explicit = explicit
         self.q_positions = _as_integers("q_positions", q_positions)
         self.k_positions = _as_integers("k_positions", k_positions)
@@ -103,14 +103,7 @@ class AttentionMask(eqx.Module):
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless everything fits `shape`, that of the scores: `(batch, heads, t, s)`."""
-        for name in ("q_positions", "k_positions", "q_segments", "k_segments"):
-            array, length = getattr(self, name), shape[-2 if name[0] == "q" else -1]
-            fits = None if array is None else array.shape
-            if fits not in (None, (length,), (*shape[:-3], length)):
-                raise ValueError(
-                    f"{name} of a mask must have shape {(*shape[:-3], length)} or {(length,)}, "
-                    f"one number for each position, got {fits}."
-                )
+        self.check_positions(shape[:-3], *shape[-2:])
         have = () if self.explicit is None else self.explicit.shape
         pairs = zip(reversed(have), reversed(shape), strict=False)
         if len(have) > len(shape) or any(size not in (1, want) for size, want in pairs):
@@ -120,6 +113,16 @@ class AttentionMask(eqx.Module):
                 "shape (batch, 1, t, s): write mask[:, None]. For padding, models take "
                 "padding_mask=."
             )
+
+    def check_positions(self, batch: tuple[int, ...], t: int, s: int) -> None:
+        """Raise unless positions and segments are one number for each query and each key."""
+        for name, length in dict(q_positions=t, k_positions=s, q_segments=t, k_segments=s).items():
+            array = getattr(self, name)
+            if array is not None and array.shape not in ((length,), (*batch, length)):
+                raise ValueError(
+                    f"{name} of a mask must have shape {(*batch, length)} or {(length,)}, "
+                    f"got {array.shape}."
+                )
 
     def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:
         """The mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.
@@ -247,7 +250,10 @@ def place(
                 "an AttentionMask with q_positions already says what is padding (position -1), "
                 f"got {name} as well. Give one of the two."
             )
-        return mask if mask.k_positions is not None else mask.replace(k_positions=mask.q_positions)
+        if mask.k_positions is None:
+            mask = mask.replace(k_positions=mask.q_positions)
+        mask.check_positions(shape[:-1], shape[-1], mask.key_positions(0).shape[-1])
+        return mask
     if padding_mask is None and seen is None:
         return mask
     if seen is not None and seen.shape != shape[:-1]:

@@ -83,8 +83,9 @@ def check_pieces(pieces: Pieces, owner: type) -> None:
     """Raise `OptionError` for a name that is neither a piece nor an argument of `owner`."""
     own = set(inspect.signature(owner).parameters) - {"pieces"}
     check_options(pieces, own | set(Pieces.__annotations__), owner.__name__)
-    functions = "norm", "feed_forward", "attention_fn", "init"
-    check_callable(**_only(pieces, functions))
+    functions = _only(pieces, ("norm", "feed_forward", "attention_fn", "init"))
+    optional = _only(pieces, ("qk_norm", "residual_init"))
+    check_callable(**functions, **{k: x for k, x in optional.items() if x is not None})
 
 
 def build_self_attention(

@@ -102,8 +102,8 @@ class SinusoidalPositionalEncoding(eqx.Module):
 
     def __init__(self, max_seq_length: int, d_model: int):
         check_size(max_seq_length=max_seq_length, d_model=d_model)
-        self.max_seq_length = max_seq_length
-        self.d_model = d_model
+        self.max_seq_length = int(max_seq_length)
+        self.d_model = int(d_model)
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
         """The vectors of the given positions (of padding: those of position 0)."""

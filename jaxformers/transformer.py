@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
     check_activations,
+    check_flag,
     check_key,
     check_padding_mask,
     check_seq_length,
@@ -95,6 +96,7 @@ class Transformer(eqx.Module):
         **pieces: Unpack[Pieces],
     ):
         check_pieces(pieces, type(self))
+        check_flag(share_embeddings=share_embeddings)
         src_key, encoder_key, tgt_key, decoder_key, output_key = split_key(check_key(key), 5)
         if jax.tree.leaves(eqx.filter(pieces.get("position"), eqx.is_array)):
             raise ValueError(

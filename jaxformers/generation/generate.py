@@ -82,6 +82,7 @@ def read_request(
     """The call's arguments, checked and turned into arrays."""
     check_options(options, AllOptions.__annotations__, "generate")
     check_size(max_new_tokens=max_new_tokens)
+    max_new_tokens = int(max_new_tokens)
     if not isinstance(prompt, Prompt):
         prompt = read_prompt(prompt, padding_mask, vocab_size)
     check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
@@ -238,7 +239,8 @@ def generate_from_source(
     **rest: Any,
 ) -> Any:
     """`generate` (or `stream`) for a source, with the start token as the prompt."""
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+    check_size(max_length=max_length)
+    if max_length < 2:
         raise ValueError(
             "max_length must be an integer of at least 2, the start token and one more, got "
             f"{max_length!r}."
