@@ -250,9 +250,9 @@ def place(
                 "an AttentionMask with q_positions already says what is padding (position -1), "
                 f"got {name} as well. Give one of the two."
             )
-        if mask.k_positions is None:
-            mask = mask.replace(k_positions=mask.q_positions)
-        mask.check_positions(shape[:-1], shape[-1], mask.key_positions(0).shape[-1])
+        keys = mask.q_positions if mask.k_positions is None else mask.k_positions
+        mask = mask.replace(k_positions=keys)
+        mask.check_positions(shape[:-1], shape[-1], keys.shape[-1])
         return mask
     if padding_mask is None and seen is None:
         return mask

@@ -14,9 +14,8 @@ from jaxformers import (
     RotaryPositionalEncoding,
     Transformer,
     TransformerLM,
-    generation,
-    loop,
 )
+from jaxformers.generation import loop
 from jaxformers.generation.prompts import bucket
 from jaxformers.generation.sampling import row_keys
 
@@ -284,9 +283,11 @@ def test_a_prompt_and_budget_that_fill_the_context(learnable_pos):
 
 def test_the_cache_is_written_in_place_and_nothing_of_its_size_is_copied_per_token():
     model, grabbed = make_lm(position=RotaryPositionalEncoding()), []
-    plain = generation.run
+    plain = loop.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "run", lambda *args: grabbed.append(args) or plain(*args))
+        patch.setattr(
+            "jaxformers.generation.generate.run", lambda *args: grabbed.append(args) or plain(*args)
+        )
         model.generate(prompt_of(4, 2), 100)
     (args,) = grabbed
     program = plain.lower(*args).compile().compiled.as_text()
