@@ -10,8 +10,9 @@ from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.generation.generate import Generation
 from jaxformers.generation.scoring import perplexity
+from jaxformers.heads import Classifier
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
-from jaxformers.layers import FeedForward, GatedFeedForward, LayerNorm, Residual, RMSNorm
+from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
 from jaxformers.losses import cross_entropy
 from jaxformers.masks import (
     AttentionMask,
@@ -19,6 +20,7 @@ from jaxformers.masks import (
     create_padding_mask,
     padding_to_positions,
 )
+from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
 from jaxformers.optim import (
     AdamW,
     Optimizer,

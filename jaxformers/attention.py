@@ -6,12 +6,13 @@ The letters of all shapes in this package, in annotations and einsums alike:
     t query position   g key/value heads          f width inside the feed-forward (d_ff)
     s key position     h features of one head     v vocabulary
 
-and where they are needed: j features of a value, p rows of a table, `*b` an optional batch.
+and where they are needed: e width of the token table, j features of a value, p rows of a table,
+`*b` an optional batch.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,6 +25,7 @@ from jaxformers.checks import (
     check_activations,
     check_flag,
     check_key,
+    check_positive,
     check_rate,
     check_same_batch,
     check_size,
@@ -31,6 +33,7 @@ from jaxformers.checks import (
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import as_module, linear, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.norms import build_head_norm
 from jaxformers.positional_encoding import RotatingPosition, acts_as
 
 
@@ -42,15 +45,21 @@ class KV(NamedTuple):
 
 
 # What `attention_fn=` takes: a function `(q, k, v, mask) -> outputs` of the shapes of
-# `dot_product_attention` that divides the scores by sqrt(h). While training with attention dropout
-# it is also passed `dropout`, a function on the weights; a kernel without it need not take it.
+# `dot_product_attention` that divides the scores by sqrt(h). Where an attention has a `softcap`, it
+# is also passed that, and while training with attention dropout `dropout`, a function on the
+# weights; a kernel without them need not take them.
 AttentionFunction = Callable[..., Array]
 
 
 def attention_weights(
-    q: Float[Array, "*b n t h"], k: Float[Array, "*b g s h"], mask: AttentionMask
+    q: Float[Array, "*b n t h"],
+    k: Float[Array, "*b g s h"],
+    mask: AttentionMask,
+    softcap: float | None = None,
 ) -> Float[Array, "*b n t s"]:
     """`softmax(q k^T / sqrt(h))` in float32; a query that may attend to nothing gets zeros.
+
+    With a soft-cap c the scores are `c tanh(scores / c)` (Gemma 2).
 
     Each of the g key heads serves the n / g query heads beside each other (Ainslie et al. 2023).
     """
@@ -60,6 +69,8 @@ def attention_weights(
     grouped = (q * h**-0.5).reshape(*batch, g, n // g * t, h)
     scores = jnp.einsum("...gth,...gsh->...gts", grouped, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(*batch, n, t, s)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     bias, allowed = mask.score_bias(t, s, n), mask.materialize(t, s)
     if bias is not None:
         scores = scores + bias
@@ -76,6 +87,7 @@ def dot_product_attention(
     v: Float[Array, "*b g s h"],
     mask: AttentionMask,
     *,
+    softcap: float | None = None,
     dropout: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "*b n t h"]:
     """The plain form of attention, and the default `attention_fn`: it makes all `t x s` scores.
@@ -84,6 +96,7 @@ def dot_product_attention(
         q: queries, `(b, n, t, h)`.
         k, v: keys and values, `(b, g, s, h)`; g divides n.
         mask: an `AttentionMask`.
+        softcap: bound of the scores, as in `MultiHeadAttention`.
         dropout: applied to the weights.
 
     Returns:
@@ -94,7 +107,7 @@ def dot_product_attention(
         >>> dot_product_attention(q, k, k, AttentionMask(causal=True)).shape
         (2, 8, 5, 4)
     """
-    weights = checkpoint_name(dropout(attention_weights(q, k, mask)), "attention_weights")
+    weights = checkpoint_name(dropout(attention_weights(q, k, mask, softcap)), "attention_weights")
     return mix(weights, v)
 
 
@@ -167,9 +180,14 @@ class MultiHeadAttention(eqx.Module):
             multi-query attention.
         head_dim: features per head h; None is `d_model / num_heads`.
         use_bias: whether the query, key and value projections have biases.
+        use_qkv_bias: the same, in its stead; None follows `use_bias`.
         use_out_bias: the same for the output projection; None follows `use_bias`.
-        qk_norm: constructor of a norm over the features of each head of queries and of keys,
-            applied before rotation, for instance `RMSNorm`.
+        qk_norm: constructor of a norm on queries and on keys, applied before rotation:
+            `qk_norm(head_dim)` for the features of each head, for instance `RMSNorm`; one with a
+            parameter `num_heads`, such as `PerHeadNorm`, is told that as well.
+        attention_scale: factor on the scores in place of `1 / sqrt(head_dim)`; None is that.
+        softcap: c bounds the scores to `c tanh(scores / c)` before anything is hidden (Gemma 2);
+            None does not.
         position: a scheme that rotates queries and keys, such as `RotaryPositionalEncoding()`.
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; None is all.
@@ -203,6 +221,8 @@ class MultiHeadAttention(eqx.Module):
     position: RotatingPosition | None
     attention_fn: Callable = eqx.field(converter=as_module)
     window: int | None = eqx.field(static=True)
+    attention_scale: float | None = eqx.field(static=True)
+    softcap: float | None = eqx.field(static=True)
     attention_dropout_rate: float = eqx.field(static=True)
 
     def __init__(
@@ -213,8 +233,11 @@ class MultiHeadAttention(eqx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         use_bias: bool = True,
+        use_qkv_bias: bool | None = None,
         use_out_bias: bool | None = None,
         qk_norm: Callable | None = None,
+        attention_scale: float | None = None,
+        softcap: float | None = None,
         position: RotatingPosition | None = None,
         window: int | None = None,
         attention_dropout_rate: float = 0.0,
@@ -225,8 +248,16 @@ class MultiHeadAttention(eqx.Module):
     ):
         n, g, h = _head_sizes(d_model, num_heads, num_kv_heads, head_dim)
         check_rate(attention_dropout_rate=attention_dropout_rate)
+        use_qkv_bias = use_bias if use_qkv_bias is None else use_qkv_bias
         use_out_bias = use_bias if use_out_bias is None else use_out_bias
-        check_flag(use_bias=use_bias, use_out_bias=use_out_bias)
+        check_flag(use_bias=use_bias, use_qkv_bias=use_qkv_bias, use_out_bias=use_out_bias)
+        check_positive(
+            **{
+                k: x
+                for k, x in dict(attention_scale=attention_scale, softcap=softcap).items()
+                if x is not None
+            }
+        )
         if window is not None:
             check_size(window=window)
         if position is not None and not acts_as(position, RotatingPosition):
@@ -243,14 +274,16 @@ class MultiHeadAttention(eqx.Module):
         self.wk = init(k_key, (d_model, g, h), d_model, g * h)
         self.wv = init(v_key, (d_model, g, h), d_model, g * h)
         self.wo = (residual_init or init)(o_key, (n, h, d_model), n * h, d_model)
-        self.bq = jnp.zeros((n, h), jnp.float32) if use_bias else None
-        self.bk = jnp.zeros((g, h), jnp.float32) if use_bias else None
-        self.bv = jnp.zeros((g, h), jnp.float32) if use_bias else None
+        self.bq = jnp.zeros((n, h), jnp.float32) if use_qkv_bias else None
+        self.bk = jnp.zeros((g, h), jnp.float32) if use_qkv_bias else None
+        self.bv = jnp.zeros((g, h), jnp.float32) if use_qkv_bias else None
         self.bo = jnp.zeros(d_model, jnp.float32) if use_out_bias else None
-        self.q_norm = None if qk_norm is None else as_module(qk_norm(h))
-        self.k_norm = None if qk_norm is None else as_module(qk_norm(h))
+        self.q_norm = build_head_norm(qk_norm, h, n)
+        self.k_norm = build_head_norm(qk_norm, h, g)
         self.position = position
         self.window = None if window is None else int(window)
+        self.attention_scale = None if attention_scale is None else float(attention_scale)
+        self.softcap = None if softcap is None else float(softcap)
         self.attention_dropout_rate = float(attention_dropout_rate)
         self.attention_fn = attention_fn
 
@@ -329,13 +362,19 @@ class MultiHeadAttention(eqx.Module):
         q = self._heads(query, self.wq, self.bq)
         q = q if self.q_norm is None else self.q_norm(q)
         q = q if self.position is None else self.position.rotate(q, positions)
+        # Kernels divide by sqrt(h).
+        q = q if self.attention_scale is None else q * (self.attention_scale * self.head_dim**0.5)
         q = checkpoint_name(q, "queries")
         mask.check(q.shape[:-1] + kv.keys.shape[-2:-1])
         if self.window is not None:
             mask = mask.replace(window=min(self.window, mask.window or self.window))
         rate = self.attention_dropout_rate
         training = key is not None and rate > 0
-        options = {"dropout": partial(layers.dropout, rate=rate, key=key)} if training else {}
+        options: dict[str, Any] = {}
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        if training:
+            options["dropout"] = partial(layers.dropout, rate=rate, key=key)
         out = self.attention_fn(q, kv.keys, kv.values, mask, **options)
         out = jnp.swapaxes(checkpoint_name(out, "head_outputs"), -2, -3)
         out = out.reshape(*query.shape[:-1], -1)

@@ -39,6 +39,13 @@ def check_flag(**flags: Any) -> None:
             raise ValueError(f"{name} must be True or False, got {flag!r}.")
 
 
+def check_choice(choices: tuple[str, ...], **values: Any) -> None:
+    """Raise unless every value is one of the choices."""
+    for name, value in values.items():
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
 def check_callable(**functions: Any) -> None:
     """Raise unless everything can be called."""
     for name, function in functions.items():

@@ -19,13 +19,18 @@ from jaxformers.checks import (
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
+    MODEL_PIECES,
+    STACK_PIECES,
     Pieces,
     build_cross_attention,
     build_feed_forward,
+    build_feed_forward_residual,
     build_final_norm,
+    build_parallel,
     build_residual,
     build_self_attention,
     check_pieces,
+    layer_pieces,
     take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
@@ -59,6 +64,7 @@ class DecoderLayer(eqx.Module):
     cross_attention_residual: Residual | None
     feed_forward: Callable = eqx.field(converter=as_module)
     feed_forward_residual: Residual
+    parallel: str | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -71,7 +77,7 @@ class DecoderLayer(eqx.Module):
         key: PRNGKeyArray | None = None,
         **pieces: Unpack[Pieces],
     ):
-        check_pieces(pieces, type(self))
+        check_pieces(pieces, type(self), STACK_PIECES)
         check_flag(cross_attention=cross_attention)
         self_key, cross_key, feed_forward_key = split_key(check_key(key), 3)
         self.self_attention = build_self_attention(d_model, num_heads, self_key, **pieces)
@@ -81,7 +87,12 @@ class DecoderLayer(eqx.Module):
             self.cross_attention = build_cross_attention(d_model, num_heads, cross_key, **pieces)
             self.cross_attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
-        self.feed_forward_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
+        self.parallel = build_parallel(**pieces)
+        if self.parallel and cross_attention:
+            raise ValueError(
+                "parallel is for layers without cross-attention, got both. Leave one out."
+            )
 
     def __call__(
         self,
@@ -122,7 +133,7 @@ class DecoderLayer(eqx.Module):
         check_same_batch(x=x, encoder_output=encoder_output)
         weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
 
-        seen = self.self_attention_residual.read(x)
+        start, seen = x, self.self_attention_residual.read(x)
         kv = self.self_attention.project(seen, seen, mask.query_positions(x.shape[-2]))
         if cache is not None:
             cache, kv, mask = remember(cache, kv, mask, slot)
@@ -131,11 +142,12 @@ class DecoderLayer(eqx.Module):
 
         source = self.project_cross(encoder_output) if cache is None else cache.cross
         if self.cross_attention and self.cross_attention_residual and source:
-            seen = self.cross_attention_residual.read(x)
-            y = self.cross_attention.attend(seen, source, cross_mask, key=cross_weights_key)
+            asking = self.cross_attention_residual.read(x)
+            y = self.cross_attention.attend(asking, source, cross_mask, key=cross_weights_key)
             x = self.cross_attention_residual.write(x, y, cross_key)
 
-        y = self.feed_forward(self.feed_forward_residual.read(x))
+        read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
+        y = self.feed_forward(self.feed_forward_residual.read(read))
         return self.feed_forward_residual.write(x, y, feed_forward_key), cache
 
     def project_cross(self, encoder_output: Float[Array, "*b s d"] | None) -> KV | None:
@@ -164,7 +176,7 @@ class Decoder(eqx.Module):
         d_ff: width inside the feed-forwards.
         dropout_rate: dropout on what each sublayer writes.
         cross_attention: False leaves out the attention to an encoder (decoder-only models).
-        final_norm: whether there is a norm at the end; None follows `norm_first`.
+        final_norm: whether there is a norm at the end; None is unless the layers are post-norm.
         key: PRNG key, required.
         **pieces: see `Pieces`.
 
@@ -196,12 +208,14 @@ class Decoder(eqx.Module):
         **pieces: Unpack[Pieces],
     ):
         check_size(num_layers=num_layers)
-        check_pieces(pieces, type(self))
+        check_pieces(pieces, type(self), MODEL_PIECES)
         self.score_bias, pieces = take_score_bias(pieces)
         sizes = d_model, num_heads, d_ff, dropout_rate
         self.layers = tuple(
-            DecoderLayer(*sizes, cross_attention=cross_attention, key=layer_key, **pieces)
-            for layer_key in split_key(check_key(key), num_layers)
+            DecoderLayer(
+                *sizes, cross_attention=cross_attention, key=layer_key, **layer_pieces(pieces, i)
+            )
+            for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
 

@@ -1,9 +1,11 @@
 """Token embeddings, and the sum of tokens and positions that enters a stack."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
     check_flag,
@@ -16,7 +18,7 @@ from jaxformers.checks import (
     is_known,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import dropout, split_key
+from jaxformers.layers import Dense, as_module, dropout, split_key
 from jaxformers.positional_encoding import (
     AbsolutePosition,
     LearnablePositionalEncoding,
@@ -71,7 +73,7 @@ class TokenEmbedding(eqx.Module):
 
 
 class TransformerEmbedding(eqx.Module):
-    """Token vectors times `scale`, plus position vectors, then dropout.
+    """Token vectors times `scale`, plus position and type vectors, then a norm and dropout.
 
     Arguments:
         vocab_size: number of tokens v.
@@ -83,6 +85,13 @@ class TransformerEmbedding(eqx.Module):
             ALiBi) leaves the token vectors as they are.
         scale: factor on the token vectors; None is `sqrt(d_model)`, which lifts Xavier-sized
             vectors to the size of the sinusoids (Vaswani et al. 2017, section 3.4).
+        num_token_types: rows of a table of token types, added too (BERT's two segments); None is
+            no such table.
+        norm: constructor of a norm on the sum (BERT, BLOOM); None is no norm.
+        embedding_dim: width of the token vectors, which are then mapped to `d_model`; None is
+            `d_model` and no such map.
+        project_tokens: whether that map, then without a bias, comes before the positions are added
+            (OPT) and not at the end, with one (ALBERT).
         init: how the tables are drawn.
         key: PRNG key, required.
 
@@ -94,6 +103,10 @@ class TransformerEmbedding(eqx.Module):
 
     token_embedding: TokenEmbedding | None
     position: AbsolutePosition | None
+    type_embedding: TokenEmbedding | None
+    norm: Callable | None
+    projection: Dense | None
+    project_tokens: bool = eqx.field(static=True)
     dropout_rate: float = eqx.field(static=True)
     scale: float = eqx.field(static=True)
 
@@ -107,6 +120,10 @@ class TransformerEmbedding(eqx.Module):
         *,
         position: PositionScheme | None = None,
         scale: float | None = None,
+        num_token_types: int | None = None,
+        norm: Callable | None = None,
+        embedding_dim: int | None = None,
+        project_tokens: bool = False,
         init: Initializer = xavier_uniform,
         key: PRNGKeyArray | None = None,
     ):
@@ -114,8 +131,22 @@ class TransformerEmbedding(eqx.Module):
         check_size(d_model=d_model, max_seq_length=max_seq_length)
         scale = d_model**0.5 if scale is None else scale
         check_positive(scale=scale)
-        token_key, position_key = split_key(check_key(key), 2)
-        self.token_embedding = TokenEmbedding(vocab_size, d_model, init=init, key=token_key)
+        check_flag(project_tokens=project_tokens)
+        token_key, position_key, type_key, projection_key = split_key(check_key(key), 4)
+        self.projection = None
+        width, d_token = d_model, d_model if embedding_dim is None else embedding_dim
+        self.token_embedding = TokenEmbedding(vocab_size, d_token, init=init, key=token_key)
+        if embedding_dim is not None:
+            width = d_model if project_tokens else embedding_dim
+            self.projection = Dense(
+                d_token, d_model, use_bias=not project_tokens, init=init, key=projection_key
+            )
+        self.type_embedding = None
+        if num_token_types is not None:
+            check_size(num_token_types=num_token_types)
+            self.type_embedding = TokenEmbedding(num_token_types, width, init=init, key=type_key)
+        self.norm = None if norm is None else as_module(norm(width))
+        self.project_tokens = project_tokens
         if isinstance(position, type):
             name = position.__name__
             raise ValueError(f"position must be a scheme, got a class. Write position={name}().")
@@ -132,17 +163,17 @@ class TransformerEmbedding(eqx.Module):
         check_flag(learnable_pos=learnable_pos)
         if learnable_pos:
             position = LearnablePositionalEncoding(
-                max_seq_length, d_model, init=init, key=position_key
+                max_seq_length, width, init=init, key=position_key
             )
         elif position is None:
-            position = SinusoidalPositionalEncoding(max_seq_length, d_model)
+            position = SinusoidalPositionalEncoding(max_seq_length, width)
         self.position = position if acts_as(position, AbsolutePosition) else None
         if self.position is not None:
             vector = jax.eval_shape(self.position.embed, jnp.zeros(1, jnp.int32))
-            if vector.shape != (1, d_model):
+            if vector.shape != (1, width):
                 raise ValueError(
-                    f"position must embed into d_model = {d_model} features, got "
-                    f"{vector.shape[-1]}. Build it with d_model={d_model}."
+                    f"position must embed into d_model = {width} features, got "
+                    f"{vector.shape[-1]}. Build it with d_model={width}."
                 )
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
@@ -152,9 +183,16 @@ class TransformerEmbedding(eqx.Module):
         return self._tokens.vocab_size
 
     @property
-    def table(self) -> Float[Array, "v d"]:
+    def table(self) -> Float[Array, "v e"]:
         """The token table, which a tied output layer shares."""
         return self._tokens.weight
+
+    @property
+    def d_model(self) -> int:
+        """The width of what comes out."""
+        return (
+            self._tokens.weight.shape[1] if self.projection is None else self.projection.w.shape[1]
+        )
 
     @property
     def max_seq_length(self) -> int | None:
@@ -173,6 +211,7 @@ class TransformerEmbedding(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         positions: Int[Array, "*#b t"] | None = None,
+        token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b t d"]:
         """The embedded sequence.
 
@@ -180,12 +219,14 @@ class TransformerEmbedding(eqx.Module):
             tokens: ids, `(b, t)` or `(t,)`.
             key: PRNG key for dropout while training; None means inference.
             positions: position of each token, -1 for padding; None is 0 .. t-1.
+            token_types: type of each token, shape of `tokens`; None is 0.
 
         Raises:
             ValueError: if tokens are not ids within the vocabulary, or longer than the positions
-                known.
+                known, or there are types without a table of them.
         """
         x = self._tokens(tokens) * self.scale
+        x = self.projection(x) if self.projection is not None and self.project_tokens else x
         if self.position is not None:
             check_seq_length(x.shape[-2], self.position.max_seq_length)
             positions = jnp.arange(x.shape[-2]) if positions is None else positions
@@ -194,7 +235,27 @@ class TransformerEmbedding(eqx.Module):
                     longest = int(positions.max()) + 1
                 check_seq_length(longest, self.position.max_seq_length)
             x = x + self.position.embed(positions).astype(x.dtype)
+        x = self._add_types(x, token_types)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.projection is None or self.project_tokens else self.projection(x)
         return dropout(x, self.dropout_rate, key)
+
+    def _add_types(
+        self, x: Float[Array, "*b t e"], token_types: ArrayLike | None
+    ) -> Float[Array, "*b t e"]:
+        """`x` with the vectors of the types added, those of type 0 where none are given."""
+        if self.type_embedding is None:
+            if token_types is not None:
+                raise ValueError("token_types needs a model with num_token_types, got one without.")
+            return x
+        if token_types is None:
+            return x + self.type_embedding.weight[0]
+        ids = check_tokens(token_types, self.type_embedding.vocab_size, "token_types")
+        if ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_types must have the tokens' shape {x.shape[:-1]}, got {ids.shape}."
+            )
+        return x + self.type_embedding(ids)
 
     @property
     def _tokens(self) -> TokenEmbedding:

@@ -1,6 +1,6 @@
 """The encoder: layers of self-attention and feed-forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Unpack
 
 import equinox as eqx
@@ -11,12 +11,17 @@ from jaxformers.checks import check_activations, check_key, check_size
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import Mask, as_mask
 from jaxformers.pieces import (
+    MODEL_PIECES,
+    STACK_PIECES,
     Pieces,
     build_feed_forward,
+    build_feed_forward_residual,
     build_final_norm,
+    build_parallel,
     build_residual,
     build_self_attention,
     check_pieces,
+    layer_pieces,
     take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
@@ -46,6 +51,7 @@ class EncoderLayer(eqx.Module):
     attention_residual: Residual
     feed_forward: Callable = eqx.field(converter=as_module)
     feed_forward_residual: Residual
+    parallel: str | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -57,12 +63,13 @@ class EncoderLayer(eqx.Module):
         key: PRNGKeyArray | None = None,
         **pieces: Unpack[Pieces],
     ):
-        check_pieces(pieces, type(self))
+        check_pieces(pieces, type(self), STACK_PIECES)
         attention_key, feed_forward_key = split_key(check_key(key), 2)
         self.attention = build_self_attention(d_model, num_heads, attention_key, **pieces)
         self.attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
-        self.feed_forward_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
+        self.parallel = build_parallel(**pieces)
 
     def __call__(
         self,
@@ -83,9 +90,12 @@ class EncoderLayer(eqx.Module):
         """
         check_activations(x, self.attention.d_model)
         weights_key, attention_key, feed_forward_key = split_key(key, 3)
-        attended = self.attention(self.attention_residual.read(x), mask=mask, key=weights_key)
+        start, seen = x, self.attention_residual.read(x)
+        attended = self.attention(seen, mask=mask, key=weights_key)
         x = self.attention_residual.write(x, attended, attention_key)
-        y = self.feed_forward(self.feed_forward_residual.read(x))
+
+        source = {None: x, "one norm": seen, "two norms": start}[self.parallel]
+        y = self.feed_forward(self.feed_forward_residual.read(source))
         return self.feed_forward_residual.write(x, y, feed_forward_key)
 
 
@@ -98,7 +108,9 @@ class Encoder(eqx.Module):
         num_heads: attention heads.
         d_ff: width inside the feed-forwards.
         dropout_rate: dropout on what each sublayer writes.
-        final_norm: whether there is a norm at the end; None follows `norm_first`.
+        final_norm: whether there is a norm at the end; None is unless the layers are post-norm.
+        layer_order: which layer runs when, for layers that run more than once, such as
+            `[0] * 12` (ALBERT); None is each one once.
         key: PRNG key, required.
         **pieces: see `Pieces`.
 
@@ -114,6 +126,7 @@ class Encoder(eqx.Module):
     layers: tuple[EncoderLayer, ...]
     norm: Callable | None
     score_bias: BiasPosition | None
+    layer_order: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -124,17 +137,26 @@ class Encoder(eqx.Module):
         dropout_rate: float = 0.1,
         *,
         final_norm: bool | None = None,
+        layer_order: Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
         **pieces: Unpack[Pieces],
     ):
         check_size(num_layers=num_layers)
-        check_pieces(pieces, type(self))
+        check_pieces(pieces, type(self), MODEL_PIECES)
         self.score_bias, pieces = take_score_bias(pieces)
         self.layers = tuple(
-            EncoderLayer(d_model, num_heads, d_ff, dropout_rate, key=layer_key, **pieces)
-            for layer_key in split_key(check_key(key), num_layers)
+            EncoderLayer(
+                d_model, num_heads, d_ff, dropout_rate, key=layer_key, **layer_pieces(pieces, i)
+            )
+            for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
+        self.layer_order = None if layer_order is None else tuple(layer_order)
+        if layer_order is not None and set(layer_order) != set(range(num_layers)):
+            raise ValueError(
+                f"layer_order must name each of the {num_layers} layers, 0 to {num_layers - 1}, at "
+                f"least once and no other, got {layer_order!r}."
+            )
 
     def __call__(
         self,
@@ -145,6 +167,7 @@ class Encoder(eqx.Module):
         """The encoded sequence; arguments and errors as for `EncoderLayer`."""
         mask = as_mask(mask)
         mask = mask.biased_by(self.score_bias)
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x = layer(x, mask, layer_key)
+        order = self.layer_order or range(len(self.layers))
+        for i, layer_key in zip(order, split_key(key, len(order)), strict=True):
+            x = self.layers[i](x, mask, layer_key)
         return x if self.norm is None else self.norm(x)

@@ -1,4 +1,4 @@
-"""The small parts: linear maps, dropout, norms, feed-forwards and the residual stream."""
+"""The small parts: linear maps, dropout, feed-forwards and the residual stream."""
 
 from collections.abc import Callable
 from typing import Any, overload
@@ -10,7 +10,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_flag, check_key, check_positive, check_rate, check_size
+from jaxformers.activations import relu
+from jaxformers.checks import (
+    check_choice,
+    check_flag,
+    check_key,
+    check_positive,
+    check_rate,
+    check_size,
+)
 from jaxformers.initializers import Initializer, xavier_uniform
 
 
@@ -62,81 +70,11 @@ class Function(eqx.Module):
         return self
 
 
-def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`max(x, 0)`; a plain function, which unlike `jax.nn.relu` can be pickled."""
-    return jax.nn.relu(x)
-
-
 def as_module(function: Callable) -> Callable:
     """Modules as they are (they may hold weights), plain functions wrapped in `Function`."""
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"expected a function or a module to call, got {function!r}.")
     return function if isinstance(function, eqx.Module) else Function(function)
-
-
-class LayerNorm(eqx.Module):
-    """Each vector shifted to mean 0 and scaled to variance 1, then by a trained gain and bias.
-
-    Computed in float32 and cast back (Ba et al. 2016).
-
-    Arguments:
-        d_model: width of the vectors.
-        eps: added to the variance, 1e-5.
-        use_bias: whether there is a bias beside the gain.
-
-    Example:
-        >>> LayerNorm(64)(jnp.ones((2, 10, 64))).shape
-        (2, 10, 64)
-    """
-
-    gain: Float[Array, " d"]
-    b: Float[Array, " d"] | None
-    eps: float = eqx.field(static=True)
-
-    def __init__(self, d_model: int, eps: float = 1e-5, use_bias: bool = True):
-        check_size(d_model=d_model)
-        check_positive(eps=eps)
-        self.gain = jnp.ones(d_model, jnp.float32)
-        self.b = jnp.zeros(d_model, jnp.float32) if use_bias else None
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps) * self.gain.astype(jnp.float32)
-        y = y if self.b is None else y + self.b.astype(jnp.float32)
-        return y.astype(x.dtype)
-
-
-class RMSNorm(eqx.Module):
-    """Each vector scaled to root mean square 1, then by a trained gain.
-
-    Computed in float32 and cast back (Zhang and Sennrich 2019).
-
-    Arguments:
-        d_model: width of the vectors.
-        eps: added to the mean square, 1e-6.
-
-    Example:
-        >>> RMSNorm(64)(jnp.ones((2, 10, 64))).shape
-        (2, 10, 64)
-    """
-
-    gain: Float[Array, " d"]
-    eps: float = eqx.field(static=True)
-
-    def __init__(self, d_model: int, eps: float = 1e-6):
-        check_size(d_model=d_model)
-        check_positive(eps=eps)
-        self.gain = jnp.ones(d_model, jnp.float32)
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
-        return y.astype(x.dtype)
 
 
 class FeedForward(eqx.Module):
@@ -245,44 +183,127 @@ class GatedFeedForward(eqx.Module):
         return linear(checkpoint_name(hidden, "feed_forward"), self.w_down, self.b_down)
 
 
+class Dense(eqx.Module):
+    """A linear map, then an activation, then a norm; each of the last two may be absent.
+
+    What stands between a stack and a head (BERT's pooler and masked-LM transform), or between
+    token vectors of one width and a stack of another (OPT, ALBERT).
+
+    Arguments:
+        d_in: width of the input.
+        d_out: width of the output.
+        activation: an elementwise function or module; None is the identity.
+        norm: constructor of the norm, called `norm(d_out)`; None is no norm.
+        use_bias: whether the map has a bias.
+        init: how the weights are drawn.
+        key: PRNG key, required.
+
+    Example:
+        >>> Dense(64, 32, jnp.tanh, key=jax.random.key(0))(jnp.ones((2, 10, 64))).shape
+        (2, 10, 32)
+    """
+
+    w: Float[Array, "i o"]
+    b: Float[Array, " o"] | None
+    activation: Callable | None
+    norm: Callable | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        activation: Callable | None = None,
+        norm: Callable | None = None,
+        use_bias: bool = True,
+        *,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(d_in=d_in, d_out=d_out)
+        check_flag(use_bias=use_bias)
+        self.w = init(check_key(key), (d_in, d_out), d_in, d_out)
+        self.b = jnp.zeros(d_out, jnp.float32) if use_bias else None
+        self.activation = None if activation is None else as_module(activation)
+        self.norm = None if norm is None else as_module(norm(d_out))
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = linear(x, self.w, self.b)
+        y = y if self.activation is None else self.activation(y)
+        return y if self.norm is None else self.norm(y)
+
+
+# Where a sublayer's norms stand.
+PLACEMENTS = ("pre", "post", "sandwich", "output", "none")
+
+
 class Residual(eqx.Module):
     """How a sublayer is joined to the residual stream, the sum that runs through a stack.
 
     A layer reads from the stream, computes, and writes back, so that the sublayer stands in plain
-    sight between the two calls. Pre-norm is `x + dropout(sublayer(norm(x)))`, which trains without
-    care at any depth (Xiong et al. 2020); post-norm is the paper's
-    `norm(x + dropout(sublayer(x)))` (Vaswani et al. 2017, section 3.1).
+    sight between the two calls. The norms stand
+
+    - "pre": before, `x + sublayer(norm(x))`, which trains without care at any depth (Xiong et al.
+      2020);
+    - "post": after, the paper's `norm(x + sublayer(x))` (Vaswani et al. 2017, section 3.1);
+    - "sandwich": on both sides, `x + norm'(sublayer(norm(x)))` (Ding et al. 2021; Gemma 2);
+    - "output": `x + norm(sublayer(x))` (OLMo 2);
+    - "none": nowhere.
 
     Arguments:
-        norm: constructor of the norm, called `norm(d_model)`.
+        norm: constructor of the norms, called `norm(d_model)`.
         d_model: width of the stream.
         dropout_rate: dropout on what is written.
-        norm_first: True for pre-norm.
+        placement: one of the above.
+        scale: factor on what is written, 1.
+
+    Raises:
+        ValueError: if the placement is another, or a number is out of range.
 
     Example:
         >>> x = residual.write(x, feed_forward(residual.read(x)), key)
     """
 
-    norm: Callable = eqx.field(converter=as_module)
+    norm: Callable | None
+    output_norm: Callable | None
     dropout_rate: float = eqx.field(static=True)
     norm_first: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
 
     def __init__(
-        self, norm: Callable, d_model: int, dropout_rate: float = 0.1, norm_first: bool = True
+        self,
+        norm: Callable,
+        d_model: int,
+        dropout_rate: float = 0.1,
+        placement: str = "pre",
+        scale: float = 1.0,
     ):
         check_rate(dropout_rate=dropout_rate)
-        check_flag(norm_first=norm_first)
-        self.norm = norm(d_model)
+        check_choice(PLACEMENTS, norm_placement=placement)
+        check_positive(residual_scale=scale)
+        around = placement in ("pre", "post", "sandwich")
+        self.norm = as_module(norm(d_model)) if around else None
+        self.output_norm = as_module(norm(d_model)) if placement in ("sandwich", "output") else None
+        self.norm_first = placement != "post"
         self.dropout_rate = float(dropout_rate)
-        self.norm_first = norm_first
+        self.scale = float(scale)
+
+    @property
+    def placement(self) -> str:
+        """Where the norms stand."""
+        if self.output_norm is not None:
+            return "output" if self.norm is None else "sandwich"
+        return "none" if self.norm is None else "pre" if self.norm_first else "post"
 
     def read(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
         """What the sublayer gets to see of the stream."""
-        return self.norm(x) if self.norm_first else x
+        return x if self.norm is None or not self.norm_first else self.norm(x)
 
     def write(
         self, x: Float[Array, "*b t d"], y: Float[Array, "*b t d"], key: PRNGKeyArray | None
     ) -> Float[Array, "*b t d"]:
         """The stream after the sublayer's output `y` has been added."""
-        x = x + dropout(y, self.dropout_rate, key)
-        return checkpoint_name(x if self.norm_first else self.norm(x), "residual")
+        y = y if self.output_norm is None else self.output_norm(y)
+        x = x + dropout(y if self.scale == 1.0 else y * self.scale, self.dropout_rate, key)
+        return checkpoint_name(
+            x if self.norm is None or self.norm_first else self.norm(x), "residual"
+        )

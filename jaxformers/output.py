@@ -1,23 +1,32 @@
 """The output layer: from the residual stream to the vocabulary."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_flag, check_key, check_size
+from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import linear
+from jaxformers.layers import as_module, linear
 
 
 class OutputLayer(eqx.Module):
     """From the residual stream to log-probabilities over the vocabulary.
+
+    The logits are `x w + b`; with the options `softcap tanh(scale (transform(x) w + b) / softcap)`.
 
     Arguments:
         d_model: width of the input.
         vocab_size: number of tokens v.
         use_bias: whether there is a bias per token.
         tied: True for a layer without weights of its own, which is handed the token table.
+        scale: factor on the logits, 1.
+        softcap: c bounds the logits to `c tanh(logits / c)` (Gemma 2); None does not.
+        transform: constructor `transform(d_model, embedding_dim, key=key)` of what comes before the
+            map to the vocabulary, such as `Dense` (BERT's masked-LM head); None is nothing.
+        embedding_dim: width of what the transform gives; None is `d_model`.
         init: how the weights are drawn.
         key: PRNG key, required.
 
@@ -26,8 +35,11 @@ class OutputLayer(eqx.Module):
         (2, 10, 65)
     """
 
-    w: Float[Array, "d v"] | None
+    w: Float[Array, "e v"] | None
     b: Float[Array, " v"] | None
+    transform: Callable | None
+    scale: float = eqx.field(static=True)
+    softcap: float | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -36,33 +48,50 @@ class OutputLayer(eqx.Module):
         use_bias: bool = True,
         tied: bool = False,
         *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        transform: Callable | None = None,
+        embedding_dim: int | None = None,
         init: Initializer = xavier_uniform,
         key: PRNGKeyArray | None = None,
     ):
-        check_size(d_model=d_model, vocab_size=vocab_size)
+        width = d_model if embedding_dim is None else embedding_dim
+        check_size(d_model=d_model, vocab_size=vocab_size, embedding_dim=width)
         check_flag(use_bias=use_bias, tied=tied)
-        shape = d_model, vocab_size
+        check_positive(scale=scale, **({} if softcap is None else {"softcap": softcap}))
+        if transform is None and width != d_model:
+            raise ValueError(
+                f"embedding_dim {width} beside d_model {d_model} needs a transform= from one to "
+                "the other, such as Dense."
+            )
+        shape = width, vocab_size
         self.w = None if tied else init(check_key(key), shape, *shape)
         self.b = jnp.zeros(vocab_size, jnp.float32) if use_bias else None
+        self.transform = None
+        if transform is not None:
+            transform_key = jax.random.fold_in(check_key(key), 1)
+            self.transform = as_module(transform(d_model, width, key=transform_key))
+        self.scale = float(scale)
+        self.softcap = None if softcap is None else float(softcap)
 
     @property
     def tied(self) -> bool:
         return self.w is None
 
     def __call__(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v d"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Array, "v e"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Log-probabilities in float32; arguments and errors as for `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
     def logits(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v d"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Array, "v e"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Unnormalised log-probabilities in float32.
 
         Arguments:
             x: `(b, t, d_model)`.
-            table: the token table `(vocab_size, d_model)` if the layer is tied, else None.
+            table: the token table `(vocab_size, embedding_dim)` if the layer is tied, else None.
 
         Raises:
             ValueError: if a tied layer is given no table, or another one is given one.
@@ -73,4 +102,7 @@ class OutputLayer(eqx.Module):
                 f"its own takes none, got w = {self.w!r} and table = {table!r}."
             )
         w = table.T if self.w is None else self.w  # type: ignore[union-attr]
-        return linear(x, w, self.b).astype(jnp.float32)
+        x = x if self.transform is None else self.transform(x)
+        logits = linear(x, w, self.b).astype(jnp.float32)
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

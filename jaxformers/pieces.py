@@ -5,16 +5,17 @@ flag. Stacks and models hand the options down as they came; a layer builds from 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypedDict, Unpack
 
 from jaxtyping import PRNGKeyArray
 
 from jaxformers.attention import AttentionFunction, MultiHeadAttention
-from jaxformers.checks import check_callable, check_flag, check_options
+from jaxformers.checks import check_callable, check_choice, check_flag, check_options
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import FeedForward, LayerNorm, Residual, as_module, split_key
+from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, split_key
+from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
 from jaxformers.positional_encoding import BiasPosition, PositionScheme, acts_as
 
@@ -30,20 +31,37 @@ class Pieces(TypedDict, total=False):
         num_kv_heads: key/value heads; default `num_heads`.
         head_dim: features per head; default `d_model / num_heads`.
         use_bias: whether attention, feed-forward and output layer have biases; default True.
+        use_qkv_bias: whether the query, key and value projections have; default as `use_bias`.
         use_out_bias: whether attention's output projection has one; default as `use_bias`.
-        qk_norm: constructor of a norm on the queries and keys of each head; default none.
+        use_logits_bias: whether a model's output layer has one; default as `use_bias`, False where
+            it is tied.
+        qk_norm: constructor of a norm on queries and keys, see `MultiHeadAttention`; default none.
+        attention_scale: factor on the attention scores; default `1 / sqrt(head_dim)`.
+        softcap: bound of the attention scores, see `MultiHeadAttention`; default none.
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; default all.
         attention_dropout_rate: dropout on attention weights; default 0.
         attention_fn: the attention kernel; default `dot_product_attention`.
         norm: constructor `norm(d_model)`; default `LayerNorm`.
         norm_first: True (default) for pre-norm, False for the paper's post-norm.
+        norm_placement: "pre", "post", "sandwich", "output" or "none", see `Residual`; default as
+            `norm_first` says.
+        residual_scale: factor on what each sublayer adds to the stream; default 1.
+        parallel: "one norm" or "two norms" for a feed-forward that reads what attention reads,
+            through the same norm (GPT-J) or one of its own (GPT-NeoX); default None, one after
+            the other.
         feed_forward: constructor `feed_forward(d_model, d_ff, key=key)`; default `FeedForward`,
             other choices are `partial(FeedForward, activation=jax.nn.gelu)` and
             `GatedFeedForward`. If use_bias, init or residual_init are given, they are passed on.
         position: a position scheme; default sinusoids in models, none in stacks and layers. Models
             also take a function `key -> scheme`, for schemes with weights: each stack draws its
             own. Stacks take schemes that rotate or bias, layers those that rotate.
+        embedding: constructor of a model's embedding, called like `TransformerEmbedding`, the
+            default; for instance `partial(TransformerEmbedding, norm=LayerNorm)`.
+        output: the same for the output layer, `OutputLayer`; for instance
+            `partial(OutputLayer, softcap=30.0)`.
+        per_layer: a function `i -> Pieces` with what is different in layer i of a stack, such as
+            `lambda i: Pieces(window=512 if i % 6 != 5 else None)`.
         init: how weights are drawn; default `xavier_uniform`.
         residual_init: how projections into the residual stream are drawn; default as `init`.
     """
@@ -51,15 +69,25 @@ class Pieces(TypedDict, total=False):
     num_kv_heads: int | None
     head_dim: int | None
     use_bias: bool
+    use_qkv_bias: bool | None
     use_out_bias: bool | None
+    use_logits_bias: bool | None
     qk_norm: Callable | None
+    attention_scale: float | None
+    softcap: float | None
     window: int | None
     attention_dropout_rate: float
     attention_fn: AttentionFunction
     norm: Callable
     norm_first: bool
+    norm_placement: str | None
+    residual_scale: float
+    parallel: str | None
     feed_forward: Callable
     position: PositionScheme | Callable[[PRNGKeyArray], PositionScheme] | None
+    embedding: Callable
+    output: Callable
+    per_layer: Callable[[int], Any]
     init: Initializer
     residual_init: Initializer | None
 
@@ -68,22 +96,31 @@ ATTENTION_PIECES = (
     "num_kv_heads",
     "head_dim",
     "use_bias",
+    "use_qkv_bias",
     "use_out_bias",
     "qk_norm",
+    "attention_scale",
+    "softcap",
     "attention_dropout_rate",
     "attention_fn",
     "init",
     "residual_init",
 )
+# What stacks do not take, and what layers do not.
+MODEL_PIECES = {"embedding", "output", "use_logits_bias"}
+STACK_PIECES = MODEL_PIECES | {"per_layer"}
 SELF_ATTENTION_PIECES = (*ATTENTION_PIECES, "position", "window")
 FEED_FORWARD_PIECES = ("use_bias", "init", "residual_init")
 
 
-def check_pieces(pieces: Pieces, owner: type) -> None:
+def check_pieces(pieces: Pieces, owner: type, without: Set[str] = frozenset()) -> None:
     """Raise `OptionError` for a name that is neither a piece nor an argument of `owner`."""
     own = set(inspect.signature(owner).parameters) - {"pieces"}
-    check_options(pieces, own | set(Pieces.__annotations__), owner.__name__)
-    functions = _only(pieces, ("norm", "feed_forward", "attention_fn", "init"))
+    check_options(pieces, own | set(Pieces.__annotations__) - without, owner.__name__)
+    functions = _only(
+        pieces,
+        ("norm", "feed_forward", "attention_fn", "init", "embedding", "output", "per_layer"),
+    )
     optional = _only(pieces, ("qk_norm", "residual_init"))
     check_callable(**functions, **{k: x for k, x in optional.items() if x is not None})
 
@@ -113,13 +150,65 @@ def build_feed_forward(
 
 def build_residual(d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]) -> Residual:
     """The joint of one sublayer to the residual stream."""
-    norm, norm_first = pieces.get("norm", LayerNorm), pieces.get("norm_first", True)
-    return Residual(norm, d_model, dropout_rate, norm_first)
+    norm, scale = pieces.get("norm", LayerNorm), pieces.get("residual_scale", 1.0)
+    return Residual(norm, d_model, dropout_rate, norm_placement(pieces), scale)
+
+
+def build_parallel(**pieces: Unpack[Pieces]) -> str | None:
+    """How the feed-forward stands beside attention: None is after it."""
+    parallel = pieces.get("parallel")
+    if parallel is None:
+        return None
+    check_choice(("one norm", "two norms"), parallel=parallel)
+    if norm_placement(pieces) != "pre":
+        raise ValueError(
+            "parallel is for layers whose norms stand before their sublayers, got the placement "
+            f"{norm_placement(pieces)!r}. Leave one of the two out."
+        )
+    return parallel
+
+
+def build_feed_forward_residual(
+    d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]
+) -> Residual:
+    """The joint of the feed-forward, which has no norm where it reads through attention's."""
+    if build_parallel(**pieces) == "one norm":
+        pieces["norm_placement"] = "none"
+    return build_residual(d_model, dropout_rate, **pieces)
+
+
+def norm_placement(pieces: Pieces) -> str:
+    """Where the norms of a layer stand, which `norm_first` says for short."""
+    norm_first, placement = pieces.get("norm_first"), pieces.get("norm_placement")
+    if norm_first is not None:
+        check_flag(norm_first=norm_first)
+        if placement is not None:
+            raise ValueError(
+                "norm_first is short for a norm_placement, got both: "
+                f"{norm_first!r} and {placement!r}. Give one of the two."
+            )
+    if placement is None:
+        return "post" if norm_first is False else "pre"
+    check_choice(PLACEMENTS, norm_placement=placement)
+    return placement
+
+
+def layer_pieces(pieces: Pieces, layer: int) -> Pieces:
+    """What a stack hands to one of its layers."""
+    own = pieces.copy()
+    per_layer = own.pop("per_layer", None)
+    if per_layer is None:
+        return own
+    changes = per_layer(layer)
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"per_layer must return Pieces, got {changes!r} for layer {layer}.")
+    check_options(changes, set(Pieces.__annotations__) - STACK_PIECES, "per_layer")
+    return own | changes  # type: ignore[operator]
 
 
 def build_final_norm(d_model: int, final_norm: bool | None, **pieces: Unpack[Pieces]):
-    """The norm at the end of a stack, by default there if the layers are pre-norm, else None."""
-    wanted = pieces.get("norm_first", True) if final_norm is None else final_norm
+    """The norm at the end of a stack, by default there unless the layers are post-norm."""
+    wanted = norm_placement(pieces) not in ("post", "none") if final_norm is None else final_norm
     check_flag(final_norm=wanted)
     return as_module(pieces.get("norm", LayerNorm)(d_model)) if wanted else None
 
@@ -141,7 +230,8 @@ def build_embedding(
         position = position(position_key)
         if not acts_as(position, PositionScheme):
             raise ValueError(f"position, a function, must return a scheme, got {position!r}.")
-    embedding = TransformerEmbedding(
+    constructor = pieces.get("embedding", TransformerEmbedding)
+    embedding = constructor(
         vocab_size,
         d_model,
         max_seq_length,
@@ -154,17 +244,26 @@ def build_embedding(
     )
     if position is not None and embedding.position is None:
         pieces["position"] = position
-    return embedding, pieces
+    return embedding, Pieces(**{k: x for k, x in pieces.items() if k not in MODEL_PIECES})  # type: ignore
 
 
 def build_output(
-    d_model: int, vocab_size: int, tied: bool, key: PRNGKeyArray, **pieces: Unpack[Pieces]
+    d_model: int,
+    table_shape: tuple[int, ...],
+    tied: bool,
+    key: PRNGKeyArray,
+    **pieces: Unpack[Pieces],
 ) -> OutputLayer:
     """The output layer of a model; without a bias where it is tied, as in GPT-2 and T5."""
     check_flag(tie_embeddings=tied)
-    use_bias = pieces.get("use_bias", True) and not tied
+    use_bias = pieces.get("use_logits_bias")
+    if use_bias is None:
+        use_bias = pieces.get("use_bias", True) and not tied
+    vocab_size, width = table_shape
+    options: dict[str, Any] = {} if width == d_model else {"embedding_dim": width}
     init = pieces.get("init", xavier_uniform)
-    return OutputLayer(d_model, vocab_size, use_bias, tied, init=init, key=key)
+    constructor = pieces.get("output", OutputLayer)
+    return constructor(d_model, vocab_size, use_bias, tied, init=init, key=key, **options)
 
 
 def take_score_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:

@@ -27,8 +27,10 @@ from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score_with_source
 from jaxformers.generation.steps import Seq2SeqStep
+from jaxformers.hf.convert import load, save
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, padding_to_positions, place
+from jaxformers.origin import Origin, with_special_tokens
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 
@@ -52,8 +54,10 @@ class Transformer(eqx.Module):
         tie_embeddings: whether the output layer uses the target's token table.
         share_embeddings: whether source and target use one token table; with `tie_embeddings`
             all three are one, as in the paper.
+        decoder_num_heads: attention heads of the decoder; None is `num_heads`.
+        decoder_d_ff: width inside the decoder's feed-forwards; None is `d_ff`.
         embedding_scale: factor on the token vectors; None is `sqrt(d_model)`, as in the paper.
-        final_norm: whether norms end the stacks; None follows `norm_first`.
+        final_norm: whether norms end the stacks; None is unless the layers are post-norm.
         key: PRNG key, required.
         **pieces: norms, feed-forwards, positions, heads and so on: see `Pieces`.
 
@@ -74,6 +78,7 @@ class Transformer(eqx.Module):
     tgt_embedding: TransformerEmbedding
     decoder: Decoder
     output: OutputLayer
+    origin: Origin | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -90,6 +95,8 @@ class Transformer(eqx.Module):
         *,
         tie_embeddings: bool = False,
         share_embeddings: bool = False,
+        decoder_num_heads: int | None = None,
+        decoder_d_ff: int | None = None,
         embedding_scale: float | None = None,
         final_norm: bool | None = None,
         key: PRNGKeyArray | None = None,
@@ -107,6 +114,12 @@ class Transformer(eqx.Module):
         self.src_embedding, encoder_pieces = build_embedding(
             src_vocab_size, *width, src_key, **pieces
         )
+        decoder_sizes = (
+            d_model,
+            num_heads if decoder_num_heads is None else decoder_num_heads,
+            d_ff if decoder_d_ff is None else decoder_d_ff,
+            dropout_rate,
+        )
         self.tgt_embedding, decoder_pieces = build_embedding(
             tgt_vocab_size, *width, tgt_key, **pieces
         )
@@ -122,9 +135,16 @@ class Transformer(eqx.Module):
             num_encoder_layers, *sizes, final_norm=final_norm, key=encoder_key, **encoder_pieces
         )
         self.decoder = Decoder(
-            num_decoder_layers, *sizes, final_norm=final_norm, key=decoder_key, **decoder_pieces
+            num_decoder_layers,
+            *decoder_sizes,
+            final_norm=final_norm,
+            key=decoder_key,
+            **decoder_pieces,
         )
-        self.output = build_output(d_model, tgt_vocab_size, tie_embeddings, output_key, **pieces)
+        self.output = build_output(
+            d_model, self.tgt_embedding.table.shape, tie_embeddings, output_key, **pieces
+        )
+        self.origin = None
 
     @property
     def src_vocab_size(self) -> int:
@@ -283,12 +303,40 @@ class Transformer(eqx.Module):
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(encoder_output.shape[0], slots, encoder_output)
 
+    @classmethod
+    def from_pretrained(
+        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+    ) -> "Transformer":
+        """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a model of another shape; and as there.
+        """
+        return load(path, {"seq2seq": cls}, dtype, sharding)
+
+    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the model as a checkpoint that transformers loads.
+
+        The directory gets config.json, generation_config.json, the weights as safetensors, and the
+        tokenizer's files if the model was loaded from a checkpoint that has them. A model that was
+        built here gets the format of the family whose options it has.
+
+        Arguments:
+            path: directory, made if it is not there.
+            max_shard_bytes: the most bytes of weights in one file.
+
+        Raises:
+            ValueError: if the model has a part that no family of transformers has.
+            ImportError: if the `safetensors` package is missing.
+        """
+        save(self, path, max_shard_bytes)
+
     def generate(
         self,
         src: Tokens,
         max_length: int,
-        start_token: int,
-        end_token: int | Sequence[int] | None,
+        start_token: int | None = None,
+        end_token: int | Sequence[int] | None = None,
         temperature: Numbers = 1.0,
         key: Keys | None = None,
         *,
@@ -302,8 +350,9 @@ class Transformer(eqx.Module):
         Arguments:
             src: source ids, `(b, s)` or `(s,)`.
             max_length: length of the result, the start token included.
-            start_token: the first target token.
-            end_token: a row ends with this token (one or several ids) and is filled with it then.
+            start_token: the first target token; None is that of the checkpoint the model came from.
+            end_token: a row ends with this token (one or several ids) and is filled with it then;
+                None is that of the checkpoint the model came from, `[]` is none.
             temperature, key, top_k, top_p, **options: as for `TransformerLM.generate`.
             src_padding_mask: shape of `src`, True where a token is real.
 
@@ -319,20 +368,22 @@ class Transformer(eqx.Module):
             partial(Seq2SeqStep, self),
             src,
             max_length,
-            start_token,
+            self._start_token(start_token),
             src_padding_mask,
             src_vocab_size=self.src_vocab_size,
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
+            options=with_special_tokens(
+                self.origin, gather(end_token, temperature, top_k, top_p, key, dict(options))
+            ),
         )
 
     def stream(
         self,
         src: Tokens,
         max_length: int,
-        start_token: int,
+        start_token: int | None = None,
         *,
         src_padding_mask: ArrayLike | None = None,
         **options: Unpack[AllOptions],
@@ -346,13 +397,13 @@ class Transformer(eqx.Module):
             partial(Seq2SeqStep, self),
             src,
             max_length,
-            start_token,
+            self._start_token(start_token),
             src_padding_mask,
             src_vocab_size=self.src_vocab_size,
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=dict(options),
+            options=with_special_tokens(self.origin, dict(options)),
             decode=stream,
         )
 
@@ -382,6 +433,12 @@ class Transformer(eqx.Module):
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
         )
+
+    def _start_token(self, given: int | None) -> int:
+        start = self.origin.special_tokens.start if given is None and self.origin else given
+        if start is None:
+            raise ValueError("start_token must be the id that targets begin with, got None.")
+        return start
 
     @property
     def _source_embedding(self) -> TransformerEmbedding:

@@ -1,19 +1,22 @@
 """The encoder-only model."""
 
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import (
-    check_key,
-    check_tokens,
-)
+from jaxformers.checks import check_choice, check_flag, check_key, check_tokens
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.layers import split_key
+from jaxformers.heads import Classifier, pool
+from jaxformers.hf.convert import load, save
+from jaxformers.layers import as_module, split_key
 from jaxformers.masks import Mask, place
-from jaxformers.pieces import Pieces, build_embedding, check_pieces
+from jaxformers.origin import Origin
+from jaxformers.output import OutputLayer
+from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 
 
 class TransformerEncoder(eqx.Module):
@@ -31,9 +34,16 @@ class TransformerEncoder(eqx.Module):
         dropout_rate: dropout on the embeddings and on what each sublayer writes, 0.1.
         learnable_pos: a learned table of positions instead of sinusoids, False.
         embedding_scale: factor on the token vectors; None is `sqrt(d_model)`, as in the paper.
-        final_norm: whether a norm ends the stack; None follows `norm_first`.
+        final_norm: whether a norm ends the stack; None is unless the layers are post-norm.
+        layer_order: which layer runs when, see `Encoder`.
+        tie_embeddings: whether the output layer, if there is one, uses the token table.
+        pooler: constructor `pooler(d_model, d_model, key=key)` of a module on the first token's
+            hidden state, such as `partial(Dense, activation=jnp.tanh)` (BERT); None is none.
+        classifier: constructor `classifier(d_model, key=key)`, such as
+            `partial(Classifier, num_labels=3)`; None is none.
         key: PRNG key, required.
-        **pieces: norms, feed-forwards, positions, heads and so on: see `Pieces`.
+        **pieces: norms, feed-forwards, positions, heads and so on: see `Pieces`. An output layer
+            is built only if there is one among them, `output=OutputLayer`.
 
     Raises:
         ValueError: if sizes do not fit, an option is unknown, or there is no key.
@@ -46,6 +56,10 @@ class TransformerEncoder(eqx.Module):
 
     embedding: TransformerEmbedding
     encoder: Encoder
+    output: OutputLayer | None
+    pooler: Callable | None
+    classifier: Classifier | None
+    origin: Origin | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -60,13 +74,17 @@ class TransformerEncoder(eqx.Module):
         *,
         embedding_scale: float | None = None,
         final_norm: bool | None = None,
+        layer_order: Sequence[int] | None = None,
+        tie_embeddings: bool = False,
+        pooler: Callable | None = None,
+        classifier: Callable | None = None,
         key: PRNGKeyArray | None = None,
         **pieces: Unpack[Pieces],
     ):
         check_pieces(pieces, type(self))
-        embedding_key, encoder_key = split_key(check_key(key), 2)
+        embedding_key, encoder_key, output_key, head_key = split_key(check_key(key), 4)
         sizes = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
-        self.embedding, pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
+        self.embedding, stack_pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
         self.encoder = Encoder(
             num_layers,
             d_model,
@@ -74,9 +92,27 @@ class TransformerEncoder(eqx.Module):
             d_ff,
             dropout_rate,
             final_norm=final_norm,
+            layer_order=layer_order,
             key=encoder_key,
-            **pieces,
+            **stack_pieces,
         )
+        self.output = self.pooler = self.classifier = self.origin = None
+        if "output" in pieces:
+            self.output = build_output(
+                d_model, self.embedding.table.shape, tie_embeddings, output_key, **pieces
+            )
+        elif tie_embeddings or "use_logits_bias" in pieces:
+            raise ValueError(
+                "tie_embeddings and use_logits_bias are for an output layer, got none. Pass "
+                "output=OutputLayer, or leave them out."
+            )
+        pooler_key, classifier_key = split_key(head_key, 2)
+        if pooler is not None:
+            self.pooler = as_module(pooler(d_model, d_model, key=pooler_key))
+        if classifier is not None:
+            self.classifier = classifier(d_model, key=classifier_key)
+            if self.classifier.pooling == "pooler" and self.pooler is None:
+                raise ValueError('a classifier that reads the "pooler" needs pooler=, got none.')
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +130,7 @@ class TransformerEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b t d"]:
         """The hidden state of each token.
 
@@ -103,13 +140,157 @@ class TransformerEncoder(eqx.Module):
                 `AttentionMask`.
             key: PRNG key for dropout while training; None means inference.
             padding_mask: shape of `tokens`, True where a token is real.
+            token_types: shape of `tokens`, the segment of each (BERT); None is 0.
 
         Raises:
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
                 mask has the wrong shape or type.
         """
+        return self._encode(tokens, mask, key, padding_mask, token_types)[0]
+
+    def logits(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        token_types: ArrayLike | None = None,
+    ) -> Float[Array, "*b t v"]:
+        """Logits over the vocabulary for each token, of a masked language model.
+
+        Arguments as for `__call__`.
+
+        Raises:
+            ValueError: if the model has no output layer; and as for `__call__`.
+        """
+        output = self._head("output", self.output)
+        hidden = self._encode(tokens, mask, key, padding_mask, token_types)[0]
+        return output.logits(hidden, self.embedding.table if output.tied else None)
+
+    def pooled(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        token_types: ArrayLike | None = None,
+    ) -> Float[Array, "*b d"]:
+        """What the pooler makes of the first real token; arguments and errors as for `logits`."""
+        pooler = self._head("pooler", self.pooler)
+        hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
+        return pooler(pool(hidden, positions, "first"))
+
+    def classify(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        token_types: ArrayLike | None = None,
+    ) -> Float[Array, "*b c"] | Float[Array, "*b t c"]:
+        """Logits over the classes, of each sequence or of each token as the classifier says.
+
+        Arguments and errors as for `logits`.
+        """
+        classifier = self._head("classifier", self.classifier)
+        hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
+        if classifier.pooling == "none":
+            return classifier(hidden)
+        if classifier.pooling == "pooler" and self.pooler is not None:
+            return classifier(self.pooler(pool(hidden, positions, "first")))
+        return classifier(pool(hidden, positions, classifier.pooling))
+
+    def embed(
+        self,
+        tokens: Int[Array, "*b t"],
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        token_types: ArrayLike | None = None,
+    ) -> Float[Array, "*b d"]:
+        """One vector per sequence, for search and clustering (Reimers and Gurevych 2019).
+
+        Arguments:
+            tokens: ids, `(b, t)` or `(t,)`.
+            padding_mask: shape of `tokens`, True where a token is real.
+            pooling: "mean" over the real tokens, the "first" one, or what the "pooler" gives.
+            normalize: whether to scale the vectors to length 1, so that their product is the
+                cosine.
+            token_types: shape of `tokens`, the segment of each (BERT); None is 0.
+
+        Raises:
+            ValueError: if tokens, mask or pooling are not of this kind.
+
+        Example:
+            >>> model = TransformerEncoder(65, 64, 4, 2, 256, 128, key=jax.random.key(0))
+            >>> model.embed(jnp.array([[1, 2, 3]])).shape
+            (1, 64)
+        """
+        check_choice(("mean", "first", "pooler"), pooling=pooling)
+        check_flag(normalize=normalize)
+        hidden, positions = self._encode(tokens, None, None, padding_mask, token_types)
+        if pooling == "pooler":
+            vectors = self._head("pooler", self.pooler)(pool(hidden, positions, "first"))
+        else:
+            vectors = pool(hidden, positions, pooling)
+        if not normalize:
+            return vectors
+        length = jnp.linalg.norm(vectors.astype(jnp.float32), axis=-1, keepdims=True)
+        return (vectors / jnp.maximum(length, 1e-12)).astype(vectors.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+    ) -> "TransformerEncoder":
+        """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a model of another shape; and as there.
+        """
+        return load(path, {"encoder": cls}, dtype, sharding)
+
+    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the model as a checkpoint that transformers loads.
+
+        The directory gets config.json, the weights as safetensors, and the
+        tokenizer's files if the model was loaded from a checkpoint that has them. A model that was
+        built here gets the format of the family whose options it has.
+
+        Arguments:
+            path: directory, made if it is not there.
+            max_shard_bytes: the most bytes of weights in one file.
+
+        Raises:
+            ValueError: if the model has a part that no family of transformers has.
+            ImportError: if the `safetensors` package is missing.
+        """
+        save(self, path, max_shard_bytes)
+
+    def _encode(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: Mask | None,
+        key: PRNGKeyArray | None,
+        padding_mask: Bool[Array, "*b t"] | None,
+        token_types: ArrayLike | None,
+    ) -> tuple[Float[Array, "*b t d"], Int[Array, "*#b t"]]:
+        """The hidden states, and the position of each."""
         tokens = check_tokens(tokens, self.vocab_size)
         mask = place(mask, tokens.shape, padding_mask)
         embedding_key, encoder_key = split_key(key, 2)
-        x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
-        return self.encoder(x, mask, encoder_key)
+        x = self.embedding(
+            tokens, embedding_key, positions=mask.q_positions, token_types=token_types
+        )
+        positions = mask.query_positions(tokens.shape[-1])
+        return self.encoder(x, mask, encoder_key), jnp.broadcast_to(positions, tokens.shape)
+
+    def _head(self, name: str, head: Any) -> Any:
+        if head is None:
+            raise ValueError(
+                f"this model has no {name}. Build it with {name}=, or load one that has."
+            )
+        return head

@@ -21,8 +21,10 @@ from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
 from jaxformers.generation.steps import LMStep
+from jaxformers.hf.convert import load, save
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, place
+from jaxformers.origin import Origin, with_special_tokens
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 
@@ -43,7 +45,7 @@ class TransformerLM(eqx.Module):
         learnable_pos: a learned table of positions instead of sinusoids.
         tie_embeddings: whether the output layer uses the token table (Press and Wolf 2017).
         embedding_scale: factor on the token vectors; None is `sqrt(d_model)`, as in the paper.
-        final_norm: whether a norm ends the stack; None follows `norm_first`.
+        final_norm: whether a norm ends the stack; None is unless the layers are post-norm.
         key: PRNG key, required.
         **pieces: norms, feed-forwards, positions, heads and so on: see `Pieces`.
 
@@ -62,6 +64,7 @@ class TransformerLM(eqx.Module):
     embedding: TransformerEmbedding
     decoder: Decoder
     output: OutputLayer
+    origin: Origin | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class TransformerLM(eqx.Module):
         check_pieces(pieces, type(self))
         embedding_key, decoder_key, output_key = split_key(check_key(key), 3)
         sizes = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
-        self.embedding, pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
+        self.embedding, stack_pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
         self.decoder = Decoder(
             num_layers,
             d_model,
@@ -93,9 +96,12 @@ class TransformerLM(eqx.Module):
             cross_attention=False,
             final_norm=final_norm,
             key=decoder_key,
-            **pieces,
+            **stack_pieces,
         )
-        self.output = build_output(d_model, vocab_size, tie_embeddings, output_key, **pieces)
+        self.output = build_output(
+            d_model, self.embedding.table.shape, tie_embeddings, output_key, **pieces
+        )
+        self.origin = None
 
     @property
     def vocab_size(self) -> int:
@@ -175,6 +181,34 @@ class TransformerLM(eqx.Module):
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(batch_size, slots)
 
+    @classmethod
+    def from_pretrained(
+        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+    ) -> "TransformerLM":
+        """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a model of another shape; and as there.
+        """
+        return load(path, {"lm": cls}, dtype, sharding)
+
+    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the model as a checkpoint that transformers loads.
+
+        The directory gets config.json, generation_config.json, the weights as safetensors, and the
+        tokenizer's files if the model was loaded from a checkpoint that has them. A model that was
+        built here gets the format of the family whose options it has.
+
+        Arguments:
+            path: directory, made if it is not there.
+            max_shard_bytes: the most bytes of weights in one file.
+
+        Raises:
+            ValueError: if the model has a part that no family of transformers has.
+            ImportError: if the `safetensors` package is missing.
+        """
+        save(self, path, max_shard_bytes)
+
     def generate(
         self,
         prompt: Tokens,
@@ -193,7 +227,8 @@ class TransformerLM(eqx.Module):
         Arguments:
             prompt: ids, `(b, t)` or `(t,)`.
             max_new_tokens: how many tokens to add.
-            end_token: a row ends with this token (one or several ids) and is filled with it then.
+            end_token: a row ends with this token (one or several ids) and is filled with it then;
+                None is that of the checkpoint the model came from, `[]` is none.
             temperature: what logits are divided by before sampling, above 0.
             top_k: sample from the k most probable tokens.
             top_p: sample from the fewest tokens that hold this much probability, in (0, 1].
@@ -201,7 +236,8 @@ class TransformerLM(eqx.Module):
             key: PRNG key to sample with, or one per row; None takes the most probable token.
                 A row's tokens depend on its key (of one key: on `fold_in(key, row)`), never on
                 the other rows.
-            **options: see `Options`.
+            **options: see `Options`. Special tokens that are not given are those of the checkpoint
+                the model came from, if it came from one.
 
         Numbers for sampling may be arrays of one per row.
 
@@ -221,7 +257,9 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
+            options=with_special_tokens(
+                self.origin, gather(end_token, temperature, top_k, top_p, key, dict(options))
+            ),
         )
 
     def stream(
@@ -248,7 +286,7 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=dict(options),
+            options=with_special_tokens(self.origin, dict(options)),
         )
 
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:

@@ -1,0 +1,81 @@
+"""What stands on top of an encoder beside a vocabulary: pooling and classification."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformers.checks import check_choice, check_key, check_size
+from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.layers import Dense, as_module, split_key
+
+POOLINGS = ("first", "mean", "pooler", "none")
+
+
+def pool(
+    hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
+) -> Float[Array, "*b d"]:
+    """One vector per sequence: the first real token's, or the mean over the real tokens.
+
+    Arguments:
+        hidden: `(b, t, d)`.
+        positions: position of each token, -1 for padding.
+        pooling: "first" or "mean".
+    """
+    check_choice(("first", "mean"), pooling=pooling)
+    counted = positions == 0 if pooling == "first" else positions >= 0
+    weights = jnp.broadcast_to(counted, hidden.shape[:-1]).astype(jnp.float32)
+    # Packed documents have several first tokens, and a row of padding none.
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+    mean = jnp.einsum("...t,...td->...d", weights / total, hidden.astype(jnp.float32))
+    return mean.astype(hidden.dtype)
+
+
+class Classifier(eqx.Module):
+    """Scores of classes, for whole sequences or for each token.
+
+    Arguments:
+        d_model: width of the hidden states.
+        num_labels: number of classes.
+        pooling: one answer for a sequence from its first token ("first"), the mean of its tokens
+            ("mean") or the model's pooler ("pooler"); "none" is an answer for each token.
+        transform: constructor `transform(d_model, d_model, key=key)` of a module before the last
+            map, such as `Dense` (RoBERTa); None is nothing.
+        init: how the weights are drawn.
+        key: PRNG key, required.
+
+    Raises:
+        ValueError: if a size is not positive or the pooling is another.
+
+    Example:
+        >>> model = TransformerEncoder(65, classifier=partial(Classifier, num_labels=3), key=key)
+        >>> model.classify(jnp.array([[1, 2, 3]])).shape
+        (1, 3)
+    """
+
+    transform: Any
+    out: Dense
+    pooling: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_labels: int,
+        pooling: str = "first",
+        transform: Any = None,
+        *,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(d_model=d_model, num_labels=num_labels)
+        check_choice(POOLINGS, pooling=pooling)
+        transform_key, out_key = split_key(check_key(key), 2)
+        self.transform = None
+        if transform is not None:
+            self.transform = as_module(transform(d_model, d_model, key=transform_key))
+        self.out = Dense(d_model, num_labels, init=init, key=out_key)
+        self.pooling = pooling
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
+        return self.out(x if self.transform is None else self.transform(x))

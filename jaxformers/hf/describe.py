@@ -1,0 +1,277 @@
+"""The architecture of a model, read back from its modules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxformers import attention, positional_encoding
+from jaxformers.hf.architecture import ACTIVATIONS, ALSO, RULES, Architecture, Rope
+from jaxformers.layers import Dense, FeedForward, Function, GatedFeedForward
+from jaxformers.mixture_of_experts import MixtureOfExperts
+from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
+
+
+class NotDescribable(ValueError):
+    """A model has a part that no record of architectures names."""
+
+
+def describe(model: Any) -> Architecture:
+    """The architecture that `build` would make this model of, whoever built it.
+
+    Raises:
+        NotDescribable: if it has a part of its own, such as another norm or kernel.
+    """
+    shape = (
+        "seq2seq"
+        if hasattr(model, "tgt_embedding")
+        else "lm"
+        if hasattr(model, "decoder")
+        else "encoder"
+    )
+    embedding = model.tgt_embedding if shape == "seq2seq" else model.embedding
+    stack = model.encoder if shape == "encoder" else model.decoder
+    stacks = [model.encoder, model.decoder] if shape == "seq2seq" else [stack]
+    layers = [layer for each in stacks for layer in each.layers]
+    fields = {
+        "shape": shape,
+        "vocab_size": embedding.vocab_size,
+        "d_model": embedding.d_model,
+        "num_heads": _own(stacks[0].layers[0]).num_heads,
+        "num_layers": len(stacks[0].layers),
+        "d_ff": _width(stacks[0].layers[0]),
+        "dropout": embedding.dropout_rate,
+        "final_norm": _same("final norms", [each.norm is not None for each in stacks]),
+        **_stream(layers, embedding),
+        **_attention(layers),
+        **_feed_forward(layers),
+        **_embedding(embedding),
+        **_position(embedding, stack, stacks),
+        **_output(model),
+    }
+    if shape == "seq2seq":
+        decoder = model.decoder.layers
+        fields |= {
+            "src_vocab_size": model.src_vocab_size,
+            "shared": model.src_embedding.token_embedding is None,
+            "num_decoder_layers": len(decoder),
+            "decoder_num_heads": _own(decoder[0]).num_heads,
+            "decoder_d_ff": _width(decoder[0]),
+        }
+    if shape == "encoder":
+        fields |= {"layer_order": model.encoder.layer_order, **_heads(model)}
+    return Architecture(**fields)
+
+
+def _own(layer: Any) -> attention.MultiHeadAttention:
+    """A layer's attention over its own sequence."""
+    return layer.attention if hasattr(layer, "attention") else layer.self_attention
+
+
+def _attentions(layer: Any) -> list[Any]:
+    return [x for x in (_own(layer), getattr(layer, "cross_attention", None)) if x is not None]
+
+
+def _residuals(layer: Any) -> list[Any]:
+    names = ("attention_residual", "self_attention_residual", "cross_attention_residual")
+    found = [getattr(layer, name, None) for name in names]
+    return [x for x in found if x is not None]
+
+
+def _width(layer: Any) -> int:
+    ff = layer.feed_forward
+    w = ff.w_down if hasattr(ff, "w_down") else getattr(ff, "w_out", None)
+    if w is None:
+        raise NotDescribable(f"the feed-forward {type(ff).__name__} has no name in checkpoints.")
+    return w.shape[-2]
+
+
+def _same(what: str, values: Sequence[Any]) -> Any:
+    """The one value that all layers share."""
+    if any(value != values[0] for value in values):
+        raise NotDescribable(f"layers differ in their {what}: {sorted(set(map(str, values)))}.")
+    return values[0]
+
+
+def _norm(norm: Any) -> dict[str, Any]:
+    if isinstance(norm, RMSNorm):
+        return {"norm": "rms", "norm_eps": norm.eps, "norm_offset": norm.gain_offset}
+    if isinstance(norm, LayerNorm):
+        has = {"norm_bias": norm.b is not None, "norm_gain": norm.gain is not None}
+        return {"norm": "layer", "norm_eps": norm.eps, **has}
+    raise NotDescribable(f"the norm {type(norm).__name__} has no name in checkpoints.")
+
+
+def _stream(layers: list[Any], embedding: Any) -> dict[str, Any]:
+    first_lacks = (
+        layers[0].__class__.__name__ == "EncoderLayer"
+        and layers[0].attention_residual.placement == "none"
+        and layers[0].feed_forward_residual.placement == "pre"
+        and not layers[0].parallel
+    )
+    joints = [joint for i, layer in enumerate(layers) for joint in _residuals(layer)]
+    joints = joints[1:] if first_lacks else joints
+    parallel = _same("parallel", [layer.parallel for layer in layers])
+    joints += [layer.feed_forward_residual for layer in layers if parallel != "one norm"]
+    norms = [n for joint in joints for n in (joint.norm, joint.output_norm) if n is not None]
+    norms += [embedding.norm] if embedding.norm is not None else []
+    if not norms:
+        raise NotDescribable("layers without any norm have no name in checkpoints.")
+    return {
+        **_same("norms", [_norm(norm) for norm in norms]),
+        "placement": _same("placement of norms", [joint.placement for joint in joints]),
+        "first_attention_norm": not first_lacks,
+        "parallel": parallel,
+        "residual_scale": _same("residual scale", [joint.scale for joint in joints]),
+    }
+
+
+def _attention(layers: list[Any]) -> dict[str, Any]:
+    own = [_own(layer) for layer in layers]
+    every = [x for layer in layers for x in _attentions(layer)]
+    for x in every:
+        if x.attention_fn != Function(attention.dot_product_attention):
+            raise NotDescribable(f"the kernel {x.attention_fn!r} has no name in checkpoints.")
+    biases = [(x.bq is not None, x.bk is not None, x.bv is not None) for x in every]
+    q, k, v = _same("biases", biases)
+    if not q == k == v:
+        raise NotDescribable("queries, keys and values differ in having a bias.")
+    return {
+        "num_kv_heads": own[0].num_kv_heads,
+        "head_dim": _same("head_dim", [x.head_dim for x in every]),
+        "qkv_bias": q,
+        "out_bias": _same("output biases", [x.bo is not None for x in every]),
+        "qk_norm": _same("norms of queries", [_qk_norm(x) for x in every]),
+        "softcap": _same("soft-caps", [x.softcap for x in every]),
+        "attention_scale": tuple(x.attention_scale for x in own),
+        "attention_dropout": _same("dropout", [x.attention_dropout_rate for x in every]),
+        "window": tuple(x.window for x in own),
+    }
+
+
+def _qk_norm(x: attention.MultiHeadAttention) -> str | None:
+    match x.q_norm:
+        case None:
+            return None
+        case PerHeadNorm():
+            return "per head"
+        case AllHeadsNorm():
+            return "all heads"
+    return "head"
+
+
+def _feed_forward(layers: list[Any]) -> dict[str, Any]:
+    def read(ff: Any) -> dict[str, Any]:
+        if isinstance(ff, MixtureOfExperts) and ff.shared_expert is None:
+            own = {
+                "experts": ff.num_experts,
+                "experts_used": ff.top_k,
+                "renormalise": ff.renormalise,
+                "gated": True,
+            }
+        elif isinstance(ff, GatedFeedForward):
+            own = {"gated": True, "ff_bias": ff.b_down is not None}
+        elif isinstance(ff, FeedForward):
+            own = {"gated": False, "ff_bias": ff.b_out is not None}
+        else:
+            raise NotDescribable(f"the feed-forward {ff!r} has no name in checkpoints.")
+        return {**own, "activation": activation_name(ff.activation)}
+
+    return _same("feed-forwards", [read(layer.feed_forward) for layer in layers])
+
+
+def activation_name(activation: Any) -> str:
+    """What an activation is called in an `Architecture`."""
+    function: Callable = getattr(activation, "function", activation)
+    for name, known in [*ACTIVATIONS.items(), *ALSO]:
+        if known is function:
+            return name
+    raise NotDescribable(f"the activation {function!r} has no name in checkpoints.")
+
+
+def _embedding(embedding: Any) -> dict[str, Any]:
+    projection, types = embedding.projection, embedding.type_embedding
+    return {
+        "embedding_scale": embedding.scale,
+        "embedding_norm": embedding.norm is not None,
+        "embedding_dim": None if projection is None else projection.w.shape[0],
+        "project_tokens": embedding.project_tokens,
+        "token_types": None if types is None else types.vocab_size,
+    }
+
+
+def _position(embedding: Any, stack: Any, stacks: list[Any]) -> dict[str, Any]:
+    scheme = stack.score_bias if embedding.position is None else embedding.position
+    match scheme:
+        case positional_encoding.LearnablePositionalEncoding():
+            own = {"position": "learned", "position_offset": scheme.offset}
+            return own | {"max_seq_length": scheme.max_seq_length}
+        case positional_encoding.SinusoidalPositionalEncoding():
+            own = {"position": "sinusoid", "position_rule": _rule(scheme)}
+            return own | {"max_seq_length": scheme.max_seq_length}
+        case positional_encoding.ALiBi():
+            return {"position": "alibi", "position_rule": _rule(scheme)}
+        case positional_encoding.T5PositionBias():
+            buckets, distance = scheme.weight.shape[0], scheme.max_distance
+            return {"position": "t5", "t5_buckets": buckets, "t5_distance": distance}
+        case None:
+            ropes = tuple(_rope(_own(layer)) for each in stacks for layer in each.layers)
+            return {"position": "rope", "rope": ropes}
+    raise NotDescribable(f"the positions {scheme!r} have no name in checkpoints.")
+
+
+def _rule(scheme: Any) -> str | None:
+    return next((rule for rule, name in RULES.items() if getattr(scheme, name, False)), None)
+
+
+def _rope(x: attention.MultiHeadAttention) -> Rope | None:
+    if x.position is None:
+        return None
+    if not isinstance(x.position, positional_encoding.RotaryPositionalEncoding):
+        raise NotDescribable(f"the positions {x.position!r} have no name in checkpoints.")
+    rope = x.position
+    dim = x.head_dim if rope.rotary_dim is None else rope.rotary_dim
+    return Rope(rope.theta, dim, rope.interleaved, rope.scaling)
+
+
+def _output(model: Any) -> dict[str, Any]:
+    output = model.output
+    if output is None:
+        return {"output": False}
+    fields = {
+        "tied": output.tied,
+        "logits_bias": output.b is not None,
+        "logits_scale": output.scale,
+        "logits_softcap": output.softcap,
+    }
+    if output.transform is None:
+        return fields
+    transform = _dense(output.transform)
+    plain = output.transform.activation is None and output.transform.norm is None
+    return {
+        **fields,
+        "transform": "linear" if plain else activation_name(transform.activation),
+        "transform_bias": transform.b is not None,
+    }
+
+
+def _dense(module: Any) -> Dense:
+    if not isinstance(module, Dense):
+        raise NotDescribable(f"the module {module!r} has no name in checkpoints.")
+    return module
+
+
+def _heads(model: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"pooler": model.pooler is not None}
+    if model.pooler is not None and activation_name(_dense(model.pooler).activation) != "tanh":
+        raise NotDescribable("a pooler has a tanh in checkpoints, this one has another activation.")
+    head = model.classifier
+    if head is None:
+        return fields
+    fields |= {"labels": head.out.w.shape[1], "classifier": head.pooling}
+    if head.transform is not None:
+        transform = _dense(head.transform)
+        fields |= {
+            "classifier_transform": activation_name(transform.activation),
+            "classifier_norm": transform.norm is not None,
+            "classifier_bias": transform.b is not None,
+        }
+    return fields

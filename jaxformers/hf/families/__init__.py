@@ -1,0 +1,11 @@
+"""The families of Hugging Face, one table each: data only.
+
+Facts are those of the library's configuration and modelling files; the paper stands beside each
+family. How to add one: `docs/families.md`.
+"""
+
+from jaxformers.hf.families.decoders import DECODERS
+from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
+from jaxformers.hf.families.encoders import ENCODERS
+
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODER_DECODERS, *ENCODERS)}

@@ -1,0 +1,285 @@
+"""How the entries of a config.json relate to an `Architecture`, in both directions.
+
+A family's table is a tuple of settings. Each one reads some keys of the file into fields, and
+writes fields back into keys. A file holds only what differs from its class's defaults, so each
+setting knows the default of its family.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from jaxformers.hf.architecture import Architecture
+
+LARGEST = 2**31 - 1
+
+
+class Tensors(Protocol):
+    """What a setting may ask about a checkpoint's tensors, by their names in the family's table."""
+
+    def has(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def merge(self, copy: str, of: str) -> bool: ...
+
+
+class Config:
+    """A config.json being read: it knows which of its keys somebody has understood."""
+
+    def __init__(self, entries: Mapping[str, Any], tensors: Any):
+        self.entries = dict(entries)
+        self.tensors = tensors
+        self.used: set[str] = {"model_type"}
+
+    def get(self, key: str, default: Any, kind: str, optional: bool = False) -> Any:
+        """An entry of the expected kind, or the default.
+
+        Raises:
+            ValueError: if it is of another kind, or null where that is not `optional`.
+        """
+        self.used.add(key)
+        value = self.entries.get(key, default)
+        if value is None and (optional or default is None):
+            return None
+        if not _KINDS[kind](value):
+            raise ValueError(f"config.json: {key} must be {_NAMES[kind]}, got {value!r:.80}.")
+        return float(value) if kind == "number" else value
+
+    def refuse(self, key: str, why: str) -> None:
+        """Raise for an entry whose meaning is known and not handled."""
+        raise ValueError(
+            f"config.json: {key} = {self.entries.get(key)!r:.80} is not handled: {why}"
+        )
+
+    def unknown(self) -> dict[str, Any]:
+        """Entries that nobody has understood and that say more than that something is off."""
+        rest = {k: x for k, x in self.entries.items() if k not in self.used | HARMLESS}
+        return {
+            k: x for k, x in rest.items() if x is not None and x is not False and x not in ([], {})
+        }
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+_KINDS: dict[str, Any] = {
+    "size": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST,
+    "layers": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 4096,
+    "count": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= LARGEST,
+    "positive": lambda x: _is_number(x) and 0 < x < float("inf"),
+    "number": lambda x: _is_number(x) and 0 <= x < float("inf"),
+    "flag": lambda x: isinstance(x, bool),
+    "text": lambda x: isinstance(x, str),
+    "list": lambda x: isinstance(x, list),
+    "dict": lambda x: isinstance(x, dict),
+}
+_NAMES = {
+    "size": f"an integer from 1 to {LARGEST}",
+    "layers": "an integer from 1 to 4096",
+    "count": f"an integer from 0 to {LARGEST}",
+    "positive": "a finite number above 0",
+    "number": "a finite number of at least 0",
+    "flag": "true or false",
+    "text": "a string",
+    "list": "a list",
+    "dict": "an object",
+}
+
+
+class Setting(NamedTuple):
+    """One key for one field, of one kind."""
+
+    key: str
+    field: str
+    default: Any
+    kind: str = "size"
+    optional: bool = False
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields[self.field] = config.get(self.key, self.default, self.kind, self.optional)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config[self.key] = getattr(a, self.field)
+
+
+class Named(NamedTuple):
+    """One key for one field, whose values have names of their own in the file.
+
+    Several names may stand for one value; the first is written.
+    """
+
+    key: str
+    field: str
+    default: Any
+    names: Mapping[Any, Any]
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        config.used.add(self.key)
+        value = config.entries.get(self.key, self.default)
+        if not isinstance(value, str | bool | int | None) or value not in self.names:
+            known = ", ".join(repr(name) for name in self.names)
+            raise ValueError(f"config.json: {self.key} must be one of {known}, got {value!r:.80}.")
+        fields[self.field] = self.names[value]
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        value = getattr(a, self.field)
+        for name, meaning in self.names.items():
+            if meaning == value and type(meaning) is type(value):
+                config[self.key] = name
+                return
+        raise ValueError(f"{self.key} has no value for {self.field} = {value!r}.")
+
+
+class Only(NamedTuple):
+    """A key of which a single value is handled (or a few that mean the same)."""
+
+    key: str
+    values: tuple[Any, ...]
+    default: Any
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        config.used.add(self.key)
+        value = config.entries.get(self.key, self.default)
+        if not any(value == known and type(value) is type(known) for known in self.values):
+            known = " or ".join(repr(x) for x in self.values)
+            config.refuse(self.key, f"only {known} is.")
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config[self.key] = self.values[0]
+
+
+class Kept(NamedTuple):
+    """Keys that say nothing about the numbers a model gives; written if they have a value here."""
+
+    keys: tuple[str, ...]
+    values: Mapping[str, Any] = {}
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        config.used.update(self.keys, self.values)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        for key, value in self.values.items():
+            config.setdefault(key, value)
+
+
+class Fixed(NamedTuple):
+    """Fields that are the same for every checkpoint of the family."""
+
+    fields: Mapping[str, Any]
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields.update(self.fields)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        pass  # whether a model has them is seen when what was written is read again
+
+
+# Entries of any family that change no number at inference: names, ids, training, bookkeeping.
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures auto_map torch_dtype dtype transformers_version model_type
+    use_cache return_dict output_hidden_states output_attentions use_return_dict torchscript
+    tf_legacy_loss use_bfloat16 pruned_heads chunk_size_feed_forward gradient_checkpointing
+    initializer_range initializer_factor init_std layer_norm_init classifier_dropout
+    classifier_dropout_prob summary_type summary_use_proj summary_activation summary_first_dropout
+    summary_last_dropout summary_proj_to_labels finetuning_task id2label label2id num_labels
+    problem_type task_specific_params tokenizer_class prefix bos_token_id eos_token_id pad_token_id
+    sep_token_id cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id unk_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length
+    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate
+    remove_invalid_values exponential_decay_length_penalty is_encoder_decoder
+    attn_implementation _attn_implementation _attn_implementation_autoset attention_implementation
+    reference_compile deterministic_flash_attn language onnx_export
+    cache_implementation router_aux_loss_coef output_router_logits router_jitter_noise
+    static_position_embeddings _commit_hash unsloth_version
+    """.split()
+)
+
+
+class Tied(NamedTuple):
+    """Whether the output layer shares the token table: decided by what is in the file.
+
+    One tensor of the two is a tied model, unless config.json says that it is not and then one is
+    missing. Two that differ are two, whatever config.json says.
+    """
+
+    default: bool
+    head: str = "lm_head.weight"
+    table: str = "model.embed_tokens.weight"
+    key: str = "tie_word_embeddings"
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        says = config.get(self.key, self.default, "flag")
+        fields["tied"] = says and config.tensors.merge(self.head, self.table)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config[self.key] = a.tied
+
+
+class Scaled(NamedTuple):
+    """A switch for token vectors times `sqrt(d_model)`."""
+
+    key: str = "scale_embedding"
+    default: bool = False
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        on = config.get(self.key, self.default, "flag")
+        fields["embedding_scale"] = fields["d_model"] ** 0.5 if on else 1.0
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if a.embedding_scale not in (1.0, a.d_model**0.5):
+            raise ValueError(f"it has no words for embedding_scale {a.embedding_scale}.")
+        config[self.key] = a.embedding_scale != 1.0
+
+
+class Derived(NamedTuple):
+    """A field that follows from other fields; it has no key of its own."""
+
+    field: str
+    rule: Any  # a function from the fields so far to the value
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields[self.field] = self.rule(fields)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        pass  # checked when what was written is read again
+
+
+class Heads(NamedTuple):
+    """What stands on an encoder, told from the tensors that are there.
+
+    Arguments:
+        output: a tensor that only the masked-LM head has.
+        pooler: one that only the pooler has; "" is none in this family.
+        classifier: the last map of the classifier, whose rows are the classes.
+        sequence: fields of a classifier of sequences.
+        tokens: fields of a classifier of tokens, where `architectures` names one.
+    """
+
+    output: str
+    pooler: str
+    classifier: str
+    sequence: Mapping[str, Any]
+    tokens: Mapping[str, Any] = {"classifier": "none"}
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        tensors = config.tensors
+        fields["output"] = tensors.has(self.output)
+        fields["pooler"] = bool(self.pooler) and tensors.has(self.pooler)
+        if not fields["output"]:
+            names = ("tied", "logits_bias", "transform", "transform_bias")
+            for name in names:
+                fields.pop(name, None)
+        if not tensors.has(self.classifier):
+            return
+        names = config.entries.get("architectures")
+        named = [x for x in names if isinstance(x, str)] if isinstance(names, list) else []
+        per_token = any(x.endswith("ForTokenClassification") for x in named)
+        fields["labels"] = tensors.shape(self.classifier)[0]
+        fields |= self.tokens if per_token else self.sequence
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if a.labels is not None:
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(a.labels)}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(a.labels)}

@@ -1,0 +1,80 @@
+"""Settings that one family has and no other."""
+
+from typing import Any, NamedTuple
+
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.settings import Config
+
+
+class LayerScale(NamedTuple):
+    """GPT-2's two switches for the scale of attention scores."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        scaled = config.get("scale_attn_weights", True, "flag")
+        by_layer = config.get("scale_attn_by_inverse_layer_idx", False, "flag")
+        head_dim = fields["d_model"] // fields["num_heads"]
+        scale = head_dim**-0.5 if scaled else 1.0
+        fields["attention_scale"] = None if scaled and not by_layer else scale
+        if by_layer:
+            fields["attention_scale"] = tuple(scale / (i + 1) for i in range(fields["num_layers"]))
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        first = a.layer("attention_scale", 0)
+        config["scale_attn_weights"] = first != 1.0
+        config["scale_attn_by_inverse_layer_idx"] = isinstance(a.attention_scale, tuple)
+
+
+class GatedName(NamedTuple):
+    """T5's name for its feed-forward: an activation, with `gated-` before it or not."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        name = config.get("feed_forward_proj", "relu", "text")
+        if name not in _T5_FEED_FORWARDS:
+            config.refuse("feed_forward_proj", f"it must be one of {', '.join(_T5_FEED_FORWARDS)}.")
+        fields["gated"], fields["activation"] = _T5_FEED_FORWARDS[name]
+        # Version 5 of transformers spells out what follows.
+        own = config.get("dense_act_fn", None, "text", optional=True)
+        if own is not None:
+            if own not in ACTIVATION_NAMES:
+                config.refuse("dense_act_fn", "it is no activation that we have.")
+            fields["activation"] = ACTIVATION_NAMES[own]
+        gated = config.get("is_gated_act", fields["gated"], "flag")
+        if gated != fields["gated"]:
+            config.refuse("is_gated_act", "it contradicts feed_forward_proj.")
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        names = [
+            name for name, what in _T5_FEED_FORWARDS.items() if what == (a.gated, a.activation)
+        ]
+        if not names:
+            raise ValueError(f"feed_forward_proj has no name for {a.activation}.")
+        config["feed_forward_proj"] = names[0]
+        for key in ("dense_act_fn", "is_gated_act"):
+            config.pop(key, None)
+
+
+_T5_FEED_FORWARDS = {
+    "relu": (False, "relu"),
+    "gelu": (False, "gelu"),
+    "gelu_new": (False, "gelu_tanh"),
+    "silu": (False, "silu"),
+    # transformers takes GPT-2's GELU for the gated one, whatever its name says.
+    "gated-gelu": (True, "gelu_tanh"),
+    "gated-silu": (True, "silu"),
+    "gated-relu": (True, "relu"),
+}
+
+
+class T5Scale(NamedTuple):
+    """Whether hidden states are scaled by `d_model^-0.5` before the output layer (T5 v1.0)."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        tied = config.get("tie_word_embeddings", True, "flag")
+        on = config.get("scale_decoder_outputs", tied, "flag")
+        fields["logits_scale"] = fields["d_model"] ** -0.5 if on else 1.0
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config["scale_decoder_outputs"] = a.logits_scale != 1.0
+        # Version 4 reads the scale from this; whether two tables are one it sees in the file.
+        config["tie_word_embeddings"] = a.logits_scale != 1.0

@@ -1,0 +1,49 @@
+"""Checkpoints of any shape."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Sharding
+
+from jaxformers.hf.convert import load
+from jaxformers.transformer import Transformer
+from jaxformers.transformer_encoder import TransformerEncoder
+from jaxformers.transformer_lm import TransformerLM
+
+
+def from_pretrained(
+    path_or_hub_name: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    sharding: Sharding | Callable | None = None,
+) -> TransformerLM | Transformer | TransformerEncoder:
+    """The model of a Hugging Face checkpoint, in our class for its shape.
+
+    Tensors are read from safetensors one at a time and put where they belong, so that loading
+    needs the memory of the model and of one tensor. Pickled weights are refused: unpickling runs
+    whatever code the file holds.
+
+    Arguments:
+        path_or_hub_name: a directory with config.json and model.safetensors (or shards and their
+            index), or a name on the hub such as "openai-community/gpt2", which needs the
+            `huggingface_hub` package.
+        dtype: type of the weights, such as `jnp.bfloat16`; None is that of the file.
+        sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
+            `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
+            "decoder.layers.0.self_attention.wq"; None is the default device.
+
+    Raises:
+        ValueError: if there is no such checkpoint, a file is damaged, config.json asks for what we
+            do not have, or the tensors are not those it calls for.
+        ImportError: if the `safetensors` package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> encoder.save_pretrained(directory)
+        >>> type(from_pretrained(directory)).__name__
+        'TransformerEncoder'
+    """
+    classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
+    return load(path_or_hub_name, classes, dtype, sharding)
