@@ -149,11 +149,11 @@ def decoders(add):
     add("phi3_longrope_long", phi3, EIGHT, NO_WINDOW, longrope(8), off=[longrope(30), half])
 
     neox = "GPTNeoXForCausalLM"
-    add("gpt_neox", neox, SIZES, ropes(partial_rotary_factor=0.25), num_attention_heads=3,
+    add("gpt_neox", neox, SIZES, ropes(partial_rotary_factor=0.5), num_attention_heads=3,
         off=[{"use_parallel_residual": False}, OTHER_THETA])
-    add("gpt_neox_sequential", neox, SIZES, TIED, ropes(partial_rotary_factor=0.5),
-        use_parallel_residual=False, attention_bias=False,
-        json={"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 50.0})
+    add("gpt_neox_sequential", neox, SIZES, TIED, ropes(partial_rotary_factor=0.25),
+        num_attention_heads=3, use_parallel_residual=False, attention_bias=False,
+        json={"rope_parameters": None, "rotary_pct": 0.25, "rotary_emb_base": 50.0})
 
 
 T5 = {"vocab_size": V, "d_model": D, "d_kv": H, "d_ff": F, "num_layers": 2, "num_decoder_layers": 3,
@@ -186,7 +186,7 @@ def encoder_decoders(add):
     add("marian", "MarianMTModel", BART, SCALED, activation_function="swish",
         decoder_vocab_size=53, share_encoder_decoder_embeddings=False, tie_word_embeddings=False,
         off=[{"scale_embedding": False}])
-    add("marian_shared", "MarianMTModel", BART, activation_function="relu")
+    add("marian_shared", "MarianMTModel", BART, SCALED, activation_function="relu")
 
 
 def encoders(add):
@@ -375,7 +375,10 @@ def randomise(model):
 
     seen = set()
     # Embeddings first: they may be tied to an output layer, and are then drawn as embeddings.
-    for module in sorted(model.modules(), key=lambda m: not isinstance(m, torch.nn.Embedding)):
+    modules = sorted(
+        model.named_modules(), key=lambda named: not isinstance(named[1], torch.nn.Embedding)
+    )
+    for name, module in modules:
         weights = [x for x in module.parameters(recurse=False) if x.requires_grad]
         for x in weights + saved_buffers(module):
             if id(x) in seen:  # tied to another
@@ -383,12 +386,17 @@ def randomise(model):
             seen.add(id(x))
             noise = torch.randn(x.shape)
             if isinstance(module, torch.nn.Embedding):
-                x.data.copy_(noise)
+                # Tokens small, so that the layers have a say in what comes next.
+                places = any(part in name for part in ("pos", "wpe", "relative"))
+                x.data.copy_(noise if places else 0.5 * noise)
             elif x.ndim == 1 or x.shape[0] == 1 or "Norm" in type(module).__name__:
                 x.data.add_(0.3 * noise)  # around what a gain or a bias is before training
             else:
                 inputs = x.shape[0 if type(module).__name__ == "Conv1D" else -1]
-                x.data.copy_(1.5 * noise / inputs**0.5)
+                # T5 divides no scores by the square root of the size of a head.
+                inputs *= H if name.endswith("Attention.q") else 1
+                sharp = name.endswith((".q_proj", ".k_proj", ".query", ".key", "_lin"))
+                x.data.copy_((2.5 if sharp else 1.5) * noise / inputs**0.5)
 
 
 def saved_buffers(module):
