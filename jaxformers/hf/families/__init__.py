@@ -5,7 +5,11 @@ family. How to add one: `docs/families.md`.
 """
 
 from jaxformers.hf.families.decoders import DECODERS
+from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
 from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
 from jaxformers.hf.families.encoders import ENCODERS
 
-FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODER_DECODERS, *ENCODERS)}
+FAMILIES = {
+    family.model_type: family
+    for family in (*DECODERS, *CLASSIC_DECODERS, *ENCODER_DECODERS, *ENCODERS)
+}
