@@ -153,7 +153,8 @@ class AttentionMask(eqx.Module):
         """What the position scheme adds to the scores, in float32, or None."""
         if self.bias is None:
             return None
-        return self.bias.bias(self.query_positions(t), self.key_positions(s), num_heads)
+        positions = self.query_positions(t), self.key_positions(s)
+        return self.bias.bias(*positions, num_heads, self.causal)
 
 
 def _as_integers(name: str, x: ArrayLike | None) -> Int[Array, "*b t"] | None:

@@ -6,9 +6,10 @@ of their own. A scheme acts at one of three places, and says so by the method it
 
 - `embed(positions)` gives vectors that are added to the token embeddings (sinusoids, a table);
 - `rotate(x, positions)` turns queries and keys inside attention (rotary);
-- `bias(q_positions, k_positions, num_heads)` is added to the attention scores (ALiBi).
+- `bias(q_positions, k_positions, num_heads, causal)` is added to the attention scores (ALiBi, T5).
 """
 
+import math
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import equinox as eqx
@@ -17,8 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import check_key, check_positive, check_seq_length, check_size
+from jaxformers.checks import check_flag, check_key, check_positive, check_seq_length, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.rotary_scaling import RotaryScaling, rotary_frequencies
 
 
 @runtime_checkable
@@ -42,10 +44,14 @@ class RotatingPosition(Protocol):
 
 @runtime_checkable
 class BiasPosition(Protocol):
-    """A scheme that adds a bias to each attention score."""
+    """A scheme that adds a bias to each attention score, by whether keys ahead are hidden."""
 
     def bias(
-        self, q_positions: Int[Array, "*b t"], k_positions: Int[Array, "*b s"], num_heads: int
+        self,
+        q_positions: Int[Array, "*b t"],
+        k_positions: Int[Array, "*b s"],
+        num_heads: int,
+        causal: bool = False,
     ) -> Float[Array, "*b n t s"]: ...
 
 
@@ -57,15 +63,17 @@ def acts_as(position: object, scheme: Any) -> TypeGuard[Any]:
     return isinstance(position, scheme) and not isinstance(position, type)
 
 
-def sinusoid(positions: Int[Array, "*b t"], d_model: int) -> Float[Array, "*b t {d_model}"]:
-    """Sines in the even and cosines in the odd features, in float32.
+def sinusoid(
+    positions: Int[Array, "*b t"], d_model: int, interleaved: bool = True
+) -> Float[Array, "*b t {d_model}"]:
+    """Sines in the even and cosines in the odd features, or all sines before all cosines; float32.
 
     `PE(p, 2i) = sin(p / 10000^(2i/d))`, `PE(p, 2i+1) = cos(p / 10000^(2i/d))`
     (Vaswani et al. 2017, section 3.5).
     """
     frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
-    both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1 if interleaved else -2)
     return both.reshape(*positions.shape, -1)[..., :d_model]
 
 
@@ -91,6 +99,8 @@ class SinusoidalPositionalEncoding(eqx.Module):
     Arguments:
         max_seq_length: the longest sequence the model is meant for; longer ones are refused.
         d_model: width of the encoding.
+        interleaved: True, the default, puts each sine beside its cosine as the paper does; False
+            puts all sines before all cosines, as Marian and Pegasus do.
 
     Example:
         >>> SinusoidalPositionalEncoding(512, 64)(10).shape
@@ -99,15 +109,18 @@ class SinusoidalPositionalEncoding(eqx.Module):
 
     max_seq_length: int = eqx.field(static=True)
     d_model: int = eqx.field(static=True)
+    interleaved: bool = eqx.field(static=True)
 
-    def __init__(self, max_seq_length: int, d_model: int):
+    def __init__(self, max_seq_length: int, d_model: int, interleaved: bool = True):
         check_size(max_seq_length=max_seq_length, d_model=d_model)
+        check_flag(interleaved=interleaved)
+        self.interleaved = bool(interleaved)
         self.max_seq_length = int(max_seq_length)
         self.d_model = int(d_model)
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
         """The vectors of the given positions (of padding: those of position 0)."""
-        return sinusoid(jnp.maximum(positions, 0), self.d_model)
+        return sinusoid(jnp.maximum(positions, 0), self.d_model, self.interleaved)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
         """The encoding of positions `0 .. seq_length - 1`."""
@@ -118,8 +131,10 @@ class LearnablePositionalEncoding(eqx.Module):
     """A trained vector per position, added to the token embeddings (BERT, GPT-2).
 
     Arguments:
-        max_seq_length: number of rows of the table; longer sequences are refused.
+        max_seq_length: number of positions; longer sequences are refused.
         d_model: width of a row.
+        offset: rows of the table before that of position 0, as some checkpoints have them (BART
+            and OPT 2, RoBERTa its padding id + 1); 0.
         init: how the table is drawn, Xavier-uniform unless told otherwise.
         key: PRNG key, required.
 
@@ -129,28 +144,34 @@ class LearnablePositionalEncoding(eqx.Module):
     """
 
     weight: Float[Array, "p d"]
+    offset: int = eqx.field(static=True)
 
     def __init__(
         self,
         max_seq_length: int,
         d_model: int,
         *,
+        offset: int = 0,
         init: Initializer = xavier_uniform,
         key: PRNGKeyArray | None = None,
     ):
         check_size(max_seq_length=max_seq_length, d_model=d_model)
-        self.weight = init(check_key(key), (max_seq_length, d_model), max_seq_length, d_model)
+        if isinstance(offset, bool) or not isinstance(offset, int | np.integer) or offset < 0:
+            raise ValueError(f"offset must be an integer of at least 0, got {offset!r}.")
+        rows = offset + max_seq_length
+        self.weight = init(check_key(key), (rows, d_model), rows, d_model)
+        self.offset = int(offset)
 
     @property
     def max_seq_length(self) -> int:
-        return self.weight.shape[0]
+        return self.weight.shape[0] - self.offset
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """The rows of the given positions (of padding: row 0)."""
-        return self.weight[jnp.maximum(positions, 0)]
+        """The rows of the given positions (of padding: that of position 0)."""
+        return self.weight[jnp.maximum(positions, 0) + self.offset]
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
-        """The first `seq_length` rows."""
+        """The rows of positions `0 .. seq_length - 1`."""
         return self.embed(_first_positions(seq_length, self.max_seq_length))
 
 
@@ -166,6 +187,8 @@ class RotaryPositionalEncoding(eqx.Module):
         rotary_dim: how many of the `head_dim` features turn (even); None turns all of them.
         interleaved: True pairs neighbouring features as the paper (and GPT-J) does; False, the
             default, pairs feature i with feature i + rotary_dim / 2 as Llama and GPT-NeoX do.
+        scaling: how the angles are stretched for longer sequences, a module of
+            `jaxformers.rotary_scaling` such as `YarnScaling(4.0, 32768)`; None leaves them.
 
     Example:
         >>> model = TransformerLM(65, position=RotaryPositionalEncoding(theta=5e5), key=key)
@@ -174,16 +197,28 @@ class RotaryPositionalEncoding(eqx.Module):
     theta: float = eqx.field(static=True)
     rotary_dim: int | None = eqx.field(static=True)
     interleaved: bool = eqx.field(static=True)
+    scaling: RotaryScaling | None
 
     def __init__(
-        self, theta: float = 10000.0, rotary_dim: int | None = None, interleaved: bool = False
+        self,
+        theta: float = 10000.0,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        scaling: RotaryScaling | None = None,
     ):
         check_positive(theta=theta)
         if rotary_dim is not None:
             _check_even(rotary_dim)
+        check_flag(interleaved=interleaved)
+        if scaling is not None and not acts_as(scaling, RotaryScaling):
+            raise ValueError(
+                f"scaling must be a scaling of rotary frequencies, as LinearScaling(4.0), got "
+                f"{scaling!r}."
+            )
         self.theta = float(theta)
-        self.rotary_dim = rotary_dim
-        self.interleaved = interleaved
+        self.rotary_dim = None if rotary_dim is None else int(rotary_dim)
+        self.interleaved = bool(interleaved)
+        self.scaling = scaling
 
     def rotate(
         self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
@@ -194,9 +229,7 @@ class RotaryPositionalEncoding(eqx.Module):
         _check_even(dim)
         if dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
-        frequencies = self.theta ** (-np.arange(0, dim, 2) / dim)
-        angles = positions[..., None, :, None].astype(jnp.float32) * frequencies.astype(np.float32)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = self._turns(dim, positions)
         turning, still = x[..., :dim].astype(jnp.float32), x[..., dim:]
         # A pair of features is a point in the plane; pairs lie on the last axis or the one before.
         pairs = (dim // 2, 2) if self.interleaved else (2, dim // 2)
@@ -206,6 +239,16 @@ class RotaryPositionalEncoding(eqx.Module):
         turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
         turned = turned.reshape(*x.shape[:-1], dim).astype(x.dtype)
         return jnp.concatenate([turned, still], axis=-1)
+
+    def _turns(self, dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
+        """Cosine and sine of the angle of each pair, alike for all heads: `(*b, 1, t, dim / 2)`."""
+        frequencies: Array | np.ndarray = rotary_frequencies(self.theta, dim)
+        factor = 1.0
+        if self.scaling is not None:
+            frequencies, factor = self.scaling.frequencies(self.theta, dim, positions)
+        per_row = frequencies.astype(np.float32)[..., None, None, :]
+        angles = positions[..., None, :, None].astype(jnp.float32) * per_row
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 class ALiBi(eqx.Module):
@@ -218,9 +261,13 @@ class ALiBi(eqx.Module):
     """
 
     def bias(
-        self, q_positions: Int[Array, "*b t"], k_positions: Int[Array, "*b s"], num_heads: int
+        self,
+        q_positions: Int[Array, "*b t"],
+        k_positions: Int[Array, "*b s"],
+        num_heads: int,
+        causal: bool = False,
     ) -> Float[Array, "*b n t s"]:
-        """`-slope * |q - k|` for each head."""
+        """`-slope * |q - k|` for each head, whether or not keys ahead are hidden."""
         distance = jnp.abs(q_positions[..., :, None] - k_positions[..., None, :])
         slopes = jnp.asarray(alibi_slopes(num_heads))[:, None, None]
         return -slopes * distance[..., None, :, :].astype(jnp.float32)
@@ -230,12 +277,97 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     """The slopes of ALiBi: `2^(-8i/n)` for a power of two, else completed from the next one.
 
     Follows the authors' rule: the slopes of the largest power of two below, then every other
-    slope of twice that many heads.
+    slope of twice that many heads. What BLOOM and MPT do comes to the same.
     """
     power = 2 ** int(np.log2(num_heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4.0 * np.arange(1, 2 * power + 1, 2) / power)
     return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
+
+
+class T5PositionBias(eqx.Module):
+    """A trained number per head and bucket of distances, added to the scores (Raffel et al. 2020).
+
+    Small distances have a bucket each, larger ones share them, and all from `max_distance` on
+    share the last. Where the mask is not causal, keys ahead and keys behind have half each.
+    Nothing is added to the embeddings and there is no longest sequence.
+
+    Arguments:
+        num_heads: query heads of the attention.
+        num_buckets: rows of the table, at least 4; 32.
+        max_distance: where the last bucket begins, above `num_buckets / 2`; 128.
+        init: how the table is drawn, Xavier-uniform unless told otherwise.
+        key: PRNG key, required.
+
+    Raises:
+        ValueError: if a size does not fit, or there is no key.
+
+    Example:
+        >>> model = TransformerLM(65, position=lambda key: T5PositionBias(8, key=key), key=key)
+    """
+
+    weight: Float[Array, "p n"]
+    max_distance: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        *,
+        init: Initializer = xavier_uniform,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(num_heads=num_heads, num_buckets=num_buckets, max_distance=max_distance)
+        if num_buckets < 4:
+            raise ValueError(f"num_buckets must be at least 4, got {num_buckets}.")
+        if max_distance <= num_buckets // 2:
+            raise ValueError(
+                f"max_distance must be above num_buckets / 2, got {max_distance} and {num_buckets}."
+            )
+        self.weight = init(check_key(key), (num_buckets, num_heads), num_buckets, num_heads)
+        self.max_distance = int(max_distance)
+
+    @property
+    def num_buckets(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight.shape[1]
+
+    def bias(
+        self,
+        q_positions: Int[Array, "*b t"],
+        k_positions: Int[Array, "*b s"],
+        num_heads: int,
+        causal: bool = False,
+    ) -> Float[Array, "*b n t s"]:
+        """The number of each head for the bucket of `k - q`, in float32."""
+        if num_heads != self.num_heads:
+            raise ValueError(
+                f"this T5PositionBias is for {self.num_heads} heads, got {num_heads}. Build it "
+                f"with num_heads={num_heads}."
+            )
+        far = self.max_distance
+        buckets = t5_buckets(np.arange(-far, far + 1), self.num_buckets, far, causal)
+        by_distance = self.weight.astype(jnp.float32)[buckets]
+        ahead = jnp.clip(k_positions[..., None, :] - q_positions[..., :, None], -far, far)
+        return jnp.moveaxis(by_distance[ahead + far], -1, -3)
+
+
+def t5_buckets(
+    ahead: Int[np.ndarray, " r"], num_buckets: int, max_distance: int, causal: bool
+) -> Int[np.ndarray, " r"]:
+    """The bucket of each distance `key - query`: half of them exact, then growing with the log."""
+    distance = np.maximum(-ahead, 0) if causal else np.abs(ahead)
+    n = num_buckets if causal else num_buckets // 2
+    exact = n // 2
+    growth = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
+    # A bucket that begins at a whole distance has that one, however the logarithm was rounded.
+    shared = exact + (growth * (n - exact) + 1e-9).astype(int)
+    bucket = np.where(distance < exact, distance, np.minimum(shared, n - 1))
+    return bucket if causal else bucket + n * (ahead > 0)
 
 
 def _first_positions(seq_length: int, max_seq_length: int) -> Int[Array, " t"]:

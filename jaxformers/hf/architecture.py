@@ -47,8 +47,6 @@ ALSO = [
     ("gelu_tanh", jax.nn.gelu),
     ("tanh", jnp.tanh),
 ]
-# The option of a position scheme that a `position_rule` turns on.
-RULES = {"halves": "halves", "mpt": "mpt"}
 
 
 class Rope(NamedTuple):
@@ -105,7 +103,7 @@ class Architecture:
     position: str = "rope"  # "learned", "sinusoid", "alibi", "t5"
     max_seq_length: int | None = None
     position_offset: int = 0
-    position_rule: str | None = None  # of sinusoids and ALiBi
+    sinusoid_interleaved: bool = True
     rope: Rope | tuple[Rope | None, ...] | None = None
     t5_buckets: int | None = None
     t5_distance: int | None = None
@@ -296,10 +294,10 @@ def _position(a: Architecture, init: Initializer) -> Any:
             )
         case "sinusoid":
             return SinusoidalPositionalEncoding(
-                a.max_seq_length or 1, width, **_rule(a.position_rule)
+                a.max_seq_length or 1, width, a.sinusoid_interleaved
             )
         case "alibi":
-            return ALiBi(**_rule(a.position_rule))
+            return ALiBi()
         case "t5":
             # The decoder may have other heads than the encoder in other families, not here.
             return lambda key: T5PositionBias(
@@ -307,10 +305,6 @@ def _position(a: Architecture, init: Initializer) -> Any:
             )
     # Layers get their own; this one keeps the model from adding sinusoids.
     return RotaryPositionalEncoding()
-
-
-def _rule(rule: str | None) -> dict[str, Any]:
-    return {} if rule is None else {RULES[rule]: True}
 
 
 def _transform(a: Architecture, norm: Callable, init: Initializer) -> Callable | None:

@@ -3,11 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxformers import attention, positional_encoding
-from jaxformers.hf.architecture import ACTIVATIONS, ALSO, RULES, Architecture, Rope
+from jaxformers.attention import MultiHeadAttention, dot_product_attention
+from jaxformers.hf.architecture import ACTIVATIONS, ALSO, Architecture, Rope
 from jaxformers.layers import Dense, FeedForward, Function, GatedFeedForward
 from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
+from jaxformers.positional_encoding import (
+    ALiBi,
+    LearnablePositionalEncoding,
+    RotaryPositionalEncoding,
+    SinusoidalPositionalEncoding,
+    T5PositionBias,
+)
 
 
 class NotDescribable(ValueError):
@@ -61,7 +68,7 @@ def describe(model: Any) -> Architecture:
     return Architecture(**fields)
 
 
-def _own(layer: Any) -> attention.MultiHeadAttention:
+def _own(layer: Any) -> MultiHeadAttention:
     """A layer's attention over its own sequence."""
     return layer.attention if hasattr(layer, "attention") else layer.self_attention
 
@@ -128,7 +135,7 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
     own = [_own(layer) for layer in layers]
     every = [x for layer in layers for x in _attentions(layer)]
     for x in every:
-        if x.attention_fn != Function(attention.dot_product_attention):
+        if x.attention_fn != Function(dot_product_attention):
             raise NotDescribable(f"the kernel {x.attention_fn!r} has no name in checkpoints.")
     biases = [(x.bq is not None, x.bk is not None, x.bv is not None) for x in every]
     q, k, v = _same("biases", biases)
@@ -147,7 +154,7 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
     }
 
 
-def _qk_norm(x: attention.MultiHeadAttention) -> str | None:
+def _qk_norm(x: MultiHeadAttention) -> str | None:
     match x.q_norm:
         case None:
             return None
@@ -201,15 +208,15 @@ def _embedding(embedding: Any) -> dict[str, Any]:
 def _position(embedding: Any, stack: Any, stacks: list[Any]) -> dict[str, Any]:
     scheme = stack.score_bias if embedding.position is None else embedding.position
     match scheme:
-        case positional_encoding.LearnablePositionalEncoding():
+        case LearnablePositionalEncoding():
             own = {"position": "learned", "position_offset": scheme.offset}
             return own | {"max_seq_length": scheme.max_seq_length}
-        case positional_encoding.SinusoidalPositionalEncoding():
-            own = {"position": "sinusoid", "position_rule": _rule(scheme)}
+        case SinusoidalPositionalEncoding():
+            own = {"position": "sinusoid", "sinusoid_interleaved": scheme.interleaved}
             return own | {"max_seq_length": scheme.max_seq_length}
-        case positional_encoding.ALiBi():
-            return {"position": "alibi", "position_rule": _rule(scheme)}
-        case positional_encoding.T5PositionBias():
+        case ALiBi():
+            return {"position": "alibi"}
+        case T5PositionBias():
             buckets, distance = scheme.weight.shape[0], scheme.max_distance
             return {"position": "t5", "t5_buckets": buckets, "t5_distance": distance}
         case None:
@@ -218,14 +225,10 @@ def _position(embedding: Any, stack: Any, stacks: list[Any]) -> dict[str, Any]:
     raise NotDescribable(f"the positions {scheme!r} have no name in checkpoints.")
 
 
-def _rule(scheme: Any) -> str | None:
-    return next((rule for rule, name in RULES.items() if getattr(scheme, name, False)), None)
-
-
-def _rope(x: attention.MultiHeadAttention) -> Rope | None:
+def _rope(x: MultiHeadAttention) -> Rope | None:
     if x.position is None:
         return None
-    if not isinstance(x.position, positional_encoding.RotaryPositionalEncoding):
+    if not isinstance(x.position, RotaryPositionalEncoding):
         raise NotDescribable(f"the positions {x.position!r} have no name in checkpoints.")
     rope = x.position
     dim = x.head_dim if rope.rotary_dim is None else rope.rotary_dim
