@@ -3,6 +3,7 @@
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.families.decoders import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.family import Family, conv1d, fused, linear, norm, rules, same
+from jaxformers.hf.rope_settings import Rotary
 from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, Tied
 from jaxformers.hf.special_settings import LayerScale
 
@@ -46,4 +47,52 @@ GPT2 = Family(
     special={"bos_token_id": 50256, "eos_token_id": 50256},
 )
 
-CLASSIC_DECODERS = (GPT2,)
+NEOX_LAYER = "gpt_neox.layers.{i}"
+# Black et al. 2022; Biderman et al. 2023 (Pythia).
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    shape="lm",
+    classes={"output": "GPTNeoXForCausalLM", "base": "GPTNeoXModel"},
+    settings=(
+        Setting("vocab_size", "vocab_size", 50432),
+        Setting("hidden_size", "d_model", 6144),
+        Setting("num_hidden_layers", "num_layers", 44, "layers"),
+        Setting("num_attention_heads", "num_heads", 64),
+        Setting("intermediate_size", "d_ff", 24576),
+        Setting("hidden_dropout", "dropout", 0.0, "number"),
+        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+        Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
+        Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
+        Named("use_parallel_residual", "parallel", True, {True: "two norms", False: None}),
+        Setting("attention_bias", "qkv_bias", True, "flag"),
+        Derived("out_bias", lambda fields: fields["qkv_bias"]),
+        Fixed({"ff_bias": True}),
+        Rotary(partial=0.25, partial_key="rotary_pct", theta_key="rotary_emb_base"),
+        # Some files repeat what they say under other names.
+        Kept(("rope_theta", "partial_rotary_factor", "is_decoder")),
+        Kept(("attention_probs_dropout_prob", "hidden_dropout_prob")),
+        Kept((), {"max_position_embeddings": 2048}),
+        Tied(False, "embed_out.weight", "gpt_neox.embed_in.weight"),
+    ),
+    weights=rules(
+        same(TABLE, "gpt_neox.embed_in.weight"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{NEOX_LAYER}.input_layernorm"),
+        fused(
+            tuple(f"{ATTENTION}.w{x}" for x in "qkv"),
+            f"{NEOX_LAYER}.attention.query_key_value",
+            "linear heads",
+        ),
+        linear(f"{ATTENTION}.wo", f"{NEOX_LAYER}.attention.dense"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{NEOX_LAYER}.post_attention_layernorm"),
+        linear(f"{FEED_FORWARD}.w_in", f"{NEOX_LAYER}.mlp.dense_h_to_4h"),
+        linear(f"{FEED_FORWARD}.w_out", f"{NEOX_LAYER}.mlp.dense_4h_to_h"),
+        norm("decoder.norm", "gpt_neox.final_layer_norm"),
+        linear("output.w", "embed_out"),
+    ),
+    prefix="gpt_neox.",
+    ignored=(r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$"),
+    special={"bos_token_id": 0, "eos_token_id": 2},
+    aliases=((r"^lm_head\.", "embed_out."),),
+)
+
+CLASSIC_DECODERS = (GPT2, GPT_NEOX)
