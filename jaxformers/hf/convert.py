@@ -50,7 +50,7 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
     a = read_settings(family, config, stored)
     check_counts(a, len(stored.names))
     origin = read_origin(directory, config, family, a.vocab_size)
-    plan = Plan.of(family, abstract(a, classes[family.shape]))
+    plan = Plan.of(family, abstract(a, classes[family.shape]), a)
     plan.check(stored)
     arrays = read_arrays(plan, stored, dtype, sharding)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
@@ -135,7 +135,8 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
     Raises:
         ValueError: if an entry has the wrong type or a meaning that is not handled.
     """
-    config, fields = Config(entries, tensors), {"shape": family.shape}
+    config = Config(entries, tensors)
+    fields: dict[str, Any] = {"shape": family.shape}
     for setting in family.settings:
         setting.read(config, fields)
     unknown = config.unknown()
@@ -177,8 +178,8 @@ class Plan:
         self.rules = rules
 
     @classmethod
-    def of(cls, family: Family, model: Any) -> "Plan":
-        """The family's rules for the arrays that this model has.
+    def of(cls, family: Family, model: Any, a: Architecture) -> "Plan":
+        """The family's rules for the arrays that this model has, which is of the architecture `a`.
 
         Raises:
             ValueError: if it has an array that the family has no tensor for.
@@ -191,6 +192,8 @@ class Plan:
         )
         rules = []
         for rule in family.weights:
+            if rule.when is not None and not rule.when(a):
+                continue
             layered = any("{i}" in name for name in rule.ours)
             for i in range(layers if layered else 1):
                 at = rule.at(i)
@@ -204,7 +207,7 @@ class Plan:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the file and their shapes."""
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for rule in self.rules:
             shapes = tensor_shapes(rule, [self.leaves[path].shape for path in rule.ours])
             found |= dict(zip(rule.theirs, shapes, strict=True))
@@ -369,7 +372,7 @@ def _tensors(plan: Plan, arrays: Mapping[str, jax.Array], config: Mapping[str, A
     """For each tensor its name, shape, dtype, and a function that makes it."""
     shapes, listed = plan.shapes(), []
     family = plan.family
-    bare = config["architectures"][:1] == [family.classes.get("base")]
+    bare = config.get("architectures") == [family.classes.get("base")]
     for rule in plan.rules:
         for j, name in enumerate(rule.theirs):
 
@@ -451,14 +454,15 @@ def fit(
     Raises:
         ValueError: if the family has no words for something in the model.
     """
-    plan = Plan.of(family, model)
+    plan = Plan.of(family, model, a)
     named = Named(plan)
     if entries and not differences(family, entries, named, a):
         return plan, entries
-    config = {**entries, "model_type": family.model_type}
+    # The class's own special tokens are another vocabulary's.
+    config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
     for setting in family.settings:
         setting.write(a, config)
-    config["architectures"] = [family.classes[_role(a, family)]]
+    config["architectures"] = [_class(a, family)]
     different = differences(family, config, named, a)
     if different:
         raise ValueError(f"it has no words for {', '.join(different)}.")
@@ -477,8 +481,14 @@ def differences(
     ]
 
 
-def _role(a: Architecture, family: Family) -> str:
+def _class(a: Architecture, family: Family) -> str:
     """Which of the family's classes the model is."""
+    role = "output" if a.output else "base"
     if a.labels is not None:
-        return "tokens" if a.classifier == "none" else "sequence"
-    return "output" if a.output else "base"
+        role = "tokens" if a.classifier == "none" else "sequence"
+        role = "pretraining" if a.output else role
+        if role == "tokens" and a.classifier_transform is not None:
+            role = "discriminator" if "discriminator" in family.classes else role
+    if role not in family.classes:
+        raise ValueError(f"it has no class for a model with the heads of {role!r}.")
+    return family.classes[role]

@@ -5,8 +5,9 @@ an axis of heads. Some families fuse several maps into one tensor, or split one 
 of them move numbers without changing any, so that a round trip is equal bit by bit.
 """
 
+from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,12 +17,14 @@ Shape = tuple[int, ...]
 class Rule(NamedTuple):
     """One correspondence: arrays of ours, tensors of a file, and how they are laid out.
 
-    In names, `{i}` stands for a layer and `{e}` for an expert. Ours are paths into the model.
+    In names, `{i}` stands for a layer and `{e}` for an expert. Ours are paths into the model. Where
+    a family has several names for an array, `when` says of which architectures it is this one.
     """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     layout: str
+    when: Callable[[Any], bool] | None = None
 
     def at(self, i: int) -> "Rule":
         """The rule of layer i."""
@@ -29,7 +32,7 @@ class Rule(NamedTuple):
             tuple(name.replace("{i}", str(i)) for name in names)
             for names in (self.ours, self.theirs)
         )
-        return Rule(ours, theirs, self.layout)
+        return self._replace(ours=ours, theirs=theirs)
 
     def expand(self, shape: Shape) -> "Rule":
         """The rule with a tensor for each expert, where the first axis of ours counts them."""
@@ -98,15 +101,15 @@ def to_ours(rule: Rule, tensors: list[np.ndarray], shapes: list[Shape]) -> list[
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         case "linear heads":
             heads, width = first[1:]
-            parts = x.T.reshape(first[0], heads, len(shapes), width)
-            return [parts[:, :, j] for j in range(len(shapes))]
+            stacked = x.T.reshape(first[0], heads, len(shapes), width)
+            return [stacked[:, :, j] for j in range(len(shapes))]
         case "flat rows":
             cuts = np.cumsum([prod(shape) for shape in shapes])[:-1]
             return [p.reshape(s) for p, s in zip(np.split(x, cuts), shapes, strict=True)]
         case "flat heads":
             heads, width = first
-            parts = x.reshape(heads, len(shapes), width)
-            return [parts[:, j] for j in range(len(shapes))]
+            stacked = x.reshape(heads, len(shapes), width)
+            return [stacked[:, j] for j in range(len(shapes))]
         case "experts":
             return [np.stack([tensor.T for tensor in tensors])]
         case "experts stacked":

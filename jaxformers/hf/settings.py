@@ -5,6 +5,7 @@ writes fields back into keys. A file holds only what differs from its class's de
 setting knows the default of its family.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -99,6 +100,24 @@ class Setting(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config[self.key] = getattr(a, self.field)
+
+
+class Power(NamedTuple):
+    """One key for one field, which is a power of the number in the file."""
+
+    key: str
+    field: str
+    default: Any
+    exponent: float
+    kind: str = "positive"
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields[self.field] = config.get(self.key, self.default, self.kind) ** self.exponent
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        number = getattr(a, self.field) ** (1 / self.exponent)
+        whole = round(number)
+        config[self.key] = whole if math.isclose(number, whole, rel_tol=1e-9) else number
 
 
 class Named(NamedTuple):
@@ -268,14 +287,14 @@ class Heads(NamedTuple):
         fields["output"] = tensors.has(self.output)
         fields["pooler"] = bool(self.pooler) and tensors.has(self.pooler)
         if not fields["output"]:
-            names = ("tied", "logits_bias", "transform", "transform_bias")
-            for name in names:
+            for name in ("tied", "logits_bias", "transform", "transform_bias"):
                 fields.pop(name, None)
         if not tensors.has(self.classifier):
             return
         names = config.entries.get("architectures")
-        named = [x for x in names if isinstance(x, str)] if isinstance(names, list) else []
-        per_token = any(x.endswith("ForTokenClassification") for x in named)
+        per_token = isinstance(names, list) and any(
+            isinstance(x, str) and x.endswith("ForTokenClassification") for x in names
+        )
         fields["labels"] = tensors.shape(self.classifier)[0]
         fields |= self.tokens if per_token else self.sequence
 

@@ -12,7 +12,7 @@ def t5_attention(ours: str, theirs: str):
     return rules(*(linear(f"{ours}.w{x}", f"{theirs}.{x}") for x in "qkvo"))
 
 
-def t5_stack(stack: str, attentions: dict[str, str], feed_forward: int):
+def t5_stack(stack: str, attentions: dict[str, int], feed_forward: int):
     """One of T5's stacks: `attentions` are ours with their place in the block and their name."""
     ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.block.{{i}}.layer"
     parts = []
