@@ -148,8 +148,19 @@ class Architecture:
         for name, value in followers.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        scales = self.attention_scale
+        scales = scales if isinstance(scales, tuple) else (scales,)
+        scales = tuple(self.usual_scale if scale is None else scale for scale in scales)
+        object.__setattr__(self, "attention_scale", scales)
+        if self.layer_order == tuple(range(self.num_layers)):
+            object.__setattr__(self, "layer_order", None)
         for name in ("window", "rope", "attention_scale"):
             object.__setattr__(self, name, collapse(getattr(self, name)))
+
+    @property
+    def usual_scale(self) -> float:
+        """The `attention_scale` of most, `1 / sqrt(head_dim)`, which stands in place of None."""
+        return (self.head_dim or 1) ** -0.5
 
     def layer(self, name: str, i: int) -> Any:
         """A field that may differ between layers, of layer i."""
@@ -264,7 +275,11 @@ def _pieces(a: Architecture, init: Initializer) -> Pieces:
 
 
 def _layer_pieces(a: Architecture, i: int) -> Pieces:
-    pieces = Pieces(window=a.layer("window", i), attention_scale=a.layer("attention_scale", i))
+    scale = a.layer("attention_scale", i)
+    pieces = Pieces(
+        window=a.layer("window", i),
+        attention_scale=None if scale == a.usual_scale else scale,
+    )
     if a.position == "rope":
         rope = a.layer("rope", i)
         pieces["position"] = None if rope is None else RotaryPositionalEncoding(*rope)

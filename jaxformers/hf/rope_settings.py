@@ -99,11 +99,14 @@ class Rotary(NamedTuple):
         theta: the base where the file names none.
         interleaved: whether pairs of features lie beside each other.
         partial: the share of a head's features that turn, where the file names none.
-        partial_key, theta_key: what the file calls them outside of the dictionaries.
+        partial_key, theta_key: what the file calls them outside of the dictionaries; without a
+            `partial_key` all features turn.
         sliding_theta, sliding_theta_key: the same for layers that slide, where those differ.
         unscaled_sliding: whether layers that slide are left out of the scaling.
         without: layers without rotary positions: FULL, or a key that lists 1 for those with.
         dim_key: a key that gives the number of features that turn (GPT-J).
+        max_length: the longest sequence of the training, where the file names none.
+        original_length: that before the training for longer ones, if the file has a key for it.
     """
 
     theta: float = 10000.0
@@ -117,6 +120,7 @@ class Rotary(NamedTuple):
     without: str | None = None
     dim_key: str | None = None
     max_length: int = 2048
+    original_length: int | None = None
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         layers = fields["num_layers"]
@@ -151,32 +155,34 @@ class Rotary(NamedTuple):
         parameters, nested = self._parameters(config, kind)
         theta = config.get(theta_key, default, "positive") if theta_key else default
         theta = _number(parameters, "rope_theta", theta)
-        share = self.partial
-        if self.partial_key is not None:
-            share = config.get(self.partial_key, self.partial, "positive")
+        key = self.partial_key or "partial_rotary_factor"
+        share = config.get(key, self.partial, "positive")
         share = _number(parameters, "partial_rotary_factor", share)
+        if self.partial_key is None and share != 1.0:
+            raise ValueError(f"config.json: {key} must be 1 in this family, got {share}.")
         head_dim = fields.get("head_dim") or fields["d_model"] // fields["num_heads"]
         dim = int(head_dim * share)
         if self.dim_key is not None:
             dim = config.get(self.dim_key, 64, "size", optional=True) or head_dim
         unscaled = kind == SLIDING and self.unscaled_sliding and not nested
-        scaling = None if unscaled else _scaling(config, parameters, self.max_length)
+        lengths = self.max_length, self.original_length
+        scaling = None if unscaled else _scaling(config, parameters, *lengths)
         return Rope(theta, dim, self.interleaved, scaling)
 
     def _parameters(self, config: Config, kind: str) -> tuple[dict[str, Any], bool]:
         """What the file says of one type of layer, and whether it says so for that type alone."""
-        both = config.get("rope_parameters", None, "dict", optional=True)
+        both = config.get("rope_parameters", None, "dict", optional=True) or {}
         older = config.get("rope_scaling", None, "dict", optional=True)
-        if both is None:
-            return older or {}, False
-        if FULL in both or SLIDING in both:
-            own = both.get(kind)
-            if own is not None and not isinstance(own, dict):
-                raise ValueError(
-                    f"config.json: rope_parameters must hold objects, got {own!r:.80}."
-                )
-            return own or {}, True
-        return both, False
+        if older:
+            return {} if kind == SLIDING and self.unscaled_sliding else older, False
+        if FULL not in both and SLIDING not in both:
+            if both and self.sliding_theta is not None:
+                config.refuse("rope_parameters", "it must say which layers are meant.")
+            return both, False
+        own = both.get(kind)
+        if own is not None and not isinstance(own, dict):
+            raise ValueError(f"config.json: rope_parameters must hold objects, got {own!r:.80}.")
+        return own or {}, True
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         ropes = [a.layer("rope", i) for i in range(a.num_layers)]
@@ -192,17 +198,26 @@ class Rotary(NamedTuple):
         full = full or sliding
         if full is None:
             raise ValueError("no layer has rotary positions.")
-        for key in ("rope_parameters", "rope_scaling"):
+        for key in ("rope_parameters", "rope_scaling", "original_max_position_embeddings"):
             config.pop(key, None)
         config[self.theta_key] = full.theta
         if self.partial_key is not None:
-            config[self.partial_key] = full.dim / (a.head_dim or 1)
+            config[self.partial_key] = _share(full.dim, a.head_dim or 1)
         if self.dim_key is not None:
             config[self.dim_key] = full.dim
         if full.scaling is not None:
             config["rope_scaling"] = _written(full.scaling)
+        original = getattr(full.scaling, "original_length", None)
         if isinstance(full.scaling, DynamicScaling):
-            config["max_position_embeddings"] = full.scaling.original_length
+            config["max_position_embeddings"] = original
+        elif self.original_length is not None and original is not None:
+            config["original_max_position_embeddings"] = original
+
+
+def _share(dim: int, head_dim: int) -> float:
+    """The share of a head that `dim` features are; times the whole and rounded down, it is that."""
+    share = dim / head_dim
+    return share if int(head_dim * share) == dim else math.nextafter(share, math.inf)
 
 
 def _one(ropes: list[Rope]) -> Rope | None:
@@ -248,7 +263,9 @@ _ALWAYS = {
 }
 
 
-def _scaling(config: Config, parameters: Mapping[str, Any], max_length: int) -> Any:
+def _scaling(
+    config: Config, parameters: Mapping[str, Any], max_length: int, original_length: int | None
+) -> Any:
     """The scaling that a dictionary of the file describes, or None."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = {"su": "longrope"}.get(kind, kind) if isinstance(kind, str) else kind
@@ -262,7 +279,7 @@ def _scaling(config: Config, parameters: Mapping[str, Any], max_length: int) -> 
             f"config.json: the rope has settings that are not handled: {sorted(unknown)}."
         )
     longest = config.get("max_position_embeddings", max_length, "size")
-    own = config.get("original_max_position_embeddings", None, "size", optional=True)
+    own = config.get("original_max_position_embeddings", original_length, "size", optional=True)
     original = own or int(_number(parameters, "original_max_position_embeddings", longest))
     factor = _number(parameters, "factor", longest / original)
     match kind:
