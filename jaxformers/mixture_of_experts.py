@@ -1,0 +1,206 @@
+"""A feed-forward made of many, of which each token meets a few.
+
+The letters of shapes are those of `attention.py`, and e experts, k experts of one token.
+"""
+
+import copy
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformers.activations import silu
+from jaxformers.checks import check_flag, check_key, check_size
+from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.layers import GatedFeedForward, as_module, linear, split_key
+
+
+class MixtureOfExperts(eqx.Module):
+    """Gated feed-forwards side by side; a router sends each token through the k best for it.
+
+    The output is their sum, weighted by the router's probabilities. A model then has the weights
+    of all experts and the cost of k. Every token gets all of its k experts, however many others
+    want the same ones (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
+
+    Arguments:
+        d_model: width of input and output.
+        d_ff: width inside one expert.
+        num_experts: number of experts e.
+        top_k: how many of them a token meets.
+        activation: applied to the gates, SiLU.
+        renormalise: whether the weights of the k are scaled to sum to 1, True as in Mixtral.
+        shared_d_ff: width of one more expert that all tokens meet, times a trained gate in (0, 1)
+            (Qwen2-MoE); None, the default, is without.
+        use_bias: must be False, the default: experts have no biases.
+        init: how the router, `w_gate` and `w_up` are drawn.
+        residual_init: how `w_down` is drawn, as `init` unless given.
+        key: PRNG key, required.
+
+    Raises:
+        ValueError: if a size is not a positive integer, `top_k` is above `num_experts`, biases are
+            asked for, or there is no key.
+
+    Example:
+        >>> MixtureOfExperts(64, 96, 8, 2, key=jax.random.key(0))(jnp.ones((2, 10, 64))).shape
+        (2, 10, 64)
+        >>> from functools import partial
+        >>> mixture = partial(MixtureOfExperts, num_experts=8, top_k=2)
+        >>> model = TransformerLM(65, feed_forward=mixture, key=key)
+    """
+
+    router: Float[Array, "d e"]
+    w_gate: Float[Array, "e d f"]
+    w_up: Float[Array, "e d f"]
+    w_down: Float[Array, "e f d"]
+    shared_expert: GatedFeedForward | None
+    w_shared_gate: Float[Array, "d 1"] | None
+    activation: Callable
+    top_k: int = eqx.field(static=True)
+    renormalise: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        top_k: int,
+        activation: Callable = silu,
+        renormalise: bool = True,
+        shared_d_ff: int | None = None,
+        *,
+        use_bias: bool = False,
+        init: Initializer = xavier_uniform,
+        residual_init: Initializer | None = None,
+        key: PRNGKeyArray | None = None,
+    ):
+        check_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k)
+        check_flag(use_bias=use_bias, renormalise=renormalise)
+        _check_experts(num_experts, top_k, use_bias)
+        keys = split_key(check_key(key), 6)
+        inner, outer = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
+        self.router = init(keys[0], (d_model, num_experts), d_model, num_experts)
+        self.w_gate = init(keys[1], inner, d_model, d_ff)
+        self.w_up = init(keys[2], inner, d_model, d_ff)
+        self.w_down = (residual_init or init)(keys[3], outer, d_ff, d_model)
+        self.activation = as_module(activation)
+        self.shared_expert = self.w_shared_gate = None
+        if shared_d_ff is not None:
+            check_size(shared_d_ff=shared_d_ff)
+            # Copied, as an activation may have weights, and no array may be there twice.
+            self.shared_expert = GatedFeedForward(
+                d_model,
+                shared_d_ff,
+                copy.deepcopy(self.activation),
+                use_bias=False,
+                init=init,
+                residual_init=residual_init,
+                key=keys[4],
+            )
+            self.w_shared_gate = init(keys[5], (d_model, 1), d_model, 1)
+        self.top_k = int(top_k)
+        self.renormalise = bool(renormalise)
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[-1]
+
+    # Compiled here: the loop over blocks would be compiled anew in each call outside of a `jit`.
+    @eqx.filter_jit
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, experts = self.route(rows)
+        outputs = self._through_experts(rows, experts).astype(jnp.float32)
+        y = jnp.einsum("tk,tkd->td", weights, outputs).astype(x.dtype)
+        if self.shared_expert is not None and self.w_shared_gate is not None:
+            gate = jax.nn.sigmoid(linear(rows, self.w_shared_gate))
+            y = y + gate * self.shared_expert(rows)
+        return y.reshape(x.shape)
+
+    def route(
+        self, x: Float[Array, "*b d"]
+    ) -> tuple[Float[Array, "*b {self.top_k}"], Int[Array, "*b {self.top_k}"]]:
+        """Weights (in float32) and indices of the experts of each token, `(..., k)`, best first."""
+        weights, experts = lax.top_k(self._probabilities(x), self.top_k)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return weights, experts
+
+    def load_balancing_loss(self, x: Float[Array, "*b d"]) -> Float[Array, ""]:
+        """What to add to a loss, times 0.01 or so, that all experts may be used alike.
+
+        `e * sum_i share_i * probability_i` with the share of the tokens that meet expert i and its
+        mean probability; k where tokens spread evenly, more where they crowd (Fedus et al. 2022,
+        Switch Transformers, section 2.2; for k > 1 as in Mixtral).
+
+        Arguments:
+            x: inputs of this module, `(..., d_model)`; leave out those of padding.
+
+        Example:
+            >>> mixture = MixtureOfExperts(16, 32, 4, 2, key=key)
+            >>> loss = 0.01 * mixture.load_balancing_loss(x)
+        """
+        probabilities = self._probabilities(x).reshape(-1, self.num_experts)
+        _, experts = lax.top_k(probabilities, self.top_k)
+        counts = jnp.bincount(experts.reshape(-1), length=self.num_experts)
+        shares = counts.astype(jnp.float32) / len(probabilities)
+        return self.num_experts * (shares * probabilities.mean(0)).sum()
+
+    def _probabilities(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+        return jax.nn.softmax(linear(x, self.router).astype(jnp.float32))
+
+    def _through_experts(
+        self, rows: Float[Array, "t d"], experts: Int[Array, "t k"]
+    ) -> Float[Array, "t k d"]:
+        """What each of a token's experts makes of it.
+
+        The pairs of token and expert are sorted into blocks of one expert each, filled up with
+        zeros. One matrix product per block then costs what is needed, with any routing, and loads
+        only the experts that are used. (On CPU `lax.ragged_dot` puts every row through every
+        expert.)
+        """
+        size, slots, block_experts = _blocks(experts.reshape(-1), self.num_experts)
+        d = rows.shape[-1]
+        blocks = jnp.zeros((len(block_experts) * size, d), rows.dtype)
+        pairs = jnp.repeat(rows, self.top_k, axis=0)
+        blocks = blocks.at[slots].set(pairs, unique_indices=True).reshape(-1, size, d)
+
+        def through_one(block_and_expert):
+            block, i = block_and_expert
+            hidden = self.activation(block @ self.w_gate[i]) * (block @ self.w_up[i])
+            return checkpoint_name(hidden, "feed_forward") @ self.w_down[i]
+
+        # Without the policy the backward pass would keep a copy of the weights for each block.
+        policy = jax.checkpoint_policies.dots_saveable
+        outputs = lax.map(jax.checkpoint(through_one, policy=policy), (blocks, block_experts))
+        return outputs.reshape(-1, d)[slots].reshape(*experts.shape, d)
+
+
+def _blocks(
+    experts: Int[Array, " pairs"], num_experts: int
+) -> tuple[int, Int[Array, " pairs"], Int[Array, " blocks"]]:
+    """The size of a block, the slot of each pair in the row of blocks, and each block's expert."""
+    pairs = len(experts)
+    # Large enough for a fast product; small enough that the blocks left unfilled cost little.
+    size = max(1, min(128, pairs // num_experts))
+    # As many as can be needed, where each expert that is used has a last block with one row.
+    num_blocks = (pairs + min(num_experts, pairs) * (size - 1)) // size
+    counts = jnp.bincount(experts, length=num_experts)
+    blocks = -(-counts // size)
+    shift = (jnp.cumsum(blocks) - blocks) * size - (jnp.cumsum(counts) - counts)
+    slots = jnp.argsort(jnp.argsort(experts)) + shift[experts]
+    indices = jnp.arange(num_experts)
+    return size, slots, jnp.repeat(indices, blocks, total_repeat_length=num_blocks)
+
+
+def _check_experts(num_experts: int, top_k: int, use_bias: bool) -> None:
+    if top_k > num_experts:
+        raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}.")
+    if use_bias:
+        raise ValueError(
+            "experts have no biases, got use_bias=True. Pass use_bias=False; attention has its own "
+            "use_qkv_bias and use_out_bias."
+        )
