@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,12 @@ class Stored:
         del self.names[copy]
         return True
 
+    def choose(self, names: Sequence[str], name: str) -> None:
+        """Keep the first of these tensors that is there, under the last argument's name."""
+        found = [self.names.pop(x) for x in names if x in self.names]
+        if found:
+            self.names[name] = found[0]
+
     def _equal(self, name: str, other: str) -> bool:
         same_type = self.dtype(name) == self.dtype(other)
         return same_type and bool((self.read(name) == self.read(other)).all())
@@ -153,7 +159,7 @@ def check_counts(a: Architecture, tensors: int) -> None:
     """Raise before anything is built of a config.json that asks for more than its file can hold."""
     counts = {"layers": a.num_layers, "decoder layers": a.num_decoder_layers, "experts": a.experts}
     for what, count in counts.items():
-        if count is not None and a.layer_order is None and count > tensors:
+        if count is not None and count > tensors:
             raise ValueError(
                 f"config.json asks for {count} {what}, the file has {tensors} tensors."
             )
@@ -421,6 +427,9 @@ class Named:
 
     def merge(self, copy: str, of: str) -> bool:
         return not self.has(copy)
+
+    def choose(self, names: Sequence[str], name: str) -> None:
+        pass  # they have their names already
 
 
 def describe_for_file(model: Any) -> tuple[Plan, dict[str, Any]]:

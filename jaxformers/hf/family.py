@@ -1,6 +1,6 @@
 """What a family's table consists of."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxformers.hf.layouts import Rule
@@ -13,7 +13,8 @@ class Family(NamedTuple):
         model_type: its name in config.json.
         shape: "lm", "seq2seq" or "encoder".
         classes: the class of transformers for a model with an output layer ("output"), without
-            one ("base"), with a classifier of sequences ("sequence") or of tokens ("tokens").
+            one ("base"), with a classifier of sequences ("sequence") or of tokens ("tokens"; with
+            a dense layer before it "discriminator"), with both ("pretraining").
         settings: how config.json relates to an `Architecture`, read in this order.
         weights: how tensors relate to arrays.
         prefix: what names begin with in files of whole models and not in those of bare ones.
@@ -76,6 +77,11 @@ def norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
 def same(ours: str, theirs: str) -> tuple[Rule]:
     """A tensor of the same shape."""
     return (Rule((ours,), (theirs,), "same"),)
+
+
+def when(condition: Callable[[Any], bool], *groups: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Rules that hold for the architectures of which the condition is true."""
+    return tuple(rule._replace(when=condition) for rule in rules(*groups))
 
 
 def rules(*groups: Iterable[Rule]) -> tuple[Rule, ...]:

@@ -6,7 +6,7 @@ setting knows the default of its family.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxformers.hf.architecture import Architecture
@@ -20,6 +20,7 @@ class Tensors(Protocol):
     def has(self, name: str) -> bool: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def merge(self, copy: str, of: str) -> bool: ...
+    def choose(self, names: Sequence[str], name: str) -> None: ...
 
 
 class Config:
@@ -220,16 +221,18 @@ class Tied(NamedTuple):
     """Whether the output layer shares the token table: decided by what is in the file.
 
     One tensor of the two is a tied model, unless config.json says that it is not and then one is
-    missing. Two that differ are two, whatever config.json says.
+    missing; in families where it has no say (`by_file`) even then. Two that differ are two,
+    whatever config.json says.
     """
 
     default: bool
     head: str = "lm_head.weight"
     table: str = "model.embed_tokens.weight"
     key: str = "tie_word_embeddings"
+    by_file: bool = False
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        says = config.get(self.key, self.default, "flag")
+        says = config.get(self.key, self.default, "flag") or self.by_file
         fields["tied"] = says and config.tensors.merge(self.head, self.table)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
@@ -263,42 +266,3 @@ class Derived(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         pass  # checked when what was written is read again
-
-
-class Heads(NamedTuple):
-    """What stands on an encoder, told from the tensors that are there.
-
-    Arguments:
-        output: a tensor that only the masked-LM head has.
-        pooler: one that only the pooler has; "" is none in this family.
-        classifier: the last map of the classifier, whose rows are the classes.
-        sequence: fields of a classifier of sequences.
-        tokens: fields of a classifier of tokens, where `architectures` names one.
-    """
-
-    output: str
-    pooler: str
-    classifier: str
-    sequence: Mapping[str, Any]
-    tokens: Mapping[str, Any] = {"classifier": "none"}
-
-    def read(self, config: Config, fields: dict[str, Any]) -> None:
-        tensors = config.tensors
-        fields["output"] = tensors.has(self.output)
-        fields["pooler"] = bool(self.pooler) and tensors.has(self.pooler)
-        if not fields["output"]:
-            for name in ("tied", "logits_bias", "transform", "transform_bias"):
-                fields.pop(name, None)
-        if not tensors.has(self.classifier):
-            return
-        names = config.entries.get("architectures")
-        per_token = isinstance(names, list) and any(
-            isinstance(x, str) and x.endswith("ForTokenClassification") for x in names
-        )
-        fields["labels"] = tensors.shape(self.classifier)[0]
-        fields |= self.tokens if per_token else self.sequence
-
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        if a.labels is not None:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(a.labels)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(a.labels)}

@@ -1,27 +1,55 @@
 """Encoder-only families."""
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.settings import Derived, Fixed, Heads, Kept, Named, Only, Setting, Tied
+from jaxformers.hf.encoder_settings import Heads, OutputBias
+from jaxformers.hf.family import Family, linear, norm, rules, same, when
+from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Setting, Tied
 
 LAYER = "encoder.layers.{i}"
 ATTENTION = f"{LAYER}.attention"
 TABLE = "embedding.token_embedding.weight"
+IGNORED = (r"\.position_ids$",)
+# Older files have TensorFlow's names for the two halves of a norm.
+ALIASES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+
+# Classifiers by pooling: of sequences by BERT's pooler, of sequences by their first token after a
+# dense layer, and of tokens.
+POOLED, PER_TOKEN = {"classifier": "pooler"}, {"classifier": "none"}
+
+
+def first(activation: str) -> dict[str, str]:
+    return {"classifier": "first", "classifier_transform": activation}
+
+
+def classes(name: str, **more: str) -> dict[str, str]:
+    """The names of a family's classes, which all end in the same way."""
+    return {
+        "output": f"{name}ForMaskedLM",
+        "base": f"{name}Model",
+        "sequence": f"{name}ForSequenceClassification",
+        "tokens": f"{name}ForTokenClassification",
+        **more,
+    }
+
 
 # Devlin et al. 2019. The layers of RoBERTa, ELECTRA and others have the same names.
-BERT_SETTINGS = (
+SIZES = (
     Setting("vocab_size", "vocab_size", 30522),
     Setting("hidden_size", "d_model", 768),
     Setting("num_hidden_layers", "num_layers", 12, "layers"),
     Setting("num_attention_heads", "num_heads", 12),
     Setting("intermediate_size", "d_ff", 3072),
-    Setting("max_position_embeddings", "max_seq_length", 512),
     Setting("type_vocab_size", "token_types", 2),
     Setting("layer_norm_eps", "norm_eps", 1e-12, "positive"),
     Setting("hidden_dropout_prob", "dropout", 0.1, "number"),
     Setting("attention_probs_dropout_prob", "attention_dropout", 0.1, "number"),
     Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
+)
+POSITIONS = (Setting("max_position_embeddings", "max_seq_length", 512),)
+BERT_LIKE = (
     Only("position_embedding_type", ("absolute",), "absolute"),
+    Only("is_decoder", (False,), False),
+    Only("add_cross_attention", (False,), False),
     Fixed(
         {
             **{"position": "learned", "placement": "post", "final_norm": False},
@@ -30,61 +58,87 @@ BERT_SETTINGS = (
         }
     ),
 )
-BERT_EMBEDDINGS = rules(
-    same(TABLE, "bert.embeddings.word_embeddings.weight"),
-    same("embedding.position.weight", "bert.embeddings.position_embeddings.weight"),
-    same("embedding.type_embedding.weight", "bert.embeddings.token_type_embeddings.weight"),
-    norm("embedding.norm", "bert.embeddings.LayerNorm"),
-)
-BERT_LAYER = "bert.encoder.layer.{i}"
-BERT_LAYERS = rules(
-    linear(f"{ATTENTION}.wq", f"{BERT_LAYER}.attention.self.query"),
-    linear(f"{ATTENTION}.wk", f"{BERT_LAYER}.attention.self.key"),
-    linear(f"{ATTENTION}.wv", f"{BERT_LAYER}.attention.self.value"),
-    linear(f"{ATTENTION}.wo", f"{BERT_LAYER}.attention.output.dense"),
-    norm(f"{LAYER}.attention_residual.norm", f"{BERT_LAYER}.attention.output.LayerNorm"),
-    linear(f"{LAYER}.feed_forward.w_in", f"{BERT_LAYER}.intermediate.dense"),
-    linear(f"{LAYER}.feed_forward.w_out", f"{BERT_LAYER}.output.dense"),
-    norm(f"{LAYER}.feed_forward_residual.norm", f"{BERT_LAYER}.output.LayerNorm"),
-)
-# The next-sentence head is left out; older files have the masked-LM bias under two names.
-BERT_IGNORED = (r"\.position_ids$", r"^cls\.seq_relationship\.")
+
+
+def embeddings(name: str):
+    """The tables and the norm at the entrance of the model that files call `name`."""
+    return rules(
+        same(TABLE, f"{name}.embeddings.word_embeddings.weight"),
+        same("embedding.position.weight", f"{name}.embeddings.position_embeddings.weight"),
+        same("embedding.type_embedding.weight", f"{name}.embeddings.token_type_embeddings.weight"),
+        norm("embedding.norm", f"{name}.embeddings.LayerNorm"),
+    )
+
+
+def layers(name: str):
+    """The layers and the pooler of the model that files call `name`."""
+    layer = f"{name}.encoder.layer.{{i}}"
+    return rules(
+        linear(f"{ATTENTION}.wq", f"{layer}.attention.self.query"),
+        linear(f"{ATTENTION}.wk", f"{layer}.attention.self.key"),
+        linear(f"{ATTENTION}.wv", f"{layer}.attention.self.value"),
+        linear(f"{ATTENTION}.wo", f"{layer}.attention.output.dense"),
+        norm(f"{LAYER}.attention_residual.norm", f"{layer}.attention.output.LayerNorm"),
+        linear(f"{LAYER}.feed_forward.w_in", f"{layer}.intermediate.dense"),
+        linear(f"{LAYER}.feed_forward.w_out", f"{layer}.output.dense"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{layer}.output.LayerNorm"),
+        linear("pooler.w", f"{name}.pooler.dense"),
+    )
+
+
+def masked_lm(head: str, dense: str, layer_norm: str):
+    """A masked-LM head that has a bias of its own beside that of the map to the vocabulary."""
+    weight, bias = linear("output.w", f"{head}.decoder")
+    [_, alone] = linear("output.w", head)
+    return rules(
+        linear("output.transform.w", f"{head}.{dense}"),
+        norm("output.transform.norm", f"{head}.{layer_norm}"),
+        [weight],
+        when(lambda a: a.tied, [alone]),
+        when(lambda a: not a.tied, [bias]),
+    )
+
+
+def masked_lm_settings(head: str, name: str):
+    """Whether the map to the vocabulary of such a head is the token table."""
+    return (
+        Tied(True, f"{head}.decoder.weight", f"{name}.embeddings.word_embeddings.weight"),
+        OutputBias(f"{head}.bias", f"{head}.decoder.bias"),
+    )
+
 
 BERT = Family(
     model_type="bert",
     shape="encoder",
-    classes={
-        "output": "BertForMaskedLM",
-        "base": "BertModel",
-        "sequence": "BertForSequenceClassification",
-        "tokens": "BertForTokenClassification",
-    },
+    classes=classes("Bert", pretraining="BertForPreTraining"),
     settings=(
-        *BERT_SETTINGS,
-        Tied(True, "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        *SIZES,
+        *POSITIONS,
+        *BERT_LIKE,
+        *masked_lm_settings("cls.predictions", "bert"),
         Derived("transform", lambda fields: fields["activation"]),
         Heads(
             output="cls.predictions.transform.dense.weight",
             pooler="bert.pooler.dense.weight",
-            classifier="classifier.weight",
-            sequence={"classifier": "pooler"},
+            sequence={"classifier.weight": POOLED, "cls.seq_relationship.weight": POOLED},
+            tokens={"classifier.weight": PER_TOKEN},
         ),
-        Kept(("gradient_checkpointing", "use_cache")),
+        # How the first multilingual files describe the pooler that all of them have.
+        Kept(("directionality", "pooler_type", "pooler_fc_size", "pooler_size_per_head")),
+        Kept(("pooler_num_attention_heads", "pooler_num_fc_layers")),
     ),
     weights=rules(
-        BERT_EMBEDDINGS,
-        BERT_LAYERS,
-        linear("pooler.w", "bert.pooler.dense"),
-        linear("output.transform.w", "cls.predictions.transform.dense"),
-        norm("output.transform.norm", "cls.predictions.transform.LayerNorm"),
-        linear("output.w", "cls.predictions.decoder")[:1],
-        linear("output.w", "cls.predictions")[1:],
-        linear("classifier.out.w", "classifier"),
+        embeddings("bert"),
+        layers("bert"),
+        masked_lm("cls.predictions", "transform.dense", "transform.LayerNorm"),
+        when(lambda a: not a.output, linear("classifier.out.w", "classifier")),
+        # Whether one sentence follows another, trained together with the masked-LM head.
+        when(lambda a: a.output, linear("classifier.out.w", "cls.seq_relationship")),
     ),
     prefix="bert.",
-    ignored=BERT_IGNORED,
-    copies=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
-    aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    ignored=IGNORED,
+    special={"pad_token_id": 0},
+    aliases=ALIASES,
 )
 
 ENCODERS = (BERT,)
