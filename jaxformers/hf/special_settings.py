@@ -28,16 +28,18 @@ class LayerScale(NamedTuple):
 class GatedName(NamedTuple):
     """T5's name for its feed-forward: an activation, with `gated-` before it or not."""
 
+    default: str
+
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        name = config.get("feed_forward_proj", "relu", "text")
+        name = config.get("feed_forward_proj", self.default, "text")
         if name not in _T5_FEED_FORWARDS:
             config.refuse("feed_forward_proj", f"it must be one of {', '.join(_T5_FEED_FORWARDS)}.")
         fields["gated"], fields["activation"] = _T5_FEED_FORWARDS[name]
-        # Version 5 of transformers spells out what follows.
+        # Newer files spell out what follows.
         own = config.get("dense_act_fn", None, "text", optional=True)
         if own is not None:
             if own not in ACTIVATION_NAMES:
-                config.refuse("dense_act_fn", "it is no activation that we have.")
+                config.refuse("dense_act_fn", f"it must be one of {', '.join(ACTIVATION_NAMES)}.")
             fields["activation"] = ACTIVATION_NAMES[own]
         gated = config.get("is_gated_act", fields["gated"], "flag")
         if gated != fields["gated"]:
@@ -55,14 +57,10 @@ class GatedName(NamedTuple):
 
 
 _T5_FEED_FORWARDS = {
-    "relu": (False, "relu"),
-    "gelu": (False, "gelu"),
-    "gelu_new": (False, "gelu_tanh"),
-    "silu": (False, "silu"),
-    # transformers takes GPT-2's GELU for the gated one, whatever its name says.
+    **{name: (False, activation) for name, activation in ACTIVATION_NAMES.items()},
+    **{f"gated-{name}": (True, activation) for name, activation in ACTIVATION_NAMES.items()},
+    # transformers takes GPT-2's GELU here, whatever the name says.
     "gated-gelu": (True, "gelu_tanh"),
-    "gated-silu": (True, "silu"),
-    "gated-relu": (True, "relu"),
 }
 
 
@@ -70,11 +68,10 @@ class T5Scale(NamedTuple):
     """Whether hidden states are scaled by `d_model^-0.5` before the output layer (T5 v1.0)."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
+        # Files of transformers 4 say it by whether the output layer is tied.
         tied = config.get("tie_word_embeddings", True, "flag")
         on = config.get("scale_decoder_outputs", tied, "flag")
         fields["logits_scale"] = fields["d_model"] ** -0.5 if on else 1.0
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config["scale_decoder_outputs"] = a.logits_scale != 1.0
-        # Version 4 reads the scale from this; whether two tables are one it sees in the file.
-        config["tie_word_embeddings"] = a.logits_scale != 1.0

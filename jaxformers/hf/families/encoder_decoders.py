@@ -39,20 +39,27 @@ def t5_stack(stack: str, attentions: dict[str, int], feed_forward: int):
     )
 
 
-T5_SETTINGS = (
-    Setting("d_model", "d_model", 512),
-    Setting("d_kv", "head_dim", 64),
-    Setting("d_ff", "d_ff", 2048),
-    Setting("num_layers", "num_layers", 6, "layers"),
-    Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
-    Setting("num_heads", "num_heads", 8),
-    Setting("relative_attention_num_buckets", "t5_buckets", 32),
-    Setting("relative_attention_max_distance", "t5_distance", 128),
-    Setting("dropout_rate", "dropout", 0.1, "number"),
-    Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
-    Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
-    GatedName(),
-)
+def t5_settings(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, feed_forward: str):
+    """What T5 and its successors have in common, with a family's defaults."""
+    return (
+        Setting("vocab_size", "vocab_size", vocab_size),
+        Setting("d_model", "d_model", 512),
+        Setting("d_kv", "head_dim", 64),
+        Setting("d_ff", "d_ff", d_ff),
+        Setting("num_layers", "num_layers", num_layers, "layers"),
+        Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
+        Setting("num_heads", "num_heads", num_heads),
+        Setting("relative_attention_num_buckets", "t5_buckets", 32),
+        Setting("relative_attention_max_distance", "t5_distance", 128),
+        Setting("dropout_rate", "dropout", 0.1, "number"),
+        Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
+        Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
+        GatedName(feed_forward),
+        Kept(("initializer_factor", "n_positions", "output_past", "is_decoder")),
+        Tied(True, table="shared.weight", by_file=True),
+    )
+
+
 T5_WEIGHTS = rules(
     same(TARGET_TABLE, "shared.weight"),
     t5_stack("encoder", {"attention": 0}, 1),
@@ -62,24 +69,30 @@ T5_WEIGHTS = rules(
 T5_COPIES = tuple(
     (f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")
 )
-T5_SPECIAL = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+T5_IGNORED = (r"EncDecAttention\.relative_attention_bias",)
 
 # Raffel et al. 2020; v1.1 and Flan have gated feed-forwards and an output layer of their own.
 T5 = Family(
     model_type="t5",
     shape="seq2seq",
     classes={"output": "T5ForConditionalGeneration"},
-    settings=(
-        Setting("vocab_size", "vocab_size", 32128),
-        *T5_SETTINGS,
-        T5Scale(),
-        Tied(True, table="shared.weight"),
-        Kept(("initializer_factor", "n_positions", "output_past")),
-    ),
+    settings=(*t5_settings(32128, 2048, 6, 8, "relu"), T5Scale()),
     weights=T5_WEIGHTS,
     copies=T5_COPIES,
-    ignored=(r"EncDecAttention\.relative_attention_bias",),
-    special=T5_SPECIAL,
+    ignored=T5_IGNORED,
+    special={"pad_token_id": 0, "eos_token_id": 1},
 )
 
-ENCODER_DECODERS = (T5,)
+# Xue et al. 2021.
+MT5 = Family(
+    model_type="mt5",
+    shape="seq2seq",
+    classes={"output": "MT5ForConditionalGeneration"},
+    settings=t5_settings(250112, 1024, 8, 6, "gated-gelu"),
+    weights=T5_WEIGHTS,
+    copies=T5_COPIES,
+    ignored=T5_IGNORED,
+    special={"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+)
+
+ENCODER_DECODERS = (T5, MT5)
