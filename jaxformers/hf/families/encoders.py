@@ -1,7 +1,7 @@
 """Encoder-only families."""
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.encoder_settings import Heads, OutputBias
+from jaxformers.hf.encoder_settings import AfterPadding, Heads, OutputBias
 from jaxformers.hf.family import Family, linear, norm, rules, same, when
 from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Setting, Tied
 
@@ -45,6 +45,15 @@ SIZES = (
     Setting("attention_probs_dropout_prob", "attention_dropout", 0.1, "number"),
     Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
 )
+
+
+def sizes(**defaults):
+    """BERT's sizes with the defaults of another family."""
+    return tuple(
+        setting._replace(default=defaults.get(setting.key, setting.default)) for setting in SIZES
+    )
+
+
 POSITIONS = (Setting("max_position_embeddings", "max_seq_length", 512),)
 BERT_LIKE = (
     Only("position_embedding_type", ("absolute",), "absolute"),
@@ -107,6 +116,16 @@ def masked_lm_settings(head: str, name: str):
     )
 
 
+# A classifier of sequences with a dense layer has other names than one of tokens without.
+DENSE_CLASSIFIER = rules(
+    when(
+        lambda a: a.classifier == "first",
+        linear("classifier.transform.w", "classifier.dense"),
+        linear("classifier.out.w", "classifier.out_proj"),
+    ),
+    when(lambda a: a.classifier == "none", linear("classifier.out.w", "classifier")),
+)
+
 BERT = Family(
     model_type="bert",
     shape="encoder",
@@ -141,4 +160,44 @@ BERT = Family(
     aliases=ALIASES,
 )
 
-ENCODERS = (BERT,)
+
+def roberta(model_type: str, name: str, vocab_size: int) -> Family:
+    """RoBERTa and the models that differ from it in what they were trained on alone."""
+    return Family(
+        model_type=model_type,
+        shape="encoder",
+        classes=classes(name),
+        settings=(
+            *sizes(vocab_size=vocab_size),
+            *BERT_LIKE,
+            AfterPadding(),
+            *masked_lm_settings("lm_head", "roberta"),
+            # Its head has this GELU, whatever the layers have.
+            Fixed({"transform": "gelu"}),
+            Heads(
+                output="lm_head.dense.weight",
+                pooler="roberta.pooler.dense.weight",
+                sequence={"classifier.out_proj.weight": first("tanh")},
+                tokens={"classifier.weight": PER_TOKEN},
+            ),
+            Kept(("output_past",)),
+        ),
+        weights=rules(
+            embeddings("roberta"),
+            layers("roberta"),
+            masked_lm("lm_head", "dense", "layer_norm"),
+            DENSE_CLASSIFIER,
+        ),
+        prefix="roberta.",
+        ignored=IGNORED,
+        special={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+        aliases=ALIASES,
+    )
+
+
+# Liu et al. 2019; Conneau et al. 2020; Martin et al. 2020.
+ROBERTA = roberta("roberta", "Roberta", 50265)
+XLM_ROBERTA = roberta("xlm-roberta", "XLMRoberta", 30522)
+CAMEMBERT = roberta("camembert", "Camembert", 30522)
+
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)
