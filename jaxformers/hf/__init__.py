@@ -1,0 +1,1 @@
+"""Checkpoints and tokenizers of Hugging Face: read, verified and written back."""

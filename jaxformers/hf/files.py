@@ -1,0 +1,299 @@
+"""The files of a checkpoint: where they are, and their tensors, read and written one by one.
+
+A directory has model.safetensors, or several such files, the shards, and an index that says which
+tensor is in which. Pickles, which can run any code, are not opened.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxformers.checks import check_size
+from jaxformers.hf.json_file import read_json as read_json
+from jaxformers.hf.json_file import shorten
+from jaxformers.hf.safetensors_file import (
+    NAMES,
+    Stored,
+    Unsaved,
+    read_header,
+    read_tensor,
+    write_file,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_SHARD_NAME = re.compile(r"\w[\w .+-]*\.safetensors")
+_WRITTEN_HERE = re.compile(
+    r"model(-b)?-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors(\.index\.json)?"
+)
+
+_PICKLE = (
+    "A pickle is refused: opening it can run any code. If you trust it, convert it once: load it "
+    "in transformers with the class that config.json names under 'architectures', and call its "
+    "save_pretrained(directory), which writes safetensors."
+)
+_OTHER_FRAMEWORK = (
+    "Weights of Flax and TensorFlow are not read. transformers 4 converts them once: "
+    "from_pretrained(directory, from_flax=True) or from_tf=True, then save_pretrained(directory)."
+)
+_OTHER_NAME = (
+    "A file of all weights must have the first of these names, shards need their index, and an "
+    "adapter has to be merged into its model."
+)
+# What to say of weights that are there instead, by the ending of their names.
+_REASONS = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    **dict.fromkeys((".msgpack", ".h5"), _OTHER_FRAMEWORK),
+    ".safetensors": _OTHER_NAME,
+}
+
+
+def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path:
+    """The directory of a checkpoint, fetched from the Hugging Face hub if it is a name there.
+
+    Arguments:
+        path_or_hub_name: a directory, or "owner/name". A directory of that name comes first; what
+            can only be a path (a `Path`, "./name", "a/b/c") is not looked up on the hub.
+        patterns: what to fetch, such as `["*.json", "model*.safetensors"]`.
+
+    Raises:
+        ValueError: if there is no such directory, or the hub does not give it.
+        ImportError: if the hub is needed and `huggingface_hub` is missing.
+
+    Example:
+        >>> locate(".", ["*.json"]).is_dir()
+        True
+    """
+    path = Path(path_or_hub_name).expanduser()
+    if path.is_dir() and path_or_hub_name != "":  # which would be the current directory
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file. Pass the directory in which config.json lies.")
+    if not (isinstance(path_or_hub_name, str) and _HUB_NAME.fullmatch(path_or_hub_name)):
+        raise ValueError(
+            f"there is no directory {shorten(os.fspath(path))} (as seen from {Path.cwd()}). Pass "
+            "one with config.json and model.safetensors, or a name on the hub like 'owner/name'."
+        )
+    return _fetch(path_or_hub_name, list(patterns))
+
+
+def _fetch(name: str, patterns: list[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"there is no directory {name!r}, and fetching it from the Hugging Face hub needs "
+            "huggingface_hub: pip install 'jaxformers[hf]'."
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # they have no class in common
+        raise ValueError(
+            f"there is no directory {name!r} (as seen from {Path.cwd()}), and the Hugging Face hub "
+            f"did not give it: {type(error).__name__}: {error}\nCheck the name; log in with `hf "
+            "auth login` if it is gated or private; without a connection, download it elsewhere "
+            "and pass its directory."
+        ) from error
+
+
+class TensorFiles:
+    """The tensors of a checkpoint; opening it reads and checks the headers only.
+
+    Arguments:
+        directory: has model.safetensors, or model.safetensors.index.json and its shards.
+
+    Raises:
+        ValueError: if a file is missing, damaged or a pickle, or the files contradict each other.
+        ImportError: if the `safetensors` package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> w = jnp.ones((2, 3), jnp.bfloat16)
+        >>> write_tensors(directory, [("w", w.shape, w.dtype, lambda: w)])
+        >>> files = TensorFiles(directory)
+        >>> files.names, files.shape("w"), files.dtype("w")
+        (['w'], (2, 3), dtype(bfloat16))
+        >>> bool((files.read("w") == w).all())
+        True
+    """
+
+    directory: Path
+    _tensors: dict[str, Stored]
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise ValueError(f"there is no directory {self.directory}.")
+        # In this order: where an index is left beside a single file, transformers reads the file.
+        if (self.directory / SINGLE).exists():
+            self._tensors = read_header(self.directory / SINGLE)
+        elif (self.directory / INDEX).exists():
+            self._tensors = _read_shards(self.directory)
+        else:
+            raise ValueError(_why_not(self.directory))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order in which they lie in the files."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor, of whatever kind: integers and 8-bit floats are to be expected."""
+        return self._find(name).dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
+        return read_tensor(self._find(name))
+
+    def _find(self, name: str) -> Stored:
+        if name not in self._tensors:
+            close = difflib.get_close_matches(name, self._tensors, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{self.directory} has no tensor {shorten(name)}.{hint}")
+        return self._tensors[name]
+
+
+def _read_shards(directory: Path) -> dict[str, Stored]:
+    """The tensors of all shards, each of which must hold exactly what the index says."""
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map):
+        raise ValueError(f"{directory / INDEX} must have a 'weight_map', from tensors to files.")
+    names: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        # Links are followed, the hub's cache is made of them; paths are not.
+        if not (isinstance(shard, str) and _SHARD_NAME.fullmatch(shard)):
+            raise ValueError(
+                f"{directory / INDEX}: tensor {shorten(name)} must be in a .safetensors file "
+                f"beside the index, named without a folder, got {shorten(shard)}."
+            )
+        names.setdefault(shard, set()).add(name)
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(names):
+        found = read_header(directory / shard)
+        missing, surplus = names[shard] - found.keys(), found.keys() - names[shard]
+        if missing or surplus:
+            raise ValueError(
+                f"{directory / shard} does not hold what {INDEX} says: missing "
+                f"{_some(missing)}; not listed as in this file {_some(surplus)}."
+            )
+        tensors |= found
+    return tensors
+
+
+def _why_not(directory: Path) -> str:
+    """What is in a directory without safetensors, and what to do about it."""
+    weights = [path for path in sorted(directory.iterdir()) if path.suffix in _REASONS]
+    reasons = dict.fromkeys(_REASONS[path.suffix] for path in weights)
+    has = f"It has {_some(path.name for path in weights)}. " if weights else ""
+    return f"{directory} has no {SINGLE} and no {INDEX}. {has}{' '.join(reasons)}".strip()
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of many."""
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(shorten(name) for name in names[:5]) or "none") + more
+
+
+def write_tensors(
+    directory: str | os.PathLike,
+    tensors: Iterable[tuple[str, Sequence[int], Any, Callable[[], Any]]],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write model.safetensors, or shards with an index, holding one tensor in memory at a time.
+
+    The files get their names when all are complete, and only then an earlier save's go. Wherever
+    it breaks off, the directory holds one whole checkpoint, the earlier or the new one.
+
+    Arguments:
+        directory: made if it is not there.
+        tensors: for each its name, shape, dtype, and a function that makes it when its turn comes.
+        max_shard_bytes: the most in one file; a tensor that is larger gets a file of its own.
+
+    Raises:
+        ValueError: if there are no tensors, a name comes twice, safetensors has no such dtype, or
+            a function does not make what was announced.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> w = jnp.ones((2, 3))
+        >>> write_tensors(directory, [(name, w.shape, w.dtype, lambda: w) for name in "abc"], 48)
+        >>> sorted(os.listdir(directory))[:2]
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    check_size(max_shard_bytes=max_shard_bytes)
+    shards = _split(tensors, max_shard_bytes)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = dict(zip(_file_names(directory, len(shards)), shards, strict=True))
+    # The index gets its name last: until then the old one holds.
+    names = [*files, INDEX] if len(files) > 1 else [*files]
+    try:
+        for name, shard in files.items():
+            write_file(directory / f"{name}.tmp", shard)
+        if len(files) > 1:
+            _write_index(directory / f"{INDEX}.tmp", files)
+        for name in names:
+            os.replace(directory / f"{name}.tmp", directory / name)
+    finally:
+        for name in names:
+            (directory / f"{name}.tmp").unlink(missing_ok=True)
+    for name in os.listdir(directory):
+        if _WRITTEN_HERE.fullmatch(name.removesuffix(".tmp")) and name not in names:
+            (directory / name).unlink()
+
+
+def _split(tensors: Iterable[tuple], max_shard_bytes: int) -> list[list[Unsaved]]:
+    """The tensors of each file, in the order given."""
+    shards: list[list[Unsaved]] = []
+    names: set[str] = set()
+    size = 0
+    for name, shape, dtype, make in tensors:
+        tensor = Unsaved(name, tuple(shape), np.dtype(dtype), make)
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}.")
+        if name in names or name == "__metadata__":
+            raise ValueError(f"the name {name!r} is taken: give every tensor its own.")
+        names.add(name)
+        size += tensor.size
+        if not shards or size > max_shard_bytes:
+            shards.append([])
+            size = tensor.size
+        shards[-1].append(tensor)
+    if not shards:
+        raise ValueError("there must be at least one tensor to write.")
+    return shards
+
+
+def _file_names(directory: Path, count: int) -> list[str]:
+    """Names for the files, other than those that an index in the directory points to."""
+    if count == 1:
+        return [SINGLE]
+    index = directory / INDEX
+    taken = index.is_file() and b'"model-0' in index.read_bytes()
+    stem = "model-b" if taken else "model"
+    return [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_index(path: Path, shards: dict[str, list[Unsaved]]) -> None:
+    weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    size = sum(tensor.size for shard in shards.values() for tensor in shard)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    with path.open("w") as file:
+        file.write(json.dumps(index, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

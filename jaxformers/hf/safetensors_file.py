@@ -1,0 +1,214 @@
+"""One safetensors file: its header checked, its tensors read and written one by one.
+
+The file has 8 bytes for the length of a JSON header, the header, and the tensors' bytes one after
+another (https://huggingface.co/docs/safetensors). Nothing the header says is believed before it is
+held against the file's real size, here and by the `safetensors` package. The bytes are then read
+from the file: the package would map it into memory, where every page that was touched counts as
+memory in use, so that loading needs twice the model.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.hf.json_file import (
+    MAX_JSON_BYTES,
+    parse_json,
+    regular_file,
+    shorten,
+    what_it_is,
+)
+
+# Names on disk. The types of less than a byte per number (F4, F6) have no NumPy array.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(jnp.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its bytes are those from `begin` to `end`."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Unsaved(NamedTuple):
+    """A tensor to be written, and the function that makes it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], Any]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a file by name, in the order of their bytes."""
+    size = regular_file(path).stat().st_size
+    with path.open("rb") as file:
+        first = file.read(64)
+        length = int.from_bytes(first[:8], "little")
+        if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
+            raise ValueError(
+                f"{path} is no safetensors file, or a damaged one: its first 8 bytes announce a "
+                f"header of {length} bytes, in a file of {size} (at most {MAX_JSON_BYTES})."
+                f"{what_it_is(first)}"
+            )
+        file.seek(8)
+        entries = parse_json(file.read(length), f"the header of {path}")
+    entries.pop("__metadata__", None)
+    tensors = [(name, _stored(path, 8 + length, name, entry)) for name, entry in entries.items()]
+    tensors.sort(key=lambda item: (item[1].begin, item[1].end))
+    _check_layout(path, tensors, 8 + length, size)
+    _check_with_package(path)
+    return dict(tensors)
+
+
+def _stored(path: Path, start: int, name: str, entry: Any) -> Stored:
+    """A header's entry, once its offsets fit its shape and dtype."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    where = f"{path}: tensor {shorten(name)}"
+    if not (_are_sizes(shape) and len(shape) <= 32 and _are_sizes(offsets) and len(offsets) == 2):
+        raise ValueError(
+            f"{where} must have a shape of up to 32 integers and two data_offsets, none below 0 or "
+            f"beyond 64 bits, got {shorten(entry)}."
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{where} has the dtype {shorten(dtype)}, known are {', '.join(DTYPES)}.")
+    begin, end = offsets
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(
+            f"{where} of dtype {dtype} and shape {shape} does not fit its data_offsets {offsets}, "
+            f"which are {end - begin} bytes apart."
+        )
+    # Beside a 0 the other sizes may be anything, but NumPy has to count them too.
+    if math.prod(n or 1 for n in shape) * DTYPES[dtype].itemsize >= 2**63:
+        raise ValueError(f"{where} has the absurd shape {shape}.")
+    return Stored(path, DTYPES[dtype], tuple(shape), start + begin, start + end)
+
+
+def _are_sizes(x: Any) -> TypeGuard[list[int]]:
+    return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
+
+
+def _check_layout(path: Path, tensors: list[tuple[str, Stored]], start: int, size: int) -> None:
+    """Raise unless the tensors fill the file from `start` to its end, one after another."""
+    at = start
+    for name, tensor in tensors:
+        if tensor.begin != at:
+            raise ValueError(
+                f"{path}: tensor {shorten(name)} begins at byte {tensor.begin}, but what lies "
+                f"before it ends at {at}. Tensors must not overlap or leave gaps."
+            )
+        at = tensor.end
+    if at != size:
+        raise ValueError(
+            f"{path} {'is truncated' if size < at else 'has bytes left over'}: by its header it "
+            f"has {at} bytes, in fact {size}. Download or save it again."
+        )
+
+
+def _check_with_package(path: Path) -> None:
+    """The reference reader looks too: it knows the rules, and newer ones than we do."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError(
+            "checkpoints need the safetensors package: pip install 'jaxformers[hf]'."
+        ) from None
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no valid safetensors file: {error}.") from error
+
+
+def read_tensor(tensor: Stored) -> np.ndarray:
+    """The tensor itself, in memory from `allocate`."""
+    array = allocate(tensor.shape, tensor.dtype)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.begin)
+        if file.readinto(_as_bytes(array)) != array.nbytes:
+            raise ValueError(f"{tensor.path} has become shorter since it was opened.")
+    return array
+
+
+def allocate(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, which `jax.device_put` takes over on a CPU without a copy.
+
+    JAX copies an array unless it begins at a multiple of 64 bytes, which NumPy's do by chance, and
+    of what NumPy frees some stays with the process. So large arrays get pages of their own. Once
+    handed to JAX, the array must not be changed any more.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < 2**20:
+        return np.empty(shape, dtype)
+    # Not shared with child processes, where the system can tell.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    pages = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults take a third off the time of reading
+    return np.frombuffer(pages, dtype).reshape(shape)
+
+
+def write_file(path: Path, tensors: Sequence[Unsaved]) -> None:
+    """Write tensors one after another, those of wide numbers first: so all of them are aligned."""
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [at, at + tensor.size],
+        }
+        at += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(_made(tensor))
+        file.flush()
+        os.fsync(file.fileno())  # its name, which comes later, must not outlive its contents
+    read_header(path)
+
+
+def _made(tensor: Unsaved) -> memoryview:
+    array = np.asarray(tensor.make())
+    if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
+        raise ValueError(
+            f"tensor {shorten(tensor.name)} was announced with shape {tensor.shape} and dtype "
+            f"{tensor.dtype}, but it has {array.shape} and {array.dtype}."
+        )
+    return _as_bytes(np.ascontiguousarray(array))
+
+
+def _as_bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
