@@ -11,6 +11,7 @@ from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.generation.generate import Generation
 from jaxformers.generation.scoring import perplexity
 from jaxformers.heads import Classifier
+from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
 from jaxformers.losses import cross_entropy
@@ -20,6 +21,7 @@ from jaxformers.masks import (
     create_padding_mask,
     padding_to_positions,
 )
+from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
 from jaxformers.optim import (
     AdamW,
@@ -36,7 +38,17 @@ from jaxformers.positional_encoding import (
     LearnablePositionalEncoding,
     RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
+    T5PositionBias,
     positional_encoding,
+)
+from jaxformers.pretrained import from_pretrained
+from jaxformers.rotary_scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    ProportionalScaling,
+    YarnScaling,
 )
 from jaxformers.schedules import (
     Schedule,

@@ -41,9 +41,11 @@ def from_pretrained(
     Example:
         >>> import tempfile
         >>> directory = tempfile.mkdtemp()
-        >>> encoder.save_pretrained(directory)
-        >>> type(from_pretrained(directory)).__name__
-        'TransformerEncoder'
+        >>> options = {"learnable_pos": True, "tie_embeddings": True, "embedding_scale": 1.0}
+        >>> model = TransformerLM(65, 16, 2, 1, 32, 32, 0.0, **options, key=key)  # as GPT-2 is
+        >>> model.save_pretrained(directory)
+        >>> bool((from_pretrained(directory)(tokens) == model(tokens)).all())
+        True
     """
     classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
     return load(path_or_hub_name, classes, dtype, sharding)

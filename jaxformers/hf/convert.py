@@ -32,7 +32,12 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
     *("source.spm", "target.spm", "sentencepiece.bpe.model", "chat_template.jinja"),
 )
-PATTERNS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
@@ -78,6 +83,7 @@ class Stored:
         self.files = files
         self.names: dict[str, str] = {}
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
+        expected += [copy for copy, _ in family.copies]
         known = [_pattern(name) for name in expected]
         for name in files.names:
             new = name
@@ -329,12 +335,13 @@ def read_special(entries: Mapping[str, Any], vocab_size: int) -> SpecialTokens:
     def one(key: str) -> int | None:
         return next(iter(ids(key)), None)
 
+    start = one("decoder_start_token_id")
     words = entries.get("bad_words_ids") or []
     if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
         raise ValueError(f"bad_words_ids must be lists of token ids, got {words!r:.80}.")
     bad = [tuple(x for x in word if isinstance(x, int) and 0 <= x < vocab_size) for word in words]
     return SpecialTokens(
-        start=one("decoder_start_token_id"),
+        start=one("bos_token_id") if start is None else start,
         end=ids("eos_token_id"),
         pad=one("pad_token_id"),
         forced_first=one("forced_bos_token_id"),

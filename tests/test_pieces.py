@@ -1,0 +1,238 @@
+"""Pieces beyond the paper's: that each does what it says, and refuses what it cannot mean."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformers import (
+    AllHeadsNorm,
+    Dense,
+    Encoder,
+    EncoderLayer,
+    GatedFeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    OutputLayer,
+    PerHeadNorm,
+    Pieces,
+    Residual,
+    RMSNorm,
+    RotaryPositionalEncoding,
+    T5PositionBias,
+    Transformer,
+    TransformerEmbedding,
+    TransformerEncoder,
+    TransformerLM,
+)
+from jaxformers.mixture_of_experts import MixtureOfExperts
+
+VOCAB, D, N, F, B, T = 13, 8, 2, 12, 2, 5
+KEY = jax.random.key(0)
+TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, VOCAB)
+language_model = partial(TransformerLM, VOCAB, D, N, 2, F, 9, 0.0, key=KEY)
+
+
+def x_of(getkey, *shape):
+    return jax.random.normal(getkey(), shape)
+
+
+def raises(*words):
+    return pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+OPTIONS = {
+    "sandwich": Pieces(norm_placement="sandwich", residual_scale=0.7),
+    "output": Pieces(norm_placement="output", qk_norm=partial(AllHeadsNorm, RMSNorm)),
+    "none": Pieces(norm_placement="none"),
+    "one norm": Pieces(parallel="one norm"),
+    "two norms": Pieces(parallel="two norms", softcap=0.3),
+    "layers differ": Pieces(
+        position=RotaryPositionalEncoding(30.0),
+        attention_scale=0.9,
+        per_layer=lambda i: Pieces(window=2) if i == 0 else Pieces(position=None, window=None),
+    ),
+    "per head": Pieces(
+        num_kv_heads=1, qk_norm=partial(PerHeadNorm, partial(LayerNorm, use_bias=False))
+    ),
+    "experts": Pieces(feed_forward=partial(MixtureOfExperts, num_experts=3, top_k=2)),
+    "buckets": Pieces(position=lambda key: T5PositionBias(N, 6, 7, key=key)),
+    "embedding": Pieces(
+        embedding=partial(TransformerEmbedding, norm=LayerNorm, embedding_dim=6),
+        output=partial(
+            OutputLayer, scale=0.3, softcap=2.0, transform=partial(Dense, norm=LayerNorm)
+        ),
+    ),
+    "biases": Pieces(use_bias=False, use_qkv_bias=True, use_logits_bias=True),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decoding_with_a_cache_is_the_full_forward(options):
+    model = language_model(**options)
+    full = model.logits(TOKENS)
+    cache, steps = model.init_cache(B, T), []
+    for start, stop in [(0, 2), (2, 3), (3, T)]:
+        hidden, cache = model.forward(TOKENS[:, start:stop], cache=cache)
+        steps.append(model.project(hidden))
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), full, atol=1e-5)
+    assert all(leaf.size == 0 or jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(full))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_weight_has_a_gradient_and_no_later_token_is_seen(options):
+    model = language_model(**options)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(model):
+        return (model(TOKENS) * jnp.arange(1.0, 1.0 + VOCAB)).sum()
+
+    grads = gradient(model)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # Keys' biases shift all scores of a query alike; some tokens do not come up.
+        if not name.endswith("bk"):
+            assert jnp.any(grad != 0), name
+    changed = TOKENS.at[:, -1].set((TOKENS[:, -1] + 1) % VOCAB)
+    np.testing.assert_array_equal(model(TOKENS)[:, :-1], model(changed)[:, :-1])
+
+
+def test_a_residual_puts_its_norms_where_it_says(getkey):
+    x, y = x_of(getkey, B, T, D), x_of(getkey, B, T, D)
+    norm = partial(RMSNorm, eps=0.5)
+    n = norm(D)
+    for placement, read, written in [
+        ("pre", n(x), x + 0.5 * y),
+        ("post", x, n(x + 0.5 * y)),
+        ("sandwich", n(x), x + 0.5 * n(y)),
+        ("output", x, x + 0.5 * n(y)),
+        ("none", x, x + 0.5 * y),
+    ]:
+        residual = Residual(norm, D, 0.0, placement, 0.5)
+        assert residual.placement == placement
+        np.testing.assert_allclose(residual.read(x), read, atol=1e-6)
+        np.testing.assert_allclose(residual.write(x, y, None), written, atol=1e-6)
+
+
+def test_parallel_layers_read_the_stream_once(getkey):
+    x = x_of(getkey, B, T, D)
+    for parallel, read in [
+        ("one norm", "attention_residual"),
+        ("two norms", "feed_forward_residual"),
+    ]:
+        layer = EncoderLayer(D, N, F, 0.0, parallel=parallel, key=KEY)
+        layer = eqx.tree_at(lambda m: m.attention_residual.norm.gain, layer, x_of(getkey, D))
+        if parallel == "two norms":
+            gain = x_of(getkey, D)
+            layer = eqx.tree_at(lambda m: m.feed_forward_residual.norm.gain, layer, gain)
+        attended = layer.attention(layer.attention_residual.norm(x))
+        expected = x + attended + layer.feed_forward(getattr(layer, read).norm(x))
+        np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def test_norms_over_heads(getkey):
+    x = x_of(getkey, B, N, T, 3)
+    whole = AllHeadsNorm(RMSNorm, 3, N)
+    flat = jnp.swapaxes(x, 1, 2).reshape(B, T, -1)
+    expected = jnp.swapaxes(whole.norm(flat).reshape(B, T, N, 3), 1, 2)
+    np.testing.assert_allclose(whole(x), expected, atol=1e-6)
+    own = PerHeadNorm(partial(LayerNorm, use_bias=False), 3, N)
+    own = eqx.tree_at(lambda m: m.norm.gain, own, jnp.arange(1.0, 1 + 3 * N).reshape(N, 3))
+    for head in range(N):
+        plain = LayerNorm(3)(x[:, head]) * own.norm.gain[head]
+        np.testing.assert_allclose(own(x)[:, head], plain, atol=1e-5)
+
+
+def test_layers_that_run_more_than_once(getkey):
+    x = x_of(getkey, B, T, D)
+    shared = Encoder(2, D, N, F, 0.0, layer_order=[0, 1, 1, 0], key=KEY)
+    a, b = shared.layers
+    np.testing.assert_allclose(shared(x), shared.norm(a(b(b(a(x))))), atol=1e-5)
+
+
+def test_both_stacks_have_their_own_sizes():
+    model = Transformer(
+        VOCAB, VOCAB, D, N, 1, 2, F, 9, decoder_num_heads=4, decoder_d_ff=10, key=KEY
+    )
+    assert model.encoder.layers[0].attention.num_heads == N
+    assert model.decoder.layers[0].cross_attention.num_heads == 4
+    assert model.decoder.layers[1].feed_forward.w_in.shape == (D, 10)
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    {
+        "placement": (
+            lambda: language_model(norm_placement="middle"),
+            ["norm_placement", "middle"],
+        ),
+        "both words for it": (
+            lambda: language_model(norm_first=True, norm_placement="pre"),
+            ["norm_first", "norm_placement"],
+        ),
+        "parallel": (lambda: language_model(parallel=True), ["parallel", "one norm", "True"]),
+        "parallel post-norm": (
+            lambda: language_model(parallel="two norms", norm_first=False),
+            ["parallel", "post"],
+        ),
+        "parallel with an encoder": (
+            lambda: Transformer(VOCAB, VOCAB, D, N, 1, 1, F, 9, parallel="one norm", key=KEY),
+            ["parallel", "cross-attention"],
+        ),
+        "residual scale": (lambda: language_model(residual_scale=0.0), ["residual_scale", "0.0"]),
+        "soft-cap": (lambda: language_model(softcap=-1.0), ["softcap", "-1.0"]),
+        "scale": (lambda: language_model(attention_scale=jnp.inf), ["attention_scale", "inf"]),
+        "per layer": (lambda: language_model(per_layer=lambda i: i), ["per_layer", "layer 0"]),
+        "per layer, unknown": (
+            lambda: language_model(per_layer=lambda i: {"windows": 3}),
+            ["per_layer", "windows", "window"],
+        ),
+        "a layer has no layers": (
+            lambda: EncoderLayer(D, N, F, per_layer=lambda i: {}, key=KEY),
+            ["EncoderLayer", "per_layer"],
+        ),
+        "a stack has no embedding": (
+            lambda: Encoder(1, D, N, F, embedding=TransformerEmbedding, key=KEY),
+            ["Encoder", "embedding"],
+        ),
+        "order": (
+            lambda: Encoder(2, D, N, F, layer_order=[0, 2], key=KEY),
+            ["layer_order", "0 to 1", r"\[0, 2\]"],
+        ),
+        "no output to tie": (
+            lambda: TransformerEncoder(VOCAB, D, N, 1, F, 9, tie_embeddings=True, key=KEY),
+            ["tie_embeddings", "output=OutputLayer"],
+        ),
+        "embedding_dim without a transform": (
+            lambda: OutputLayer(D, VOCAB, embedding_dim=6, key=KEY),
+            ["embedding_dim", "transform="],
+        ),
+        "bias without gain": (lambda: LayerNorm(D, use_gain=False), ["use_bias=False"]),
+        "no table of types": (
+            lambda: TransformerEncoder(VOCAB, D, N, 1, F, 9, key=KEY)(TOKENS, token_types=TOKENS),
+            ["token_types", "num_token_types"],
+        ),
+        "bias of experts": (
+            lambda: language_model(
+                feed_forward=partial(MixtureOfExperts, num_experts=3, top_k=2), use_bias=True
+            ),
+            ["use_bias"],
+        ),
+    }.values(),
+)
+def test_what_cannot_be_meant_is_refused(build, words):
+    with raises(*words):
+        build()
+
+
+def test_models_still_share_their_pieces():
+    """A constructor handed to three models makes three sets of weights."""
+    options = Pieces(norm=RMSNorm, feed_forward=GatedFeedForward, softcap=3.0)
+    a, b = language_model(**options), TransformerEncoder(VOCAB, D, N, 1, F, 9, key=KEY, **options)
+    assert a.decoder.layers[0].self_attention.softcap == 3.0
+    assert b.encoder.layers[0].attention.softcap == 3.0
+    assert MultiHeadAttention(D, N, key=KEY).softcap is None
