@@ -164,7 +164,8 @@ class Only(NamedTuple):
             config.refuse(self.key, f"only {known} is.")
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config[self.key] = self.values[0]
+        if self.default not in self.values:
+            config[self.key] = self.values[0]
 
 
 class Kept(NamedTuple):
@@ -212,7 +213,8 @@ HARMLESS = frozenset(
     attn_implementation _attn_implementation _attn_implementation_autoset attention_implementation
     reference_compile deterministic_flash_attn language onnx_export
     cache_implementation router_aux_loss_coef output_router_logits router_jitter_noise
-    static_position_embeddings _commit_hash unsloth_version
+    static_position_embeddings _commit_hash unsloth_version unsloth_fixed transformers.js_config
+    is_llama_config model_max_length max_sequence_length
     """.split()
 )
 
@@ -237,6 +239,19 @@ class Tied(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config[self.key] = a.tied
+
+
+class Present(NamedTuple):
+    """A field that says whether the file has a tensor."""
+
+    field: str
+    tensor: str
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields[self.field] = config.tensors.has(self.tensor)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        pass  # the tensors say it
 
 
 class Scaled(NamedTuple):

@@ -265,6 +265,8 @@ PHI3 = llama_like(
         Setting("resid_pdrop", "dropout", 0.0, "number"),
         Windows(None, typed=False),
         *rotary(4096, original_length=4096),
+        Only("full_attn_mod", (1,), 1),
+        Only("interpolate_factor", (1,), 1),
         Kept(("embd_pdrop",)),
         Tied(False),
     ),
