@@ -10,7 +10,7 @@ from jaxformers.checks import check_choice, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import Dense, as_module, split_key
 
-POOLINGS = ("first", "mean", "pooler", "none")
+POOLINGS = ("first", "mean", "late", "pooler", "none")
 
 
 def pool(
@@ -39,7 +39,8 @@ class Classifier(eqx.Module):
         d_model: width of the hidden states.
         num_labels: number of classes.
         pooling: one answer for a sequence from its first token ("first"), the mean of its tokens
-            ("mean") or the model's pooler ("pooler"); "none" is an answer for each token.
+            ("mean") or the model's pooler ("pooler"), or the mean of its tokens' answers ("late");
+            "none" is an answer for each token.
         transform: constructor `transform(d_model, d_model, key=key)` of a module before the last
             map, such as `Dense` (RoBERTa); None is nothing.
         init: how the weights are drawn.

@@ -199,6 +199,8 @@ class TransformerEncoder(eqx.Module):
         hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
         if classifier.pooling == "none":
             return classifier(hidden)
+        if classifier.pooling == "late":
+            return pool(classifier(hidden), positions, "mean")
         if classifier.pooling == "pooler" and self.pooler is not None:
             return classifier(self.pooler(pool(hidden, positions, "first")))
         return classifier(pool(hidden, positions, classifier.pooling))

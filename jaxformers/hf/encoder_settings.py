@@ -140,12 +140,31 @@ class SharedLayers(NamedTuple):
         config["num_hidden_groups"] = a.num_layers
 
 
+class Pooling(NamedTuple):
+    """How a classifier of sequences gathers the tokens' states."""
+
+    default: str
+    names: Mapping[str, str]
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        self._named.read(config, fields)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if a.classifier not in (None, "none"):
+            self._named.write(a, config)
+
+    @property
+    def _named(self) -> Named:
+        return Named("classifier_pooling", "classifier", self.default, self.names)
+
+
 class DenseHead(NamedTuple):
     """ModernBERT's dense layer, which stands before the vocabulary or before the classes."""
 
+    activation: Named = Named("classifier_activation", "transform", "gelu", ACTIVATION_NAMES)
+
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        for setting in (ACTIVATION, POOLING):
-            setting.read(config, fields)
+        self.activation.read(config, fields)
         bias = config.get("classifier_bias", False, "flag")
         fields |= {"transform_bias": bias, "classifier_bias": bias, "classifier_norm": True}
         fields["classifier_transform"] = fields["transform"]
@@ -154,11 +173,5 @@ class DenseHead(NamedTuple):
         if a.labels is not None:
             a = replace(a, transform=a.classifier_transform, transform_bias=a.classifier_bias)
         if a.transform is not None:
-            ACTIVATION.write(a, config)
+            self.activation.write(a, config)
             config["classifier_bias"] = a.transform_bias
-        if a.classifier not in (None, "none"):
-            POOLING.write(a, config)
-
-
-ACTIVATION = Named("classifier_activation", "transform", "gelu", ACTIVATION_NAMES)
-POOLING = Named("classifier_pooling", "classifier", "cls", {"cls": "first", "mean": "mean"})

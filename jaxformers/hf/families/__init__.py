@@ -8,8 +8,17 @@ from jaxformers.hf.families.decoders import DECODERS
 from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
 from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
 from jaxformers.hf.families.encoders import ENCODERS
+from jaxformers.hf.families.encoders_later import LATER_ENCODERS
+from jaxformers.hf.families.encoders_rotary import ROTARY_ENCODERS
 
 FAMILIES = {
     family.model_type: family
-    for family in (*DECODERS, *CLASSIC_DECODERS, *ENCODER_DECODERS, *ENCODERS)
+    for family in (
+        *DECODERS,
+        *CLASSIC_DECODERS,
+        *ENCODER_DECODERS,
+        *ENCODERS,
+        *LATER_ENCODERS,
+        *ROTARY_ENCODERS,
+    )
 }

@@ -1,4 +1,4 @@
-"""Encoder-only families."""
+"""Encoder-only families: BERT, RoBERTa and their kin."""
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.encoder_settings import AfterPadding, Heads, OutputBias
@@ -116,14 +116,16 @@ def masked_lm_settings(head: str, name: str):
     )
 
 
-# A classifier of sequences with a dense layer has other names than one of tokens without.
+def classifiers(condition, out: str, dense: str | None = None):
+    """The names of the classifier's maps where the condition holds."""
+    transform = [] if dense is None else linear("classifier.transform.w", dense)
+    return when(condition, linear("classifier.out.w", out), transform)
+
+
+# Of sequences, with a dense layer, and of tokens, without: files call them differently.
 DENSE_CLASSIFIER = rules(
-    when(
-        lambda a: a.classifier == "first",
-        linear("classifier.transform.w", "classifier.dense"),
-        linear("classifier.out.w", "classifier.out_proj"),
-    ),
-    when(lambda a: a.classifier == "none", linear("classifier.out.w", "classifier")),
+    classifiers(lambda a: a.classifier == "first", "classifier.out_proj", "classifier.dense"),
+    classifiers(lambda a: a.classifier == "none" and not a.classifier_transform, "classifier"),
 )
 
 BERT = Family(
@@ -150,9 +152,9 @@ BERT = Family(
         embeddings("bert"),
         layers("bert"),
         masked_lm("cls.predictions", "transform.dense", "transform.LayerNorm"),
-        when(lambda a: not a.output, linear("classifier.out.w", "classifier")),
+        classifiers(lambda a: not a.output, "classifier"),
         # Whether one sentence follows another, trained together with the masked-LM head.
-        when(lambda a: a.output, linear("classifier.out.w", "cls.seq_relationship")),
+        classifiers(lambda a: a.output and a.labels == 2, "cls.seq_relationship"),
     ),
     prefix="bert.",
     ignored=IGNORED,
@@ -200,4 +202,53 @@ ROBERTA = roberta("roberta", "Roberta", 50265)
 XLM_ROBERTA = roberta("xlm-roberta", "XLMRoberta", 30522)
 CAMEMBERT = roberta("camembert", "Camembert", 30522)
 
-ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)
+D = "distilbert.transformer.layer.{i}"
+# Sanh et al. 2019.
+DISTILBERT = Family(
+    model_type="distilbert",
+    shape="encoder",
+    classes=classes("DistilBert"),
+    settings=(
+        Setting("vocab_size", "vocab_size", 30522),
+        Setting("dim", "d_model", 768),
+        Setting("n_layers", "num_layers", 6, "layers"),
+        Setting("n_heads", "num_heads", 12),
+        Setting("hidden_dim", "d_ff", 3072),
+        Setting("dropout", "dropout", 0.1, "number"),
+        Setting("attention_dropout", "attention_dropout", 0.1, "number"),
+        Named("activation", "activation", "gelu", ACTIVATION_NAMES),
+        *POSITIONS,
+        *BERT_LIKE,
+        Fixed({"norm_eps": 1e-12}),
+        Tied(True, "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+        Derived("transform", lambda fields: fields["activation"]),
+        Heads(
+            output="vocab_transform.weight",
+            pooler="",
+            sequence={"classifier.weight": first("relu")},
+            tokens={"classifier.weight": PER_TOKEN},
+        ),
+        # Sinusoids are stored like any other table.
+        Kept(("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout", "tie_weights_")),
+        Kept(("output_past",)),
+    ),
+    weights=rules(
+        embeddings("distilbert"),
+        *(linear(f"{ATTENTION}.w{x}", f"{D}.attention.{x}_lin") for x in "qkv"),
+        linear(f"{ATTENTION}.wo", f"{D}.attention.out_lin"),
+        norm(f"{LAYER}.attention_residual.norm", f"{D}.sa_layer_norm"),
+        linear(f"{LAYER}.feed_forward.w_in", f"{D}.ffn.lin1"),
+        linear(f"{LAYER}.feed_forward.w_out", f"{D}.ffn.lin2"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{D}.output_layer_norm"),
+        linear("output.transform.w", "vocab_transform"),
+        norm("output.transform.norm", "vocab_layer_norm"),
+        linear("output.w", "vocab_projector"),
+        linear("classifier.transform.w", "pre_classifier"),
+        linear("classifier.out.w", "classifier"),
+    ),
+    prefix="distilbert.",
+    ignored=IGNORED,
+    special={"pad_token_id": 0},
+)
+
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT)

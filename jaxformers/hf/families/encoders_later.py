@@ -1,0 +1,123 @@
+"""Encoder-only families that change BERT's embeddings, layers or positions."""
+
+from jaxformers.hf.encoder_settings import EmbeddingSize, Heads, SharedLayers
+from jaxformers.hf.families.encoders import (
+    ALIASES,
+    ATTENTION,
+    BERT_LIKE,
+    DENSE_CLASSIFIER,
+    IGNORED,
+    LAYER,
+    PER_TOKEN,
+    POOLED,
+    POSITIONS,
+    classes,
+    classifiers,
+    embeddings,
+    first,
+    layers,
+    masked_lm,
+    masked_lm_settings,
+    sizes,
+)
+from jaxformers.hf.family import Family, linear, norm, rules
+from jaxformers.hf.settings import Derived, Fixed, Kept, Only, Setting, Tied
+
+# Clark et al. 2020: the generator is a masked LM, the discriminator a classifier of tokens.
+ELECTRA = Family(
+    model_type="electra",
+    shape="encoder",
+    classes=classes("Electra", discriminator="ElectraForPreTraining"),
+    settings=(
+        *sizes(hidden_size=256, num_attention_heads=4, intermediate_size=1024),
+        EmbeddingSize(128),
+        *POSITIONS,
+        *BERT_LIKE,
+        Tied(True, "generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+        Fixed({"transform": "gelu"}),
+        Derived("classifier_transform", lambda fields: fields["activation"]),
+        Heads(
+            output="generator_predictions.dense.weight",
+            pooler="",
+            sequence={"classifier.out_proj.weight": first("gelu")},
+            tokens={
+                "classifier.weight": {**PER_TOKEN, "classifier_transform": None},
+                "discriminator_predictions.dense_prediction.weight": PER_TOKEN,
+            },
+        ),
+    ),
+    weights=rules(
+        embeddings("electra"),
+        linear("embedding.projection.w", "electra.embeddings_project"),
+        layers("electra"),
+        linear("output.transform.w", "generator_predictions.dense"),
+        norm("output.transform.norm", "generator_predictions.LayerNorm"),
+        linear("output.w", "generator_lm_head"),
+        DENSE_CLASSIFIER,
+        classifiers(
+            lambda a: a.classifier == "none" and a.classifier_transform and a.labels == 1,
+            "discriminator_predictions.dense_prediction",
+            "discriminator_predictions.dense",
+        ),
+    ),
+    prefix="electra.",
+    ignored=IGNORED,
+    special={"pad_token_id": 0},
+    aliases=ALIASES,
+)
+
+A = "albert.encoder.albert_layer_groups.{i}.albert_layers.0"
+# Lan et al. 2020: a layer, or one of a few, that runs many times.
+ALBERT = Family(
+    model_type="albert",
+    shape="encoder",
+    classes=classes("Albert", pretraining="AlbertForPreTraining"),
+    settings=(
+        *sizes(
+            vocab_size=30000,
+            hidden_size=4096,
+            num_attention_heads=64,
+            intermediate_size=16384,
+            hidden_act="gelu_new",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        SharedLayers(),  # which says what num_hidden_layers is here
+        Only("inner_group_num", (1,), 1),
+        Setting("embedding_size", "embedding_dim", 128),
+        *POSITIONS,
+        *BERT_LIKE,
+        *masked_lm_settings("predictions", "albert"),
+        Derived("transform", lambda fields: fields["activation"]),
+        Heads(
+            output="predictions.dense.weight",
+            pooler="albert.pooler.weight",
+            sequence={"classifier.weight": POOLED, "sop_classifier.classifier.weight": POOLED},
+            tokens={"classifier.weight": PER_TOKEN},
+        ),
+        Kept(("down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks")),
+    ),
+    weights=rules(
+        embeddings("albert"),
+        linear("embedding.projection.w", "albert.encoder.embedding_hidden_mapping_in"),
+        linear(f"{ATTENTION}.wq", f"{A}.attention.query"),
+        linear(f"{ATTENTION}.wk", f"{A}.attention.key"),
+        linear(f"{ATTENTION}.wv", f"{A}.attention.value"),
+        linear(f"{ATTENTION}.wo", f"{A}.attention.dense"),
+        norm(f"{LAYER}.attention_residual.norm", f"{A}.attention.LayerNorm"),
+        linear(f"{LAYER}.feed_forward.w_in", f"{A}.ffn"),
+        linear(f"{LAYER}.feed_forward.w_out", f"{A}.ffn_output"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{A}.full_layer_layer_norm"),
+        linear("pooler.w", "albert.pooler"),
+        masked_lm("predictions", "dense", "LayerNorm"),
+        classifiers(lambda a: not a.output, "classifier"),
+        # Which of two sentences comes first, trained together with the masked-LM head.
+        classifiers(lambda a: a.output, "sop_classifier.classifier"),
+    ),
+    prefix="albert.",
+    ignored=IGNORED,
+    special={"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+    aliases=ALIASES,
+)
+
+LATER_ENCODERS = (ELECTRA, ALBERT)
