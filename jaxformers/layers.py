@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.activations import relu
+from jaxformers.activations import relu, silu
 from jaxformers.checks import (
     check_choice,
     check_flag,
@@ -136,7 +136,7 @@ class GatedFeedForward(eqx.Module):
     Arguments:
         d_model: width of input and output.
         d_ff: width between the maps.
-        activation: applied to the gate, `jax.nn.silu`.
+        activation: applied to the gate, SiLU.
         use_bias: whether the three maps have biases.
         init: how `w_gate` and `w_up` are drawn.
         residual_init: how `w_down` is drawn, as `init` unless given.
@@ -159,7 +159,7 @@ class GatedFeedForward(eqx.Module):
         self,
         d_model: int,
         d_ff: int,
-        activation: Callable = jax.nn.silu,
+        activation: Callable = silu,
         use_bias: bool = True,
         *,
         init: Initializer = xavier_uniform,

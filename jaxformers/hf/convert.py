@@ -24,14 +24,10 @@ from jaxformers.hf.files import TensorFiles, locate, write_tensors
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import Rule, tensor_shapes, to_ours, to_theirs
 from jaxformers.hf.settings import Config
+from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin, SpecialTokens
 
-# What is fetched of a hub's repository, and what is copied when a model is saved again.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
-    *("source.spm", "target.spm", "sentencepiece.bpe.model", "chat_template.jinja"),
-)
+# What is fetched of a hub's repository beside the tokenizer's files.
 PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -415,9 +411,12 @@ def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
             stacklevel=4,
         )
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != directory.resolve():
-            shutil.copyfile(source / name, directory / name)
+    if source.resolve() == directory.resolve():
+        return
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 class Named:
