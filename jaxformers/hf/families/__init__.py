@@ -6,6 +6,8 @@ family. How to add one: `docs/families.md`.
 
 from jaxformers.hf.families.decoders import DECODERS
 from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
+from jaxformers.hf.families.decoders_later import LATER_DECODERS
+from jaxformers.hf.families.decoders_mixtures import MIXTURE_DECODERS
 from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
 from jaxformers.hf.families.encoders import ENCODERS
 from jaxformers.hf.families.encoders_later import LATER_ENCODERS
@@ -15,6 +17,8 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *DECODERS,
+        *LATER_DECODERS,
+        *MIXTURE_DECODERS,
         *CLASSIC_DECODERS,
         *ENCODER_DECODERS,
         *ENCODERS,
