@@ -238,7 +238,8 @@ def _pieces(a: Architecture, init: Initializer) -> Pieces:
     }
     pieces = Pieces(
         num_kv_heads=None if a.num_kv_heads == a.num_heads else a.num_kv_heads,
-        head_dim=a.head_dim,
+        # Encoder and decoder may have different numbers of heads: each has its own usual size.
+        head_dim=None if (a.head_dim or 0) * a.num_heads == a.d_model else a.head_dim,
         use_bias=a.ff_bias,
         use_qkv_bias=a.qkv_bias,
         use_out_bias=a.out_bias,

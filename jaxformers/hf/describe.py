@@ -143,7 +143,7 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
         raise NotDescribable("queries, keys and values differ in having a bias.")
     return {
         "num_kv_heads": own[0].num_kv_heads,
-        "head_dim": _same("head_dim", [x.head_dim for x in every]),
+        "head_dim": _same("head_dim", [_unusual_head_dim(x) for x in every]),
         "qkv_bias": q,
         "out_bias": _same("output biases", [x.bo is not None for x in every]),
         "qk_norm": _same("norms of queries", [_qk_norm(x) for x in every]),
@@ -152,6 +152,11 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
         "attention_dropout": _same("dropout", [x.attention_dropout_rate for x in every]),
         "window": tuple(x.window for x in own),
     }
+
+
+def _unusual_head_dim(x: MultiHeadAttention) -> int | None:
+    """The size of heads, where it does not follow from their number."""
+    return None if x.head_dim * x.num_heads == x.d_model else x.head_dim
 
 
 def _qk_norm(x: MultiHeadAttention) -> str | None:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.architecture import Architecture
-from jaxformers.hf.settings import Config
+from jaxformers.hf.settings import Config, Tied
 
 
 class LayerScale(NamedTuple):
@@ -75,3 +75,28 @@ class T5Scale(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config["scale_decoder_outputs"] = a.logits_scale != 1.0
+
+
+class Vocabularies(NamedTuple):
+    """Marian's: one token table for source and target, or one for each."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        source = config.get("vocab_size", 58101, "size")
+        target = config.get("decoder_vocab_size", None, "size", optional=True) or source
+        shared = config.get("share_encoder_decoder_embeddings", True, "flag")
+        if shared and source != target:
+            config.refuse("decoder_vocab_size", "one table for both must be that of vocab_size.")
+        if shared:
+            for stack in ("encoder", "decoder"):
+                config.tensors.merge(f"model.{stack}.embed_tokens.weight", "model.shared.weight")
+        table = "model.shared.weight" if shared else "model.decoder.embed_tokens.weight"
+        Tied(True, table=table).read(config, fields)
+        fields |= {"src_vocab_size": source, "vocab_size": target, "shared": shared}
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config["vocab_size"] = a.src_vocab_size
+        config["decoder_vocab_size"] = a.vocab_size
+        config["share_encoder_decoder_embeddings"] = a.shared
+        config["tie_word_embeddings"] = a.tied
+        if config.get("decoder_start_token_id") is None:
+            config["decoder_start_token_id"] = -1  # none, which its class has no other word for

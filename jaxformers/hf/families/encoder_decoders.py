@@ -1,8 +1,10 @@
 """Encoder-decoder families."""
 
-from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.settings import Fixed, Kept, Setting, Tied
-from jaxformers.hf.special_settings import GatedName, T5Scale
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.family import Family, linear, norm, rules, same, when
+from jaxformers.hf.layouts import Rule
+from jaxformers.hf.settings import Fixed, Kept, Named, Present, Scaled, Setting, Tied
+from jaxformers.hf.special_settings import GatedName, T5Scale, Vocabularies
 
 TARGET_TABLE = "tgt_embedding.token_embedding.weight"
 
@@ -95,4 +97,143 @@ MT5 = Family(
     special={"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
 )
 
-ENCODER_DECODERS = (T5, MT5)
+BART_SIZES = (
+    Setting("d_model", "d_model", 1024),
+    Setting("encoder_layers", "num_layers", 12, "layers"),
+    Setting("decoder_layers", "num_decoder_layers", 12, "layers"),
+    Setting("encoder_attention_heads", "num_heads", 16),
+    Setting("decoder_attention_heads", "decoder_num_heads", 16),
+    Setting("encoder_ffn_dim", "d_ff", 4096),
+    Setting("decoder_ffn_dim", "decoder_d_ff", 4096),
+    Setting("max_position_embeddings", "max_seq_length", 1024),
+    Setting("dropout", "dropout", 0.1, "number"),
+    Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+    Named("activation_function", "activation", "gelu", ACTIVATION_NAMES),
+    Scaled(),
+    Fixed({"qkv_bias": True, "out_bias": True, "ff_bias": True}),
+    Present("logits_bias", "final_logits_bias"),
+    Kept(("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "is_decoder")),
+    # Older files say as well what their family does anyway, and repeat themselves.
+    Kept(("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding")),
+    Kept(("extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers")),
+    Kept(("classif_dropout", "_num_labels", "output_past", "save_step", "replacing_rate")),
+)
+BART_LEARNED = Fixed({"position": "learned", "position_offset": 2, "embedding_norm": True})
+BART_SINUSOIDS = Fixed({"position": "sinusoid", "sinusoid_interleaved": False})
+BART_POST_NORM = Fixed({"placement": "post", "final_norm": False})
+BART_SHARED = (
+    Setting("vocab_size", "vocab_size", 50265),
+    Fixed({"shared": True}),
+    Tied(True, table="model.shared.weight"),
+)
+
+
+def bart_stack(stack: str, attentions: dict[str, str]):
+    """One of BART's stacks: `attentions` are ours with their name in the file."""
+    ours, theirs = f"{stack}.layers.{{i}}", f"model.{stack}.layers.{{i}}"
+    parts = []
+    for name, their_name in attentions.items():
+        parts += [linear(f"{ours}.{name}.w{x}", f"{theirs}.{their_name}.{x}_proj") for x in "qkv"]
+        parts += [
+            linear(f"{ours}.{name}.wo", f"{theirs}.{their_name}.out_proj"),
+            norm(f"{ours}.{name}_residual.norm", f"{theirs}.{their_name}_layer_norm"),
+        ]
+    embedding = {"encoder": "src_embedding", "decoder": "tgt_embedding"}[stack]
+    return rules(
+        *parts,
+        linear(f"{ours}.feed_forward.w_in", f"{theirs}.fc1"),
+        linear(f"{ours}.feed_forward.w_out", f"{theirs}.fc2"),
+        norm(f"{ours}.feed_forward_residual.norm", f"{theirs}.final_layer_norm"),
+        norm(f"{stack}.norm", f"model.{stack}.layer_norm"),
+        norm(f"{embedding}.norm", f"model.{stack}.layernorm_embedding"),
+    )
+
+
+BART_STACKS = rules(
+    bart_stack("encoder", {"attention": "self_attn"}),
+    bart_stack("decoder", {"self_attention": "self_attn", "cross_attention": "encoder_attn"}),
+    linear("output.w", "lm_head")[:1],
+    (Rule(("output.b",), ("final_logits_bias",), "row"),),
+)
+BART_TABLE = same(TARGET_TABLE, "model.shared.weight")
+BART_POSITIONS = rules(
+    same("src_embedding.position.weight", "model.encoder.embed_positions.weight"),
+    same("tgt_embedding.position.weight", "model.decoder.embed_positions.weight"),
+)
+BART_COPIES = tuple(
+    (f"model.{stack}.embed_tokens.weight", "model.shared.weight")
+    for stack in ("encoder", "decoder")
+)
+BART_IGNORED = (r"coder\.version$",)
+# Sinusoids that are stored.
+SINUSOIDS_IGNORED = (*BART_IGNORED, r"embed_positions\.weights?$")
+
+# Lewis et al. 2020.
+BART = Family(
+    model_type="bart",
+    shape="seq2seq",
+    classes={"output": "BartForConditionalGeneration", "base": "BartModel"},
+    settings=(*BART_SIZES, *BART_SHARED, BART_LEARNED, BART_POST_NORM),
+    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS),
+    prefix="model.",
+    copies=BART_COPIES,
+    ignored=BART_IGNORED,
+    special={
+        **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+        **{"decoder_start_token_id": 2, "forced_eos_token_id": 2},
+    },
+)
+
+# Liu et al. 2020.
+MBART = Family(
+    model_type="mbart",
+    shape="seq2seq",
+    classes={"output": "MBartForConditionalGeneration", "base": "MBartModel"},
+    settings=(*BART_SIZES, *BART_SHARED, BART_LEARNED),
+    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS),
+    prefix="model.",
+    copies=BART_COPIES,
+    ignored=BART_IGNORED,
+    special={
+        **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+        **{"forced_eos_token_id": 2},
+    },
+)
+
+# Junczys-Dowmunt et al. 2018; Tiedemann and Thottingal 2020.
+MARIAN = Family(
+    model_type="marian",
+    shape="seq2seq",
+    classes={"output": "MarianMTModel", "base": "MarianModel"},
+    settings=(*BART_SIZES, Vocabularies(), BART_SINUSOIDS, BART_POST_NORM),
+    weights=rules(
+        when(lambda a: a.shared, BART_TABLE),
+        when(lambda a: not a.shared, same(TARGET_TABLE, "model.decoder.embed_tokens.weight")),
+        same("src_embedding.token_embedding.weight", "model.encoder.embed_tokens.weight"),
+        BART_STACKS,
+    ),
+    prefix="model.",
+    ignored=SINUSOIDS_IGNORED,
+    special={
+        **{"pad_token_id": 58100, "eos_token_id": 0},
+        **{"decoder_start_token_id": 58100, "forced_eos_token_id": 0},
+    },
+)
+
+# Zhang et al. 2020.
+PEGASUS = Family(
+    model_type="pegasus",
+    shape="seq2seq",
+    classes={"output": "PegasusForConditionalGeneration", "base": "PegasusModel"},
+    settings=(*BART_SIZES, *BART_SHARED, BART_SINUSOIDS),
+    weights=rules(BART_TABLE, BART_STACKS),
+    prefix="model.",
+    copies=BART_COPIES,
+    ignored=SINUSOIDS_IGNORED,
+    special={
+        **{"pad_token_id": 0, "eos_token_id": 1},
+        **{"decoder_start_token_id": 0, "forced_eos_token_id": 1},
+    },
+)
+
+ENCODER_DECODERS = (T5, MT5, BART, MARIAN, MBART, PEGASUS)
