@@ -1,6 +1,7 @@
 """What the documentation shows is run: docstring examples, README blocks, the notebook's cells."""
 
 import doctest
+import functools
 import importlib.util
 import json
 import pkgutil
@@ -28,6 +29,7 @@ def names_of_the_examples() -> dict:
         "jax": jax,
         "jnp": jnp,
         "eqx": eqx,
+        "partial": functools.partial,
         "key": key,
         "model": model,
         "x": jnp.ones((2, 5, 16)),

@@ -16,10 +16,12 @@ from jaxformers import (
     LayerNorm,
     LearnablePositionalEncoding,
     MultiHeadAttention,
+    OutputLayer,
     Residual,
     RMSNorm,
     RotaryPositionalEncoding,
     Transformer,
+    TransformerEmbedding,
     TransformerEncoder,
     TransformerLM,
     depth_scaled,
@@ -615,13 +617,23 @@ LAYER = {ENCODER, DECODER}
 OPTIONS = {
     "num_kv_heads": (2, LAYER | {CROSS}),
     "use_bias": (False, LAYER | {CROSS, LOGITS}),
+    "use_qkv_bias": (False, LAYER | {CROSS}),
     "use_out_bias": (False, LAYER | {CROSS}),
+    "use_logits_bias": (False, {LOGITS}),
+    "attention_scale": (0.9, LAYER | {CROSS}),
+    "softcap": (0.3, LAYER | {CROSS}),
     "qk_norm": (RMSNorm, LAYER | {CROSS}),
     "window": (2, LAYER),
     "attention_dropout_rate": (0.5, LAYER | {CROSS}),
     "attention_fn": (doubled_values, LAYER | {CROSS}),
     "norm": (RMSNorm, LAYER | {CROSS}),
     "norm_first": (False, LAYER | {CROSS}),
+    "norm_placement": ("sandwich", LAYER | {CROSS}),
+    "residual_scale": (0.5, LAYER | {CROSS}),
+    "parallel": ("one norm", LAYER),
+    "per_layer": (lambda i: {"window": 2}, LAYER),
+    "embedding": (partial(TransformerEmbedding, norm=LayerNorm), LAYER),
+    "output": (partial(OutputLayer, scale=0.5), {LOGITS}),
     "feed_forward": (GatedFeedForward, LAYER),
     "position": (RotaryPositionalEncoding(), LAYER),
     "learnable_pos": (True, LAYER),
@@ -633,8 +645,8 @@ OPTIONS = {
 }
 OPTIONS_OF = {
     TransformerLM: set(OPTIONS) - {"share_embeddings"},
-    TransformerEncoder: set(OPTIONS) - {"tie_embeddings", "share_embeddings"},
-    Transformer: set(OPTIONS),
+    TransformerEncoder: set(OPTIONS) - {"tie_embeddings", "share_embeddings", "use_logits_bias"},
+    Transformer: set(OPTIONS) - {"parallel"},
 }
 
 
