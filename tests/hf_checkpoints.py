@@ -146,7 +146,7 @@ def decoders(add):
     phi3, half = "Phi3ForCausalLM", ropes(partial_rotary_factor=0.5)
     add("phi3", phi3, EIGHT, half, sliding_window=WINDOW, off=[NO_WINDOW, PLAIN])
     add("phi3_longrope_short", phi3, EIGHT, TIED, NO_WINDOW, longrope(30), off=[longrope(8), half])
-    add("phi3_longrope_long", phi3, EIGHT, NO_WINDOW, longrope(8), off=[longrope(30), half])
+    add("phi3_longrope_long", phi3, EIGHT, NO_WINDOW, longrope(2), off=[longrope(30), half])
 
     neox = "GPTNeoXForCausalLM"
     add("gpt_neox", neox, SIZES, ropes(partial_rotary_factor=0.5), num_attention_heads=3,

@@ -1,0 +1,44 @@
+"""The command line: `python -m jaxformers COMMAND`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 if all is well, 1 if a check failed or nothing ran."""
+    parser = argparse.ArgumentParser(prog="python -m jaxformers", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_verify(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def add_verify(commands: argparse._SubParsersAction) -> None:
+    """`verify PATH`"""
+    parser = commands.add_parser(
+        "verify",
+        help="compare a checkpoint with transformers and torch",
+        description="Compare a checkpoint under transformers and torch with the same one here: "
+        "its outputs with and without padding, what it generates, and what saving makes of it. "
+        "The exit status is 1 if a difference is larger than allowed.",
+    )
+    parser.add_argument("path", metavar="PATH", help="the checkpoint's directory")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default 0)")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from jaxformers.hf.verify import table, verify
+
+    rows = verify(options.path, seed=options.seed)
+    print(table(rows))
+    return int(not all(row.passed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

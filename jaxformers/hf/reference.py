@@ -1,0 +1,219 @@
+"""A checkpoint as transformers and torch read it, to be compared with."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxformers.transformer import Transformer
+from jaxformers.transformer_encoder import TransformerEncoder
+from jaxformers.transformer_lm import TransformerLM
+
+Model = TransformerLM | Transformer | TransformerEncoder
+
+
+class Batch(NamedTuple):
+    """Arrays `(b, t)`: tokens, which of them are real (None is all), and the segment of each."""
+
+    tokens: Any
+    mask: Any = None
+    types: Any = None
+
+    def row(self, i: int) -> "Batch":
+        """One row without its padding."""
+        real = slice(None) if self.mask is None else self.mask[i]
+        types = None if self.types is None else self.types[i : i + 1, real]
+        return Batch(self.tokens[i : i + 1, real], None, types)
+
+
+Sample = list[Batch]  # what one call takes: tokens, or source and target
+Outputs = dict[str, Any]  # by name: `(b, t, ...)` of each token, or `(b, ...)` of each row
+
+
+class Generated(NamedTuple):
+    """New tokens (-1 where there are fewer) and the log-probability of each, or of each beam."""
+
+    tokens: np.ndarray
+    scores: np.ndarray
+
+
+class Reference(NamedTuple):
+    """The torch model, our class for its shape, and the weights that its file does not have."""
+
+    model: Any
+    kind: type[Model]
+    missing: frozenset[str]
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether it can be told to count positions over the real tokens."""
+        parameters = inspect.signature(self.model.forward).parameters
+        return self.kind is TransformerLM and "position_ids" in parameters
+
+    @property
+    def turns_by_length(self) -> bool:
+        """Whether rotary angles depend on a length: of the longest row there, of each row here."""
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        return rope.get("rope_type") in ("dynamic", "longrope")
+
+    def __call__(self, sample: Sample) -> Outputs:
+        inputs = _inputs(sample, self.takes_positions)
+        if self.kind is not TransformerEncoder:
+            return {"log-probs": _log_softmax(self.model(**inputs).logits)}
+        base = self.model.base_model(**inputs)
+        outputs = {"hidden states": base.last_hidden_state.numpy()}
+        made_up = any("pooler" in name for name in self.missing)
+        if base.get("pooler_output") is not None and not made_up:
+            outputs["pooled"] = base.pooler_output.numpy()
+        if self.model is not self.model.base_model:
+            heads = self.model(**inputs)
+            logits = heads.get("logits", heads.get("prediction_logits"))
+            if "Classification" in type(self.model).__name__:
+                outputs["classes"] = logits.numpy()
+            else:
+                outputs["log-probs"] = _log_softmax(logits)
+        return outputs
+
+    def row_by_row(self, sample: Sample) -> Outputs:
+        """What each row gives without its padding, put where the row lies in the sample."""
+        mask = sample[-1].mask
+        outputs: Outputs = {}
+        for i, real in enumerate(mask):
+            for name, (value,) in self([batch.row(i) for batch in sample]).items():
+                per_token = value.ndim == 2
+                shape = (*mask.shape, value.shape[1]) if per_token else (len(mask), *value.shape)
+                output = outputs.setdefault(name, np.zeros(shape, value.dtype))
+                output[(i, real) if per_token else i] = value
+        return outputs
+
+    def generate(self, batch: Batch, **options: int) -> Generated:
+        """Greedily or by beam search, with nothing of the checkpoint's but its special tokens."""
+        self._forget_other_settings(options)
+        if not self.turns_by_length:
+            return self._generate(batch)
+        rows = [self._generate(batch.row(i)) for i in range(len(batch.tokens))]
+        return Generated(_stack([x.tokens for x in rows], -1), _stack([x.scores for x in rows], 0))
+
+    def _generate(self, batch: Batch) -> Generated:
+        import torch
+
+        out = self.model.generate(**_inputs([batch._replace(types=None)], False))
+        prompt = batch.tokens.shape[1] if self.kind is TransformerLM else 0
+        tokens = out.sequences[:, prompt:]
+        if self.model.generation_config.num_beams > 1:
+            return Generated(tokens.numpy(), out.sequences_scores.numpy())
+        log_probs = torch.stack(out.logits, 1).float().log_softmax(-1)
+        new = tokens[:, -len(out.logits) :]
+        scores = log_probs.gather(2, new[..., None])[..., 0].numpy()
+        end = self.model.generation_config.eos_token_id
+        ends = np.isin(new, [] if end is None else end)
+        ended = ends.cumsum(1) > ends  # before this token
+        return Generated(tokens.numpy(), np.where(ended, 0, scores))
+
+    def _forget_other_settings(self, options: dict[str, int]) -> None:
+        import transformers
+
+        given = self.model.generation_config
+        names = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+        settings = {name: getattr(given, name) for name in (f"{x}_token_id" for x in names)}
+        self.model.generation_config = transformers.GenerationConfig(
+            **settings,
+            bad_words_ids=given.bad_words_ids,
+            # A decoder with more layers than its encoder finds no room in the cache of T5. Where
+            # angles depend on the length, what lies in the cache keeps those of an earlier one.
+            use_cache=self.turns_by_length,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+            **options,
+        )
+
+    def changed(self, other: "Reference") -> list[str]:
+        """The tensors that are not the same here and there, bit by bit."""
+        a, b = (x.model.state_dict() for x in (self, other))
+        made_up = self.missing & other.missing
+        return [x for x in a | b if x not in made_up and not _same_bits(a.get(x), b.get(x))]
+
+
+def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Reference:
+    """The checkpoint in the class of transformers that corresponds to our `kind`."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    architecture = {
+        TransformerLM: transformers.AutoModelForCausalLM,
+        Transformer: transformers.AutoModelForSeq2SeqLM,
+        TransformerEncoder: getattr(transformers, (config.architectures or ["AutoModel"])[0]),
+    }[kind]
+    model, info = architecture.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    return Reference(model.eval(), kind, frozenset(info["missing_keys"]))
+
+
+@contextlib.contextmanager
+def torch_without_gradients() -> Iterator[None]:
+    """No gradients, and no progress bars or advice of transformers.
+
+    Raises:
+        ImportError: if transformers or torch is missing.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"this compares with transformers and torch, which are missing: {error}. Install "
+            "them: pip install 'jaxformers[hf,parity]'"
+        ) from error
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _inputs(sample: Sample, with_positions: bool) -> dict[str, Any]:
+    """The arguments of a torch model's forward."""
+    import torch
+
+    inputs = {}
+    for prefix, batch in zip(("", "decoder_"), sample, strict=False):
+        inputs[f"{prefix}input_ids"] = torch.tensor(batch.tokens)
+        if batch.mask is not None:
+            inputs[f"{prefix}attention_mask"] = torch.tensor(batch.mask.astype(np.int64))
+            if with_positions:
+                inputs["position_ids"] = torch.tensor(np.maximum(batch.mask.cumsum(1) - 1, 0))
+        if batch.types is not None:
+            inputs["token_type_ids"] = torch.tensor(batch.types)
+    return inputs
+
+
+def _stack(rows: list[np.ndarray], filler: int) -> np.ndarray:
+    """Rows `(1, t)` of any length below each other."""
+    length = max(row.shape[1] for row in rows)
+    ends = [((0, 0), (0, length - row.shape[1])) for row in rows]
+    return np.vstack(
+        [np.pad(row, end, constant_values=filler) for row, end in zip(rows, ends, strict=True)]
+    )
+
+
+def _log_softmax(logits: Any) -> np.ndarray:
+    return logits.float().log_softmax(-1).numpy()
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    import torch
+
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))

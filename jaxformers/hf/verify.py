@@ -1,0 +1,205 @@
+"""Whether a checkpoint says here what it says under transformers and torch.
+
+Compared are what the model makes of random tokens in float32 (without padding, padded on the right,
+padded on the left), what it generates, and what is left of it after saving it again.
+
+Positions are counted over the real tokens here. Where transformers counts them over padding too and
+cannot be told otherwise, rows padded on the left are compared with the same rows alone.
+"""
+
+import os
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.hf.reference import (
+    Batch,
+    Model,
+    Outputs,
+    Reference,
+    Sample,
+    load_reference,
+    torch_without_gradients,
+)
+from jaxformers.pretrained import from_pretrained
+from jaxformers.transformer import Transformer
+from jaxformers.transformer_encoder import TransformerEncoder
+from jaxformers.transformer_lm import TransformerLM
+
+TOLERANCE = 1e-4  # of log-probabilities, hidden states and logits of classes, in float32
+SOURCE_LENGTH, TARGET_LENGTH, NEW_TOKENS = 11, 9, 8  # as far as the model takes so many
+NUM_BEAMS = 3
+NO_PADDING, RIGHT, LEFT = "no padding", "right padding", "left padding"
+
+
+class Row(NamedTuple):
+    """One comparison: the largest difference or the number of differences, and what is allowed."""
+
+    name: str
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed  # never if it is NaN
+
+
+def verify(path: str | os.PathLike, *, seed: int = 0) -> list[Row]:
+    """Compare a checkpoint under transformers and torch with the same checkpoint here.
+
+    Arguments:
+        path: the checkpoint's directory.
+        seed: of the random tokens, 0.
+
+    Returns:
+        A `Row` per comparison; `row.passed` says whether the difference is allowed.
+
+    Raises:
+        ImportError: if transformers or torch is missing.
+        ValueError: if the checkpoint cannot be loaded.
+
+    Example:
+        >>> all(row.passed for row in verify("gpt2"))  # doctest: +SKIP
+        True
+    """
+    with torch_without_gradients():
+        ours = from_pretrained(path, dtype=jnp.float32)
+        theirs = load_reference(path, type(ours), "float32")
+        samples = draw_samples(ours, theirs.model.config, np.random.default_rng(seed))
+        rows = _compare_outputs(ours, theirs, samples)
+        if not isinstance(ours, TransformerEncoder):
+            rows += _compare_generated(ours, theirs, samples)
+        return rows + _compare_saved(path, type(ours), samples[NO_PADDING])
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text in columns."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':{width}}  difference  allowed"]
+    for row in rows:
+        verdict = "" if row.passed else "  <- differs"
+        lines.append(f"{row.name:{width}}  {row.difference:10.2g}  {row.allowed:7.0e}{verdict}")
+    return "\n".join(lines)
+
+
+def draw_samples(ours: Model, config: Any, rng: np.random.Generator) -> dict[str, Sample]:
+    """Random rows of tokens in three layouts, of source and target where there are two."""
+    if isinstance(ours, Transformer):
+        sizes = [
+            (ours.src_vocab_size, SOURCE_LENGTH, ours.src_embedding.max_seq_length),
+            (ours.tgt_vocab_size, TARGET_LENGTH, ours.max_seq_length),
+        ]
+    else:
+        sizes = [(ours.vocab_size, SOURCE_LENGTH, ours.max_seq_length)]
+    sample = [_draw(config, v, min(t, limit or t), rng) for v, t, limit in sizes]
+    return {
+        NO_PADDING: sample,
+        RIGHT: [_pad(batch, config, left=False) for batch in sample],
+        LEFT: [_pad(batch, config, left=True) for batch in sample],
+    }
+
+
+def _draw(config: Any, vocab_size: int, length: int, rng: np.random.Generator) -> Batch:
+    """Three rows without special tokens: some models take the id of padding for padding."""
+    names = ("pad", "bos", "eos", "decoder_start")
+    given = [getattr(config, f"{name}_token_id", None) for name in names]
+    special = np.hstack([[], *(x for x in given if x is not None)])
+    tokens = rng.choice(np.setdiff1d(np.arange(vocab_size), special), (3, length))
+    segments = getattr(config, "type_vocab_size", None) or 0
+    return Batch(tokens, None, rng.integers(0, segments, tokens.shape) if segments > 1 else None)
+
+
+def _pad(batch: Batch, config: Any, left: bool) -> Batch:
+    """The first row whole, of the second two thirds and of the third one."""
+    length = batch.tokens.shape[1]
+    mask = np.arange(length) < np.maximum(1, length * np.array([[3], [2], [1]]) // 3)
+    # Sorted by whether it is real, padding comes first; the sort keeps the order of the rest.
+    order = np.argsort(mask, axis=1, kind="stable") if left else np.arange(length)[None]
+
+    def pad(x: np.ndarray, filler: int) -> np.ndarray:
+        return np.take_along_axis(np.where(mask, x, filler), order, axis=1)
+
+    types = None if batch.types is None else pad(batch.types, 0)
+    tokens = pad(batch.tokens, getattr(config, "pad_token_id", None) or 0)
+    return Batch(tokens, np.take_along_axis(mask, order, axis=1), types)
+
+
+def _compare_outputs(ours: Model, theirs: Reference, samples: dict[str, Sample]) -> list[Row]:
+    rows = []
+    for layout, sample in samples.items():
+        alike = layout == RIGHT or theirs.takes_positions
+        told = layout == NO_PADDING or alike and not theirs.turns_by_length
+        wanted = theirs(sample) if told else theirs.row_by_row(sample)
+        got = _our_outputs(ours, jax.tree.map(jnp.asarray, sample), frozenset(wanted))
+        mask = sample[-1].mask
+        for name in wanted:
+            difference = np.abs(np.asarray(got[name]) - wanted[name])
+            if mask is not None and difference.ndim == 3:
+                difference = difference[mask]
+            rows.append(Row(f"{name}, {layout}", float(difference.max()), TOLERANCE))
+    return rows
+
+
+def _our_outputs(model: Model, sample: Sample, names: frozenset[str]) -> Outputs:
+    """Without `jit`: that would compile a program for every layout, to run it once."""
+    tokens, mask, types = sample[0]
+    if isinstance(model, TransformerLM):
+        return {"log-probs": model(tokens, padding_mask=mask)}
+    if isinstance(model, Transformer):
+        target = sample[1]
+        masks = {"src_padding_mask": mask, "tgt_padding_mask": target.mask}
+        return {"log-probs": model(tokens, target.tokens, **masks)}
+    methods: dict[str, Any] = {
+        "hidden states": model,
+        "pooled": model.pooled,
+        "log-probs": model.logits,
+        "classes": model.classify,
+    }
+    outputs = {name: methods[name](tokens, padding_mask=mask, token_types=types) for name in names}
+    if "log-probs" in names:
+        outputs["log-probs"] = jax.nn.log_softmax(outputs["log-probs"])
+    return outputs
+
+
+def _compare_generated(
+    ours: TransformerLM | Transformer, theirs: Reference, samples: dict[str, Sample]
+) -> list[Row]:
+    """New tokens and their log-probabilities: greedily, and after a source with beams too."""
+    if isinstance(ours, TransformerLM):
+        prompt = samples[LEFT][0]
+        start = prompt.tokens.shape[1]
+        new = min(NEW_TOKENS, (ours.max_seq_length or start + NEW_TOKENS) - start)
+        budget, searches = {"max_new_tokens": new}, {"greedy": 1}
+        where = {"padding_mask": prompt.mask}
+    else:
+        prompt, start = samples[RIGHT][0], 0
+        budget = {"max_length": min(NEW_TOKENS, ours.max_seq_length or NEW_TOKENS)}
+        searches = {"greedy": 1, "beam search": NUM_BEAMS}
+        where = {"src_padding_mask": prompt.mask}
+    rows = []
+    for name, num_beams in searches.items():
+        options: Any = {**where, "num_beams": num_beams, "return_scores": True}
+        got = ours.generate(prompt.tokens, *budget.values(), **options)
+        wanted = theirs.generate(prompt, num_beams=num_beams, **budget)
+        # transformers stops where all rows have ended, here rows are filled up.
+        tokens = np.asarray(got.tokens)[:, start : start + wanted.tokens.shape[1]]
+        differing = (tokens != wanted.tokens) & (wanted.tokens >= 0)
+        scores = got.scores if num_beams > 1 else got.log_probs[:, : wanted.scores.shape[1]]
+        difference = np.abs(np.asarray(scores) - wanted.scores)
+        rows.append(Row(f"tokens, {name}", float(differing.sum()), 0))
+        rows.append(Row(f"their log-probs, {name}", float(difference.max()), TOLERANCE))
+    return rows
+
+
+def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -> list[Row]:
+    """What transformers makes of the checkpoint, and of what is written back."""
+    with tempfile.TemporaryDirectory() as copy:
+        from_pretrained(path).save_pretrained(copy)
+        before, after = (load_reference(where, kind, "auto") for where in (path, copy))
+    changed = before.changed(after)
+    wanted, got = (Reference(x.model.float(), kind, x.missing)(sample) for x in (before, after))
+    difference = max(float(np.abs(got[name] - wanted[name]).max()) for name in wanted)
+    return [Row("tensors, saved", len(changed), 0), Row("outputs, saved", difference, 0)]
