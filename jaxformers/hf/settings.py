@@ -168,6 +168,22 @@ class Only(NamedTuple):
             config[self.key] = self.values[0]
 
 
+class OtherName(NamedTuple):
+    """A key that some files have in place of another; it comes before that one's setting."""
+
+    key: str
+    of: str
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        config.used.add(self.key)
+        value = config.entries.get(self.key)
+        if value is not None and config.entries.setdefault(self.of, value) != value:
+            config.refuse(self.key, f"{self.of} says {config.entries[self.of]!r:.80}.")
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config.pop(self.key, None)
+
+
 class Kept(NamedTuple):
     """Keys that say nothing about the numbers a model gives; written if they have a value here."""
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.architecture import Architecture, Rope
 from jaxformers.hf.settings import Config, Tied
 
 
@@ -23,6 +23,57 @@ class LayerScale(NamedTuple):
         first = a.layer("attention_scale", 0)
         config["scale_attn_weights"] = first != 1.0
         config["scale_attn_by_inverse_layer_idx"] = isinstance(a.attention_scale, tuple)
+
+
+class RotaryDim(NamedTuple):
+    """GPT-J's rotary positions, of which files say nothing but how many features turn."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        dim = config.get("rotary_dim", 64, "size")
+        fields["rope"] = Rope(10000.0, dim, interleaved=True)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if not isinstance(a.rope, Rope):
+            raise ValueError("layers differ in their rotary positions.")
+        config["rotary_dim"] = a.rope.dim  # what else it is, is seen when this is read again
+
+
+class LocalLayers(NamedTuple):
+    """GPT-Neo's layers, each of which sees everything or a window."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        layers = fields["num_layers"]
+        window = config.get("window_size", 256, "size")
+        types = config.get("attention_types", [[["global", "local"], 12]], "list")
+        kinds = config.get("attention_layers", None, "list", optional=True)
+        kinds = self._expand(types, layers) if kinds is None else kinds
+        if len(kinds) != layers or any(kind not in ("global", "local") for kind in kinds):
+            raise ValueError(
+                "config.json: attention_types must say 'global' or 'local' for each of the "
+                f"{layers} layers, got {types!r:.120}."
+            )
+        fields["window"] = tuple(window if kind == "local" else None for kind in kinds)
+
+    def _expand(self, types: list[Any], layers: int) -> list[Any]:
+        """Lists of kinds, each of which is repeated: `[[["global", "local"], 12]]`."""
+        kinds: list[Any] = []
+        for item in types:
+            match item:
+                case [list() as some, int() as times] if len(some) * times <= layers:
+                    kinds += some * times
+                case _:
+                    return []
+        return kinds
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        windows = [a.layer("window", i) for i in range(a.num_layers)]
+        sizes = {window for window in windows if window is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"layers have windows of different size, {sorted(sizes)}.")
+        config["window_size"] = next(iter(sizes), 256)
+        kinds = ["global" if window is None else "local" for window in windows]
+        config["attention_types"] = [[kinds, 1]]
+        config.pop("attention_layers", None)
 
 
 class GatedName(NamedTuple):
