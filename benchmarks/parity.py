@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
-from hf_checkpoints import CASES, make  # noqa: E402
+from hf_cases import CASES  # noqa: E402
+from hf_checkpoints import make  # noqa: E402
 
 from jaxformers.hf.reference import torch_without_gradients  # noqa: E402
 from jaxformers.hf.verify import LEFT, NO_PADDING, RIGHT, TOLERANCE, Row, verify  # noqa: E402
