@@ -241,8 +241,9 @@ class TransformerEncoder(eqx.Module):
             vectors = pool(hidden, positions, pooling)
         if not normalize:
             return vectors
-        length = jnp.linalg.norm(vectors.astype(jnp.float32), axis=-1, keepdims=True)
-        return (vectors / jnp.maximum(length, 1e-12)).astype(vectors.dtype)
+        wide = vectors.astype(jnp.float32)
+        length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
+        return (wide / jnp.maximum(length, 1e-12)).astype(vectors.dtype)
 
     @classmethod
     def from_pretrained(
