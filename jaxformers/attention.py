@@ -188,6 +188,8 @@ class MultiHeadAttention(eqx.Module):
         attention_scale: factor on the scores in place of `1 / sqrt(head_dim)`; None is that.
         softcap: c bounds the scores to `c tanh(scores / c)` before anything is hidden (Gemma 2);
             None does not.
+        qkv_clip: c bounds queries, keys and values to [-c, c] as they are projected (MPT, OLMo);
+            None does not.
         position: a scheme that rotates queries and keys, such as `RotaryPositionalEncoding()`.
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; None is all.
@@ -223,6 +225,7 @@ class MultiHeadAttention(eqx.Module):
     window: int | None = eqx.field(static=True)
     attention_scale: float | None = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True)
+    qkv_clip: float | None = eqx.field(static=True)
     attention_dropout_rate: float = eqx.field(static=True)
 
     def __init__(
@@ -238,6 +241,7 @@ class MultiHeadAttention(eqx.Module):
         qk_norm: Callable | None = None,
         attention_scale: float | None = None,
         softcap: float | None = None,
+        qkv_clip: float | None = None,
         position: RotatingPosition | None = None,
         window: int | None = None,
         attention_dropout_rate: float = 0.0,
@@ -251,13 +255,8 @@ class MultiHeadAttention(eqx.Module):
         use_qkv_bias = use_bias if use_qkv_bias is None else use_qkv_bias
         use_out_bias = use_bias if use_out_bias is None else use_out_bias
         check_flag(use_bias=use_bias, use_qkv_bias=use_qkv_bias, use_out_bias=use_out_bias)
-        check_positive(
-            **{
-                k: x
-                for k, x in dict(attention_scale=attention_scale, softcap=softcap).items()
-                if x is not None
-            }
-        )
+        numbers = dict(attention_scale=attention_scale, softcap=softcap, qkv_clip=qkv_clip)
+        check_positive(**{name: x for name, x in numbers.items() if x is not None})
         if window is not None:
             check_size(window=window)
         if position is not None and not acts_as(position, RotatingPosition):
@@ -284,6 +283,7 @@ class MultiHeadAttention(eqx.Module):
         self.window = None if window is None else int(window)
         self.attention_scale = None if attention_scale is None else float(attention_scale)
         self.softcap = None if softcap is None else float(softcap)
+        self.qkv_clip = None if qkv_clip is None else float(qkv_clip)
         self.attention_dropout_rate = float(attention_dropout_rate)
         self.attention_fn = attention_fn
 
@@ -383,6 +383,7 @@ class MultiHeadAttention(eqx.Module):
     def _heads(self, x: Float[Array, "*b t d"], w, b) -> Float[Array, "*b n t h"]:
         """`x` mapped to one vector per head, with the heads before the positions."""
         y = linear(x, w.reshape(w.shape[0], -1), None if b is None else b.reshape(-1))
+        y = y if self.qkv_clip is None else jnp.clip(y, -self.qkv_clip, self.qkv_clip)
         return jnp.swapaxes(y.reshape(*x.shape[:-1], *w.shape[1:]), -2, -3)
 
 

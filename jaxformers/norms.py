@@ -22,6 +22,7 @@ class LayerNorm(eqx.Module):
         eps: added to the variance, 1e-5.
         use_bias: whether there is a bias beside the gain.
         use_gain: whether there is a gain; without, there must be no bias either (OLMo).
+        gain_offset: added to the gain, whose start is `1 - gain_offset`; 1 in Nemotron.
 
     Example:
         >>> LayerNorm(64)(jnp.ones((2, 10, 64))).shape
@@ -31,25 +32,34 @@ class LayerNorm(eqx.Module):
     gain: Float[Array, " d"] | None
     b: Float[Array, " d"] | None
     eps: float = eqx.field(static=True)
+    gain_offset: float = eqx.field(static=True)
 
     def __init__(
-        self, d_model: int, eps: float = 1e-5, use_bias: bool = True, use_gain: bool = True
+        self,
+        d_model: int,
+        eps: float = 1e-5,
+        use_bias: bool = True,
+        use_gain: bool = True,
+        gain_offset: float = 0.0,
     ):
         check_size(d_model=d_model)
         check_positive(eps=eps)
+        check_nonnegative(gain_offset=gain_offset)
         check_flag(use_bias=use_bias, use_gain=use_gain)
         if use_bias and not use_gain:
             raise ValueError("a norm without a gain has no bias either: pass use_bias=False.")
-        self.gain = jnp.ones(d_model, jnp.float32) if use_gain else None
+        self.gain = jnp.full(d_model, 1.0 - gain_offset, jnp.float32) if use_gain else None
         self.b = jnp.zeros(d_model, jnp.float32) if use_bias else None
         self.eps = float(eps)
+        self.gain_offset = float(gain_offset)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        y = y if self.gain is None else y * self.gain.astype(jnp.float32)
+        if self.gain is not None:
+            y = y * (self.gain.astype(jnp.float32) + self.gain_offset)
         y = y if self.b is None else y + self.b.astype(jnp.float32)
         return y.astype(x.dtype)
 

@@ -38,6 +38,7 @@ class Pieces(TypedDict, total=False):
         qk_norm: constructor of a norm on queries and keys, see `MultiHeadAttention`; default none.
         attention_scale: factor on the attention scores; default `1 / sqrt(head_dim)`.
         softcap: bound of the attention scores, see `MultiHeadAttention`; default none.
+        qkv_clip: bound of queries, keys and values, see `MultiHeadAttention`; default none.
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; default all.
         attention_dropout_rate: dropout on attention weights; default 0.
@@ -75,6 +76,7 @@ class Pieces(TypedDict, total=False):
     qk_norm: Callable | None
     attention_scale: float | None
     softcap: float | None
+    qkv_clip: float | None
     window: int | None
     attention_dropout_rate: float
     attention_fn: AttentionFunction
@@ -101,6 +103,7 @@ ATTENTION_PIECES = (
     "qk_norm",
     "attention_scale",
     "softcap",
+    "qkv_clip",
     "attention_dropout_rate",
     "attention_fn",
     "init",

@@ -96,8 +96,10 @@ class Architecture:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: str | None = None  # "head", "per head" or "all heads"
-    attention_scale: float | tuple[float, ...] | None = None
+    qk_norm_bias: bool | None = None
+    attention_scale: float | tuple[float | None, ...] | None = None
     softcap: float | None = None
+    qkv_clip: float | None = None
     window: int | tuple[int | None, ...] | None = None
     # positions
     position: str = "rope"  # "learned", "sinusoid", "alibi", "t5"
@@ -105,7 +107,7 @@ class Architecture:
     position_offset: int = 0
     sinusoid_interleaved: bool = True
     rope: Rope | tuple[Rope | None, ...] | None = None
-    t5_buckets: int | None = None
+    t5_buckets: int | None = None  # beside another position: T5's bias as well (MPNet)
     t5_distance: int | None = None
     # the feed-forward
     activation: str = "silu"
@@ -113,6 +115,7 @@ class Architecture:
     ff_bias: bool = False
     experts: int | None = None
     experts_used: int | None = None
+    shared_expert_d_ff: int | None = None
     renormalise: bool = True
     # the embedding
     embedding_scale: float = 1.0
@@ -144,12 +147,13 @@ class Architecture:
             "num_decoder_layers": self.num_layers,
             "decoder_num_heads": self.num_heads,
             "decoder_d_ff": self.d_ff,
+            "qk_norm_bias": self.norm_bias,
         }
         for name, value in followers.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        scales = self.attention_scale
-        scales = scales if isinstance(scales, tuple) else (scales,)
+        given = self.attention_scale
+        scales: tuple[float | None, ...] = given if isinstance(given, tuple) else (given,)
         scales = tuple(self.usual_scale if scale is None else scale for scale in scales)
         object.__setattr__(self, "attention_scale", scales)
         if self.layer_order == tuple(range(self.num_layers)):
@@ -219,22 +223,28 @@ def build(a: Architecture, model: Any, init: Initializer, key: PRNGKeyArray) -> 
         )
     if not a.first_attention_norm:
         built = eqx.tree_at(lambda m: m.encoder.layers[0].attention_residual.norm, built, None)
+    if a.position != "t5" and a.t5_buckets is not None:
+        bias = _t5_bias(a, init, jax.random.fold_in(key, 1))
+        none = {"is_leaf": lambda x: x is None}
+        built = eqx.tree_at(lambda m: m.encoder.score_bias, built, bias, **none)
     return built
 
 
 def _norm(a: Architecture) -> Callable:
     if a.norm == "rms":
         return partial(RMSNorm, eps=a.norm_eps, gain_offset=a.norm_offset)
-    return partial(LayerNorm, eps=a.norm_eps, use_bias=a.norm_bias, use_gain=a.norm_gain)
+    has = {"use_bias": a.norm_bias, "use_gain": a.norm_gain}
+    return partial(LayerNorm, eps=a.norm_eps, gain_offset=a.norm_offset, **has)
 
 
 def _pieces(a: Architecture, init: Initializer) -> Pieces:
     norm = _norm(a)
+    head_norm = partial(norm, use_bias=a.qk_norm_bias) if a.norm == "layer" else norm
     qk_norms = {
         None: None,
-        "head": norm,
-        "per head": partial(PerHeadNorm, norm),
-        "all heads": partial(AllHeadsNorm, norm),
+        "head": head_norm,
+        "per head": partial(PerHeadNorm, head_norm),
+        "all heads": partial(AllHeadsNorm, head_norm),
     }
     pieces = Pieces(
         num_kv_heads=None if a.num_kv_heads == a.num_heads else a.num_kv_heads,
@@ -245,6 +255,7 @@ def _pieces(a: Architecture, init: Initializer) -> Pieces:
         use_out_bias=a.out_bias,
         qk_norm=qk_norms[a.qk_norm],
         softcap=a.softcap,
+        qkv_clip=a.qkv_clip,
         attention_dropout_rate=a.attention_dropout,
         norm=norm,
         norm_placement=a.placement,
@@ -293,9 +304,10 @@ def _feed_forward(a: Architecture) -> Callable:
         return partial(
             MixtureOfExperts,
             num_experts=a.experts,
-            top_k=a.experts_used,
+            top_k=a.experts_used or 1,
             activation=activation,
             renormalise=a.renormalise,
+            shared_d_ff=a.shared_expert_d_ff,
         )
     return partial(GatedFeedForward if a.gated else FeedForward, activation=activation)
 
@@ -316,11 +328,14 @@ def _position(a: Architecture, init: Initializer) -> Any:
             return ALiBi()
         case "t5":
             # The decoder may have other heads than the encoder in other families, not here.
-            return lambda key: T5PositionBias(
-                a.num_heads, a.t5_buckets, a.t5_distance, init=init, key=key
-            )
+            return partial(_t5_bias, a, init)
     # Layers get their own; this one keeps the model from adding sinusoids.
     return RotaryPositionalEncoding()
+
+
+def _t5_bias(a: Architecture, init: Initializer, key: PRNGKeyArray) -> T5PositionBias:
+    buckets, distance = a.t5_buckets or 32, a.t5_distance or 128
+    return T5PositionBias(a.num_heads, buckets, distance, init=init, key=key)
 
 
 def _transform(a: Architecture, norm: Callable, init: Initializer) -> Callable | None:

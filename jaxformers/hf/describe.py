@@ -47,7 +47,7 @@ def describe(model: Any) -> Architecture:
         "d_ff": _width(stacks[0].layers[0]),
         "dropout": embedding.dropout_rate,
         "final_norm": _same("final norms", [each.norm is not None for each in stacks]),
-        **_stream(layers, embedding),
+        **_stream(layers, embedding, [each.norm for each in stacks]),
         **_attention(layers),
         **_feed_forward(layers),
         **_embedding(embedding),
@@ -103,11 +103,11 @@ def _norm(norm: Any) -> dict[str, Any]:
         return {"norm": "rms", "norm_eps": norm.eps, "norm_offset": norm.gain_offset}
     if isinstance(norm, LayerNorm):
         has = {"norm_bias": norm.b is not None, "norm_gain": norm.gain is not None}
-        return {"norm": "layer", "norm_eps": norm.eps, **has}
+        return {"norm": "layer", "norm_eps": norm.eps, "norm_offset": norm.gain_offset, **has}
     raise NotDescribable(f"the norm {type(norm).__name__} has no name in checkpoints.")
 
 
-def _stream(layers: list[Any], embedding: Any) -> dict[str, Any]:
+def _stream(layers: list[Any], embedding: Any, final_norms: list[Any]) -> dict[str, Any]:
     first_lacks = (
         layers[0].__class__.__name__ == "EncoderLayer"
         and layers[0].attention_residual.placement == "none"
@@ -118,12 +118,14 @@ def _stream(layers: list[Any], embedding: Any) -> dict[str, Any]:
     joints = joints[1:] if first_lacks else joints
     parallel = _same("parallel", [layer.parallel for layer in layers])
     joints += [layer.feed_forward_residual for layer in layers if parallel != "one norm"]
-    norms = [n for joint in joints for n in (joint.norm, joint.output_norm) if n is not None]
-    norms += [embedding.norm] if embedding.norm is not None else []
+    norms = [norm for joint in joints for norm in (joint.norm, joint.output_norm)]
+    norms = [norm for norm in (*norms, embedding.norm, *final_norms) if norm is not None]
     if not norms:
         raise NotDescribable("layers without any norm have no name in checkpoints.")
+    norm = _same("norms", [_norm(norm) for norm in norms])
     return {
-        **_same("norms", [_norm(norm) for norm in norms]),
+        **norm,
+        **_head_norms([x for layer in layers for x in _attentions(layer)], norm),
         "placement": _same("placement of norms", [joint.placement for joint in joints]),
         "first_attention_norm": not first_lacks,
         "parallel": parallel,
@@ -146,8 +148,8 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
         "head_dim": _same("head_dim", [_unusual_head_dim(x) for x in every]),
         "qkv_bias": q,
         "out_bias": _same("output biases", [x.bo is not None for x in every]),
-        "qk_norm": _same("norms of queries", [_qk_norm(x) for x in every]),
         "softcap": _same("soft-caps", [x.softcap for x in every]),
+        "qkv_clip": _same("bounds", [x.qkv_clip for x in every]),
         "attention_scale": tuple(x.attention_scale for x in own),
         "attention_dropout": _same("dropout", [x.attention_dropout_rate for x in every]),
         "window": tuple(x.window for x in own),
@@ -159,24 +161,28 @@ def _unusual_head_dim(x: MultiHeadAttention) -> int | None:
     return None if x.head_dim * x.num_heads == x.d_model else x.head_dim
 
 
-def _qk_norm(x: MultiHeadAttention) -> str | None:
-    match x.q_norm:
-        case None:
-            return None
-        case PerHeadNorm():
-            return "per head"
-        case AllHeadsNorm():
-            return "all heads"
-    return "head"
+def _head_norms(every: list[MultiHeadAttention], norm: dict[str, Any]) -> dict[str, Any]:
+    """The norms on queries and keys, which but for a bias must be like the others."""
+    norms: list[Any] = [n for x in every for n in (x.q_norm, x.k_norm)]
+    kinds = {type(None): None, PerHeadNorm: "per head", AllHeadsNorm: "all heads"}
+    kind = _same("norms of queries", [kinds.get(type(n), "head") for n in norms])
+    if kind is None:
+        return {"qk_norm": None}
+    found = _same("norms of queries", [_norm(n if kind == "head" else n.norm) for n in norms])
+    bias = found.get("norm_bias")
+    _same("norms", [norm, found if bias is None else found | {"norm_bias": norm.get("norm_bias")}])
+    return {"qk_norm": kind, "qk_norm_bias": bias}
 
 
 def _feed_forward(layers: list[Any]) -> dict[str, Any]:
     def read(ff: Any) -> dict[str, Any]:
-        if isinstance(ff, MixtureOfExperts) and ff.shared_expert is None:
+        if isinstance(ff, MixtureOfExperts):
+            shared = ff.shared_expert
             own = {
                 "experts": ff.num_experts,
                 "experts_used": ff.top_k,
                 "renormalise": ff.renormalise,
+                "shared_expert_d_ff": None if shared is None else shared.w_down.shape[0],
                 "gated": True,
             }
         elif isinstance(ff, GatedFeedForward):
@@ -211,7 +217,15 @@ def _embedding(embedding: Any) -> dict[str, Any]:
 
 
 def _position(embedding: Any, stack: Any, stacks: list[Any]) -> dict[str, Any]:
-    scheme = stack.score_bias if embedding.position is None else embedding.position
+    scheme, bias = embedding.position, stack.score_bias
+    if scheme is not None and bias is not None:
+        if not isinstance(bias, T5PositionBias):
+            raise NotDescribable(f"positions {scheme!r} beside {bias!r} are not in checkpoints.")
+        return {**_scheme(bias, stacks), **_scheme(scheme, stacks)}
+    return _scheme(bias if scheme is None else scheme, stacks)
+
+
+def _scheme(scheme: Any, stacks: list[Any]) -> dict[str, Any]:
     match scheme:
         case LearnablePositionalEncoding():
             own = {"position": "learned", "position_offset": scheme.offset}

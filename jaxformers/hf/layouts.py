@@ -17,8 +17,9 @@ Shape = tuple[int, ...]
 class Rule(NamedTuple):
     """One correspondence: arrays of ours, tensors of a file, and how they are laid out.
 
-    In names, `{i}` stands for a layer and `{e}` for an expert. Ours are paths into the model. Where
-    a family has several names for an array, `when` says of which architectures it is this one.
+    In names, `{i}` stands for a layer and `{e}` for an expert or a head. Ours are paths into the
+    model. Where a family has several names for an array, `when` says of which architectures it is
+    this one.
     """
 
     ours: tuple[str, ...]
@@ -35,7 +36,7 @@ class Rule(NamedTuple):
         return self._replace(ours=ours, theirs=theirs)
 
     def expand(self, shape: Shape) -> "Rule":
-        """The rule with a tensor for each expert, where the first axis of ours counts them."""
+        """The rule with a tensor for each expert or head, which the first axis of ours counts."""
         if not any("{e}" in name for name in self.theirs):
             return self
         names = (name.replace("{e}", str(e)) for name in self.theirs for e in range(shape[0]))
@@ -76,6 +77,9 @@ def tensor_shapes(rule: Rule, shapes: list[Shape]) -> list[Shape]:
             return [(pairs[0][0], sum(out for _, out in pairs))]
         case "flat rows" | "flat heads":
             return [(sum(map(prod, shapes)),)]
+        case "heads":
+            heads, width = first
+            return [(width,)] * heads
         case "experts":
             experts, fan_in, out = first
             return [(out, fan_in)] * experts
@@ -110,6 +114,8 @@ def to_ours(rule: Rule, tensors: list[np.ndarray], shapes: list[Shape]) -> list[
             heads, width = first
             stacked = x.reshape(heads, len(shapes), width)
             return [stacked[:, j] for j in range(len(shapes))]
+        case "heads":
+            return [np.stack(tensors)]
         case "experts":
             return [np.stack([tensor.T for tensor in tensors])]
         case "experts stacked":
@@ -144,6 +150,8 @@ def to_theirs(rule: Rule, arrays: list[np.ndarray]) -> list[np.ndarray]:
             return [np.concatenate([a.reshape(-1) for a in arrays])]
         case "flat heads":
             return [np.stack(arrays, axis=1).reshape(-1)]
+        case "heads":
+            return list(x)
         case "experts":
             return [expert.T for expert in x]
         case "experts stacked":

@@ -179,9 +179,12 @@ class Rotary(NamedTuple):
         older = config.get("rope_scaling", None, "dict", optional=True)
         if older:
             return {} if kind == SLIDING and self.unscaled_sliding else older, False
-        if FULL not in both and SLIDING not in both:
-            if both and self.sliding_theta is not None:
-                config.refuse("rope_parameters", "it must say which layers are meant.")
+        typed, by_type = self.sliding_theta is not None, FULL in both or SLIDING in both
+        if both and typed != by_type:
+            config.refuse(
+                "rope_parameters", "it must " + "not " * by_type + "name types of layers."
+            )
+        if not by_type:
             return both, False
         own = both.get(kind)
         if own is not None and not isinstance(own, dict):
