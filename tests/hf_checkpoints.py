@@ -71,7 +71,7 @@ def randomise(model):
                 # T5 divides no scores by the square root of the size of a head.
                 inputs *= H if name.endswith("Attention.q") else 1
                 sharp = name.endswith((".q_proj", ".k_proj", ".query", ".key", "_lin"))
-                x.data.copy_((2.5 if sharp else 1.5) * noise / inputs**0.5)
+                x.data.copy_((1.7 if sharp else 1.2) * noise / inputs**0.5)
 
 
 def saved_buffers(module):
