@@ -66,6 +66,8 @@ def _is_number(x: Any) -> bool:
 _KINDS: dict[str, Any] = {
     "size": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST,
     "layers": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 4096,
+    # Buckets are looked up in a table of all distances.
+    "distance": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16,
     "count": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= LARGEST,
     "positive": lambda x: _is_number(x) and 0 < x < float("inf"),
     "number": lambda x: _is_number(x) and 0 <= x < float("inf"),
@@ -77,6 +79,7 @@ _KINDS: dict[str, Any] = {
 _NAMES = {
     "size": f"an integer from 1 to {LARGEST}",
     "layers": "an integer from 1 to 4096",
+    "distance": f"an integer from 1 to {2**16}",
     "count": f"an integer from 0 to {LARGEST}",
     "positive": "a finite number above 0",
     "number": "a finite number of at least 0",
@@ -88,18 +91,21 @@ _NAMES = {
 
 
 class Setting(NamedTuple):
-    """One key for one field, of one kind."""
+    """One key for one field, of one kind; `alias` is another name of the key in some files."""
 
     key: str
     field: str
     default: Any
     kind: str = "size"
     optional: bool = False
+    alias: str = ""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        fields[self.field] = config.get(self.key, self.default, self.kind, self.optional)
+        key = self.alias if self.alias in config.entries else self.key
+        fields[self.field] = config.get(key, self.default, self.kind, self.optional)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config.pop(self.alias, None)
         config[self.key] = getattr(a, self.field)
 
 
@@ -248,13 +254,14 @@ class Tied(NamedTuple):
     table: str = "model.embed_tokens.weight"
     key: str = "tie_word_embeddings"
     by_file: bool = False
+    stacks: bool = False  # whether it also says that source and target share a table, as they do
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         says = config.get(self.key, self.default, "flag") or self.by_file
         fields["tied"] = says and config.tensors.merge(self.head, self.table)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config[self.key] = a.tied
+        config[self.key] = a.tied or self.stacks
 
 
 class Present(NamedTuple):

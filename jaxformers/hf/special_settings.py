@@ -14,7 +14,7 @@ class LayerScale(NamedTuple):
         scaled = config.get("scale_attn_weights", True, "flag")
         by_layer = config.get("scale_attn_by_inverse_layer_idx", False, "flag")
         head_dim = fields["d_model"] // fields["num_heads"]
-        scale = head_dim**-0.5 if scaled else 1.0
+        scale = max(1, head_dim) ** -0.5 if scaled else 1.0
         fields["attention_scale"] = None if scaled and not by_layer else scale
         if by_layer:
             fields["attention_scale"] = tuple(scale / (i + 1) for i in range(fields["num_layers"]))
@@ -148,6 +148,6 @@ class Vocabularies(NamedTuple):
         config["vocab_size"] = a.src_vocab_size
         config["decoder_vocab_size"] = a.vocab_size
         config["share_encoder_decoder_embeddings"] = a.shared
-        config["tie_word_embeddings"] = a.tied
+        config["tie_word_embeddings"] = a.tied or a.shared  # which also ties what is shared
         if config.get("decoder_start_token_id") is None:
             config["decoder_start_token_id"] = -1  # none, which its class has no other word for

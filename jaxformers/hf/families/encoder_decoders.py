@@ -52,7 +52,7 @@ def t5_settings(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, fee
         Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
         Setting("num_heads", "num_heads", num_heads),
         Setting("relative_attention_num_buckets", "t5_buckets", 32),
-        Setting("relative_attention_max_distance", "t5_distance", 128),
+        Setting("relative_attention_max_distance", "t5_distance", 128, "distance"),
         Setting("dropout_rate", "dropout", 0.1, "number"),
         Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
         Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
@@ -124,7 +124,7 @@ BART_POST_NORM = Fixed({"placement": "post", "final_norm": False})
 BART_SHARED = (
     Setting("vocab_size", "vocab_size", 50265),
     Fixed({"shared": True}),
-    Tied(True, table="model.shared.weight"),
+    Tied(True, table="model.shared.weight", stacks=True),
 )
 
 
