@@ -24,7 +24,11 @@ def pool(
         pooling: "first" or "mean".
     """
     check_choice(("first", "mean"), pooling=pooling)
-    counted = positions == 0 if pooling == "first" else positions >= 0
+    counted = positions >= 0
+    if pooling == "first":
+        beyond = jnp.iinfo(positions.dtype).max
+        lowest = jnp.where(counted, positions, beyond).min(-1, keepdims=True)
+        counted &= positions == lowest
     weights = jnp.broadcast_to(counted, hidden.shape[:-1]).astype(jnp.float32)
     # Packed documents have several first tokens, and a row of padding none.
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1.0)

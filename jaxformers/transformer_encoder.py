@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
@@ -242,8 +243,9 @@ class TransformerEncoder(eqx.Module):
         if not normalize:
             return vectors
         wide = vectors.astype(jnp.float32)
-        length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
-        return (wide / jnp.maximum(length, 1e-12)).astype(vectors.dtype)
+        square = jnp.square(wide).sum(-1, keepdims=True)
+        # The length itself has no gradient at 0, which is what a row of padding gives.
+        return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(vectors.dtype)
 
     @classmethod
     def from_pretrained(
