@@ -92,9 +92,10 @@ class AfterPadding(NamedTuple):
 
     pad: int = 1
     rows: int = 512
+    key: str | None = "pad_token_id"  # None: it is `pad`, whatever the file says
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        pad = config.get("pad_token_id", self.pad, "count")
+        pad = self.pad if self.key is None else config.get(self.key, self.pad, "count")
         rows = config.get("max_position_embeddings", self.rows, "size")
         if rows <= pad + 1:
             config.refuse("max_position_embeddings", f"with pad_token_id {pad} no token has room.")
@@ -103,7 +104,7 @@ class AfterPadding(NamedTuple):
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         if a.max_seq_length is None or a.position_offset < 1:
             raise ValueError("its positions begin after the row of the padding id.")
-        config["pad_token_id"] = a.position_offset - 1
+        config[self.key or "pad_token_id"] = a.position_offset - 1
         config["max_position_embeddings"] = a.position_offset + a.max_seq_length
 
 
