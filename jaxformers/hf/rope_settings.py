@@ -214,13 +214,25 @@ class Rotary(NamedTuple):
             config[self.partial_key] = _share(full.dim, a.head_dim or 1)
         if self.dim_key is not None:
             config[self.dim_key] = full.dim
-        if full.scaling is not None:
+        if self.sliding_theta is not None and sliding is not None and not self._known(sliding):
+            config["rope_parameters"] = {FULL: _dictionary(full), SLIDING: _dictionary(sliding)}
+        elif full.scaling is not None:
             config["rope_scaling"] = write_scaling(full.scaling)
         original = getattr(full.scaling, "original_length", None)
         if isinstance(full.scaling, DynamicScaling):
             config["max_position_embeddings"] = original
         elif self.original_length is not None and original is not None:
             config["original_max_position_embeddings"] = original
+
+    def _known(self, sliding: Rope) -> bool:
+        """Whether layers that slide are as files imply that say nothing of them by themselves."""
+        theta_said = self.sliding_theta_key is not None or sliding.theta == self.sliding_theta
+        return theta_said and sliding.scaling is None
+
+
+def _dictionary(rope: Rope) -> dict[str, Any]:
+    scaling = {} if rope.scaling is None else write_scaling(rope.scaling)
+    return {"rope_type": "default", **scaling, "rope_theta": rope.theta}
 
 
 def _share(dim: int, head_dim: int) -> float:

@@ -6,6 +6,7 @@ family. How to add one: `docs/families.md`.
 
 from jaxformers.hf.families.decoders import DECODERS
 from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
+from jaxformers.hf.families.decoders_further import FURTHER_DECODERS
 from jaxformers.hf.families.decoders_later import LATER_DECODERS
 from jaxformers.hf.families.decoders_mixtures import MIXTURE_DECODERS
 from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
@@ -18,6 +19,7 @@ FAMILIES = {
     for family in (
         *DECODERS,
         *LATER_DECODERS,
+        *FURTHER_DECODERS,
         *MIXTURE_DECODERS,
         *CLASSIC_DECODERS,
         *ENCODER_DECODERS,

@@ -52,11 +52,18 @@ ATTENTION_BIAS = (
     Setting("attention_bias", "qkv_bias", False, "flag"),
     Derived("out_bias", lambda fields: fields["qkv_bias"]),
 )
+MLP_BIAS = Setting("mlp_bias", "ff_bias", False, "flag")
 
 L = "model.layers.{i}"
 LLAMA_ATTENTION = rules(*(linear(f"{ATTENTION}.w{x}", f"{L}.self_attn.{x}_proj") for x in "qkvo"))
 LLAMA_FEED_FORWARD = rules(
     *(linear(f"{FEED_FORWARD}.w_{x}", f"{L}.mlp.{x}_proj") for x in ("gate", "up", "down"))
+)
+FUSED_FEED_FORWARD = rules(
+    fused(
+        (f"{FEED_FORWARD}.w_gate", f"{FEED_FORWARD}.w_up"), f"{L}.mlp.gate_up_proj", "linear rows"
+    ),
+    linear(f"{FEED_FORWARD}.w_down", f"{L}.mlp.down_proj"),
 )
 LLAMA_ENDS = rules(
     same(TABLE, "model.embed_tokens.weight"),
@@ -98,7 +105,7 @@ LLAMA = llama_like(
         rms(1e-6),
         SILU,
         *ATTENTION_BIAS,
-        Setting("mlp_bias", "ff_bias", False, "flag"),
+        MLP_BIAS,
         *rotary(2048, partial_key=None),
         Kept(("pretraining_tp",)),
         Tied(False),
@@ -275,12 +282,7 @@ PHI3 = llama_like(
         LLAMA_NORMS,
         fused(tuple(f"{ATTENTION}.w{x}" for x in "qkv"), f"{L}.self_attn.qkv_proj", "linear rows"),
         linear(f"{ATTENTION}.wo", f"{L}.self_attn.o_proj"),
-        fused(
-            (f"{FEED_FORWARD}.w_gate", f"{FEED_FORWARD}.w_up"),
-            f"{L}.mlp.gate_up_proj",
-            "linear rows",
-        ),
-        linear(f"{FEED_FORWARD}.w_down", f"{L}.mlp.down_proj"),
+        FUSED_FEED_FORWARD,
     ),
     bos=1,
     eos=32000,

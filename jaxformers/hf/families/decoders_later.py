@@ -10,6 +10,7 @@ from jaxformers.hf.families.decoders import (
     LLAMA_ENDS,
     LLAMA_FEED_FORWARD,
     LLAMA_NORMS,
+    MLP_BIAS,
     RMS_GATED,
     SILU,
     TANH_GELU,
@@ -23,8 +24,6 @@ from jaxformers.hf.family import linear, norm, rules, same
 from jaxformers.hf.rope_settings import NO_ROPE, Windows
 from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Power, Setting, Tied
 
-MLP_BIAS = Setting("mlp_bias", "ff_bias", False, "flag")
-
 OUTPUT_NORMS = rules(
     norm(f"{LAYER}.self_attention_residual.output_norm", f"{L}.post_attention_layernorm"),
     norm(f"{LAYER}.feed_forward_residual.output_norm", f"{L}.post_feedforward_layernorm"),
@@ -33,21 +32,23 @@ ALL_HEADS_NORMS = rules(
     norm(f"{ATTENTION}.q_norm.norm", f"{L}.self_attn.q_norm"),
     norm(f"{ATTENTION}.k_norm.norm", f"{L}.self_attn.k_norm"),
 )
-# OLMo Team 2025, 2 OLMo 2 Furious.
+OLMO2_LAYERS = (
+    *sizes(vocab_size=50304),
+    RMS_GATED,
+    Fixed({"placement": "output", "qk_norm": "all heads"}),
+    rms(1e-5),
+    SILU,
+    *ATTENTION_BIAS,
+)
+OLMO2_WEIGHTS = rules(
+    LLAMA_ENDS, OUTPUT_NORMS, LLAMA_ATTENTION, ALL_HEADS_NORMS, LLAMA_FEED_FORWARD
+)
+# OLMo Team 2025, OLMo 2.
 OLMO2 = llama_like(
     "olmo2",
     "Olmo2",
-    (
-        *sizes(vocab_size=50304),
-        RMS_GATED,
-        Fixed({"placement": "output", "qk_norm": "all heads"}),
-        rms(1e-5),
-        SILU,
-        *ATTENTION_BIAS,
-        *rotary(2048, partial_key=None),
-        Tied(False),
-    ),
-    rules(LLAMA_ENDS, OUTPUT_NORMS, LLAMA_ATTENTION, ALL_HEADS_NORMS, LLAMA_FEED_FORWARD),
+    (*OLMO2_LAYERS, *rotary(2048, partial_key=None), Tied(False)),
+    OLMO2_WEIGHTS,
     pad=1,
     eos=50279,
 )

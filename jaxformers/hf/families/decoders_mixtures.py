@@ -1,10 +1,12 @@
 """Decoder-only families with a mixture of experts in place of the feed-forward."""
 
 from jaxformers.hf.families.decoders import (
+    ATTENTION_BIAS,
     FEED_FORWARD,
     LLAMA_ATTENTION,
     LLAMA_ENDS,
     LLAMA_NORMS,
+    QK_NORMS,
     RMS_GATED,
     SILU,
     L,
@@ -13,10 +15,9 @@ from jaxformers.hf.families.decoders import (
     rotary,
     sizes,
 )
-from jaxformers.hf.family import linear, rules
-from jaxformers.hf.layouts import Rule
+from jaxformers.hf.family import Rule, linear, rules
 from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Fixed, Setting, Tied
+from jaxformers.hf.settings import Fixed, Kept, Only, Setting, Tied
 
 
 def experts(module, gate, up, down):
@@ -63,4 +64,67 @@ MIXTRAL = llama_like(
     eos=2,
 )
 
-MIXTURE_DECODERS = (MIXTRAL,)
+QWEN_SHARED = (
+    RMS_GATED,
+    rms(1e-6),
+    SILU,
+    Setting("norm_topk_prob", "renormalise", False, "flag"),
+    # Some layers could be dense; in the models that are published none is.
+    Only("decoder_sparse_step", (1,), 1),
+    Only("mlp_only_layers", ([], None), None),
+    *rotary(32768, partial_key=None),
+    Tied(False),
+)
+QWEN_EXPERTS = experts(f"{L}.mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def qwen_sizes(expert_width, **defaults):
+    """Sizes, of which `intermediate_size` is that of dense layers and says nothing."""
+    usual = sizes(vocab_size=151936, hidden_size=2048, num_hidden_layers=24, **defaults)
+    width = Setting("moe_intermediate_size", "d_ff", expert_width)
+    return (*(x for x in usual if x.field != "d_ff"), width, Kept(("intermediate_size",)))
+
+
+# Yang et al. 2024.
+QWEN2_MOE = llama_like(
+    "qwen2_moe",
+    "Qwen2Moe",
+    (
+        *qwen_sizes(1408, num_attention_heads=16, num_key_value_heads=16),
+        Setting("qkv_bias", "qkv_bias", True, "flag"),
+        Setting("num_experts", "experts", 60),
+        Setting("num_experts_per_tok", "experts_used", 4),
+        Setting("shared_expert_intermediate_size", "shared_expert_d_ff", 5632),
+        Windows(4096, "odd", enabled_key="use_sliding_window"),
+        *QWEN_SHARED,
+    ),
+    rules(
+        LLAMA_ENDS,
+        LLAMA_NORMS,
+        LLAMA_ATTENTION,
+        QWEN_EXPERTS,
+        *(
+            linear(f"{FEED_FORWARD}.shared_expert.w_{x}", f"{L}.mlp.shared_expert.{x}_proj")
+            for x in ("gate", "up", "down")
+        ),
+        linear(f"{FEED_FORWARD}.w_shared_gate", f"{L}.mlp.shared_expert_gate")[:1],
+    ),
+)
+# Yang et al. 2025.
+QWEN3_MOE = llama_like(
+    "qwen3_moe",
+    "Qwen3Moe",
+    (
+        *qwen_sizes(768, num_key_value_heads=4),
+        *ATTENTION_BIAS,
+        Fixed({"qk_norm": "head"}),
+        Setting("num_experts", "experts", 128, alias="num_local_experts"),
+        Setting("num_experts_per_tok", "experts_used", 8),
+        Windows(4096, enabled_key="use_sliding_window", typed=False),
+        Kept(("max_window_layers",)),
+        *QWEN_SHARED,
+    ),
+    rules(LLAMA_ENDS, LLAMA_NORMS, LLAMA_ATTENTION, QK_NORMS, QWEN_EXPERTS),
+)
+
+MIXTURE_DECODERS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
