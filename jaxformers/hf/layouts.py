@@ -104,16 +104,13 @@ def to_ours(rule: Rule, tensors: list[np.ndarray], shapes: list[Shape]) -> list[
             parts = _split(x.T if rule.layout == "linear rows" else x, shapes)
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         case "linear heads":
-            heads, width = first[1:]
-            stacked = x.T.reshape(first[0], heads, len(shapes), width)
-            return [stacked[:, :, j] for j in range(len(shapes))]
+            return _split_heads(x.T, shapes)
         case "flat rows":
             cuts = np.cumsum([prod(shape) for shape in shapes])[:-1]
             return [p.reshape(s) for p, s in zip(np.split(x, cuts), shapes, strict=True)]
         case "flat heads":
-            heads, width = first
-            stacked = x.reshape(heads, len(shapes), width)
-            return [stacked[:, j] for j in range(len(shapes))]
+            parts = _split_heads(x[None], [(1, *shape) for shape in shapes])
+            return [part[0] for part in parts]
         case "heads":
             return [np.stack(tensors)]
         case "experts":
@@ -131,6 +128,26 @@ def _split(matrix: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
     return np.split(matrix, cuts, axis=1)
 
 
+def _split_heads(matrix: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
+    """A matrix `(in, out)` cut into arrays `(in, heads, width)` whose heads alternate.
+
+    Those of a group lie together: some query heads, then the key head and the value head that they
+    share, then the next group.
+    """
+    groups, width = min(heads for _, heads, _ in shapes), shapes[0][2]
+    counts = [heads // groups for _, heads, _ in shapes]
+    grouped = matrix.reshape(matrix.shape[0], groups, sum(counts), width)
+    parts = np.split(grouped, np.cumsum(counts)[:-1], axis=2)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _join_heads(arrays: list[np.ndarray]) -> np.ndarray:
+    """What `_split_heads` cuts."""
+    groups, width = min(a.shape[1] for a in arrays), arrays[0].shape[2]
+    grouped = [a.reshape(a.shape[0], groups, -1, width) for a in arrays]
+    return np.concatenate(grouped, axis=2).reshape(arrays[0].shape[0], -1)
+
+
 def to_theirs(rule: Rule, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The tensors of a file that hold these arrays."""
     x = arrays[0]
@@ -145,11 +162,11 @@ def to_theirs(rule: Rule, arrays: list[np.ndarray]) -> list[np.ndarray]:
         case "conv1d columns":
             return [np.concatenate([a.reshape(a.shape[0], -1) for a in arrays], axis=1)]
         case "linear heads":
-            return [np.stack(arrays, axis=2).reshape(x.shape[0], -1).T]
+            return [_join_heads(arrays).T]
         case "flat rows":
             return [np.concatenate([a.reshape(-1) for a in arrays])]
         case "flat heads":
-            return [np.stack(arrays, axis=1).reshape(-1)]
+            return [_join_heads([a[None] for a in arrays])[0]]
         case "heads":
             return list(x)
         case "experts":

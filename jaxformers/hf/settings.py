@@ -101,8 +101,11 @@ class Setting(NamedTuple):
     alias: str = ""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        key = self.alias if self.alias in config.entries else self.key
-        fields[self.field] = config.get(key, self.default, self.kind, self.optional)
+        config.used.add(self.alias)
+        other = config.entries.get(self.alias)
+        if other is not None and config.entries.setdefault(self.key, other) != other:
+            config.refuse(self.alias, f"{self.key} says {config.entries[self.key]!r:.80}.")
+        fields[self.field] = config.get(self.key, self.default, self.kind, self.optional)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config.pop(self.alias, None)
@@ -172,22 +175,6 @@ class Only(NamedTuple):
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         if self.default not in self.values:
             config[self.key] = self.values[0]
-
-
-class OtherName(NamedTuple):
-    """A key that some files have in place of another; it comes before that one's setting."""
-
-    key: str
-    of: str
-
-    def read(self, config: Config, fields: dict[str, Any]) -> None:
-        config.used.add(self.key)
-        value = config.entries.get(self.key)
-        if value is not None and config.entries.setdefault(self.of, value) != value:
-            config.refuse(self.key, f"{self.of} says {config.entries[self.of]!r:.80}.")
-
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config.pop(self.key, None)
 
 
 class Kept(NamedTuple):

@@ -4,7 +4,7 @@ from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.families.decoders import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.family import Family, conv1d, fused, linear, norm, rules, same
 from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, OtherName, Setting, Tied
+from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Setting, Tied
 from jaxformers.hf.special_settings import LayerScale, LocalLayers, RotaryDim
 
 QKV = tuple(f"{ATTENTION}.w{x}" for x in "qkv")
@@ -233,13 +233,10 @@ BLOOM = Family(
     shape="lm",
     classes={"output": "BloomForCausalLM", "base": "BloomModel"},
     settings=(
-        OtherName("n_embed", "hidden_size"),
-        OtherName("num_hidden_layers", "n_layer"),
-        OtherName("num_attention_heads", "n_head"),
         Setting("vocab_size", "vocab_size", 250880),
-        Setting("hidden_size", "d_model", 64),
-        Setting("n_layer", "num_layers", 2, "layers"),
-        Setting("n_head", "num_heads", 8),
+        Setting("hidden_size", "d_model", 64, alias="n_embed"),
+        Setting("n_layer", "num_layers", 2, "layers", alias="num_hidden_layers"),
+        Setting("n_head", "num_heads", 8, alias="num_attention_heads"),
         Fixed({"d_ff": None, "activation": "gelu_tanh"}),
         FOUR_TIMES,
         Setting("hidden_dropout", "dropout", 0.0, "number"),
