@@ -47,7 +47,7 @@ def describe(model: Any) -> Architecture:
         "d_ff": _width(stacks[0].layers[0]),
         "dropout": embedding.dropout_rate,
         "final_norm": _same("final norms", [each.norm is not None for each in stacks]),
-        **_stream(layers, embedding, [each.norm for each in stacks]),
+        **_stream(layers, [embedding.norm, *(each.norm for each in stacks), *_head_norms(model)]),
         **_attention(layers),
         **_feed_forward(layers),
         **_embedding(embedding),
@@ -107,7 +107,13 @@ def _norm(norm: Any) -> dict[str, Any]:
     raise NotDescribable(f"the norm {type(norm).__name__} has no name in checkpoints.")
 
 
-def _stream(layers: list[Any], embedding: Any, final_norms: list[Any]) -> dict[str, Any]:
+def _head_norms(model: Any) -> list[Any]:
+    """The norms before the vocabulary and the classes."""
+    heads = (model.output, getattr(model, "classifier", None))
+    return [getattr(getattr(head, "transform", None), "norm", None) for head in heads]
+
+
+def _stream(layers: list[Any], other_norms: list[Any]) -> dict[str, Any]:
     first_lacks = (
         layers[0].__class__.__name__ == "EncoderLayer"
         and layers[0].attention_residual.placement == "none"
@@ -119,13 +125,13 @@ def _stream(layers: list[Any], embedding: Any, final_norms: list[Any]) -> dict[s
     parallel = _same("parallel", [layer.parallel for layer in layers])
     joints += [layer.feed_forward_residual for layer in layers if parallel != "one norm"]
     norms = [norm for joint in joints for norm in (joint.norm, joint.output_norm)]
-    norms = [norm for norm in (*norms, embedding.norm, *final_norms) if norm is not None]
+    norms = [norm for norm in (*norms, *other_norms) if norm is not None]
     if not norms:
         raise NotDescribable("layers without any norm have no name in checkpoints.")
     norm = _same("norms", [_norm(norm) for norm in norms])
     return {
         **norm,
-        **_head_norms([x for layer in layers for x in _attentions(layer)], norm),
+        **_qk_norms([x for layer in layers for x in _attentions(layer)], norm),
         "placement": _same("placement of norms", [joint.placement for joint in joints]),
         "first_attention_norm": not first_lacks,
         "parallel": parallel,
@@ -161,7 +167,7 @@ def _unusual_head_dim(x: MultiHeadAttention) -> int | None:
     return None if x.head_dim * x.num_heads == x.d_model else x.head_dim
 
 
-def _head_norms(every: list[MultiHeadAttention], norm: dict[str, Any]) -> dict[str, Any]:
+def _qk_norms(every: list[MultiHeadAttention], norm: dict[str, Any]) -> dict[str, Any]:
     """The norms on queries and keys, which but for a bias must be like the others."""
     norms: list[Any] = [n for x in every for n in (x.q_norm, x.k_norm)]
     kinds = {type(None): None, PerHeadNorm: "per head", AllHeadsNorm: "all heads"}
@@ -268,6 +274,8 @@ def _output(model: Any) -> dict[str, Any]:
         return fields
     transform = _dense(output.transform)
     plain = output.transform.activation is None and output.transform.norm is None
+    if not plain and output.transform.norm is None:
+        raise NotDescribable("an activation before the vocabulary has a norm in checkpoints.")
     return {
         **fields,
         "transform": "linear" if plain else activation_name(transform.activation),
