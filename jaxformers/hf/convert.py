@@ -49,7 +49,7 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
         )
     stored = Stored(family, TensorFiles(directory))
     a = read_settings(family, config, stored)
-    check_counts(a, len(stored.names))
+    check_sizes(a, stored)
     origin = read_origin(directory, config, family, a.vocab_size)
     plan = Plan.of(family, abstract(a, classes[family.shape]), a)
     plan.check(stored)
@@ -157,14 +157,27 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
     return Architecture(**{k: x for k, x in fields.items() if not k.startswith("_")})
 
 
-def check_counts(a: Architecture, tensors: int) -> None:
+def check_sizes(a: Architecture, stored: "Stored") -> None:
     """Raise before anything is built of a config.json that asks for more than its file can hold."""
+    tensors = len(stored.names)
     counts = {"layers": a.num_layers, "decoder layers": a.num_decoder_layers, "experts": a.experts}
     for what, count in counts.items():
         if count is not None and count > tensors:
             raise ValueError(
                 f"config.json asks for {count} {what}, the file has {tensors} tensors."
             )
+    # A size that is only wrong shows in the shapes, an absurd one would be felt before.
+    longest = max([2**20, *(n for name in stored.names for n in stored.shape(name))])
+    for name in AXES:
+        size = getattr(a, name) or 0
+        if size > longest:
+            raise ValueError(f"config.json asks for a {name} of {size}, the file has none so long.")
+
+
+AXES = (
+    *("vocab_size", "src_vocab_size", "embedding_dim", "d_model", "d_ff", "decoder_d_ff"),
+    *("num_heads", "num_kv_heads", "decoder_num_heads", "head_dim", "t5_buckets", "token_types"),
+)
 
 
 def abstract(a: Architecture, model: Any) -> Any:
@@ -173,7 +186,10 @@ def abstract(a: Architecture, model: Any) -> Any:
     def zeros(key, shape, fan_in, fan_out):
         return jnp.zeros(shape, jnp.float32)
 
-    return eqx.filter_eval_shape(partial(build, a, model, zeros), jax.random.key(0))
+    try:
+        return eqx.filter_eval_shape(partial(build, a, model, zeros), jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model that can be built: {error}") from error
 
 
 class Plan:
@@ -373,7 +389,7 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
 
 
 def _by_path(model: Any) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, eqx.is_array))
+    flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, _is_array))
     return {_name(path): array for path, array in flat}
 
 
@@ -445,6 +461,7 @@ def describe_for_file(model: Any) -> tuple[Plan, dict[str, Any]]:
     fits if its config.json, when read again, describes this very model.
     """
     a = describe(model)
+    check_described(a, model)
     if model.origin is not None:
         entries = json.loads(model.origin.config)
         return fit(family_of(entries), model, a, entries)
@@ -459,6 +476,21 @@ def describe_for_file(model: Any) -> tuple[Plan, dict[str, Any]]:
         "this model is none that transformers knows, so that there is no checkpoint format for it. "
         "What stands against each family:\n" + "\n".join(reasons)
     )
+
+
+def check_described(a: Architecture, model: Any) -> None:
+    """Raise for a model with other arrays than its architecture calls for."""
+    own, usual = (
+        {path: array.shape for path, array in _by_path(x).items()}
+        for x in (model, abstract(a, type(model)))
+    )
+    odd = sorted(path for path in {**own, **usual} if own.get(path) != usual.get(path))
+    if odd:
+        listed = ", ".join(f"{x} {own.get(x)} for {usual.get(x)}" for x in odd[:5])
+        raise ValueError(
+            "this model has parts that no checkpoint of transformers has: its arrays are not those "
+            f"of a model with its options, but {listed}."
+        )
 
 
 def fit(
