@@ -29,13 +29,16 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("path", metavar="PATH", help="the checkpoint's directory")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default 0)")
+    parser.add_argument(
+        "--no-generation", action="store_true", help="do not compare generated tokens"
+    )
     parser.set_defaults(run=run_verify)
 
 
 def run_verify(options: argparse.Namespace) -> int:
     from jaxformers.hf.verify import table, verify
 
-    rows = verify(options.path, seed=options.seed)
+    rows = verify(options.path, seed=options.seed, generate=not options.no_generation)
     print(table(rows))
     return int(not all(row.passed for row in rows))
 

@@ -287,7 +287,9 @@ def encoder_decoders_second(add):
     add("mbart", "MBartForConditionalGeneration", BART, SCALED, off=[{"scale_embedding": False}])
     add("mbart_unscaled", "MBartForConditionalGeneration", BART, activation_function="relu")
     add("pegasus", "PegasusForConditionalGeneration", BART, SCALED, activation_function="relu",
-        off=[{"scale_embedding": False}, {"activation_function": "silu"}])
+        off=[{"scale_embedding": False}, {"activation_function": "silu"}],
+        added={f"model.{stack}.embed_positions.weight": f"model.{stack}.embed_positions.weight"
+               for stack in ("encoder", "decoder")})
 
 
 def encoders_second(add):
