@@ -177,6 +177,27 @@ class Only(NamedTuple):
             config[self.key] = self.values[0]
 
 
+class Inside(NamedTuple):
+    """Settings within an object of the file."""
+
+    key: str
+    settings: tuple[Any, ...]
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        entries = config.get(self.key, None, "dict", optional=True) or {}
+        inner = Config(entries, config.tensors)
+        for setting in self.settings:
+            setting.read(inner, fields)
+        if inner.unknown():
+            config.refuse(self.key, f"it has {', '.join(sorted(inner.unknown()))}.")
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        inner = dict(config.get(self.key) or {})
+        for setting in self.settings:
+            setting.write(a, inner)
+        config[self.key] = inner
+
+
 class Kept(NamedTuple):
     """Keys that say nothing about the numbers a model gives; written if they have a value here."""
 

@@ -76,6 +76,33 @@ class LocalLayers(NamedTuple):
         config.pop("attention_layers", None)
 
 
+class FalconLayers(NamedTuple):
+    """Falcon's key heads and parallel layers, for which its two generations have switches."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        new = config.get("new_decoder_architecture", False, "flag")
+        one_key = config.get("multi_query", True, "flag")
+        parallel = config.get("parallel_attn", True, "flag")
+        norms = config.get("num_ln_in_parallel_attn", None, "size", optional=True)
+        heads = fields["num_heads"]
+        given = config.get("num_kv_heads", None, "size", optional=True) or heads
+        if new and not parallel:
+            config.refuse("parallel_attn", "the new architecture has parallel layers only.")
+        if norms not in ((None, 1, 2) if new else (None, 1)):
+            config.refuse("num_ln_in_parallel_attn", "it is 1, or in the new architecture 2.")
+        fields["num_kv_heads"] = given if new else 1 if one_key else heads
+        norms = "two norms" if new and norms != 1 else "one norm"
+        fields["parallel"] = norms if parallel else None
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        new = a.parallel == "two norms" or a.num_kv_heads not in (1, a.num_heads)
+        config["new_decoder_architecture"] = new
+        config["multi_query"] = a.num_kv_heads == 1
+        config["num_kv_heads"] = a.num_kv_heads
+        config["parallel_attn"] = a.parallel is not None
+        config["num_ln_in_parallel_attn"] = (2 if a.parallel == "two norms" else 1) if new else None
+
+
 class GatedName(NamedTuple):
     """T5's name for its feed-forward: an activation, with `gated-` before it or not."""
 

@@ -9,6 +9,7 @@ from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
 from jaxformers.hf.families.decoders_further import FURTHER_DECODERS
 from jaxformers.hf.families.decoders_later import LATER_DECODERS
 from jaxformers.hf.families.decoders_mixtures import MIXTURE_DECODERS
+from jaxformers.hf.families.decoders_open import OPEN_DECODERS
 from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
 from jaxformers.hf.families.encoders import ENCODERS
 from jaxformers.hf.families.encoders_later import LATER_ENCODERS
@@ -22,6 +23,7 @@ FAMILIES = {
         *FURTHER_DECODERS,
         *MIXTURE_DECODERS,
         *CLASSIC_DECODERS,
+        *OPEN_DECODERS,
         *ENCODER_DECODERS,
         *ENCODERS,
         *LATER_ENCODERS,
