@@ -177,6 +177,8 @@ class Rotary(NamedTuple):
         """What the file says of one type of layer, and whether it says so for that type alone."""
         both = config.get("rope_parameters", None, "dict", optional=True) or {}
         older = config.get("rope_scaling", None, "dict", optional=True)
+        if older and both and self.sliding_theta is not None:
+            config.refuse("rope_scaling", "rope_parameters is there as well.")
         if older:
             return {} if kind == SLIDING and self.unscaled_sliding else older, False
         typed, by_type = self.sliding_theta is not None, FULL in both or SLIDING in both
@@ -214,7 +216,11 @@ class Rotary(NamedTuple):
             config[self.partial_key] = _share(full.dim, a.head_dim or 1)
         if self.dim_key is not None:
             config[self.dim_key] = full.dim
-        if self.sliding_theta is not None and sliding is not None and not self._known(sliding):
+        if (
+            self.sliding_theta is not None
+            and sliding is not None
+            and not self._known(full, sliding)
+        ):
             config["rope_parameters"] = {FULL: _dictionary(full), SLIDING: _dictionary(sliding)}
         elif full.scaling is not None:
             config["rope_scaling"] = write_scaling(full.scaling)
@@ -224,10 +230,10 @@ class Rotary(NamedTuple):
         elif self.original_length is not None and original is not None:
             config["original_max_position_embeddings"] = original
 
-    def _known(self, sliding: Rope) -> bool:
+    def _known(self, full: Rope, sliding: Rope) -> bool:
         """Whether layers that slide are as files imply that say nothing of them by themselves."""
         theta_said = self.sliding_theta_key is not None or sliding.theta == self.sliding_theta
-        return theta_said and sliding.scaling is None
+        return theta_said and sliding.scaling == (None if self.unscaled_sliding else full.scaling)
 
 
 def _dictionary(rope: Rope) -> dict[str, Any]:
