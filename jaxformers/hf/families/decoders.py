@@ -114,22 +114,24 @@ LLAMA = llama_like(
     eos=2,
 )
 
-# Jiang et al. 2023.
-MISTRAL = llama_like(
-    "mistral",
-    "Mistral",
-    (
+
+def mistral(model_type, name, windows):
+    """Mistral's tables differ in their windows alone."""
+    settings = (
         *sizes(intermediate_size=14336, num_key_value_heads=8),
         RMS_GATED,
         rms(1e-6),
         SILU,
-        Windows(4096, typed=False),
+        windows,
         *rotary(131072, partial_key=None),
         Tied(False),
-    ),
-    bos=1,
-    eos=2,
-)
+    )
+    return llama_like(model_type, name, settings, bos=1, eos=2)
+
+
+# Jiang et al. 2023; Mistral AI 2024, with windows in some layers.
+MISTRAL = mistral("mistral", "Mistral", Windows(4096, typed=False))
+MINISTRAL = mistral("ministral", "Ministral", Windows(4096))
 
 QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
 QWEN_LAYERS = (
@@ -289,4 +291,4 @@ PHI3 = llama_like(
     pad=32000,
 )
 
-DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3)
+DECODERS = (LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3)

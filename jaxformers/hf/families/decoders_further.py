@@ -41,23 +41,6 @@ UP_DOWN_WEIGHTS = rules(LLAMA_ENDS, LLAMA_NORMS, LLAMA_ATTENTION, UP_DOWN)
 RELU_SQUARED = Named("hidden_act", "activation", "relu2", ACTIVATION_NAMES)
 QKV_BIAS = Setting("attention_bias", "qkv_bias", False, "flag")
 
-# Jiang et al. 2023, with layers of both kinds.
-MINISTRAL = llama_like(
-    "ministral",
-    "Ministral",
-    (
-        *sizes(intermediate_size=14336, num_key_value_heads=8),
-        RMS_GATED,
-        rms(1e-6),
-        SILU,
-        Windows(4096),
-        *rotary(131072, partial_key=None),
-        Tied(False),
-    ),
-    bos=1,
-    eos=2,
-)
-
 # ByteDance Seed Team 2025.
 SEED_OSS = llama_like(
     "seed_oss",
@@ -294,6 +277,6 @@ STABLELM = llama_like(
 )
 
 FURTHER_DECODERS = (
-    *(MINISTRAL, SEED_OSS, ARCEE, NEMOTRON, OLMO, OLMO3, COHERE2, EXAONE4, GLM, HELIUM),
+    *(SEED_OSS, ARCEE, NEMOTRON, OLMO, OLMO3, COHERE2, EXAONE4, GLM, HELIUM),
     STABLELM,
 )
