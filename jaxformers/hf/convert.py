@@ -171,12 +171,15 @@ def check_sizes(a: Architecture, stored: "Stored") -> None:
     for name in AXES:
         size = getattr(a, name) or 0
         if size > longest:
-            raise ValueError(f"config.json asks for a {name} of {size}, the file has none so long.")
+            raise ValueError(
+                f"config.json asks for a {name} of {size}, no tensor of the file is so long."
+            )
 
 
 AXES = (
     *("vocab_size", "src_vocab_size", "embedding_dim", "d_model", "d_ff", "decoder_d_ff"),
     *("num_heads", "num_kv_heads", "decoder_num_heads", "head_dim", "t5_buckets", "token_types"),
+    "max_seq_length",
 )
 
 

@@ -59,6 +59,8 @@ class Windows(NamedTuple):
                     f"config.json: layer_types must name {FULL!r} or {SLIDING!r} for each of the "
                     f"{layers} layers, got {given!r:.120}."
                 )
+            if SLIDING in given and not slides:
+                config.refuse("layer_types", f"there is no {self.key} for {SLIDING!r}.")
             return given
         every = self.every
         if self.every_key is not None:

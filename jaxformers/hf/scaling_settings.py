@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxformers.hf.settings import Config
+from jaxformers.hf.settings import KINDS, NAMES, Config
 from jaxformers.rotary_scaling import (
     DynamicScaling,
     LinearScaling,
@@ -20,9 +20,9 @@ def number(parameters: Mapping[str, Any], key: str, default: Any = None) -> Any:
     value = parameters.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not KINDS["positive"](value):
         raise ValueError(
-            f"config.json: {key} of the rope must be a number above 0, got {value!r:.80}."
+            f"config.json: {key} of the rope must be {NAMES['positive']}, got {value!r:.80}."
         )
     return float(value)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxformers.hf.architecture import Architecture
 
 LARGEST = 2**31 - 1
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # that float32 can hold
 
 
 class Tensors(Protocol):
@@ -41,8 +42,8 @@ class Config:
         value = self.entries.get(key, default)
         if value is None and (optional or default is None):
             return None
-        if not _KINDS[kind](value):
-            raise ValueError(f"config.json: {key} must be {_NAMES[kind]}, got {value!r:.80}.")
+        if not KINDS[kind](value):
+            raise ValueError(f"config.json: {key} must be {NAMES[kind]}, got {value!r:.80}.")
         return float(value) if kind == "number" else value
 
     def refuse(self, key: str, why: str) -> None:
@@ -63,26 +64,26 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-_KINDS: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     "size": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST,
     "layers": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 4096,
     # Buckets are looked up in a table of all distances.
     "distance": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16,
     "count": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= LARGEST,
-    "positive": lambda x: _is_number(x) and 0 < x < float("inf"),
-    "number": lambda x: _is_number(x) and 0 <= x < float("inf"),
+    "positive": lambda x: _is_number(x) and SMALLEST_FLOAT < x < LARGEST_FLOAT,
+    "number": lambda x: _is_number(x) and 0 <= x < LARGEST_FLOAT,
     "flag": lambda x: isinstance(x, bool),
     "text": lambda x: isinstance(x, str),
     "list": lambda x: isinstance(x, list),
     "dict": lambda x: isinstance(x, dict),
 }
-_NAMES = {
+NAMES = {
     "size": f"an integer from 1 to {LARGEST}",
     "layers": "an integer from 1 to 4096",
     "distance": f"an integer from 1 to {2**16}",
     "count": f"an integer from 0 to {LARGEST}",
-    "positive": "a finite number above 0",
-    "number": "a finite number of at least 0",
+    "positive": f"a number above 0 and below {LARGEST_FLOAT}",
+    "number": f"a number from 0 to {LARGEST_FLOAT}",
     "flag": "true or false",
     "text": "a string",
     "list": "a list",
