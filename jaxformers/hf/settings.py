@@ -244,8 +244,10 @@ HARMLESS = frozenset(
     attn_implementation _attn_implementation _attn_implementation_autoset attention_implementation
     reference_compile deterministic_flash_attn language onnx_export
     cache_implementation router_aux_loss_coef output_router_logits router_jitter_noise
-    static_position_embeddings _commit_hash unsloth_version unsloth_fixed transformers.js_config
-    is_llama_config model_max_length max_sequence_length
+    static_position_embeddings _commit_hash unsloth_version unsloth_fixed
+    transformers.js_config is_llama_config model_max_length max_sequence_length _num_labels
+    output_past bos_token eos_token pad_token sep_token cls_token mask_token unk_token
+    sentence_transformers sbert_ce_default_activation_function
     """.split()
 )
 

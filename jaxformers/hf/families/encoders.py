@@ -182,7 +182,6 @@ def roberta(model_type: str, name: str, vocab_size: int) -> Family:
                 sequence={"classifier.out_proj.weight": first("tanh")},
                 tokens={"classifier.weight": PER_TOKEN},
             ),
-            Kept(("output_past",)),
         ),
         weights=rules(
             embeddings("roberta"),
@@ -230,7 +229,6 @@ DISTILBERT = Family(
         ),
         # Sinusoids are stored like any other table.
         Kept(("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout", "tie_weights_")),
-        Kept(("output_past",)),
     ),
     weights=rules(
         embeddings("distilbert"),
