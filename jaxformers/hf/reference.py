@@ -69,13 +69,23 @@ class Reference(NamedTuple):
         if base.get("pooler_output") is not None and not made_up:
             outputs["pooled"] = base.pooler_output.numpy()
         if self.model is not self.model.base_model:
-            heads = self.model(**inputs)
-            logits = heads.get("logits", heads.get("prediction_logits"))
-            if "Classification" in type(self.model).__name__:
-                outputs["classes"] = logits.numpy()
-            else:
-                outputs["log-probs"] = _log_softmax(logits)
+            outputs |= self._heads(self.model(**inputs))
         return outputs
+
+    def _heads(self, out: Any) -> Outputs:
+        """What stands on an encoder; where it was trained, that is two heads for some."""
+        if "start_logits" in out:
+            return {"classes": np.stack([out.start_logits.numpy(), out.end_logits.numpy()], -1)}
+        if "prediction_logits" in out:
+            [order] = (
+                out[name] for name in ("seq_relationship_logits", "sop_logits") if name in out
+            )
+            return {"log-probs": _log_softmax(out.prediction_logits), "classes": order.numpy()}
+        if "Classification" in type(self.model).__name__:
+            return {"classes": out.logits.numpy()}
+        if out.logits.ndim == 2:  # whether each token is another's (ELECTRA)
+            return {"classes": out.logits.numpy()[..., None]}
+        return {"log-probs": _log_softmax(out.logits)}
 
     def row_by_row(self, sample: Sample) -> Outputs:
         """What each row gives without its padding, put where the row lies in the sample."""
