@@ -329,39 +329,48 @@ def read_origin(
     """What a checkpoint says beside its weights."""
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else None
+    special = read_special({**family.special, **config}, vocab_size, "config.json")
+    if generation is not None:
+        entries = {**family.special, **config, **generation}
+        special = read_special(entries, vocab_size, "generation_config.json")
     return Origin(
         config=json.dumps(config),
         generation_config=None if generation is None else json.dumps(generation),
         directory=str(directory),
-        special_tokens=read_special({**family.special, **config, **(generation or {})}, vocab_size),
+        special_tokens=special,
     )
 
 
-def read_special(entries: Mapping[str, Any], vocab_size: int) -> SpecialTokens:
+def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTokens:
     """The special tokens among them; an id that the vocabulary does not have can never come up."""
 
     def ids(key: str) -> tuple[int, ...]:
         given = entries.get(key)
         given = given if isinstance(given, list) else [] if given is None else [given]
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
-            raise ValueError(f"{key} must be token ids, got {entries[key]!r:.80}.")
+        if any(type(x) is not int for x in given):
+            raise ValueError(f"{where}: {key} must be a token id or several, got {given!r:.80}.")
         return tuple(x for x in given if 0 <= x < vocab_size)
 
     def one(key: str) -> int | None:
         return next(iter(ids(key)), None)
 
     start = one("decoder_start_token_id")
-    words = entries.get("bad_words_ids") or []
-    if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
-        raise ValueError(f"bad_words_ids must be lists of token ids, got {words!r:.80}.")
-    bad = [tuple(x for x in word if isinstance(x, int) and 0 <= x < vocab_size) for word in words]
+    words = entries.get("bad_words_ids")
+    words = [] if words is None else words
+    if not isinstance(words, list) or not all(
+        isinstance(word, list) and word and all(type(x) is int for x in word) for word in words
+    ):
+        raise ValueError(
+            f"{where}: bad_words_ids must be lists of token ids, as [[7], [8, 9]], got "
+            f"{words!r:.80}."
+        )
     return SpecialTokens(
         start=one("bos_token_id") if start is None else start,
         end=ids("eos_token_id"),
         pad=one("pad_token_id"),
         forced_first=one("forced_bos_token_id"),
         forced_last=one("forced_eos_token_id"),
-        bad_words=tuple(new for new, old in zip(bad, words, strict=True) if len(new) == len(old)),
+        bad_words=tuple(tuple(word) for word in words if all(0 <= x < vocab_size for x in word)),
     )
 
 
