@@ -64,14 +64,16 @@ def acts_as(position: object, scheme: Any) -> TypeGuard[Any]:
 
 
 def sinusoid(
-    positions: Int[Array, "*b t"], d_model: int, interleaved: bool = True
+    positions: Int[Array, "*b t"], d_model: int, interleaved: bool = True, inclusive: bool = False
 ) -> Float[Array, "*b t {d_model}"]:
     """Sines in the even and cosines in the odd features, or all sines before all cosines; float32.
 
     `PE(p, 2i) = sin(p / 10000^(2i/d))`, `PE(p, 2i+1) = cos(p / 10000^(2i/d))`
-    (Vaswani et al. 2017, section 3.5).
+    (Vaswani et al. 2017, section 3.5); if inclusive, the last `2i/d` is 1.
     """
-    frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    exponents = np.arange(0, d_model, 2) / d_model
+    exponents = exponents / exponents.max() if inclusive else exponents
+    frequencies = 10000.0**-exponents
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     both = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1 if interleaved else -2)
     return both.reshape(*positions.shape, -1)[..., :d_model]
@@ -101,6 +103,9 @@ class SinusoidalPositionalEncoding(eqx.Module):
         d_model: width of the encoding.
         interleaved: True, the default, puts each sine beside its cosine as the paper does; False
             puts all sines before all cosines, as Marian and Pegasus do.
+        inclusive: whether the wavelengths reach `10000 * 2 pi` and do not end just below, as in
+            the original Transformer's code (M2M-100); then `d_model` is even and at least 4.
+        offset: the number that position 0 has, as some count from another (M2M-100).
 
     Example:
         >>> SinusoidalPositionalEncoding(512, 64)(10).shape
@@ -110,17 +115,31 @@ class SinusoidalPositionalEncoding(eqx.Module):
     max_seq_length: int = eqx.field(static=True)
     d_model: int = eqx.field(static=True)
     interleaved: bool = eqx.field(static=True)
+    inclusive: bool = eqx.field(static=True)
+    offset: int = eqx.field(static=True)
 
-    def __init__(self, max_seq_length: int, d_model: int, interleaved: bool = True):
+    def __init__(
+        self,
+        max_seq_length: int,
+        d_model: int,
+        interleaved: bool = True,
+        inclusive: bool = False,
+        offset: int = 0,
+    ):
         check_size(max_seq_length=max_seq_length, d_model=d_model)
-        check_flag(interleaved=interleaved)
+        check_flag(interleaved=interleaved, inclusive=inclusive)
+        if inclusive and (d_model < 4 or d_model % 2):
+            raise ValueError(f"inclusive needs an even d_model of at least 4, got {d_model}.")
         self.interleaved = bool(interleaved)
+        self.inclusive = bool(inclusive)
+        self.offset = _check_offset(offset)
         self.max_seq_length = int(max_seq_length)
         self.d_model = int(d_model)
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
         """The vectors of the given positions (of padding: those of position 0)."""
-        return sinusoid(jnp.maximum(positions, 0), self.d_model, self.interleaved)
+        numbers = jnp.maximum(positions, 0) + self.offset
+        return sinusoid(numbers, self.d_model, self.interleaved, self.inclusive)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
         """The encoding of positions `0 .. seq_length - 1`."""
@@ -156,11 +175,9 @@ class LearnablePositionalEncoding(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_size(max_seq_length=max_seq_length, d_model=d_model)
-        if isinstance(offset, bool) or not isinstance(offset, int | np.integer) or offset < 0:
-            raise ValueError(f"offset must be an integer of at least 0, got {offset!r}.")
+        self.offset = _check_offset(offset)
         rows = offset + max_seq_length
         self.weight = init(check_key(key), (rows, d_model), rows, d_model)
-        self.offset = int(offset)
 
     @property
     def max_seq_length(self) -> int:
@@ -368,6 +385,12 @@ def t5_buckets(
     shared = exact + (growth * (n - exact) + 1e-9).astype(int)
     bucket = np.where(distance < exact, distance, np.minimum(shared, n - 1))
     return bucket if causal else bucket + n * (ahead > 0)
+
+
+def _check_offset(offset: int) -> int:
+    if isinstance(offset, bool) or not isinstance(offset, int | np.integer) or offset < 0:
+        raise ValueError(f"offset must be an integer of at least 0, got {offset!r}.")
+    return int(offset)
 
 
 def _first_positions(seq_length: int, max_seq_length: int) -> Int[Array, " t"]:

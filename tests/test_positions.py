@@ -392,6 +392,15 @@ def test_sinusoids_in_halves_are_those_of_marian(width):
     assert_close(ours.embed(positions), theirs[np.maximum(positions, 0)])
 
 
+@pytest.mark.parametrize("width", [4, 6, 64])
+def test_sinusoids_up_to_the_last_wavelength_are_those_of_m2m_100(width):
+    from transformers.models.m2m_100 import modeling_m2m_100 as m2m_100
+
+    table = m2m_100.M2M100SinusoidalPositionalEmbedding.get_embedding(62, width, padding_idx=1)
+    ours = SinusoidalPositionalEncoding(60, width, interleaved=False, inclusive=True, offset=2)
+    assert_close(ours(60), table[2:].numpy())
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_learned_positions_with_an_offset(getkey, offset, no_shape_checker):
     from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
@@ -489,6 +498,15 @@ def bad_settings():
         (lambda: RotaryPositionalEncoding(scaling=LinearScaling), "scaling must be a scaling"),
         (lambda: RotaryPositionalEncoding(interleaved="no"), "interleaved must be True or False"),
         (lambda: SinusoidalPositionalEncoding(9, 4, None), "interleaved must be True or False"),
+        (
+            lambda: SinusoidalPositionalEncoding(9, 4, inclusive=0),
+            "inclusive must be True or False",
+        ),
+        (
+            lambda: SinusoidalPositionalEncoding(9, 5, inclusive=True),
+            "inclusive needs an even d_mod",
+        ),
+        (lambda: SinusoidalPositionalEncoding(9, 4, offset=-1), "offset must be an integer of at"),
     ]
 
 

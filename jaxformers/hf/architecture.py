@@ -106,6 +106,7 @@ class Architecture:
     max_seq_length: int | None = None
     position_offset: int = 0
     sinusoid_interleaved: bool = True
+    sinusoid_inclusive: bool = False
     rope: Rope | tuple[Rope | None, ...] | None = None
     t5_buckets: int | None = None  # beside another position: T5's bias as well (MPNet)
     t5_distance: int | None = None
@@ -321,9 +322,8 @@ def _position(a: Architecture, init: Initializer) -> Any:
                 a.max_seq_length or 1, width, offset=a.position_offset, init=init, key=key
             )
         case "sinusoid":
-            return SinusoidalPositionalEncoding(
-                a.max_seq_length or 1, width, a.sinusoid_interleaved
-            )
+            options = a.sinusoid_interleaved, a.sinusoid_inclusive, a.position_offset
+            return SinusoidalPositionalEncoding(a.max_seq_length or 1, width, *options)
         case "alibi":
             return ALiBi()
         case "t5":

@@ -237,8 +237,13 @@ def _scheme(scheme: Any, stacks: list[Any]) -> dict[str, Any]:
             own = {"position": "learned", "position_offset": scheme.offset}
             return own | {"max_seq_length": scheme.max_seq_length}
         case SinusoidalPositionalEncoding():
-            own = {"position": "sinusoid", "sinusoid_interleaved": scheme.interleaved}
-            return own | {"max_seq_length": scheme.max_seq_length}
+            return {
+                "position": "sinusoid",
+                "sinusoid_interleaved": scheme.interleaved,
+                "sinusoid_inclusive": scheme.inclusive,
+                "position_offset": scheme.offset,
+                "max_seq_length": scheme.max_seq_length,
+            }
         case ALiBi():
             return {"position": "alibi"}
         case T5PositionBias():

@@ -103,6 +103,16 @@ class FalconLayers(NamedTuple):
         config["num_ln_in_parallel_attn"] = (2 if a.parallel == "two norms" else 1) if new else None
 
 
+class FirstPosition(NamedTuple):
+    """M2M-100's positions, counted on from the id of padding."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields["position_offset"] = config.get("pad_token_id", 1, "count") + 1
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config["pad_token_id"] = a.position_offset - 1
+
+
 class GatedName(NamedTuple):
     """T5's name for its feed-forward: an activation, with `gated-` before it or not."""
 

@@ -4,7 +4,7 @@ from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.family import Family, linear, norm, rules, same, when
 from jaxformers.hf.layouts import Rule
 from jaxformers.hf.settings import Fixed, Kept, Named, Present, Scaled, Setting, Tied
-from jaxformers.hf.special_settings import GatedName, T5Scale, Vocabularies
+from jaxformers.hf.special_settings import FirstPosition, GatedName, T5Scale, Vocabularies
 
 TARGET_TABLE = "tgt_embedding.token_embedding.weight"
 
@@ -97,35 +97,46 @@ MT5 = Family(
     special={"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
 )
 
-BART_SIZES = (
-    Setting("d_model", "d_model", 1024),
-    Setting("encoder_layers", "num_layers", 12, "layers"),
-    Setting("decoder_layers", "num_decoder_layers", 12, "layers"),
-    Setting("encoder_attention_heads", "num_heads", 16),
-    Setting("decoder_attention_heads", "decoder_num_heads", 16),
-    Setting("encoder_ffn_dim", "d_ff", 4096),
-    Setting("decoder_ffn_dim", "decoder_d_ff", 4096),
-    Setting("max_position_embeddings", "max_seq_length", 1024),
-    Setting("dropout", "dropout", 0.1, "number"),
-    Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-    Named("activation_function", "activation", "gelu", ACTIVATION_NAMES),
-    Scaled(),
-    Fixed({"qkv_bias": True, "out_bias": True, "ff_bias": True}),
-    Present("logits_bias", "final_logits_bias"),
-    Kept(("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "is_decoder")),
-    # Older files say as well what their family does anyway, and repeat themselves.
-    Kept(("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding")),
-    Kept(("extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers")),
-    Kept(("classif_dropout", "_num_labels", "output_past", "save_step", "replacing_rate")),
-)
+
+def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scaled: bool = False):
+    """What BART and its successors have in common, with a family's defaults."""
+    return (
+        Setting("d_model", "d_model", 1024),
+        Setting("encoder_layers", "num_layers", 12, "layers"),
+        Setting("decoder_layers", "num_decoder_layers", 12, "layers"),
+        Setting("encoder_attention_heads", "num_heads", 16),
+        Setting("decoder_attention_heads", "decoder_num_heads", 16),
+        Setting("encoder_ffn_dim", "d_ff", 4096),
+        Setting("decoder_ffn_dim", "decoder_d_ff", 4096),
+        Setting("max_position_embeddings", "max_seq_length", 1024),
+        Setting("dropout", "dropout", 0.1, "number"),
+        Setting("attention_dropout", "attention_dropout", attention_dropout, "number"),
+        Named("activation_function", "activation", activation, ACTIVATION_NAMES),
+        Scaled(default=scaled),
+        Fixed({"qkv_bias": True, "out_bias": True, "ff_bias": True}),
+        Kept(("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "is_decoder")),
+        # Older files say as well what their family does anyway, and repeat themselves.
+        Kept(
+            ("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding")
+        ),
+        Kept(("extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers")),
+        Kept(("classif_dropout", "_num_labels", "output_past", "save_step", "replacing_rate")),
+    )
+
+
 BART_LEARNED = Fixed({"position": "learned", "position_offset": 2, "embedding_norm": True})
 BART_SINUSOIDS = Fixed({"position": "sinusoid", "sinusoid_interleaved": False})
 BART_POST_NORM = Fixed({"placement": "post", "final_norm": False})
-BART_SHARED = (
-    Setting("vocab_size", "vocab_size", 50265),
-    Fixed({"shared": True}),
-    Tied(True, table="model.shared.weight", stacks=True),
-)
+LOGITS_BIAS = Present("logits_bias", "final_logits_bias")
+
+
+def bart_vocabulary(vocab_size: int = 50265):
+    """One vocabulary for source and target."""
+    return (
+        Setting("vocab_size", "vocab_size", vocab_size),
+        Fixed({"shared": True}),
+        Tied(True, table="model.shared.weight", stacks=True),
+    )
 
 
 def bart_stack(stack: str, attentions: dict[str, str]):
@@ -153,8 +164,8 @@ BART_STACKS = rules(
     bart_stack("encoder", {"attention": "self_attn"}),
     bart_stack("decoder", {"self_attention": "self_attn", "cross_attention": "encoder_attn"}),
     linear("output.w", "lm_head")[:1],
-    (Rule(("output.b",), ("final_logits_bias",), "row"),),
 )
+BART_BIAS = (Rule(("output.b",), ("final_logits_bias",), "row"),)
 BART_TABLE = same(TARGET_TABLE, "model.shared.weight")
 BART_POSITIONS = rules(
     same("src_embedding.position.weight", "model.encoder.embed_positions.weight"),
@@ -173,8 +184,8 @@ BART = Family(
     model_type="bart",
     shape="seq2seq",
     classes={"output": "BartForConditionalGeneration", "base": "BartModel"},
-    settings=(*BART_SIZES, *BART_SHARED, BART_LEARNED, BART_POST_NORM),
-    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS),
+    settings=(*bart_settings(), *bart_vocabulary(), LOGITS_BIAS, BART_LEARNED, BART_POST_NORM),
+    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
     ignored=BART_IGNORED,
@@ -189,8 +200,8 @@ MBART = Family(
     model_type="mbart",
     shape="seq2seq",
     classes={"output": "MBartForConditionalGeneration", "base": "MBartModel"},
-    settings=(*BART_SIZES, *BART_SHARED, BART_LEARNED),
-    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS),
+    settings=(*bart_settings(), *bart_vocabulary(), LOGITS_BIAS, BART_LEARNED),
+    weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
     ignored=BART_IGNORED,
@@ -205,12 +216,13 @@ MARIAN = Family(
     model_type="marian",
     shape="seq2seq",
     classes={"output": "MarianMTModel", "base": "MarianModel"},
-    settings=(*BART_SIZES, Vocabularies(), BART_SINUSOIDS, BART_POST_NORM),
+    settings=(*bart_settings(), Vocabularies(), LOGITS_BIAS, BART_SINUSOIDS, BART_POST_NORM),
     weights=rules(
         when(lambda a: a.shared, BART_TABLE),
         when(lambda a: not a.shared, same(TARGET_TABLE, "model.decoder.embed_tokens.weight")),
         same("src_embedding.token_embedding.weight", "model.encoder.embed_tokens.weight"),
         BART_STACKS,
+        BART_BIAS,
     ),
     prefix="model.",
     ignored=SINUSOIDS_IGNORED,
@@ -225,8 +237,8 @@ PEGASUS = Family(
     model_type="pegasus",
     shape="seq2seq",
     classes={"output": "PegasusForConditionalGeneration", "base": "PegasusModel"},
-    settings=(*BART_SIZES, *BART_SHARED, BART_SINUSOIDS),
-    weights=rules(BART_TABLE, BART_STACKS),
+    settings=(*bart_settings(), *bart_vocabulary(), LOGITS_BIAS, BART_SINUSOIDS),
+    weights=rules(BART_TABLE, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
     ignored=SINUSOIDS_IGNORED,
@@ -236,4 +248,26 @@ PEGASUS = Family(
     },
 )
 
-ENCODER_DECODERS = (T5, MT5, BART, MARIAN, MBART, PEGASUS)
+# Fan et al. 2021; NLLB Team 2022.
+M2M_100 = Family(
+    model_type="m2m_100",
+    shape="seq2seq",
+    classes={"output": "M2M100ForConditionalGeneration", "base": "M2M100Model"},
+    settings=(
+        *bart_settings("relu", attention_dropout=0.1, scaled=True),
+        *bart_vocabulary(128112),
+        BART_SINUSOIDS,
+        Fixed({"sinusoid_inclusive": True}),
+        FirstPosition(),
+    ),
+    weights=rules(BART_TABLE, BART_STACKS),
+    prefix="model.",
+    copies=BART_COPIES,
+    ignored=SINUSOIDS_IGNORED,
+    special={
+        **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+        **{"decoder_start_token_id": 2},
+    },
+)
+
+ENCODER_DECODERS = (T5, MT5, BART, MARIAN, MBART, PEGASUS, M2M_100)
