@@ -146,10 +146,16 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
     config = Config(entries, tensors)
     fields: dict[str, Any] = {"shape": family.shape}
     for setting in family.settings:
-        setting.read(config, fields)
+        try:
+            setting.read(config, fields)
+        except (ValueError, ArithmeticError) as error:
+            if str(error).startswith("config.json"):
+                raise
+            raise ValueError(f"config.json: its numbers do not fit together: {error}") from error
     unknown = config.unknown()
     if unknown:
-        listed = ", ".join(f"{key} = {value!r:.60}" for key, value in sorted(unknown.items()))
+        pairs = [f"{key:.80} = {value!r:.60}" for key, value in sorted(unknown.items())]
+        listed = ", ".join(pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
         raise ValueError(
             f"config.json of this {family.model_type} has settings that are not handled, and a "
             f"model that ignored them could give other numbers: {listed}."
@@ -349,7 +355,7 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
         given = given if isinstance(given, list) else [] if given is None else [given]
         if any(type(x) is not int for x in given):
             raise ValueError(f"{where}: {key} must be a token id or several, got {given!r:.80}.")
-        return tuple(x for x in given if 0 <= x < vocab_size)
+        return tuple(dict.fromkeys(x for x in given if 0 <= x < vocab_size))
 
     def one(key: str) -> int | None:
         return next(iter(ids(key)), None)

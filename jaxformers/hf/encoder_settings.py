@@ -63,6 +63,7 @@ class Heads(NamedTuple):
         if a.labels is not None and (not isinstance(names, dict) or len(names) != a.labels):
             config["id2label"] = {str(i): f"LABEL_{i}" for i in range(a.labels)}
             config["label2id"] = {f"LABEL_{i}": i for i in range(a.labels)}
+            config.pop("num_labels", None)  # that of others
 
 
 class OutputBias(NamedTuple):

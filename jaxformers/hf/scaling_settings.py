@@ -64,7 +64,7 @@ def read_scaling(
     unknown = {k for k, x in parameters.items() if x is not None} - _KNOWN[kind] - _ALWAYS
     if unknown:
         raise ValueError(
-            f"config.json: the rope has settings that are not handled: {sorted(unknown)}."
+            f"config.json: the rope has settings that are not handled: {sorted(unknown)!s:.200}."
         )
     longest = config.get("max_position_embeddings", max_length, "size")
     own = config.get("original_max_position_embeddings", original_length, "size", optional=True)
