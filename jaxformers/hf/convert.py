@@ -23,7 +23,7 @@ from jaxformers.hf.family import Family
 from jaxformers.hf.files import TensorFiles, locate, write_tensors
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import Rule, tensor_shapes, to_ours, to_theirs
-from jaxformers.hf.settings import Config
+from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin, SpecialTokens
 
@@ -152,6 +152,8 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
             if str(error).startswith("config.json"):
                 raise
             raise ValueError(f"config.json: its numbers do not fit together: {error}") from error
+    if family.shape != "encoder":
+        Only("is_causal", (True,), True).read(config, fields)
     unknown = config.unknown()
     if unknown:
         pairs = [f"{key:.80} = {value!r:.60}" for key, value in sorted(unknown.items())]
@@ -406,7 +408,7 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     _copy_tokenizer(model.origin, directory)
 
 
-def _by_path(model: Any) -> dict[str, jax.Array]:
+def _by_path(model: Any) -> dict[str, Any]:
     flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, _is_array))
     return {_name(path): array for path, array in flat}
 
