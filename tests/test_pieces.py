@@ -147,6 +147,29 @@ def test_norms_over_heads(getkey):
         np.testing.assert_allclose(own(x)[:, head], plain, atol=1e-5)
 
 
+def test_a_gain_counts_from_its_offset(getkey):
+    x, gain = x_of(getkey, B, T, D), x_of(getkey, D)
+    for norm in (RMSNorm, LayerNorm):
+        plain, shifted = norm(D), norm(D, gain_offset=0.75)
+        np.testing.assert_allclose(shifted(x), plain(x), atol=1e-6)  # drawn to be the same
+        plain = eqx.tree_at(lambda m: m.gain, plain, gain)
+        shifted = eqx.tree_at(lambda m: m.gain, shifted, gain - 0.75)
+        np.testing.assert_allclose(shifted(x), plain(x), atol=1e-5)
+
+
+def test_queries_keys_and_values_are_bounded(getkey):
+    x = 9.0 * x_of(getkey, B, T, D)
+    bounded = MultiHeadAttention(D, N, qkv_clip=0.2, key=KEY)
+    kv = bounded.project(x, x, jnp.arange(T))
+    for seen in kv:
+        assert jnp.abs(seen).max() == jnp.float32(0.2)
+    # Queries too: in one dimension and beyond the bound, their size no longer matters.
+    ones = [jnp.ones_like(w) for w in (bounded.wq, bounded.wk, bounded.wv)]
+    bounded = eqx.tree_at(lambda m: [m.wq, m.wk, m.wv], bounded, ones)
+    large, larger = jnp.ones((1, T, D)), 5.0 * jnp.ones((1, T, D))
+    np.testing.assert_array_equal(bounded(large, x[:1]), bounded(larger, x[:1]))
+
+
 def test_layers_that_run_more_than_once(getkey):
     x = x_of(getkey, B, T, D)
     shared = Encoder(2, D, N, F, 0.0, layer_order=[0, 1, 1, 0], key=KEY)
@@ -185,6 +208,8 @@ def test_both_stacks_have_their_own_sizes():
         ),
         "residual scale": (lambda: language_model(residual_scale=0.0), ["residual_scale", "0.0"]),
         "soft-cap": (lambda: language_model(softcap=-1.0), ["softcap", "-1.0"]),
+        "bound": (lambda: language_model(qkv_clip=0.0), ["qkv_clip", "0.0"]),
+        "offset": (lambda: LayerNorm(D, gain_offset=-1.0), ["gain_offset", "-1.0"]),
         "scale": (lambda: language_model(attention_scale=jnp.inf), ["attention_scale", "inf"]),
         "per layer": (lambda: language_model(per_layer=lambda i: i), ["per_layer", "layer 0"]),
         "per layer, unknown": (

@@ -622,6 +622,7 @@ OPTIONS = {
     "use_logits_bias": (False, {LOGITS}),
     "attention_scale": (0.9, LAYER | {CROSS}),
     "softcap": (0.3, LAYER | {CROSS}),
+    "qkv_clip": (0.1, LAYER | {CROSS}),
     "qk_norm": (RMSNorm, LAYER | {CROSS}),
     "window": (2, LAYER),
     "attention_dropout_rate": (0.5, LAYER | {CROSS}),
