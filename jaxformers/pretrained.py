@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Sharding
 
-from jaxformers.hf.convert import load
+from jaxformers.hf.load import load
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM

@@ -27,7 +27,8 @@ from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score_with_source
 from jaxformers.generation.steps import Seq2SeqStep
-from jaxformers.hf.convert import load, save
+from jaxformers.hf.load import load
+from jaxformers.hf.save import save
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, padding_to_positions, place
 from jaxformers.origin import Origin, with_special_tokens

@@ -12,7 +12,8 @@ from jaxformers.checks import check_choice, check_flag, check_key, check_tokens
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool
-from jaxformers.hf.convert import load, save
+from jaxformers.hf.load import load
+from jaxformers.hf.save import save
 from jaxformers.layers import as_module, split_key
 from jaxformers.masks import Mask, place
 from jaxformers.origin import Origin

@@ -21,7 +21,8 @@ from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
 from jaxformers.generation.steps import LMStep
-from jaxformers.hf.convert import load, save
+from jaxformers.hf.load import load
+from jaxformers.hf.save import save
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, place
 from jaxformers.origin import Origin, with_special_tokens

@@ -1,0 +1,217 @@
+"""Checkpoints to models: the one engine, which reads the families' tables."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.families import FAMILIES
+from jaxformers.hf.family import Family
+from jaxformers.hf.files import TensorFiles, locate
+from jaxformers.hf.json_file import read_json
+from jaxformers.hf.layouts import to_ours
+from jaxformers.hf.plan import FLOATS, WeightPlan, abstract
+from jaxformers.hf.settings import Config, Only
+from jaxformers.hf.tensors import FileTensors
+from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
+from jaxformers.origin import Origin, SpecialTokens
+
+# What is fetched of a hub's repository beside the tokenizer's files.
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
+    """The model of a checkpoint; `classes` are ours by shape. See `jaxformers.from_pretrained`."""
+    directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
+    config = read_json(directory / "config.json")
+    family = family_of(config)
+    if family.shape not in classes:
+        raise ValueError(
+            f"{directory} holds a {family.model_type}, a model of shape {family.shape!r}, which "
+            f"{' or '.join(x.__name__ for x in classes.values())} is not. Load it with "
+            "jaxformers.from_pretrained, which knows the class."
+        )
+    stored = FileTensors(family, TensorFiles(directory))
+    a = read_settings(family, config, stored)
+    check_sizes(a, stored)
+    origin = read_origin(directory, config, family, a.vocab_size)
+    plan = WeightPlan.of(family, abstract(a, classes[family.shape]), a)
+    plan.check(stored)
+    arrays = read_arrays(plan, stored, dtype, sharding)
+    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The table for a config.json."""
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type must be one of {', '.join(sorted(FAMILIES))}, got "
+            f"{name!r:.80}."
+        )
+    return FAMILIES[name]
+
+
+def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> Architecture:
+    """The architecture that a config.json describes.
+
+    Raises:
+        ValueError: if an entry has the wrong type or a meaning that is not handled.
+    """
+    config = Config(entries, tensors)
+    fields: dict[str, Any] = {"shape": family.shape}
+    for setting in family.settings:
+        try:
+            setting.read(config, fields)
+        except (ValueError, ArithmeticError) as error:
+            if str(error).startswith("config.json"):
+                raise
+            raise ValueError(f"config.json: its numbers do not fit together: {error}") from error
+    if family.shape != "encoder":
+        Only("is_causal", (True,), True).read(config, fields)
+    unknown = config.unknown()
+    if unknown:
+        pairs = [f"{key:.80} = {value!r:.60}" for key, value in sorted(unknown.items())]
+        listed = ", ".join(pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+        raise ValueError(
+            f"config.json of this {family.model_type} has settings that are not handled, and a "
+            f"model that ignored them could give other numbers: {listed}."
+        )
+    return Architecture(**{k: x for k, x in fields.items() if not k.startswith("_")})
+
+
+def check_sizes(a: Architecture, stored: FileTensors) -> None:
+    """Raise before anything is built of a config.json that asks for more than its file can hold."""
+    tensors = len(stored.names)
+    counts = {"layers": a.num_layers, "decoder layers": a.num_decoder_layers, "experts": a.experts}
+    for what, count in counts.items():
+        if count is not None and count > tensors:
+            raise ValueError(
+                f"config.json asks for {count} {what}, the file has {tensors} tensors."
+            )
+    # A size that is only wrong shows in the shapes, an absurd one would be felt before.
+    longest = max([2**20, *(n for name in stored.names for n in stored.shape(name))])
+    for name in AXES:
+        size = getattr(a, name) or 0
+        if size > longest:
+            raise ValueError(
+                f"config.json asks for a {name} of {size}, no tensor of the file is so long."
+            )
+
+
+AXES = (
+    *("vocab_size", "src_vocab_size", "embedding_dim", "d_model", "d_ff", "decoder_d_ff"),
+    *("num_heads", "num_kv_heads", "decoder_num_heads", "head_dim", "t5_buckets", "token_types"),
+    "max_seq_length",
+)
+
+
+def read_arrays(
+    plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
+) -> dict[str, jax.Array]:
+    """The arrays of a model, read one tensor at a time and put where they belong."""
+    names = [name for rule in plan.rules for name in rule.theirs]
+    dtype = read_dtype(dtype, {stored.dtype(name) for name in names})
+    arrays = {}
+    for rule in plan.rules:
+        tensors = [check_finite(name, stored.read(name)) for name in rule.theirs]
+        made = to_ours(rule, tensors, [plan.leaves[path].shape for path in rule.ours])
+        for path, x in zip(rule.ours, made, strict=True):
+            x = x.astype(dtype, copy=False)
+            place = sharding
+            if callable(sharding):
+                place = sharding(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            # One tensor at a time: what is copied must be there before the next is read.
+            arrays[path] = jax.device_put(x, place).block_until_ready()
+    return arrays
+
+
+def read_dtype(dtype: Any, stored: set[Any]) -> Any:
+    """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
+    if dtype is None:
+        dtype = jnp.float32 if len(stored) > 1 else next(iter(stored))
+    try:
+        given, dtype = dtype, jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype must be a type such as jnp.bfloat16, got {dtype!r}.") from None
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {given!r}.")
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def check_finite(name: str, x: np.ndarray) -> np.ndarray:
+    """The tensor itself, or an error if it holds NaN or infinity."""
+    flat, step = x.reshape(-1), 1 << 22
+    if not all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step)):
+        raise ValueError(
+            f"the tensor {name} holds numbers that are NaN or infinite: the file is damaged."
+        )
+    return x
+
+
+def read_origin(
+    directory: Path, config: Mapping[str, Any], family: Family, vocab_size: int
+) -> Origin:
+    """What a checkpoint says beside its weights."""
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.exists() else None
+    special = read_special({**family.special, **config}, vocab_size, "config.json")
+    if generation is not None:
+        entries = {**family.special, **config, **generation}
+        special = read_special(entries, vocab_size, "generation_config.json")
+    return Origin(
+        config=json.dumps(config),
+        generation_config=None if generation is None else json.dumps(generation),
+        directory=str(directory),
+        special_tokens=special,
+    )
+
+
+def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTokens:
+    """The special tokens among them; an id that the vocabulary does not have can never come up."""
+
+    def ids(key: str) -> tuple[int, ...]:
+        given = entries.get(key)
+        given = given if isinstance(given, list) else [] if given is None else [given]
+        if any(type(x) is not int for x in given):
+            raise ValueError(f"{where}: {key} must be a token id or several, got {given!r:.80}.")
+        return tuple(dict.fromkeys(x for x in given if 0 <= x < vocab_size))
+
+    def one(key: str) -> int | None:
+        return next(iter(ids(key)), None)
+
+    start = one("decoder_start_token_id")
+    words = entries.get("bad_words_ids")
+    words = [] if words is None else words
+    if not isinstance(words, list) or not all(
+        isinstance(word, list) and word and all(type(x) is int for x in word) for word in words
+    ):
+        raise ValueError(
+            f"{where}: bad_words_ids must be lists of token ids, as [[7], [8, 9]], got "
+            f"{words!r:.80}."
+        )
+    return SpecialTokens(
+        start=one("bos_token_id") if start is None else start,
+        end=ids("eos_token_id"),
+        pad=one("pad_token_id"),
+        forced_first=one("forced_bos_token_id"),
+        forced_last=one("forced_eos_token_id"),
+        bad_words=tuple(tuple(word) for word in words if all(0 <= x < vocab_size for x in word)),
+    )
+
+
+def with_origin(model: Any, origin: Origin) -> Any:
+    """The same model, which knows where it came from."""
+    model = jax.tree.map(lambda x: x, model)
+    object.__setattr__(model, "origin", origin)  # a fresh copy that nobody has seen yet
+    return model

@@ -1,0 +1,119 @@
+"""Which tensors of a file make which arrays of a model."""
+
+import re
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jaxformers.hf.architecture import Architecture, build
+from jaxformers.hf.family import Family
+from jaxformers.hf.layouts import Rule, tensor_shapes
+from jaxformers.hf.tensors import FileTensors
+
+
+class WeightPlan:
+    """Which tensors of a file make which arrays of a model."""
+
+    def __init__(self, family: Family, paths: Any, leaves: dict[str, Any], rules: list[Rule]):
+        self.family = family
+        self.paths = paths  # the model with the path of each array in its place
+        self.leaves = leaves
+        self.rules = rules
+
+    @classmethod
+    def of(cls, family: Family, model: Any, a: Architecture) -> "WeightPlan":
+        """The family's rules for the arrays that this model has, which is of the architecture `a`.
+
+        Raises:
+            ValueError: if it has an array that the family has no tensor for.
+        """
+        flat, structure = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
+        names = [array_name(path) for path, _ in flat]
+        leaves = {name: leaf for name, (_, leaf) in zip(names, flat, strict=True)}
+        layers = 1 + max(
+            (int(n) for name in names for n in re.findall(r"layers\.(\d+)", name)), default=0
+        )
+        rules = []
+        for rule in family.weights:
+            if rule.when is not None and not rule.when(a):
+                continue
+            layered = any("{i}" in name for name in rule.ours)
+            for i in range(layers if layered else 1):
+                at = rule.at(i)
+                if all(path in leaves for path in at.ours):
+                    rules.append(at.expand(leaves[at.ours[0]].shape))
+        uses = Counter(path for rule in rules for path in rule.ours)
+        wrong = [path for path in names if uses[path] != 1]
+        if wrong:
+            raise ValueError(f"a {family.model_type} has no tensor for {', '.join(wrong[:5])}.")
+        return cls(family, jax.tree_util.tree_unflatten(structure, names), leaves, rules)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the file and their shapes."""
+        found: dict[str, tuple[int, ...]] = {}
+        for rule in self.rules:
+            shapes = tensor_shapes(rule, [self.leaves[path].shape for path in rule.ours])
+            found |= dict(zip(rule.theirs, shapes, strict=True))
+        return found
+
+    def check(self, stored: FileTensors) -> None:
+        """Raise one error with everything in which a file differs from what it should hold."""
+        expected = self.shapes()
+        here = {name for name in expected if stored.has(name)}
+        faults = {
+            "missing": sorted(set(expected) - here),
+            "surplus": sorted(set(stored.names) - set(expected)),
+            "of another shape than config.json says": [
+                f"{name} {stored.shape(name)} for {expected[name]}"
+                for name in sorted(here)
+                if stored.shape(name) != expected[name]
+            ],
+            "not of floating point": [
+                f"{name} {stored.dtype(name)}"
+                for name in sorted(here)
+                if stored.dtype(name) not in FLOATS
+            ],
+        }
+        lines = [
+            f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            for what, names in faults.items()
+            if names
+        ]
+        if lines:
+            raise ValueError(
+                f"the tensors in {stored.files.directory} are not those of this "
+                f"{self.family.model_type}.\n" + "\n".join(lines)
+            )
+
+
+FLOATS = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
+
+
+def is_array(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def array_name(path: tuple) -> str:
+    """A path into a model as text: `decoder.layers.0.self_attention.wq`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def abstract(a: Architecture, model: Any) -> Any:
+    """The model without memory: shapes in place of arrays."""
+
+    def zeros(key, shape, fan_in, fan_out):
+        return jnp.zeros(shape, jnp.float32)
+
+    try:
+        return eqx.filter_eval_shape(partial(build, a, model, zeros), jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model that can be built: {error}") from error
+
+
+def arrays_by_path(model: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
+    return {array_name(path): array for path, array in flat}

@@ -1,0 +1,174 @@
+"""Models to checkpoints: the engine in the other direction."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.describe import describe
+from jaxformers.hf.families import FAMILIES
+from jaxformers.hf.family import Family
+from jaxformers.hf.files import write_tensors
+from jaxformers.hf.layouts import Rule, to_theirs
+from jaxformers.hf.load import family_of, read_settings
+from jaxformers.hf.plan import WeightPlan, abstract, arrays_by_path
+from jaxformers.hf.tensors import ModelTensors
+from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
+from jaxformers.origin import Origin
+
+
+def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a model as a checkpoint; see `save_pretrained` of the models."""
+    directory = Path(path)
+    plan, config = describe_for_file(model)
+    arrays = arrays_by_path(model)
+    dtypes = {str(array.dtype) for array in arrays.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"all arrays of a checkpoint must have one dtype, got {sorted(dtypes)}.")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtypes.pop()
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
+    _write_json(directory / "config.json", config)
+    if plan.family.shape != "encoder":
+        origin = model.origin
+        generation = "{}" if origin is None else origin.generation_config or "{}"
+        _write_json(directory / "generation_config.json", json.loads(generation))
+    _copy_tokenizer(model.origin, directory)
+
+
+def _tensors(
+    plan: WeightPlan, arrays: Mapping[str, jax.Array], config: Mapping[str, Any]
+) -> list[tuple]:
+    """For each tensor its name, shape, dtype, and a function that makes it."""
+    shapes, listed = plan.shapes(), []
+    family = plan.family
+    bare = config.get("architectures") == [family.classes.get("base")]
+    for rule in plan.rules:
+        for j, name in enumerate(rule.theirs):
+
+            def make(rule: Rule = rule, j: int = j) -> np.ndarray:
+                return to_theirs(rule, [np.asarray(arrays[path]) for path in rule.ours])[j]
+
+            written = name.removeprefix(family.prefix) if bare else name
+            listed.append((written, shapes[name], arrays[rule.ours[0]].dtype, make))
+    return listed
+
+
+def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
+    """Copy the tokenizer's files of the checkpoint that the model came from."""
+    if origin is None or origin.directory is None:
+        return
+    source = Path(origin.directory)
+    if not source.is_dir():
+        warnings.warn(
+            f"{source}, from where this model was loaded, is gone, and with it its tokenizer: copy "
+            f"the tokenizer's files to {directory} yourself.",
+            stacklevel=4,
+        )
+        return
+    if source.resolve() == directory.resolve():
+        return
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
+    """The family that a model belongs to, as a plan for its arrays, and its config.json.
+
+    A model from a checkpoint stays in its family. For another the families are tried in order: one
+    fits if its config.json, when read again, describes this very model.
+    """
+    a = describe(model)
+    check_described(a, model)
+    if model.origin is not None:
+        entries = json.loads(model.origin.config)
+        return fit(family_of(entries), model, a, entries)
+    reasons = []
+    for family in FAMILIES.values():
+        if family.shape == a.shape:
+            try:
+                return fit(family, model, a, {})
+            except ValueError as error:
+                reasons.append(f"{family.model_type}: {error}")
+    raise ValueError(
+        "this model is none that transformers knows, so that there is no checkpoint format for it. "
+        "What stands against each family:\n" + "\n".join(reasons)
+    )
+
+
+def check_described(a: Architecture, model: Any) -> None:
+    """Raise for a model with other arrays than its architecture calls for."""
+    own, usual = (
+        {path: array.shape for path, array in arrays_by_path(x).items()}
+        for x in (model, abstract(a, type(model)))
+    )
+    odd = sorted(path for path in {**own, **usual} if own.get(path) != usual.get(path))
+    if odd:
+        listed = ", ".join(f"{x} {own.get(x)} for {usual.get(x)}" for x in odd[:5])
+        raise ValueError(
+            "this model has parts that no checkpoint of transformers has: its arrays are not those "
+            f"of a model with its options, but {listed}."
+        )
+
+
+def fit(
+    family: Family, model: Any, a: Architecture, entries: dict[str, Any]
+) -> tuple[WeightPlan, dict[str, Any]]:
+    """A plan and a config.json for a model in this family.
+
+    Raises:
+        ValueError: if the family has no words for something in the model.
+    """
+    plan = WeightPlan.of(family, model, a)
+    named = ModelTensors(plan.shapes())
+    if entries and not differences(family, entries, named, a):
+        return plan, entries
+    # The class's own special tokens are another vocabulary's.
+    config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
+    for setting in family.settings:
+        setting.write(a, config)
+    config["architectures"] = [_class(a, family)]
+    different = differences(family, config, named, a)
+    if different:
+        raise ValueError(f"it has no words for {', '.join(different)}.")
+    return plan, config
+
+
+def differences(
+    family: Family, entries: Mapping[str, Any], tensors: Any, a: Architecture
+) -> list[str]:
+    """Where a config.json describes another architecture than this one; dropout does not count."""
+    read = read_settings(family, entries, tensors)
+    return [
+        f"{field.name} = {getattr(a, field.name)!r} (it would be {getattr(read, field.name)!r})"
+        for field in dataclasses.fields(a)
+        if "dropout" not in field.name and getattr(a, field.name) != getattr(read, field.name)
+    ]
+
+
+def _class(a: Architecture, family: Family) -> str:
+    """Which of the family's classes the model is."""
+    role = "output" if a.output else "base"
+    if a.labels is not None:
+        role = "tokens" if a.classifier == "none" else "sequence"
+        role = "pretraining" if a.output else role
+        if role == "tokens" and a.classifier_transform is not None:
+            role = "discriminator" if "discriminator" in family.classes else role
+    if role not in family.classes:
+        raise ValueError(f"it has no class for a model with the heads of {role!r}.")
+    return family.classes[role]

@@ -1,0 +1,97 @@
+"""The tensors of a checkpoint under the names of its family's table: of a file, and of a model."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxformers.hf.family import Family
+from jaxformers.hf.files import TensorFiles
+
+
+class FileTensors:
+    """A checkpoint's tensors under the names of its family's table.
+
+    Files may lack the prefix that the table's names have, use older names, and hold tensors that
+    are of no interest.
+    """
+
+    def __init__(self, family: Family, files: TensorFiles):
+        self.files = files
+        self.names: dict[str, str] = {}
+        expected = [theirs for rule in family.weights for theirs in rule.theirs]
+        expected += [copy for copy, _ in family.copies]
+        known = [_pattern(name) for name in expected]
+        for name in files.names:
+            new = name
+            for old, replacement in family.aliases:
+                new = re.sub(old, replacement, new)
+            candidates = (new, f"{family.prefix}{new}", new.removeprefix(family.prefix))
+            ours = [x for x in candidates if any(p.fullmatch(x) for p in known)]
+            if not ours and any(re.search(p, new) for p in family.ignored):
+                continue
+            canonical = ours[0] if ours else new
+            if canonical in self.names:
+                raise ValueError(
+                    f"{files.directory} has two tensors for {canonical}: {self.names[canonical]} "
+                    f"and {name}."
+                )
+            self.names[canonical] = name
+        for copy, of in family.copies:
+            self.merge(copy, of)
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.files.shape(self.names[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.files.dtype(self.names[name])
+
+    def read(self, name: str) -> np.ndarray:
+        return self.files.read(self.names[name])
+
+    def merge(self, copy: str, of: str) -> bool:
+        """Whether two tensors are one, stored under one of the names or twice."""
+        if not self.has(copy):
+            return True
+        if not self.has(of):
+            self.names[of] = self.names[copy]
+        elif self.shape(copy) != self.shape(of) or not self._equal(copy, of):
+            return False
+        del self.names[copy]
+        return True
+
+    def choose(self, names: Sequence[str], name: str) -> None:
+        """Keep the first of these tensors that is there, under the last argument's name."""
+        found = [self.names.pop(x) for x in names if x in self.names]
+        if found:
+            self.names[name] = found[0]
+
+    def _equal(self, name: str, other: str) -> bool:
+        same_type = self.dtype(name) == self.dtype(other)
+        return same_type and bool((self.read(name) == self.read(other)).all())
+
+
+def _pattern(name: str) -> re.Pattern:
+    return re.compile(re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+"))
+
+
+class ModelTensors:
+    """The tensors of a model that is about to be written, as settings ask about them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.shapes = shapes
+
+    def has(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def merge(self, copy: str, of: str) -> bool:
+        return not self.has(copy)
+
+    def choose(self, names: Sequence[str], name: str) -> None:
+        pass  # they have their names already
