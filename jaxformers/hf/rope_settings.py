@@ -120,7 +120,6 @@ class Rotary(NamedTuple):
         unscaled_sliding: whether layers that slide are left out of the scaling.
         without: layers without rotary positions: FULL, or NO_ROPE where the file lists the others.
         if_windowed: whether that holds only for files with a window.
-        dim_key: a key that gives the number of features that turn (GPT-J).
         max_length: the longest sequence of the training, where the file names none.
         original_length: that before the training for longer ones, if the file has a key for it.
     """
@@ -135,7 +134,6 @@ class Rotary(NamedTuple):
     unscaled_sliding: bool = False
     without: str | None = None
     if_windowed: bool = False
-    dim_key: str | None = None
     max_length: int = 2048
     original_length: int | None = None
 
@@ -168,8 +166,6 @@ class Rotary(NamedTuple):
             raise ValueError(f"config.json: {key} must be 1 in this family, got {share}.")
         head_dim = fields.get("head_dim") or fields["d_model"] // fields["num_heads"]
         dim = int(head_dim * share)
-        if self.dim_key is not None:
-            dim = config.get(self.dim_key, 64, "size", optional=True) or head_dim
         unscaled = kind == SLIDING and self.unscaled_sliding and not nested
         lengths = self.max_length, self.original_length
         scaling = None if unscaled else read_scaling(config, parameters, *lengths)
@@ -216,8 +212,6 @@ class Rotary(NamedTuple):
         config[self.theta_key] = full.theta
         if self.partial_key is not None:
             config[self.partial_key] = _share(full.dim, a.head_dim or 1)
-        if self.dim_key is not None:
-            config[self.dim_key] = full.dim
         if (
             self.sliding_theta is not None
             and sliding is not None

@@ -46,11 +46,12 @@ class LocalLayers(NamedTuple):
         window = config.get("window_size", 256, "size")
         types = config.get("attention_types", [[["global", "local"], 12]], "list")
         kinds = config.get("attention_layers", None, "list", optional=True)
+        key = "attention_types" if kinds is None else "attention_layers"
         kinds = self._expand(types, layers) if kinds is None else kinds
         if len(kinds) != layers or any(kind not in ("global", "local") for kind in kinds):
             raise ValueError(
-                "config.json: attention_types must say 'global' or 'local' for each of the "
-                f"{layers} layers, got {types!r:.120}."
+                f"config.json: {key} must say 'global' or 'local' for each of the {layers} layers, "
+                f"got {config.entries.get(key)!r:.120}."
             )
         fields["window"] = tuple(window if kind == "local" else None for kind in kinds)
 
