@@ -260,7 +260,7 @@ GEMMA3 = llama_like(
     ),
     rules(GEMMA2_WEIGHTS, QK_NORMS),
     **GEMMA_SPECIAL,
-)
+)._replace(classes={"output": "Gemma3ForCausalLM", "base": "Gemma3TextModel"})
 
 # Abdin et al. 2024.
 PHI3 = llama_like(

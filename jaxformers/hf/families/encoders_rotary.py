@@ -152,6 +152,7 @@ NOMIC_BERT = Family(
     ),
     prefix="nomic_bert.",
     ignored=(r"\.position_ids$", r"\.inv_freq$"),
+    special={"pad_token_id": 0},
 )
 
 # Boizard et al. 2025.
