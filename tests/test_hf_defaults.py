@@ -7,8 +7,8 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="whose defaults they are")
 
-from jaxformers.hf.load import read_settings  # noqa: E402
 from jaxformers.hf.families import FAMILIES  # noqa: E402
+from jaxformers.hf.load import read_settings  # noqa: E402
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
