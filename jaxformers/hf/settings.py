@@ -210,7 +210,8 @@ class Kept(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         for key, value in self.values.items():
-            config.setdefault(key, value)
+            if config.get(key) is None:
+                config[key] = value
 
 
 class Fixed(NamedTuple):

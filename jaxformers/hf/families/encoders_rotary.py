@@ -130,7 +130,8 @@ NOMIC_BERT = Family(
             sequence={"classifier.weight": POOLED},
             tokens={"classifier.weight": PER_TOKEN},
         ),
-        Kept((), {"max_position_embeddings": 2048}),
+        # Its class takes no null for the padding id.
+        Kept((), {"max_position_embeddings": 2048, "pad_token_id": 0}),
     ),
     # transformers calls them otherwise in memory, in files as they were first published.
     weights=rules(
