@@ -28,6 +28,7 @@ class Case(NamedTuple):
 FIRST: dict[str, Case] = {}
 SECOND: dict[str, Case] = {}
 EXTRAS: dict[str, Case] = {}
+REFUSED: dict[str, Case] = {}
 
 
 # fmt: off
@@ -90,8 +91,9 @@ def decoders(add):
     add("gpt2_untied", "GPT2LMHeadModel", gpt2, UNTIED, scale_attn_weights=False, n_inner=None,
         activation_function="relu", off=[{"scale_attn_weights": True}])
     mask = {"attn.bias": (1, 1, MAX, MAX), "attn.masked_bias": ()}
-    add("gpt2_without_prefix", "GPT2Model", gpt2,
+    add("gpt2_without_prefix", "GPT2LMHeadModel", gpt2, renames={"transformer.": ""},
         added={f"h.{i}.{name}": shape for i in range(L) for name, shape in mask.items()})
+    add("gpt2_bare", "GPT2Model", gpt2)
     add("gpt2_older_file", "GPT2LMHeadModel", gpt2,
         added={f"transformer.h.{i}.{name}": shape for i in range(L) for name, shape in mask.items()}
         | {"lm_head.weight": "transformer.wte.weight"})
@@ -193,7 +195,7 @@ def encoder_decoders(add):
     add("bart_unscaled", "BartForConditionalGeneration", BART, activation_function="relu",
         off=[{"activation_function": "silu"}])
     names = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
-    add("bart_without_prefix", "BartModel", BART,
+    add("bart_bare", "BartModel", BART,
         added={name: "shared.weight" for name in names})
     add("marian", "MarianMTModel", BART, SCALED, activation_function="swish",
         decoder_vocab_size=53, share_encoder_decoder_embeddings=False, tie_word_embeddings=False,
@@ -254,9 +256,6 @@ def decoders_second(add):
         layer_norm_elementwise_affine=False)
     bloom = {"vocab_size": V, "hidden_size": D, "n_layer": L, "n_head": N}
     add("bloom", "BloomForCausalLM", bloom)
-    add("bloom_residual_after_norm", "BloomForCausalLM", bloom,
-        apply_residual_connection_post_layernorm=True,
-        off=[{"apply_residual_connection_post_layernorm": False}])
     phi = ropes(partial_rotary_factor=0.5)
     add("phi", "PhiForCausalLM", EIGHT, phi,
         off=[{"hidden_act": "relu"}, ropes(theta=7.0, partial_rotary_factor=0.5)])
@@ -300,6 +299,7 @@ def encoders_second(add):
     add("electra_classify", "ElectraForSequenceClassification", small, num_labels=5)
     add("albert", "AlbertForMaskedLM", small, num_hidden_layers=3, off=[{"num_hidden_layers": 2}])
     add("albert_pooler", "AlbertModel", small, num_hidden_layers=3)
+    add("albert_groups", "AlbertForMaskedLM", small, num_hidden_layers=4, num_hidden_groups=2)
     add("albert_classify", "AlbertForSequenceClassification", small, num_labels=5)
     modern = SIZES | {"num_hidden_layers": 3, "norm_bias": True, "local_attention": 6,
                       "layer_types": [FULL, SLIDING, FULL], **BIASES,
@@ -328,7 +328,6 @@ def extras(add):
     moe = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
     add("qwen3_moe", "Qwen3MoeForCausalLM", HEADS, moe, norm_topk_prob=True, attention_bias=True,
         off=[{"norm_topk_prob": False}])
-    add("qwen3_moe_some_dense", "Qwen3MoeForCausalLM", HEADS, moe, mlp_only_layers=[0])
     add("qwen2_moe", "Qwen2MoeForCausalLM", GROUPED, moe, shared_expert_intermediate_size=28,
         off=[{"norm_topk_prob": True}])
     add("cohere2", "Cohere2ForCausalLM", GROUPED, LOCAL_GLOBAL, PLAIN, attention_bias=True,
@@ -346,10 +345,21 @@ def extras(add):
     add("nemotron", "NemotronForCausalLM", HEADS, BIASES, ropes(partial_rotary_factor=0.5),
         head_dim=8)
     add("helium", "HeliumForCausalLM", GROUPED, BIASES, PLAIN, head_dim=4)
-    add("umt5", "UMT5ForConditionalGeneration", T5)
     nomic = SIZES | {"type_vocab_size": 2}
     add("nomic_bert", "NomicBertForMaskedLM", nomic, off=[OTHER_THETA])
     add("nomic_bert_plain", "NomicBertModel", nomic, PLAIN, off=[OTHER_THETA])
+
+
+def refused(add):
+    """What transformers has and we do not: by the word that the error must have."""
+    add("apply_residual_connection_post_layernorm", "BloomForCausalLM", vocab_size=V,
+        hidden_size=D, n_layer=L, n_head=N, apply_residual_connection_post_layernorm=True)
+    add("mlp_only_layers", "Qwen3MoeForCausalLM", HEADS, num_experts=5, mlp_only_layers=[0])
+    add("add_cross_attention", "GPT2LMHeadModel", n_embd=D, n_head=N, add_cross_attention=True)
+    add("inner_group_num", "AlbertForMaskedLM", SIZES, embedding_size=16, inner_group_num=2)
+    add("is_decoder", "BertForMaskedLM", SIZES, is_decoder=True)
+    add("hidden_act", "LlamaForCausalLM", SIZES, hidden_act="hardswish")
+    add("umt5", "UMT5ForConditionalGeneration", T5)
 
 
 # fmt: on
@@ -358,4 +368,5 @@ for fill in (decoders, encoder_decoders, encoders):
 for fill in (decoders_second, encoder_decoders_second, encoders_second):
     fill(partial(case, SECOND))
 extras(partial(case, EXTRAS))
+refused(partial(case, REFUSED))
 CASES = FIRST | SECOND | EXTRAS
