@@ -127,7 +127,7 @@ def read_arrays(
         tensors = [check_finite(name, stored.read(name)) for name in rule.theirs]
         made = to_ours(rule, tensors, [plan.leaves[path].shape for path in rule.ours])
         for path, x in zip(rule.ours, made, strict=True):
-            x = x.astype(dtype, copy=False)
+            x = cast(rule.theirs[0], x, dtype)
             place = sharding
             if callable(sharding):
                 place = sharding(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -138,7 +138,8 @@ def read_arrays(
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
     """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
-    if dtype is None:
+    asked = dtype is not None
+    if not asked:
         dtype = jnp.float32 if len(stored) > 1 else next(iter(stored))
     try:
         given, dtype = dtype, jnp.dtype(dtype)
@@ -146,17 +147,42 @@ def read_dtype(dtype: Any, stored: set[Any]) -> Any:
         raise ValueError(f"dtype must be a type such as jnp.bfloat16, got {dtype!r}.") from None
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {given!r}.")
-    return jax.dtypes.canonicalize_dtype(dtype)
+    known = jax.dtypes.canonicalize_dtype(dtype)
+    if asked and known != dtype:
+        raise ValueError(
+            f"dtype {dtype} needs jax.config.update('jax_enable_x64', True): without it JAX has "
+            f"{known} at most."
+        )
+    return known
+
+
+def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
+    """The numbers of a tensor in another type, or an error if they are too large for it."""
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    if not is_finite(x):
+        raise ValueError(
+            f"the tensor {name} holds numbers that are too large for {dtype}. Pass another dtype=, "
+            "such as jnp.float32."
+        )
+    return x
 
 
 def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     """The tensor itself, or an error if it holds NaN or infinity."""
-    flat, step = x.reshape(-1), 1 << 22
-    if not all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step)):
+    if not is_finite(x):
         raise ValueError(
             f"the tensor {name} holds numbers that are NaN or infinite: the file is damaged."
         )
     return x
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Looked at in steps: of the whole, the answers would take a quarter of its memory."""
+    flat, step = x.reshape(-1), 1 << 22
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 
 def read_origin(

@@ -72,7 +72,7 @@ class WeightPlan:
                 for name in sorted(here)
                 if stored.shape(name) != expected[name]
             ],
-            "not of floating point": [
+            f"not of {', '.join(map(str, FLOATS[:-1]))} or {FLOATS[-1]}": [
                 f"{name} {stored.dtype(name)}"
                 for name in sorted(here)
                 if stored.dtype(name) not in FLOATS

@@ -21,13 +21,13 @@ class FileTensors:
         self.names: dict[str, str] = {}
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
-        known = [_pattern(name) for name in expected]
+        known = re.compile("|".join(dict.fromkeys(map(_pattern, expected))))
         for name in files.names:
             new = name
             for old, replacement in family.aliases:
                 new = re.sub(old, replacement, new)
             candidates = (new, f"{family.prefix}{new}", new.removeprefix(family.prefix))
-            ours = [x for x in candidates if any(p.fullmatch(x) for p in known)]
+            ours = [x for x in candidates if known.fullmatch(x)]
             if not ours and any(re.search(p, new) for p in family.ignored):
                 continue
             canonical = ours[0] if ours else new
@@ -74,8 +74,8 @@ class FileTensors:
         return same_type and bool((self.read(name) == self.read(other)).all())
 
 
-def _pattern(name: str) -> re.Pattern:
-    return re.compile(re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+"))
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
 
 
 class ModelTensors:
