@@ -49,6 +49,8 @@ from jaxformers.rotary_scaling import (
     LongScaling,
     ProportionalScaling,
     YarnScaling,
+    long_attention_factor,
+    yarn_attention_factor,
 )
 from jaxformers.schedules import (
     Schedule,

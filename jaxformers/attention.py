@@ -6,8 +6,8 @@ The letters of all shapes in this package, in annotations and einsums alike:
     t query position   g key/value heads          f width inside the feed-forward (d_ff)
     s key position     h features of one head     v vocabulary
 
-and where they are needed: e width of the token table, j features of a value, p rows of a table,
-`*b` an optional batch.
+and where they are needed: c classes, e width of the token table or experts, i and o what goes into
+and comes out of a map, j features of a value, p rows of a table, `*b` an optional batch.
 """
 
 from collections.abc import Callable
@@ -363,7 +363,8 @@ class MultiHeadAttention(eqx.Module):
         q = q if self.q_norm is None else self.q_norm(q)
         q = q if self.position is None else self.position.rotate(q, positions)
         # Kernels divide by sqrt(h).
-        q = q if self.attention_scale is None else q * (self.attention_scale * self.head_dim**0.5)
+        if self.attention_scale is not None:
+            q = layers.scaled(q, self.attention_scale * self.head_dim**0.5)
         q = checkpoint_name(q, "queries")
         mask.check(q.shape[:-1] + kv.keys.shape[-2:-1])
         if self.window is not None:

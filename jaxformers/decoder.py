@@ -26,11 +26,11 @@ from jaxformers.pieces import (
     build_feed_forward,
     build_feed_forward_residual,
     build_final_norm,
-    build_parallel,
     build_residual,
     build_self_attention,
     check_pieces,
     layer_pieces,
+    read_parallel,
     take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
@@ -88,7 +88,7 @@ class DecoderLayer(eqx.Module):
             self.cross_attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
         self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
-        self.parallel = build_parallel(**pieces)
+        self.parallel = read_parallel(**pieces)
         if self.parallel and cross_attention:
             raise ValueError(
                 "parallel is for layers without cross-attention, got both. Leave one out."
@@ -146,6 +146,7 @@ class DecoderLayer(eqx.Module):
             y = self.cross_attention.attend(asking, source, cross_mask, key=cross_weights_key)
             x = self.cross_attention_residual.write(x, y, cross_key)
 
+        # Beside attention, the feed-forward reads what attention read.
         read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
         y = self.feed_forward(self.feed_forward_residual.read(read))
         return self.feed_forward_residual.write(x, y, feed_forward_key), cache

@@ -17,11 +17,11 @@ from jaxformers.pieces import (
     build_feed_forward,
     build_feed_forward_residual,
     build_final_norm,
-    build_parallel,
     build_residual,
     build_self_attention,
     check_pieces,
     layer_pieces,
+    read_parallel,
     take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
@@ -69,7 +69,7 @@ class EncoderLayer(eqx.Module):
         self.attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
         self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
-        self.parallel = build_parallel(**pieces)
+        self.parallel = read_parallel(**pieces)
 
     def __call__(
         self,
@@ -94,8 +94,9 @@ class EncoderLayer(eqx.Module):
         attended = self.attention(seen, mask=mask, key=weights_key)
         x = self.attention_residual.write(x, attended, attention_key)
 
-        source = {None: x, "one norm": seen, "two norms": start}[self.parallel]
-        y = self.feed_forward(self.feed_forward_residual.read(source))
+        # Beside attention, the feed-forward reads what attention read.
+        read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
+        y = self.feed_forward(self.feed_forward_residual.read(read))
         return self.feed_forward_residual.write(x, y, feed_forward_key)
 
 
@@ -151,8 +152,9 @@ class Encoder(eqx.Module):
             for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
-        self.layer_order = None if layer_order is None else tuple(layer_order)
-        if layer_order is not None and set(layer_order) != set(range(num_layers)):
+        self.layer_order = order = None if layer_order is None else tuple(layer_order)
+        whole = order is None or all(type(i) is int for i in order)
+        if order is not None and not (whole and set(order) == set(range(num_layers))):
             raise ValueError(
                 f"layer_order must name each of the {num_layers} layers, 0 to {num_layers - 1}, at "
                 f"least once and no other, got {layer_order!r}."

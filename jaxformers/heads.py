@@ -1,6 +1,6 @@
 """What stands on top of an encoder beside a vocabulary: pooling and classification."""
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Classifier(eqx.Module):
         (1, 3)
     """
 
-    transform: Any
+    transform: Callable | None
     out: Dense
     pooling: str = eqx.field(static=True)
 
@@ -68,7 +68,7 @@ class Classifier(eqx.Module):
         d_model: int,
         num_labels: int,
         pooling: str = "first",
-        transform: Any = None,
+        transform: Callable | None = None,
         *,
         init: Initializer = xavier_uniform,
         key: PRNGKeyArray | None = None,

@@ -35,6 +35,11 @@ def linear(
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
+def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """`x` times a number that 16 bits would round."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 @overload
 def split_key(key: PRNGKeyArray, num: int) -> list[PRNGKeyArray]: ...
 @overload
@@ -266,7 +271,7 @@ class Residual(eqx.Module):
     norm: Callable | None
     output_norm: Callable | None
     dropout_rate: float = eqx.field(static=True)
-    norm_first: bool = eqx.field(static=True)
+    placement: str = eqx.field(static=True)
     scale: float = eqx.field(static=True)
 
     def __init__(
@@ -283,27 +288,19 @@ class Residual(eqx.Module):
         around = placement in ("pre", "post", "sandwich")
         self.norm = as_module(norm(d_model)) if around else None
         self.output_norm = as_module(norm(d_model)) if placement in ("sandwich", "output") else None
-        self.norm_first = placement != "post"
+        self.placement = placement
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
 
-    @property
-    def placement(self) -> str:
-        """Where the norms stand."""
-        if self.output_norm is not None:
-            return "output" if self.norm is None else "sandwich"
-        return "none" if self.norm is None else "pre" if self.norm_first else "post"
-
     def read(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
         """What the sublayer gets to see of the stream."""
-        return x if self.norm is None or not self.norm_first else self.norm(x)
+        return x if self.norm is None or self.placement == "post" else self.norm(x)
 
     def write(
         self, x: Float[Array, "*b t d"], y: Float[Array, "*b t d"], key: PRNGKeyArray | None
     ) -> Float[Array, "*b t d"]:
         """The stream after the sublayer's output `y` has been added."""
         y = y if self.output_norm is None else self.output_norm(y)
-        x = x + dropout(y if self.scale == 1.0 else y * self.scale, self.dropout_rate, key)
-        return checkpoint_name(
-            x if self.norm is None or self.norm_first else self.norm(x), "residual"
-        )
+        x = x + dropout(scaled(y, self.scale), self.dropout_rate, key)
+        after = self.norm is not None and self.placement == "post"
+        return checkpoint_name(self.norm(x) if after else x, "residual")  # type: ignore[misc]

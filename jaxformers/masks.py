@@ -106,7 +106,10 @@ class AttentionMask(eqx.Module):
         self.check_positions(shape[:-3], *shape[-2:])
         have = () if self.explicit is None else self.explicit.shape
         pairs = zip(reversed(have), reversed(shape), strict=False)
-        if len(have) > len(shape) or any(size not in (1, want) for size, want in pairs):
+        # One row of padding would hide the same keys from all queries of the batch, as it seems.
+        padding = len(shape) == 4 and have == (1, shape[-1]) and shape[-2] > 1
+        misfit = any(size not in (1, want) for size, want in pairs)
+        if len(have) > len(shape) or misfit or padding:
             axes = "(batch, heads, t, s)" if len(shape) == 4 else "(heads, t, s)"
             raise ValueError(
                 f"a mask must broadcast to {axes} = {shape}, got {have}. A mask per sequence has "

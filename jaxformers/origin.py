@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 class SpecialTokens(NamedTuple):
     """The ids that a checkpoint's text begins and ends with; None and () where it names none."""
 
-    start: int | None = None
-    end: tuple[int, ...] = ()
-    pad: int | None = None
-    forced_first: int | None = None
-    forced_last: int | None = None
+    start_token: int | None = None
+    end_token: tuple[int, ...] = ()
+    pad_token: int | None = None
+    forced_first_token: int | None = None
+    forced_last_token: int | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
 
 
@@ -23,13 +23,14 @@ class Origin:
     Arguments:
         config: its config.json, as text.
         generation_config: its generation_config.json, as text; None if there was none.
-        directory: where it lay, for the tokenizer's files.
+        directory: where it lay, for the tokenizer's files; models that differ in nothing else are
+            of one kind.
         special_tokens: what `generate` uses where it is told nothing else.
     """
 
     config: str
     generation_config: str | None = None
-    directory: str | None = None
+    directory: str | None = dataclasses.field(default=None, compare=False)
     special_tokens: SpecialTokens = SpecialTokens()
 
 
@@ -37,13 +38,13 @@ def with_special_tokens(origin: Origin | None, options: Mapping[str, Any]) -> di
     """The options of `generate`, completed by the special tokens of the model's checkpoint."""
     if origin is None:
         return dict(options)
-    special = origin.special_tokens
-    own = {
-        "end_token": special.end or None,
-        "pad_token": special.pad,
-        "forced_first_token": special.forced_first,
-        "forced_last_token": special.forced_last,
-        "bad_words": [list(words) for words in special.bad_words] or None,
+    own = origin.special_tokens._asdict()
+    del own["start_token"]
+    if options.get("end_token") is not None:
+        del own["forced_last_token"]  # whose purpose is to end as the checkpoint's texts do
+    missing = {
+        name: value
+        for name, value in own.items()
+        if value not in (None, ()) and options.get(name) is None
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    return {**options, **{k: x for k, x in own.items() if x is not None}, **given}
+    return {**options, **missing}

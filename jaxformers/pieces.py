@@ -157,7 +157,7 @@ def build_residual(d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]) 
     return Residual(norm, d_model, dropout_rate, norm_placement(pieces), scale)
 
 
-def build_parallel(**pieces: Unpack[Pieces]) -> str | None:
+def read_parallel(**pieces: Unpack[Pieces]) -> str | None:
     """How the feed-forward stands beside attention: None is after it."""
     parallel = pieces.get("parallel")
     if parallel is None:
@@ -175,7 +175,7 @@ def build_feed_forward_residual(
     d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]
 ) -> Residual:
     """The joint of the feed-forward, which has no norm where it reads through attention's."""
-    if build_parallel(**pieces) == "one norm":
+    if read_parallel(**pieces) == "one norm":
         pieces["norm_placement"] = "none"
     return build_residual(d_model, dropout_rate, **pieces)
 

@@ -184,8 +184,9 @@ class LearnablePositionalEncoding(eqx.Module):
         return self.weight.shape[0] - self.offset
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """The rows of the given positions (of padding: that of position 0)."""
-        return self.weight[jnp.maximum(positions, 0) + self.offset]
+        """The rows of the given positions: of padding that of position 0, beyond the table NaN."""
+        rows = jnp.maximum(positions, 0) + self.offset
+        return self.weight.at[rows].get(mode="fill", fill_value=jnp.nan)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
         """The rows of positions `0 .. seq_length - 1`."""

@@ -22,7 +22,8 @@ def from_pretrained(
 
     Tensors are read from safetensors one at a time and put where they belong, so that loading
     needs the memory of the model and of one tensor. Pickled weights are refused: unpickling runs
-    whatever code the file holds.
+    whatever code the file holds. Of generation_config.json `generate` uses the special tokens where
+    it is told no others; beams, temperatures and penalties are yours to choose.
 
     Arguments:
         path_or_hub_name: a directory with config.json and model.safetensors (or shards and their

@@ -1,12 +1,14 @@
 """The encoder-decoder."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
@@ -300,22 +302,26 @@ class Transformer(eqx.Module):
     def init_cache(self, encoder_output: Float[Array, "b s d"], slots: int) -> Cache:
         """An empty cache for `slots` target tokens, with the encoder's keys and values."""
         check_size(slots=slots)
-        check_activations(encoder_output, self.tgt_embedding.table.shape[1], "encoder_output")
+        check_activations(encoder_output, self.tgt_embedding.d_model, "encoder_output")
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(encoder_output.shape[0], slots, encoder_output)
 
     @classmethod
     def from_pretrained(
-        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+        cls,
+        path_or_hub_name: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        sharding: Sharding | Callable | None = None,
     ) -> "Transformer":
         """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
 
         Raises:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
-        return load(path, {"seq2seq": cls}, dtype, sharding)
+        return load(path_or_hub_name, {"seq2seq": cls}, dtype, sharding)
 
-    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write the model as a checkpoint that transformers loads.
 
         The directory gets config.json, generation_config.json, the weights as safetensors, and the
@@ -327,7 +333,8 @@ class Transformer(eqx.Module):
             max_shard_bytes: the most bytes of weights in one file.
 
         Raises:
-            ValueError: if the model has a part that no family of transformers has.
+            ValueError: if the model has a part that no family of transformers has, or its arrays
+                are of different types.
             ImportError: if the `safetensors` package is missing.
         """
         save(self, path, max_shard_bytes)
@@ -352,8 +359,8 @@ class Transformer(eqx.Module):
             src: source ids, `(b, s)` or `(s,)`.
             max_length: length of the result, the start token included.
             start_token: the first target token; None is that of the checkpoint the model came from.
-            end_token: a row ends with this token (one or several ids) and is filled with it then;
-                None is that of the checkpoint the model came from, `[]` is none.
+            end_token: a row ends with this token (one or several ids); None is that of the
+                checkpoint the model came from, `[]` is none.
             temperature, key, top_k, top_p, **options: as for `TransformerLM.generate`.
             src_padding_mask: shape of `src`, True where a token is real.
 
@@ -436,9 +443,12 @@ class Transformer(eqx.Module):
         )
 
     def _start_token(self, given: int | None) -> int:
-        start = self.origin.special_tokens.start if given is None and self.origin else given
+        start = self.origin.special_tokens.start_token if given is None and self.origin else given
         if start is None:
-            raise ValueError("start_token must be the id that targets begin with, got None.")
+            raise ValueError(
+                "start_token must be the id that targets begin with, got None, and this model "
+                "comes from no checkpoint that names one. Pass start_token=."
+            )
         return start
 
     @property

@@ -1,21 +1,23 @@
 """The encoder-only model."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import check_choice, check_flag, check_key, check_tokens
+from jaxformers.checks import check_callable, check_choice, check_flag, check_key, check_tokens
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.layers import as_module, split_key
-from jaxformers.masks import Mask, place
+from jaxformers.masks import Mask, as_mask, place
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
@@ -108,11 +110,18 @@ class TransformerEncoder(eqx.Module):
                 "tie_embeddings and use_logits_bias are for an output layer, got none. Pass "
                 "output=OutputLayer, or leave them out."
             )
+        heads = {"pooler": pooler, "classifier": classifier}
+        check_callable(**{name: x for name, x in heads.items() if x is not None})
         pooler_key, classifier_key = split_key(head_key, 2)
         if pooler is not None:
             self.pooler = as_module(pooler(d_model, d_model, key=pooler_key))
         if classifier is not None:
             self.classifier = classifier(d_model, key=classifier_key)
+            if not isinstance(self.classifier, Classifier):
+                raise ValueError(
+                    "classifier must be a constructor of a Classifier, such as "
+                    f"partial(Classifier, num_labels=3), got {classifier!r}."
+                )
             if self.classifier.pooling == "pooler" and self.pooler is None:
                 raise ValueError('a classifier that reads the "pooler" needs pooler=, got none.')
 
@@ -181,6 +190,7 @@ class TransformerEncoder(eqx.Module):
     ) -> Float[Array, "*b d"]:
         """What the pooler makes of the first real token; arguments and errors as for `logits`."""
         pooler = self._head("pooler", self.pooler)
+        _check_unpacked(mask)
         hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
         return pooler(pool(hidden, positions, "first"))
 
@@ -201,6 +211,7 @@ class TransformerEncoder(eqx.Module):
         hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
         if classifier.pooling == "none":
             return classifier(hidden)
+        _check_unpacked(mask)
         if classifier.pooling == "late":
             return pool(classifier(hidden), positions, "mean")
         if classifier.pooling == "pooler" and self.pooler is not None:
@@ -250,16 +261,20 @@ class TransformerEncoder(eqx.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+        cls,
+        path_or_hub_name: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        sharding: Sharding | Callable | None = None,
     ) -> "TransformerEncoder":
         """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
 
         Raises:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
-        return load(path, {"encoder": cls}, dtype, sharding)
+        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding)
 
-    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write the model as a checkpoint that transformers loads.
 
         The directory gets config.json, the weights as safetensors, and the
@@ -271,7 +286,8 @@ class TransformerEncoder(eqx.Module):
             max_shard_bytes: the most bytes of weights in one file.
 
         Raises:
-            ValueError: if the model has a part that no family of transformers has.
+            ValueError: if the model has a part that no family of transformers has, or its arrays
+                are of different types.
             ImportError: if the `safetensors` package is missing.
         """
         save(self, path, max_shard_bytes)
@@ -300,3 +316,11 @@ class TransformerEncoder(eqx.Module):
                 f"this model has no {name}. Build it with {name}=, or load one that has."
             )
         return head
+
+
+def _check_unpacked(mask: Mask | None) -> None:
+    if as_mask(mask).q_segments is not None:
+        raise ValueError(
+            "one answer per row is for one document per row, got a mask with segments of several. "
+            "Give each document a row."
+        )

@@ -1,10 +1,12 @@
 """The decoder-only language model."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
 import jax
+from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
@@ -184,16 +186,20 @@ class TransformerLM(eqx.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: Any, *, dtype: Any = None, sharding: Any = None
+        cls,
+        path_or_hub_name: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        sharding: Sharding | Callable | None = None,
     ) -> "TransformerLM":
         """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
 
         Raises:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
-        return load(path, {"lm": cls}, dtype, sharding)
+        return load(path_or_hub_name, {"lm": cls}, dtype, sharding)
 
-    def save_pretrained(self, path: Any, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write the model as a checkpoint that transformers loads.
 
         The directory gets config.json, generation_config.json, the weights as safetensors, and the
@@ -205,7 +211,8 @@ class TransformerLM(eqx.Module):
             max_shard_bytes: the most bytes of weights in one file.
 
         Raises:
-            ValueError: if the model has a part that no family of transformers has.
+            ValueError: if the model has a part that no family of transformers has, or its arrays
+                are of different types.
             ImportError: if the `safetensors` package is missing.
         """
         save(self, path, max_shard_bytes)
@@ -228,8 +235,8 @@ class TransformerLM(eqx.Module):
         Arguments:
             prompt: ids, `(b, t)` or `(t,)`.
             max_new_tokens: how many tokens to add.
-            end_token: a row ends with this token (one or several ids) and is filled with it then;
-                None is that of the checkpoint the model came from, `[]` is none.
+            end_token: a row ends with this token (one or several ids); None is that of the
+                checkpoint the model came from, `[]` is none.
             temperature: what logits are divided by before sampling, above 0.
             top_k: sample from the k most probable tokens.
             top_p: sample from the fewest tokens that hold this much probability, in (0, 1].

@@ -425,7 +425,7 @@ BAD = {
     "early_stopping": [{"early_stopping": True}, {"num_beams": 2, "early_stopping": "always"}],
     "repetition_penalty": [{"repetition_penalty": 0.0}],
     "no_repeat_ngram_size": [{"no_repeat_ngram_size": 0}, {"no_repeat_ngram_size": 1.5}],
-    "bad_words": [{"bad_words": [5]}, {"bad_words": [[V]]}, {"bad_words": []}],
+    "bad_words": [{"bad_words": [5]}, {"bad_words": [[V]]}, {"bad_words": [[]]}],
     "stop_sequences": [{"stop_sequences": [[]]}, {"stop_sequences": [[V]]}],
     "min_new_tokens": [
         {"min_new_tokens": 2},

@@ -33,7 +33,8 @@ class Options(TypedDict, total=False):
         frequency_penalty: taken off a logit for each time its token was generated.
         presence_penalty: taken off once if it was generated at all.
         no_repeat_ngram_size: no sequence of this many tokens comes twice.
-        bad_words: token sequences that do not come.
+        bad_words: token sequences that do not come; `[]` is none, where the model's checkpoint
+            names some.
         min_new_tokens: the end token does not come before so many.
         forced_first_token: the first new token.
         forced_last_token: the token of the last column, for rows that come so far.
@@ -245,7 +246,7 @@ def _forced(options: dict[str, Any], vocab_size: int, batch_size: int) -> dict[s
 def _allowed(options: dict[str, Any], end_tokens: np.ndarray) -> Sequence[Sequence[int]] | None:
     """The bad words, of which a lone end token is none: rows could never end (as in HF)."""
     words = options.get("bad_words")
-    if not words:
-        return words
+    if words is None or (isinstance(words, list | tuple) and not words):
+        return None
     ends = [[end] for end in end_tokens.tolist()]
     return [word for word in words if np.ravel(word).tolist() not in ends] or None

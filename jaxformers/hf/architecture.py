@@ -360,5 +360,9 @@ def _classifier(a: Architecture, init: Initializer) -> Callable | None:
             init=init,
         )
     return partial(
-        Classifier, num_labels=a.labels, pooling=a.classifier, transform=transform, init=init
+        Classifier,
+        num_labels=a.labels,
+        pooling=a.classifier or "first",
+        transform=transform,
+        init=init,
     )

@@ -1,9 +1,13 @@
 """The architecture of a model, read back from its modules."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+
 from jaxformers.attention import MultiHeadAttention, dot_product_attention
+from jaxformers.encoder import EncoderLayer
 from jaxformers.hf.architecture import ACTIVATIONS, ALSO, Architecture, Rope
 from jaxformers.layers import Dense, FeedForward, Function, GatedFeedForward
 from jaxformers.mixture_of_experts import MixtureOfExperts
@@ -17,15 +21,11 @@ from jaxformers.positional_encoding import (
 )
 
 
-class NotDescribable(ValueError):
-    """A model has a part that no record of architectures names."""
-
-
 def describe(model: Any) -> Architecture:
     """The architecture that `build` would make this model of, whoever built it.
 
     Raises:
-        NotDescribable: if it has a part of its own, such as another norm or kernel.
+        ValueError: if it has a part of its own, such as another norm or kernel.
     """
     shape = (
         "seq2seq"
@@ -87,14 +87,14 @@ def _width(layer: Any) -> int:
     ff = layer.feed_forward
     w = ff.w_down if hasattr(ff, "w_down") else getattr(ff, "w_out", None)
     if w is None:
-        raise NotDescribable(f"the feed-forward {type(ff).__name__} has no name in checkpoints.")
+        raise ValueError(f"the feed-forward {type(ff).__name__} has no name in checkpoints.")
     return w.shape[-2]
 
 
 def _same(what: str, values: Sequence[Any]) -> Any:
     """The one value that all layers share."""
     if any(value != values[0] for value in values):
-        raise NotDescribable(f"layers differ in their {what}: {sorted(set(map(str, values)))}.")
+        raise ValueError(f"layers differ in their {what}: {sorted(set(map(str, values)))}.")
     return values[0]
 
 
@@ -104,7 +104,7 @@ def _norm(norm: Any) -> dict[str, Any]:
     if isinstance(norm, LayerNorm):
         has = {"norm_bias": norm.b is not None, "norm_gain": norm.gain is not None}
         return {"norm": "layer", "norm_eps": norm.eps, "norm_offset": norm.gain_offset, **has}
-    raise NotDescribable(f"the norm {type(norm).__name__} has no name in checkpoints.")
+    raise ValueError(f"the norm {type(norm).__name__} has no name in checkpoints.")
 
 
 def _head_norms(model: Any) -> list[Any]:
@@ -115,19 +115,19 @@ def _head_norms(model: Any) -> list[Any]:
 
 def _stream(layers: list[Any], other_norms: list[Any]) -> dict[str, Any]:
     first_lacks = (
-        layers[0].__class__.__name__ == "EncoderLayer"
-        and layers[0].attention_residual.placement == "none"
-        and layers[0].feed_forward_residual.placement == "pre"
+        isinstance(layers[0], EncoderLayer)
+        and layers[0].attention_residual.norm is None
+        and layers[0].attention_residual.placement == "pre"
         and not layers[0].parallel
     )
-    joints = [joint for i, layer in enumerate(layers) for joint in _residuals(layer)]
+    joints = [joint for layer in layers for joint in _residuals(layer)]
     joints = joints[1:] if first_lacks else joints
     parallel = _same("parallel", [layer.parallel for layer in layers])
     joints += [layer.feed_forward_residual for layer in layers if parallel != "one norm"]
     norms = [norm for joint in joints for norm in (joint.norm, joint.output_norm)]
     norms = [norm for norm in (*norms, *other_norms) if norm is not None]
     if not norms:
-        raise NotDescribable("layers without any norm have no name in checkpoints.")
+        raise ValueError("layers without any norm have no name in checkpoints.")
     norm = _same("norms", [_norm(norm) for norm in norms])
     return {
         **norm,
@@ -144,11 +144,11 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
     every = [x for layer in layers for x in _attentions(layer)]
     for x in every:
         if x.attention_fn != Function(dot_product_attention):
-            raise NotDescribable(f"the kernel {x.attention_fn!r} has no name in checkpoints.")
+            raise ValueError(f"the kernel {x.attention_fn!r} has no name in checkpoints.")
     biases = [(x.bq is not None, x.bk is not None, x.bv is not None) for x in every]
     q, k, v = _same("biases", biases)
     if not q == k == v:
-        raise NotDescribable("queries, keys and values differ in having a bias.")
+        raise ValueError("queries, keys and values differ in having a bias.")
     return {
         "num_kv_heads": own[0].num_kv_heads,
         "head_dim": _same("head_dim", [_unusual_head_dim(x) for x in every]),
@@ -196,7 +196,7 @@ def _feed_forward(layers: list[Any]) -> dict[str, Any]:
         elif isinstance(ff, FeedForward):
             own = {"gated": False, "ff_bias": ff.b_out is not None}
         else:
-            raise NotDescribable(f"the feed-forward {ff!r} has no name in checkpoints.")
+            raise ValueError(f"the feed-forward {ff!r} has no name in checkpoints.")
         return {**own, "activation": activation_name(ff.activation)}
 
     return _same("feed-forwards", [read(layer.feed_forward) for layer in layers])
@@ -205,10 +205,13 @@ def _feed_forward(layers: list[Any]) -> dict[str, Any]:
 def activation_name(activation: Any) -> str:
     """What an activation is called in an `Architecture`."""
     function: Callable = getattr(activation, "function", activation)
+    if isinstance(function, partial) and function.func is jax.nn.gelu and not function.args:
+        exact = function.keywords == {"approximate": False}
+        function = ACTIVATIONS["gelu"] if exact else function
     for name, known in [*ACTIVATIONS.items(), *ALSO]:
         if known is function:
             return name
-    raise NotDescribable(f"the activation {function!r} has no name in checkpoints.")
+    raise ValueError(f"the activation {function!r} has no name in checkpoints.")
 
 
 def _embedding(embedding: Any) -> dict[str, Any]:
@@ -226,7 +229,7 @@ def _position(embedding: Any, stack: Any, stacks: list[Any]) -> dict[str, Any]:
     scheme, bias = embedding.position, stack.score_bias
     if scheme is not None and bias is not None:
         if not isinstance(bias, T5PositionBias):
-            raise NotDescribable(f"positions {scheme!r} beside {bias!r} are not in checkpoints.")
+            raise ValueError(f"positions {scheme!r} beside {bias!r} are not in checkpoints.")
         return {**_scheme(bias, stacks), **_scheme(scheme, stacks)}
     return _scheme(bias if scheme is None else scheme, stacks)
 
@@ -252,14 +255,14 @@ def _scheme(scheme: Any, stacks: list[Any]) -> dict[str, Any]:
         case None:
             ropes = tuple(_rope(_own(layer)) for each in stacks for layer in each.layers)
             return {"position": "rope", "rope": ropes}
-    raise NotDescribable(f"the positions {scheme!r} have no name in checkpoints.")
+    raise ValueError(f"the positions {scheme!r} have no name in checkpoints.")
 
 
 def _rope(x: MultiHeadAttention) -> Rope | None:
     if x.position is None:
         return None
     if not isinstance(x.position, RotaryPositionalEncoding):
-        raise NotDescribable(f"the positions {x.position!r} have no name in checkpoints.")
+        raise ValueError(f"the positions {x.position!r} have no name in checkpoints.")
     rope = x.position
     dim = x.head_dim if rope.rotary_dim is None else rope.rotary_dim
     return Rope(rope.theta, dim, rope.interleaved, rope.scaling)
@@ -280,7 +283,7 @@ def _output(model: Any) -> dict[str, Any]:
     transform = _dense(output.transform)
     plain = output.transform.activation is None and output.transform.norm is None
     if not plain and output.transform.norm is None:
-        raise NotDescribable("an activation before the vocabulary has a norm in checkpoints.")
+        raise ValueError("an activation before the vocabulary has a norm in checkpoints.")
     return {
         **fields,
         "transform": "linear" if plain else activation_name(transform.activation),
@@ -290,14 +293,14 @@ def _output(model: Any) -> dict[str, Any]:
 
 def _dense(module: Any) -> Dense:
     if not isinstance(module, Dense):
-        raise NotDescribable(f"the module {module!r} has no name in checkpoints.")
+        raise ValueError(f"the module {module!r} has no name in checkpoints.")
     return module
 
 
 def _heads(model: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {"pooler": model.pooler is not None}
     if model.pooler is not None and activation_name(_dense(model.pooler).activation) != "tanh":
-        raise NotDescribable("a pooler has a tanh in checkpoints, this one has another activation.")
+        raise ValueError("a pooler has a tanh in checkpoints, this one has another activation.")
     head = model.classifier
     if head is None:
         return fields

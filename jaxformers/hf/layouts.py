@@ -83,12 +83,6 @@ def tensor_shapes(rule: Rule, shapes: list[Shape]) -> list[Shape]:
         case "experts":
             experts, fan_in, out = first
             return [(out, fan_in)] * experts
-        case "experts stacked":
-            experts, fan_in, out = first
-            return [(experts, out, fan_in)]
-        case "experts gate up":
-            experts, fan_in, out = first
-            return [(experts, 2 * out, fan_in)]
     raise KeyError(rule.layout)
 
 
@@ -115,10 +109,6 @@ def to_ours(rule: Rule, tensors: list[np.ndarray], shapes: list[Shape]) -> list[
             return [np.stack(tensors)]
         case "experts":
             return [np.stack([tensor.T for tensor in tensors])]
-        case "experts stacked":
-            return [x.swapaxes(1, 2)]
-        case "experts gate up":
-            return list(np.split(x.swapaxes(1, 2), 2, axis=2))
     raise KeyError(rule.layout)
 
 
@@ -171,8 +161,4 @@ def to_theirs(rule: Rule, arrays: list[np.ndarray]) -> list[np.ndarray]:
             return list(x)
         case "experts":
             return [expert.T for expert in x]
-        case "experts stacked":
-            return [x.swapaxes(1, 2)]
-        case "experts gate up":
-            return [np.concatenate(arrays, axis=2).swapaxes(1, 2)]
     raise KeyError(rule.layout)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.families import FAMILIES
@@ -120,6 +121,8 @@ def read_arrays(
     plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
 ) -> dict[str, jax.Array]:
     """The arrays of a model, read one tensor at a time and put where they belong."""
+    if isinstance(sharding, Mesh):
+        raise ValueError("sharding must be a Sharding, got a Mesh: pass NamedSharding(mesh, spec).")
     names = [name for rule in plan.rules for name in rule.theirs]
     dtype = read_dtype(dtype, {stored.dtype(name) for name in names})
     arrays = {}
@@ -139,7 +142,7 @@ def read_arrays(
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
     """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
     asked = dtype is not None
-    if not asked:
+    if dtype is None:
         dtype = jnp.float32 if len(stored) > 1 else next(iter(stored))
     try:
         given, dtype = dtype, jnp.dtype(dtype)
@@ -147,13 +150,10 @@ def read_dtype(dtype: Any, stored: set[Any]) -> Any:
         raise ValueError(f"dtype must be a type such as jnp.bfloat16, got {dtype!r}.") from None
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {given!r}.")
-    known = jax.dtypes.canonicalize_dtype(dtype)
-    if asked and known != dtype:
-        raise ValueError(
-            f"dtype {dtype} needs jax.config.update('jax_enable_x64', True): without it JAX has "
-            f"{known} at most."
-        )
-    return known
+    canonical = jax.dtypes.canonicalize_dtype(dtype)
+    if asked and canonical != dtype:
+        raise ValueError(f"dtype {dtype} needs jax.config.update('jax_enable_x64', True).")
+    return canonical
 
 
 def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -198,7 +198,7 @@ def read_origin(
     return Origin(
         config=json.dumps(config),
         generation_config=None if generation is None else json.dumps(generation),
-        directory=str(directory),
+        directory=str(directory.absolute()),
         special_tokens=special,
     )
 
@@ -227,11 +227,11 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
             f"{words!r:.80}."
         )
     return SpecialTokens(
-        start=one("bos_token_id") if start is None else start,
-        end=ids("eos_token_id"),
-        pad=one("pad_token_id"),
-        forced_first=one("forced_bos_token_id"),
-        forced_last=one("forced_eos_token_id"),
+        start_token=one("bos_token_id") if start is None else start,
+        end_token=ids("eos_token_id"),
+        pad_token=one("pad_token_id"),
+        forced_first_token=one("forced_bos_token_id"),
+        forced_last_token=one("forced_eos_token_id"),
         bad_words=tuple(tuple(word) for word in words if all(0 <= x < vocab_size for x in word)),
     )
 

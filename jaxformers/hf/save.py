@@ -97,17 +97,26 @@ def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
     check_described(a, model)
     if model.origin is not None:
         entries = json.loads(model.origin.config)
-        return fit(family_of(entries), model, a, entries)
-    reasons = []
+        family = family_of(entries)
+        try:
+            return fit(family, model, a, entries)
+        except ValueError as error:
+            raise ValueError(
+                f"this model came from a {family.model_type}, whose format does not hold it any "
+                f"more: {error}"
+            ) from error
+    reasons: dict[str, str] = {}
     for family in FAMILIES.values():
         if family.shape == a.shape:
             try:
                 return fit(family, model, a, {})
             except ValueError as error:
-                reasons.append(f"{family.model_type}: {error}")
+                reasons[family.model_type] = str(error).replace(f"a {family.model_type} ", "")
+    nearest = sorted(reasons.items(), key=lambda item: len(item[1]))[:3]
     raise ValueError(
         "this model is none that transformers knows, so that there is no checkpoint format for it. "
-        "What stands against each family:\n" + "\n".join(reasons)
+        f"What stands against the {len(nearest)} nearest of {len(reasons)} families:\n"
+        + "\n".join(f"{name}: {reason}" for name, reason in nearest)
     )
 
 
@@ -136,13 +145,16 @@ def fit(
     """
     plan = WeightPlan.of(family, model, a)
     named = ModelTensors(plan.shapes())
-    if entries and not differences(family, entries, named, a):
+    # Another head than the file's makes it another class; a class that we do not name stays.
+    given, own = entries.get("architectures"), [class_name(a, family)]
+    same_class = given == own or given not in [[name] for name in family.classes.values()]
+    if entries and same_class and not differences(family, entries, named, a):
         return plan, entries
     # The class's own special tokens are another vocabulary's.
     config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
     for setting in family.settings:
         setting.write(a, config)
-    config["architectures"] = [_class(a, family)]
+    config["architectures"] = own
     different = differences(family, config, named, a)
     if different:
         raise ValueError(f"it has no words for {', '.join(different)}.")
@@ -161,7 +173,7 @@ def differences(
     ]
 
 
-def _class(a: Architecture, family: Family) -> str:
+def class_name(a: Architecture, family: Family) -> str:
     """Which of the family's classes the model is."""
     role = "output" if a.output else "base"
     if a.labels is not None:

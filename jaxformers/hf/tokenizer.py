@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxformers.checks import check_flag, check_size
 from jaxformers.hf.chat import render_chat
+from jaxformers.hf.files import locate
 from jaxformers.hf.json_file import shorten
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES, guarded, read_files, read_parts
 
@@ -37,7 +38,6 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
     path = Path(path_or_hub_name).expanduser()
     if path.is_file():
         return Tokenizer(read_files(path.parent) | {"tokenizer.json": path.read_bytes()})
-    from jaxformers.hf.files import locate
 
     return Tokenizer(read_files(locate(path_or_hub_name, TOKENIZER_FILES)))
 
