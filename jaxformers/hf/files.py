@@ -72,10 +72,14 @@ def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path
         >>> locate(".", ["*.json"]).is_dir()
         True
     """
+    if not isinstance(path_or_hub_name, str | os.PathLike):
+        raise ValueError(
+            f"a checkpoint is a directory or a name on the hub, got {path_or_hub_name!r:.80}."
+        )
     path = Path(path_or_hub_name).expanduser()
-    if path.is_dir() and path_or_hub_name != "":  # which would be the current directory
+    if os.path.isdir(path) and path_or_hub_name != "":  # which would be the current directory
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ValueError(f"{path} is a file. Pass the directory in which config.json lies.")
     if not (isinstance(path_or_hub_name, str) and _HUB_NAME.fullmatch(path_or_hub_name)):
         raise ValueError(

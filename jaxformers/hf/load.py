@@ -131,12 +131,28 @@ def read_arrays(
         made = to_ours(rule, tensors, [plan.leaves[path].shape for path in rule.ours])
         for path, x in zip(rule.ours, made, strict=True):
             x = cast(rule.theirs[0], x, dtype)
-            place = sharding
-            if callable(sharding):
-                place = sharding(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
-            # One tensor at a time: what is copied must be there before the next is read.
-            arrays[path] = jax.device_put(x, place).block_until_ready()
+            arrays[path] = put(path, x, sharding)
     return arrays
+
+
+def put(path: str, x: np.ndarray, sharding: Any) -> jax.Array:
+    """An array on its devices."""
+    place = sharding
+    if callable(sharding) and not isinstance(sharding, type):
+        place = sharding(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    if not isinstance(place, jax.sharding.Sharding | jax.Device | None):
+        raise ValueError(
+            "sharding must be a jax.sharding.Sharding, such as NamedSharding(mesh, spec), or a "
+            f"function (path, shape) -> Sharding, got {place!r:.200}"
+            f"{'' if place is sharding else f' from the function for {path}'}."
+        )
+    try:
+        # One tensor at a time: what is copied must be there before the next is read.
+        return jax.device_put(x, place).block_until_ready()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} {x.shape} cannot be laid out as sharding= says: {error}"
+        ) from error
 
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
