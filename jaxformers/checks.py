@@ -108,6 +108,12 @@ def check_key(
 
 def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
     """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
+    if isinstance(tokens, tuple) and any(getattr(x, "dtype", None) == bool for x in tokens):
+        raise ValueError(
+            f"{name} must be one array of ids, got a tuple with a mask in it. tokenizer.encode "
+            "returns (tokens, padding_mask): pass the first as tokens and the second as "
+            "padding_mask=."
+        )
     if not isinstance(tokens, jax.Array):
         tokens = _as_numpy(tokens, name)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):

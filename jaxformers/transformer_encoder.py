@@ -232,7 +232,8 @@ class TransformerEncoder(eqx.Module):
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
             padding_mask: shape of `tokens`, True where a token is real.
-            pooling: "mean" over the real tokens, the "first" one, or what the "pooler" gives.
+            pooling: "mean" over the real tokens, the "first" one, or what the "pooler" gives; what
+                a checkpoint was trained with stands in its `1_Pooling/config.json`.
             normalize: whether to scale the vectors to length 1, so that their product is the
                 cosine.
             token_types: shape of `tokens`, the segment of each (BERT); None is 0.
@@ -312,8 +313,9 @@ class TransformerEncoder(eqx.Module):
 
     def _head(self, name: str, head: Any) -> Any:
         if head is None:
+            what = "output layer (masked-LM head)" if name == "output" else name
             raise ValueError(
-                f"this model has no {name}. Build it with {name}=, or load one that has."
+                f"this model has no {what}. Build it with {name}=, or load one that has."
             )
         return head
 

@@ -205,7 +205,7 @@ def encoder_decoders(add):
                for stack in ("encoder", "decoder")
                for name, source in {"tokens": "model.shared.weight",
                                     "positions": "model.{}.embed_positions.weight"}.items()})
-    add("marian_tied_target", "MarianMTModel", BART, SCALED, decoder_vocab_size=53,
+    add("marian_target_tied", "MarianMTModel", BART, SCALED, decoder_vocab_size=53,
         share_encoder_decoder_embeddings=False)
 
 
@@ -348,6 +348,22 @@ def extras(add):
     nomic = SIZES | {"type_vocab_size": 2}
     add("nomic_bert", "NomicBertForMaskedLM", nomic, off=[OTHER_THETA])
     add("nomic_bert_plain", "NomicBertModel", nomic, PLAIN, off=[OTHER_THETA])
+    add("arcee", "ArceeForCausalLM", HEADS, BIASES, PLAIN)
+    add("seed_oss", "SeedOssForCausalLM", HEADS, PLAIN, attention_bias=True, mlp_bias=True,
+        attention_out_bias=True)
+    add("ministral", "MinistralForCausalLM", HEADS, LOCAL_GLOBAL, PLAIN)
+    falcon = {"vocab_size": V, "hidden_size": D, "num_attention_heads": N, "num_hidden_layers": L,
+              "max_position_embeddings": MAX}
+    add("falcon", "FalconForCausalLM", falcon, PLAIN, off=[OTHER_THETA])
+    add("falcon_grouped", "FalconForCausalLM", falcon, PLAIN, new_decoder_architecture=True,
+        num_kv_heads=2, bias=True, ffn_hidden_size=F)
+    add("m2m_100", "M2M100ForConditionalGeneration", BART)
+    add("camembert", "CamembertForMaskedLM", SIZES, type_vocab_size=1)
+    add("mpnet", "MPNetForMaskedLM", SIZES, pad_token_id=1)
+    add("eurobert", "EuroBertForMaskedLM", HEADS, BIASES, PLAIN)
+    add("albert_pretraining", "AlbertForPreTraining", SIZES, type_vocab_size=2, embedding_size=16)
+    add("electra_pretraining", "ElectraForPreTraining", SIZES, type_vocab_size=2,
+        embedding_size=16, hidden_act="relu")
 
 
 def refused(add):

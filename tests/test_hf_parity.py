@@ -46,7 +46,15 @@ def checkpoint(tmp_path_factory):
 
 
 # What is stored in another way only generates nothing else; docs/parity.md generates with all.
-STORED_OTHERWISE = "_tied", "_untied", "_unscaled", "_bare", "_without_prefix", "_older_file"
+STORED_OTHERWISE = (
+    "_tied",
+    "_shared",
+    "_untied",
+    "_unscaled",
+    "_bare",
+    "_without_prefix",
+    "_older_file",
+)
 
 
 @pytest.mark.parametrize("name", CASES)

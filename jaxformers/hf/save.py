@@ -24,6 +24,13 @@ from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin
 
 
+# What the sentence-transformers package reads beside a checkpoint.
+SENTENCE_FILES = (
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    "*_Pooling/config.json",
+)
+
+
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as a checkpoint; see `save_pretrained` of the models."""
     directory = Path(path)
@@ -68,7 +75,7 @@ def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
-    """Copy the tokenizer's files of the checkpoint that the model came from."""
+    """Copy what lies beside the weights of the checkpoint that the model came from."""
     if origin is None or origin.directory is None:
         return
     source = Path(origin.directory)
@@ -81,7 +88,8 @@ def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
         return
     if source.resolve() == directory.resolve():
         return
-    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+    names = (*TOKENIZER_FILES, *SENTENCE_FILES)
+    for file in (file for name in names for file in source.glob(name)):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
