@@ -28,8 +28,8 @@ class Origin:
         special_tokens: what `generate` uses where it is told nothing else.
     """
 
-    config: str
-    generation_config: str | None = None
+    config: str = dataclasses.field(repr=False)
+    generation_config: str | None = dataclasses.field(default=None, repr=False)
     directory: str | None = dataclasses.field(default=None, compare=False)
     special_tokens: SpecialTokens = SpecialTokens()
 

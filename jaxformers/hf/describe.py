@@ -37,6 +37,8 @@ def describe(model: Any) -> Architecture:
     embedding = model.tgt_embedding if shape == "seq2seq" else model.embedding
     stack = model.encoder if shape == "encoder" else model.decoder
     stacks = [model.encoder, model.decoder] if shape == "seq2seq" else [stack]
+    if not all(each.layers for each in stacks):
+        raise ValueError("a stack without layers has no name in checkpoints.")
     layers = [layer for each in stacks for layer in each.layers]
     fields = {
         "shape": shape,

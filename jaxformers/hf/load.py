@@ -219,6 +219,12 @@ def read_origin(
     )
 
 
+TOKEN_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids"),
+)
+
+
 def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTokens:
     """The special tokens among them; an id that the vocabulary does not have can never come up."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -17,12 +18,11 @@ from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.files import write_tensors
 from jaxformers.hf.layouts import Rule, to_theirs
-from jaxformers.hf.load import family_of, read_settings
-from jaxformers.hf.plan import WeightPlan, abstract, arrays_by_path
+from jaxformers.hf.load import TOKEN_KEYS, family_of, is_finite, read_settings
+from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin
-
 
 # What the sentence-transformers package reads beside a checkpoint.
 SENTENCE_FILES = (
@@ -33,21 +33,64 @@ SENTENCE_FILES = (
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as a checkpoint; see `save_pretrained` of the models."""
-    directory = Path(path)
-    plan, config = describe_for_file(model)
+    directory = check_directory(path)
     arrays = arrays_by_path(model)
-    dtypes = {str(array.dtype) for array in arrays.values()}
-    if len(dtypes) > 1:
-        raise ValueError(f"all arrays of a checkpoint must have one dtype, got {sorted(dtypes)}.")
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtypes.pop()
+    dtype = check_arrays(arrays)
+    plan, config = describe_for_file(model)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
     _write_json(directory / "config.json", config)
     if plan.family.shape != "encoder":
-        origin = model.origin
-        generation = "{}" if origin is None else origin.generation_config or "{}"
-        _write_json(directory / "generation_config.json", json.loads(generation))
+        _write_json(directory / "generation_config.json", _generation(model.origin, plan, config))
     _copy_tokenizer(model.origin, directory)
+
+
+def check_directory(path: Any) -> Path:
+    """The directory to write to, which need not be there."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"a model is saved in a directory, got {path!r:.80}.")
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file. Pass the directory in which config.json shall lie.")
+    return Path(path)
+
+
+def check_arrays(arrays: Mapping[str, Any]) -> str:
+    """The dtype of a model's weights; raise unless they are there, for one model and of one dtype.
+
+    Raises:
+        ValueError: for a model inside of a transformation, of shapes alone, stacked or quantised.
+    """
+    unreal = jax.core.Tracer, jax.ShapeDtypeStruct
+    if not arrays or any(isinstance(x, unreal) for x in arrays.values()):
+        raise ValueError(
+            "a model can be saved where its weights are numbers: outside of jit, grad and vmap, "
+            "and not as shapes or as what is left beside its arrays."
+        )
+    for path, x in arrays.items():
+        if path.endswith("token_embedding.weight") and x.ndim != 2:
+            raise ValueError(
+                f"{path} must have 2 axes, got {x.shape}. Save models that are stacked one by "
+                "one: jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, models)."
+            )
+    dtypes = {np.dtype(x.dtype) for x in arrays.values()}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        raise ValueError(
+            f"all arrays of a checkpoint must have one dtype, {', '.join(map(str, FLOATS[:-1]))} "
+            f"or {FLOATS[-1]}, got {', '.join(sorted(map(str, dtypes)))}. Cast them with "
+            "jax.tree.map."
+        )
+    return str(dtypes.pop())
+
+
+def _generation(
+    origin: Origin | None, plan: WeightPlan, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The file for `generate` of transformers, which reads no ids from config.json beside it."""
+    if origin is not None and origin.generation_config is not None:
+        return json.loads(origin.generation_config)
+    known = {**plan.family.special, **config}
+    return {key: known[key] for key in TOKEN_KEYS if known.get(key) not in (None, -1)}
 
 
 def _tensors(
@@ -61,7 +104,10 @@ def _tensors(
         for j, name in enumerate(rule.theirs):
 
             def make(rule: Rule = rule, j: int = j) -> np.ndarray:
-                return to_theirs(rule, [np.asarray(arrays[path]) for path in rule.ours])[j]
+                x = to_theirs(rule, [np.asarray(arrays[path]) for path in rule.ours])[j]
+                if not is_finite(x):
+                    raise ValueError(f"{', '.join(rule.ours)}: there are NaN or infinite weights.")
+                return x
 
             written = name.removeprefix(family.prefix) if bare else name
             listed.append((written, shapes[name], arrays[rule.ours[0]].dtype, make))
