@@ -92,3 +92,17 @@ def test_notebook(no_shape_checker, monkeypatch):
     names: dict = {}
     exec(compile(code, "quick_start.ipynb", "exec"), names)
     assert names["out"].shape == (1000, 9)
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            assert "://" in link or (page.parent / link.partition("#")[0]).exists(), (page, link)
+
+
+def test_all_families_are_listed():
+    from jaxformers.hf.families import FAMILIES
+
+    listed = re.findall(r"`(\w[\w-]*)`", (ROOT / "docs" / "families.md").read_text())
+    assert set(FAMILIES) <= set(listed)
