@@ -108,7 +108,7 @@ def check_key(
 
 def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
     """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
-    if isinstance(tokens, tuple) and any(getattr(x, "dtype", None) == bool for x in tokens):
+    if isinstance(tokens, tuple) and any(_is_mask(x) for x in tokens):
         raise ValueError(
             f"{name} must be one array of ids, got a tuple with a mask in it. tokenizer.encode "
             "returns (tokens, padding_mask): pass the first as tokens and the second as "
@@ -189,6 +189,10 @@ def check_same_batch(**arrays: Any) -> None:
                 f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
                 f"{other.shape}."
             )
+
+
+def _is_mask(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.bool_)
 
 
 def _as_numpy(x: Any, name: str) -> np.ndarray:

@@ -109,6 +109,12 @@ def test_token_types_and_shapes(call, name, vocab):
 
 
 @takes_tokens
+def test_what_a_tokenizer_returns_is_two_things(call, name, vocab):
+    with raises(f"{name} must be one array", "tuple with a mask", "padding_mask="):
+        call((TOKENS, TOKENS == 1))
+
+
+@takes_tokens
 def test_checks_under_jit(call, name, vocab):
     """The values are unknown there, shapes and types are not."""
     compiled = jax.jit(call)
