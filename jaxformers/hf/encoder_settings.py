@@ -103,10 +103,10 @@ class AfterPadding(NamedTuple):
         fields |= {"position_offset": pad + 1, "max_seq_length": rows - pad - 1}
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        if a.max_seq_length is None or a.position_offset < 1:
-            raise ValueError("its positions begin after the row of the padding id.")
-        config[self.key or "pad_token_id"] = a.position_offset - 1
-        config["max_position_embeddings"] = a.position_offset + a.max_seq_length
+        # Where it has no words for the positions, the usual ones are read back: that tells.
+        pad = a.position_offset - 1 if a.position_offset > 0 else self.pad
+        config[self.key or "pad_token_id"] = pad
+        config["max_position_embeddings"] = pad + 1 + (a.max_seq_length or self.rows)
 
 
 class EmbeddingSize(NamedTuple):

@@ -46,7 +46,11 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
     a = read_settings(family, config, stored)
     check_sizes(a, stored)
     origin = read_origin(directory, config, family, a.vocab_size)
-    plan = WeightPlan.of(family, abstract(a, classes[family.shape]), a)
+    try:
+        shapes = abstract(a, classes[family.shape])
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model that can be built: {error}") from error
+    plan = WeightPlan.of(family, shapes, a)
     plan.check(stored)
     arrays = read_arrays(plan, stored, dtype, sharding)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)

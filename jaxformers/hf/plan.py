@@ -23,14 +23,12 @@ class WeightPlan:
         self.paths = paths  # the model with the path of each array in its place
         self.leaves = leaves
         self.rules = rules
+        uses = Counter(path for rule in rules for path in rule.ours)
+        self.unnamed = [path for path in leaves if uses[path] != 1]  # the family has no tensor
 
     @classmethod
     def of(cls, family: Family, model: Any, a: Architecture) -> "WeightPlan":
-        """The family's rules for the arrays that this model has, which is of the architecture `a`.
-
-        Raises:
-            ValueError: if it has an array that the family has no tensor for.
-        """
+        """The family's rules for the arrays of this model, which is of the architecture `a`."""
         flat, structure = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
         names = [array_name(path) for path, _ in flat]
         leaves = {name: leaf for name, (_, leaf) in zip(names, flat, strict=True)}
@@ -44,12 +42,10 @@ class WeightPlan:
             layered = any("{i}" in name for name in rule.ours)
             for i in range(layers if layered else 1):
                 at = rule.at(i)
-                if all(path in leaves for path in at.ours):
-                    rules.append(at.expand(leaves[at.ours[0]].shape))
-        uses = Counter(path for rule in rules for path in rule.ours)
-        wrong = [path for path in names if uses[path] != 1]
-        if wrong:
-            raise ValueError(f"a {family.model_type} has no tensor for {', '.join(wrong[:5])}.")
+                shapes = [leaves[path].shape for path in at.ours if path in leaves]
+                stacked = rule.layout.startswith("experts")
+                if len(shapes) == len(at.ours) and (not stacked or len(shapes[0]) == 3):
+                    rules.append(at.expand(shapes[0]))
         return cls(family, jax.tree_util.tree_unflatten(structure, names), leaves, rules)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,6 +58,11 @@ class WeightPlan:
 
     def check(self, stored: FileTensors) -> None:
         """Raise one error with everything in which a file differs from what it should hold."""
+        if self.unnamed:
+            raise ValueError(
+                f"config.json: a {self.family.model_type} has no tensor for "
+                f"{', '.join(self.unnamed[:5])}."
+            )
         expected = self.shapes()
         here = {name for name in expected if stored.has(name)}
         faults = {
@@ -108,10 +109,7 @@ def abstract(a: Architecture, model: Any) -> Any:
     def zeros(key, shape, fan_in, fan_out):
         return jnp.zeros(shape, jnp.float32)
 
-    try:
-        return eqx.filter_eval_shape(partial(build, a, model, zeros), jax.random.key(0))
-    except ValueError as error:
-        raise ValueError(f"config.json describes no model that can be built: {error}") from error
+    return eqx.filter_eval_shape(partial(build, a, model, zeros), jax.random.key(0))
 
 
 def arrays_by_path(model: Any) -> dict[str, Any]:

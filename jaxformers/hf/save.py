@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,24 +155,33 @@ def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
         family = family_of(entries)
         try:
             return fit(family, model, a, entries)
-        except ValueError as error:
+        except Misfit as error:
             raise ValueError(
                 f"this model came from a {family.model_type}, whose format does not hold it any "
                 f"more: {error}"
             ) from error
-    reasons: dict[str, str] = {}
+    misfits: dict[str, Misfit] = {}
     for family in FAMILIES.values():
         if family.shape == a.shape:
             try:
                 return fit(family, model, a, {})
-            except ValueError as error:
-                reasons[family.model_type] = str(error).replace(f"a {family.model_type} ", "")
-    nearest = sorted(reasons.items(), key=lambda item: len(item[1]))[:3]
+            except Misfit as error:
+                misfits[family.model_type] = error
+    nearest = sorted(misfits, key=lambda name: len(misfits[name].faults))[:3]
     raise ValueError(
-        "this model is none that transformers knows, so that there is no checkpoint format for it. "
-        f"What stands against the {len(nearest)} nearest of {len(reasons)} families:\n"
-        + "\n".join(f"{name}: {reason}" for name, reason in nearest)
+        "no family of transformers has models like this one, so that there is no checkpoint format "
+        f"for it. What stands against the nearest of {len(misfits)} families:\n"
+        + "\n".join(f"{name}: {misfits[name]}" for name in nearest)
     )
+
+
+class Misfit(ValueError):
+    """What stands against a family's format for a model."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(dict.fromkeys(faults))
+        more = f"; and {len(self.faults) - 4} more" if len(self.faults) > 4 else ""
+        super().__init__("; ".join(self.faults[:4]) + more + ".")
 
 
 def check_described(a: Architecture, model: Any) -> None:
@@ -195,23 +205,34 @@ def fit(
     """A plan and a config.json for a model in this family.
 
     Raises:
-        ValueError: if the family has no words for something in the model.
+        Misfit: if the family has no words for something in the model.
     """
     plan = WeightPlan.of(family, model, a)
     named = ModelTensors(plan.shapes())
+    unnamed = [f"no tensor for {re.sub(r'[.][0-9]+', '[i]', path)}" for path in plan.unnamed]
     # Another head than the file's makes it another class; a class that we do not name stays.
     given, own = entries.get("architectures"), [class_name(a, family)]
+    faults = ["no class with these heads"] if own == [None] else []
     same_class = given == own or given not in [[name] for name in family.classes.values()]
-    if entries and same_class and not differences(family, entries, named, a):
+    if (
+        entries
+        and same_class
+        and not faults
+        and not unnamed
+        and not differences(family, entries, named, a)
+    ):
         return plan, entries
     # The class's own special tokens are another vocabulary's.
     config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
     for setting in family.settings:
-        setting.write(a, config)
+        try:
+            setting.write(a, config)
+        except ValueError as error:
+            faults.append(str(error).rstrip("."))
     config["architectures"] = own
-    different = differences(family, config, named, a)
-    if different:
-        raise ValueError(f"it has no words for {', '.join(different)}.")
+    faults += differences(family, config, named, a)
+    if faults or unnamed:
+        raise Misfit(faults or unnamed)  # what is different says why there is no tensor
     return plan, config
 
 
@@ -219,22 +240,23 @@ def differences(
     family: Family, entries: Mapping[str, Any], tensors: Any, a: Architecture
 ) -> list[str]:
     """Where a config.json describes another architecture than this one; dropout does not count."""
-    read = read_settings(family, entries, tensors)
+    try:
+        read = read_settings(family, entries, tensors)
+    except ValueError as error:
+        return [str(error).rstrip(".")]
     return [
-        f"{field.name} = {getattr(a, field.name)!r} (it would be {getattr(read, field.name)!r})"
+        f"{field.name} is {getattr(a, field.name)!r:.80}, not {getattr(read, field.name)!r:.80}"
         for field in dataclasses.fields(a)
         if "dropout" not in field.name and getattr(a, field.name) != getattr(read, field.name)
     ]
 
 
-def class_name(a: Architecture, family: Family) -> str:
-    """Which of the family's classes the model is."""
+def class_name(a: Architecture, family: Family) -> str | None:
+    """Which of the family's classes the model is; None if there is none with its heads."""
     role = "output" if a.output else "base"
     if a.labels is not None:
         role = "tokens" if a.classifier == "none" else "sequence"
         role = "pretraining" if a.output else role
         if role == "tokens" and a.classifier_transform is not None:
             role = "discriminator" if "discriminator" in family.classes else role
-    if role not in family.classes:
-        raise ValueError(f"it has no class for a model with the heads of {role!r}.")
-    return family.classes[role]
+    return family.classes.get(role)

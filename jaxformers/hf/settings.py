@@ -111,6 +111,8 @@ class Setting(NamedTuple):
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         config.pop(self.alias, None)
         config[self.key] = getattr(a, self.field)
+        if config[self.key] is None and not self.optional and self.default is not None:
+            del config[self.key]  # it has no word for None: when read again, it is the default
 
 
 class Power(NamedTuple):
@@ -126,7 +128,10 @@ class Power(NamedTuple):
         fields[self.field] = config.get(self.key, self.default, self.kind) ** self.exponent
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        number = getattr(a, self.field) ** (1 / self.exponent)
+        value = getattr(a, self.field)
+        if not _is_number(value):
+            raise ValueError(f"{self.field} is {value!r:.80}, not one number")
+        number = value ** (1 / self.exponent)
         whole = round(number)
         config[self.key] = whole if math.isclose(number, whole, rel_tol=1e-9) else number
 

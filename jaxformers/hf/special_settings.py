@@ -111,7 +111,7 @@ class FirstPosition(NamedTuple):
         fields["position_offset"] = config.get("pad_token_id", 1, "count") + 1
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["pad_token_id"] = a.position_offset - 1
+        config["pad_token_id"] = a.position_offset - 1 if a.position_offset > 0 else 1
 
 
 class GatedName(NamedTuple):
