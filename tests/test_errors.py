@@ -53,7 +53,8 @@ def raises(*words, error=ValueError):
 
 @cache
 def build(constructor, *sizes, **options):
-    return constructor(*sizes, key=jax.random.key(0), **options)
+    with jax.ensure_compile_time_eval():  # a test may ask for it first within a `jit`
+        return constructor(*sizes, key=jax.random.key(0), **options)
 
 
 language_model = partial(build, TransformerLM, *LM_SIZES)

@@ -1,6 +1,5 @@
 """Scalings of rotary positions as a config.json says them."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxformers.rotary_scaling import (
     LongScaling,
     YarnScaling,
     long_attention_factor,
+    yarn_attention_factor,
 )
 
 
@@ -95,10 +95,8 @@ def _yarn(parameters: Mapping[str, Any], factor: float, original: int) -> YarnSc
         )
     mscale, all_dim = number(parameters, "mscale"), number(parameters, "mscale_all_dim")
     attention_factor = number(parameters, "attention_factor")
-    if attention_factor is None and mscale and all_dim and factor > 1:
-        attention_factor = (0.1 * mscale * math.log(factor) + 1) / (
-            0.1 * all_dim * math.log(factor) + 1
-        )
+    if attention_factor is None:
+        attention_factor = yarn_attention_factor(factor, mscale, all_dim)
     return YarnScaling(
         factor,
         original,
