@@ -117,7 +117,7 @@ def check_sizes(a: Architecture, stored: FileTensors) -> None:
 AXES = (
     *("vocab_size", "src_vocab_size", "embedding_dim", "d_model", "d_ff", "decoder_d_ff"),
     *("num_heads", "num_kv_heads", "decoder_num_heads", "head_dim", "t5_buckets", "token_types"),
-    "max_seq_length",
+    *("max_seq_length", "position_offset"),
 )
 
 
@@ -242,7 +242,7 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
     def one(key: str) -> int | None:
         return next(iter(ids(key)), None)
 
-    start = one("decoder_start_token_id")
+    bos, start = one("bos_token_id"), one("decoder_start_token_id")
     words = entries.get("bad_words_ids")
     words = [] if words is None else words
     if not isinstance(words, list) or not all(
@@ -253,7 +253,7 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
             f"{words!r:.80}."
         )
     return SpecialTokens(
-        start_token=one("bos_token_id") if start is None else start,
+        start_token=bos if start is None else start,
         end_token=ids("eos_token_id"),
         pad_token=one("pad_token_id"),
         forced_first_token=one("forced_bos_token_id"),

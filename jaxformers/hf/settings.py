@@ -150,7 +150,8 @@ class Named(NamedTuple):
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         config.used.add(self.key)
         value = config.entries.get(self.key, self.default)
-        if not isinstance(value, str | bool | int | None) or value not in self.names:
+        # Python takes 1 for True, and looks up no lists.
+        if not any(value == name and type(value) is type(name) for name in self.names):
             known = ", ".join(repr(name) for name in self.names)
             raise ValueError(f"config.json: {self.key} must be one of {known}, got {value!r:.80}.")
         fields[self.field] = self.names[value]
