@@ -10,6 +10,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """JAX keeps every program it compiled, each in maps of its own, of which Linux allows 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that gives another PRNG key at each call, the same ones in every run."""
