@@ -12,7 +12,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """JAX keeps every program it compiled, each in maps of its own, of which Linux allows 65,530."""
+    """JAX keeps every program it compiled in memory maps, of which Linux allows 65,530."""
     yield
     jax.clear_caches()
 
