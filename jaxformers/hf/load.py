@@ -98,9 +98,13 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
 def check_sizes(a: Architecture, stored: FileTensors) -> None:
     """Raise before anything is built of a config.json that asks for more than its file can hold."""
     tensors = len(stored.names)
-    counts = {"layers": a.num_layers, "decoder layers": a.num_decoder_layers, "experts": a.experts}
+    counts = {
+        "layers": a.num_layers,
+        "decoder layers": a.num_decoder_layers or 0,
+        "experts in all layers": a.num_layers * (a.experts or 0),
+    }
     for what, count in counts.items():
-        if count is not None and count > tensors:
+        if count > tensors:
             raise ValueError(
                 f"config.json asks for {count} {what}, the file has {tensors} tensors."
             )
@@ -201,7 +205,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
 
 def is_finite(x: np.ndarray) -> bool:
     """Looked at in steps: of the whole, the answers would take a quarter of its memory."""
-    flat, step = x.reshape(-1), 1 << 22
+    flat, step = x.ravel(order="K"), 1 << 22  # no copy, even of what is transposed
     return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 

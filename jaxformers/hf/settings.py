@@ -66,7 +66,7 @@ def _is_number(x: Any) -> bool:
 
 KINDS: dict[str, Any] = {
     "size": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST,
-    "layers": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 4096,
+    "layers": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 1024,
     # Buckets are looked up in a table of all distances.
     "distance": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16,
     "count": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= LARGEST,
@@ -79,7 +79,7 @@ KINDS: dict[str, Any] = {
 }
 NAMES = {
     "size": f"an integer from 1 to {LARGEST}",
-    "layers": "an integer from 1 to 4096",
+    "layers": "an integer from 1 to 1024",
     "distance": f"an integer from 1 to {2**16}",
     "count": f"an integer from 0 to {LARGEST}",
     "positive": f"a number above 0 and below {LARGEST_FLOAT}",
