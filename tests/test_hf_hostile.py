@@ -733,6 +733,11 @@ KEPT_SURGERY = {
 def test_surgery_is_saved(surgery, name, made, tmp_path):
     model = KEPT_SURGERY[surgery](from_pretrained(made(name)))
     assert_kept(model, tmp_path)
+    says = json.loads((tmp_path / "config.json").read_text())
+    assert (says["dtype"], says["num_hidden_layers" if name == "llama" else "n_layer"]) == (
+        str(model.embedding.table.dtype),
+        len(layers(model)),
+    )
     if surgery != "bfloat16":
         reference = reference_outputs(name, tmp_path)
         np.testing.assert_allclose(outputs(model), reference, atol=1e-4, rtol=0)
