@@ -189,10 +189,10 @@ class TransformerEncoder(eqx.Module):
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b d"]:
         """What the pooler makes of the first real token; arguments and errors as for `logits`."""
-        pooler = self._head("pooler", self.pooler)
+        self._head("pooler", self.pooler)  # said before anything is computed
         _check_unpacked(mask)
         hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
-        return pooler(pool(hidden, positions, "first"))
+        return self._pool(hidden, positions, "pooler")
 
     def classify(
         self,
@@ -214,9 +214,7 @@ class TransformerEncoder(eqx.Module):
         _check_unpacked(mask)
         if classifier.pooling == "late":
             return pool(classifier(hidden), positions, "mean")
-        if classifier.pooling == "pooler" and self.pooler is not None:
-            return classifier(self.pooler(pool(hidden, positions, "first")))
-        return classifier(pool(hidden, positions, classifier.pooling))
+        return classifier(self._pool(hidden, positions, classifier.pooling))
 
     def embed(
         self,
@@ -249,10 +247,7 @@ class TransformerEncoder(eqx.Module):
         check_choice(("mean", "first", "pooler"), pooling=pooling)
         check_flag(normalize=normalize)
         hidden, positions = self._encode(tokens, None, None, padding_mask, token_types)
-        if pooling == "pooler":
-            vectors = self._head("pooler", self.pooler)(pool(hidden, positions, "first"))
-        else:
-            vectors = pool(hidden, positions, pooling)
+        vectors = self._pool(hidden, positions, pooling)
         if not normalize:
             return vectors
         wide = vectors.astype(jnp.float32)
@@ -310,6 +305,14 @@ class TransformerEncoder(eqx.Module):
         )
         positions = mask.query_positions(tokens.shape[-1])
         return self.encoder(x, mask, encoder_key), jnp.broadcast_to(positions, tokens.shape)
+
+    def _pool(
+        self, hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
+    ) -> Float[Array, "*b d"]:
+        """One vector per sequence: what `pool` gives, or the pooler."""
+        if pooling != "pooler":
+            return pool(hidden, positions, pooling)
+        return self._head("pooler", self.pooler)(pool(hidden, positions, "first"))
 
     def _head(self, name: str, head: Any) -> Any:
         if head is None:

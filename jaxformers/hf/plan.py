@@ -29,11 +29,9 @@ class WeightPlan:
     @classmethod
     def of(cls, family: Family, model: Any, a: Architecture) -> "WeightPlan":
         """The family's rules for the arrays of this model, which is of the architecture `a`."""
-        flat, structure = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
-        names = [array_name(path) for path, _ in flat]
-        leaves = {name: leaf for name, (_, leaf) in zip(names, flat, strict=True)}
+        leaves = arrays_by_path(model)
         layers = 1 + max(
-            (int(n) for name in names for n in re.findall(r"layers\.(\d+)", name)), default=0
+            (int(n) for name in leaves for n in re.findall(r"layers\.(\d+)", name)), default=0
         )
         rules = []
         for rule in family.weights:
@@ -46,7 +44,8 @@ class WeightPlan:
                 stacked = rule.layout.startswith("experts")
                 if len(shapes) == len(at.ours) and (not stacked or len(shapes[0]) == 3):
                     rules.append(at.expand(shapes[0]))
-        return cls(family, jax.tree_util.tree_unflatten(structure, names), leaves, rules)
+        structure = jax.tree.structure(eqx.filter(model, is_array))
+        return cls(family, jax.tree.unflatten(structure, leaves), leaves, rules)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the file and their shapes."""
@@ -113,5 +112,6 @@ def abstract(a: Architecture, model: Any) -> Any:
 
 
 def arrays_by_path(model: Any) -> dict[str, Any]:
+    """The arrays of a model (or their shapes), by path and in the order of its leaves."""
     flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
     return {array_name(path): array for path, array in flat}

@@ -6,8 +6,8 @@ setting knows the default of its family.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxformers.hf.architecture import Architecture
 
@@ -15,17 +15,11 @@ LARGEST = 2**31 - 1
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # that float32 can hold
 
 
-class Tensors(Protocol):
-    """What a setting may ask about a checkpoint's tensors, by their names in the family's table."""
-
-    def has(self, name: str) -> bool: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def merge(self, copy: str, of: str) -> bool: ...
-    def choose(self, names: Sequence[str], name: str) -> None: ...
-
-
 class Config:
-    """A config.json being read: it knows which of its keys somebody has understood."""
+    """A config.json being read: it knows which of its keys somebody has understood.
+
+    Settings may ask `tensors` what the checkpoint holds: see `tensors.py`.
+    """
 
     def __init__(self, entries: Mapping[str, Any], tensors: Any):
         self.entries = dict(entries)
@@ -89,6 +83,11 @@ NAMES = {
     "list": "a list",
     "dict": "an object",
 }
+
+
+def with_defaults(settings: tuple["Setting | Named", ...], **defaults: Any) -> tuple[Any, ...]:
+    """Settings of one family with the defaults of another, by key."""
+    return tuple(x._replace(default=defaults.get(x.key, x.default)) for x in settings)
 
 
 class Setting(NamedTuple):

@@ -3,7 +3,17 @@
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same
 from jaxformers.hf.rope_settings import Rotary, Windows
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Power, Setting, Tied
+from jaxformers.hf.settings import (
+    Derived,
+    Fixed,
+    Kept,
+    Named,
+    Only,
+    Power,
+    Setting,
+    Tied,
+    with_defaults,
+)
 
 LAYER = "decoder.layers.{i}"
 ATTENTION = f"{LAYER}.self_attention"
@@ -25,9 +35,7 @@ SIZES = (
 
 def sizes(**defaults):
     """The usual sizes, with this family's defaults."""
-    return tuple(
-        setting._replace(default=defaults.get(setting.key, setting.default)) for setting in SIZES
-    )
+    return with_defaults(SIZES, **defaults)
 
 
 def classes(name):

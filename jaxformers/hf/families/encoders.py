@@ -3,7 +3,16 @@
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.encoder_settings import AfterPadding, Heads, OutputBias
 from jaxformers.hf.family import Family, linear, norm, rules, same, when
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Setting, Tied
+from jaxformers.hf.settings import (
+    Derived,
+    Fixed,
+    Kept,
+    Named,
+    Only,
+    Setting,
+    Tied,
+    with_defaults,
+)
 
 LAYER = "encoder.layers.{i}"
 ATTENTION = f"{LAYER}.attention"
@@ -49,9 +58,7 @@ SIZES = (
 
 def sizes(**defaults):
     """BERT's sizes with the defaults of another family."""
-    return tuple(
-        setting._replace(default=defaults.get(setting.key, setting.default)) for setting in SIZES
-    )
+    return with_defaults(SIZES, **defaults)
 
 
 POSITIONS = (Setting("max_position_embeddings", "max_seq_length", 512),)
