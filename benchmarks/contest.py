@@ -1,0 +1,244 @@
+"""Contenders side by side: each in a process of its own, asked in turns.
+
+A script that uses this names its contenders, functions that build something to time:
+
+    def ours(config):
+        ...
+        return step, check      # step() does the work once; check() gives numbers to compare
+
+    if __name__ == "__main__":
+        contest.main(__doc__, {"ours": ours, "torch": torch_eager}, CONFIGS)
+
+Every contender runs in a child process, so that none sees another's threads, caches or allocator,
+and waits while another one works. Times are medians over rounds in which all of them take a turn:
+a machine that is slow for a minute is slow for all. Before anything is timed, the numbers of
+`check` must agree.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Contender = Callable[[dict], tuple[Callable[[], Any], Callable[[], list[float]]]]
+
+# Memory that is given back to the system has to be fetched again page by page. These settings of
+# glibc keep it in the process; they are read when a process starts.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "kept": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "MALLOC_TOP_PAD_": str(2**26),
+    },
+}
+
+
+class Child:
+    """A contender in a process of its own."""
+
+    def __init__(self, script: str, name: str, config: dict, environment: dict[str, str]):
+        command = [sys.executable, script, "--child", name, "--config-json", json.dumps(config)]
+        self.name = name
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def ask(self, question: str) -> Any:
+        """Its answer, from `answer` below."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:  # other lines are a library's chatter
+            if line.startswith("\x02"):
+                return json.loads(line[1:])
+        raise SystemExit(f"{self.name} ended with code {self.process.wait()}; see its error above.")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def answer(make: Contender, config: dict) -> None:
+    """The child's side: build, then answer questions until there are no more."""
+    start = time.perf_counter()
+    step, check = make(config)
+    built = time.perf_counter() - start
+    for question in sys.stdin:
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        start = time.perf_counter()
+        reply: Any = None
+        if question.strip() == "check":
+            reply = [float(x) for x in check()]
+        else:
+            for _ in range(int(question)):
+                step()
+            seconds = (time.perf_counter() - start) / int(question)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            reply = {
+                "seconds": seconds,
+                "faults": (after.ru_minflt - before.ru_minflt) / int(question),
+                "peak_bytes": peak_bytes(after),
+                "build_seconds": built,
+            }
+        print("\x02" + json.dumps(reply), flush=True)
+
+
+def peak_bytes(usage: Any) -> int:
+    """The most memory the process has had: on the accelerator if there is one, else resident."""
+    if "jax" in sys.modules:
+        statistics_ = sys.modules["jax"].local_devices()[0].memory_stats()
+        if statistics_ and "peak_bytes_in_use" in statistics_:
+            return statistics_["peak_bytes_in_use"]
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def compete(
+    script: str,
+    names: list[str],
+    config: dict,
+    *,
+    rounds: int,
+    repeats: int,
+    environment: dict[str, str],
+    tolerance: float,
+) -> dict[str, dict]:
+    """Medians of every contender, once their numbers agree with the first one's."""
+    children = [Child(script, name, config, environment) for name in names]
+    try:
+        checks = {child.name: child.ask("check") for child in children}
+        reference = checks[names[0]]
+        for name, numbers in checks.items():
+            far = max(abs(a - b) for a, b in zip(reference, numbers, strict=True))
+            if not far <= tolerance:
+                raise SystemExit(
+                    f"{name} does not compute what {names[0]} does: {numbers} and {reference}."
+                )
+        turns: dict[str, list[dict]] = {name: [] for name in names}
+        for i in range(rounds + 1):  # the first one warms up
+            for child in children if i % 2 else children[::-1]:
+                reply = child.ask(str(repeats))
+                time.sleep(0.3)  # threads that wait by spinning come to rest
+                if i:
+                    turns[child.name].append(reply)
+    finally:
+        for child in children:
+            child.close()
+    first = statistics.median(turn["seconds"] for turn in turns[names[0]])
+    return {name: summary(turns[name], checks[name], first) for name in names}
+
+
+def summary(turns: list[dict], check: list[float], first: float) -> dict:
+    seconds = sorted(turn["seconds"] for turn in turns)
+    median = statistics.median(seconds)
+    quarter = len(seconds) // 4
+    return {
+        "seconds": median,
+        "ratio": first / median,
+        "spread": (seconds[-1 - quarter] - seconds[quarter]) / median,
+        "faults": statistics.median(turn["faults"] for turn in turns),
+        "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+        "build_seconds": turns[0]["build_seconds"],
+        "check": check,
+    }
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("jax", "equinox", "flax", "optax", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def installed(*packages: str) -> bool:
+    """Whether all of these can be imported."""
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+def show(title: str, results: Mapping[str, dict], first: str) -> None:
+    """A table: what each contender took, and the first one's time over its."""
+    print(f"\n{title}")
+    print(f"{'':22} {'ms':>9} {first + ' / it':>14} {'spread':>7} {'peak MB':>8} {'faults':>8}")
+    for name, row in results.items():
+        print(
+            f"{name:22} {1e3 * row['seconds']:9.2f} {row['ratio']:14.2f} {row['spread']:6.0%} "
+            f"{row['peak_bytes'] / 1e6:8.0f} {row['faults']:8.0f}",
+            flush=True,
+        )
+
+
+def main(
+    document: str,
+    contenders: Mapping[str, Contender],
+    configs: Mapping[str, dict],
+    *,
+    repeats: Mapping[str, int] | None = None,
+    tolerance: float = 1e-3,
+) -> None:
+    """The command line of a script: compare its contenders on its configurations."""
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="*", default=list(configs), help=", ".join(configs))
+    parser.add_argument("--contenders", nargs="+", default=list(contenders))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--allocator", nargs="+", default=list(ALLOCATORS), choices=ALLOCATORS)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--config-json", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        answer(contenders[options.child], json.loads(options.config_json))
+        return
+    unknown = {*options.configs} - {*configs}, {*options.contenders} - {*contenders}
+    if unknown[0] or unknown[1]:
+        parser.error(f"no such configuration or contender: {', '.join(unknown[0] | unknown[1])}")
+    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "results": {}}
+    print(record["machine"], *(f"{k} {v}" for k, v in record["versions"].items()), sep=", ")
+    for name in options.configs:
+        for allocator in options.allocator:
+            results = compete(
+                sys.argv[0],
+                options.contenders,
+                configs[name],
+                rounds=options.rounds,
+                repeats=(repeats or {}).get(name, 1),
+                environment=ALLOCATORS[allocator],
+                tolerance=tolerance,
+            )
+            show(f"{name}, memory {allocator}: {configs[name]}", results, options.contenders[0])
+            record["results"][f"{name}/{allocator}"] = results
+            if options.json:
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
