@@ -1,10 +1,6 @@
 """Transformer models for JAX as Equinox modules."""
 
-from jaxformers.attention import (
-    MultiHeadAttention,
-    dot_product_attention,
-    scaled_dot_product_attention,
-)
+from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
@@ -13,6 +9,10 @@ from jaxformers.generation.scoring import perplexity
 from jaxformers.heads import Classifier
 from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
+from jaxformers.kernels.blockwise import blockwise_attention
+from jaxformers.kernels.choice import choose_attention, fast_attention
+from jaxformers.kernels.flash import flash_attention
+from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
 from jaxformers.losses import cross_entropy
 from jaxformers.masks import (

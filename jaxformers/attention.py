@@ -31,6 +31,8 @@ from jaxformers.checks import (
     check_size,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.kernels.choice import fast_attention
+from jaxformers.kernels.plain import AttentionFunction, attention_weights, mix
 from jaxformers.layers import as_module, linear, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.norms import build_head_norm
@@ -42,81 +44,6 @@ class KV(NamedTuple):
 
     keys: Float[Array, "*b g s h"]
     values: Float[Array, "*b g s h"]
-
-
-# What `attention_fn=` takes: a function `(q, k, v, mask) -> outputs` of the shapes of
-# `dot_product_attention` that divides the scores by sqrt(h). Where an attention has a `softcap`, it
-# is also passed that, and while training with attention dropout `dropout`, a function on the
-# weights; a kernel without them need not take them.
-AttentionFunction = Callable[..., Array]
-
-
-def attention_weights(
-    q: Float[Array, "*b n t h"],
-    k: Float[Array, "*b g s h"],
-    mask: AttentionMask,
-    softcap: float | None = None,
-) -> Float[Array, "*b n t s"]:
-    """`softmax(q k^T / sqrt(h))` in float32; a query that may attend to nothing gets zeros.
-
-    With a soft-cap c the scores are `c tanh(scores / c)` (Gemma 2).
-
-    Each of the g key heads serves the n / g query heads beside each other (Ainslie et al. 2023).
-    """
-    *batch, n, t, h = q.shape
-    g, s = k.shape[-3:-1]
-    # The queries of a group are folded into t, so that shared keys are read once, not repeated.
-    grouped = (q * h**-0.5).reshape(*batch, g, n // g * t, h)
-    scores = jnp.einsum("...gth,...gsh->...gts", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*batch, n, t, s)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    bias, allowed = mask.score_bias(t, s, n), mask.materialize(t, s)
-    if bias is not None:
-        scores = scores + bias
-    if allowed is None:
-        return jax.nn.softmax(scores)
-    # The lowest number rather than -inf, which would make a row without any key NaN.
-    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min))
-    return jnp.where(allowed.any(-1, keepdims=True), weights, 0.0)
-
-
-def dot_product_attention(
-    q: Float[Array, "*b n t h"],
-    k: Float[Array, "*b g s h"],
-    v: Float[Array, "*b g s h"],
-    mask: AttentionMask,
-    *,
-    softcap: float | None = None,
-    dropout: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "*b n t h"]:
-    """The plain form of attention, and the default `attention_fn`: it makes all `t x s` scores.
-
-    Arguments:
-        q: queries, `(b, n, t, h)`.
-        k, v: keys and values, `(b, g, s, h)`; g divides n.
-        mask: an `AttentionMask`.
-        softcap: bound of the scores, as in `MultiHeadAttention`.
-        dropout: applied to the weights.
-
-    Returns:
-        `(b, n, t, h)`.
-
-    Example:
-        >>> q, k = jnp.ones((2, 8, 5, 4)), jnp.ones((2, 2, 5, 4))
-        >>> dot_product_attention(q, k, k, AttentionMask(causal=True)).shape
-        (2, 8, 5, 4)
-    """
-    weights = checkpoint_name(dropout(attention_weights(q, k, mask, softcap)), "attention_weights")
-    return mix(weights, v)
-
-
-def mix(weights: Float[Array, "*b n t s"], v: Float[Array, "*b g s h"]) -> Float[Array, "*b n t h"]:
-    """The values averaged by the weights, in the values' type."""
-    *batch, n, t, s = weights.shape
-    g, h = v.shape[-3], v.shape[-1]
-    grouped = weights.astype(v.dtype).reshape(*batch, g, n // g * t, s)
-    return jnp.einsum("...gts,...gsh->...gth", grouped, v).reshape(*batch, n, t, h)
 
 
 def scaled_dot_product_attention(
@@ -163,7 +90,7 @@ def scaled_dot_product_attention(
     mask = as_mask(mask)
     mask.check(q.shape[:-1] + keys.shape[-2:-1])
     weights = attention_weights(q, k, mask)
-    output = mix(weights, v)
+    output = mix(weights, v).astype(v.dtype)
     return (output[0], weights[0]) if headless else (output, weights)
 
 
@@ -194,7 +121,8 @@ class MultiHeadAttention(eqx.Module):
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; None is all.
         attention_dropout_rate: dropout on the attention weights while training, 0.
-        attention_fn: the kernel, a function like `dot_product_attention`.
+        attention_fn: the kernel, a function like `dot_product_attention`; `fast_attention` takes
+            the fast one for the machine at hand.
         init: how the weights are drawn. Xavier-uniform by default as in the original
             Transformer's code, with the heads together as the fan, so that a head's initial
             scores do not depend on how many heads there are.
@@ -245,7 +173,7 @@ class MultiHeadAttention(eqx.Module):
         position: RotatingPosition | None = None,
         window: int | None = None,
         attention_dropout_rate: float = 0.0,
-        attention_fn: AttentionFunction = dot_product_attention,
+        attention_fn: AttentionFunction = fast_attention,
         init: Initializer = xavier_uniform,
         residual_init: Initializer | None = None,
         key: PRNGKeyArray | None = None,

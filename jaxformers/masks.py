@@ -7,9 +7,11 @@ causal or not, a window, the positions of queries and keys. Padding is position 
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_flag, check_padding_mask, check_size
@@ -41,10 +43,10 @@ class AttentionMask(eqx.Module):
     causal: bool = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
     explicit: Bool[Array, "..."] | None
-    q_positions: Int[Array, "*b t"] | None
-    k_positions: Int[Array, "*b s"] | None
-    q_segments: Int[Array, "*b t"] | None
-    k_segments: Int[Array, "*b s"] | None
+    q_positions: Int[Array, "*#b t"] | None
+    k_positions: Int[Array, "*#b s"] | None
+    q_segments: Int[Array, "*#b t"] | None
+    k_segments: Int[Array, "*#b s"] | None
     bias: BiasPosition | None
 
     def __init__(
@@ -52,10 +54,10 @@ class AttentionMask(eqx.Module):
         causal: bool = False,
         window: int | None = None,
         explicit: Bool[Array, "..."] | None = None,
-        q_positions: Int[Array, "*b t"] | None = None,
-        k_positions: Int[Array, "*b s"] | None = None,
-        q_segments: Int[Array, "*b t"] | None = None,
-        k_segments: Int[Array, "*b s"] | None = None,
+        q_positions: Int[Array, "*#b t"] | None = None,
+        k_positions: Int[Array, "*#b s"] | None = None,
+        q_segments: Int[Array, "*#b t"] | None = None,
+        k_segments: Int[Array, "*#b s"] | None = None,
         bias: BiasPosition | None = None,
     ):
         if window is not None:
@@ -126,6 +128,62 @@ class AttentionMask(eqx.Module):
                     f"{name} of a mask must have shape {(*batch, length)} or {(length,)}, "
                     f"got {array.shape}."
                 )
+
+    def block(self, i: Any, t: int, j: Any, s: int) -> "AttentionMask":
+        """The description of `t` queries from `i` on and `s` keys from `j` on."""
+
+        def part(x: Array | None, start: Any, size: int) -> Array | None:
+            return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=-1)
+
+        q, k = part(self.q_positions, i, t), part(self.k_positions, j, s)
+        if self.causal or self.window is not None or self.bias is not None:
+            q, k = (i + jnp.arange(t) if q is None else q), (j + jnp.arange(s) if k is None else k)
+        explicit = self.explicit
+        for axis, start, size in ((-2, i, t), (-1, j, s)):
+            if explicit is not None and explicit.ndim >= -axis and explicit.shape[axis] > 1:
+                explicit = lax.dynamic_slice_in_dim(explicit, start, size, axis=axis)
+        return self.replace(
+            explicit=explicit,
+            q_positions=q,
+            k_positions=k,
+            q_segments=part(self.q_segments, i, t),
+            k_segments=part(self.k_segments, j, s),
+        )
+
+    def pad(self, t: int, more_q: int, s: int, more_k: int) -> "AttentionMask":
+        """The description with more queries, and more keys that nobody sees, at the end."""
+
+        def pad(x: Array | None, more: int, value: int = 0) -> Array | None:
+            widths = [(0, 0)] * (0 if x is None else x.ndim - 1) + [(0, more)]
+            return None if x is None else jnp.pad(x, widths, constant_values=value)
+
+        explicit = self.explicit
+        for axis, more in ((-2, more_q), (-1, more_k)):
+            if explicit is not None and explicit.ndim >= -axis and explicit.shape[axis] > 1:
+                widths = [(0, 0)] * explicit.ndim
+                widths[axis] = (0, more)
+                explicit = jnp.pad(explicit, widths)
+        hides = more_k > 0 or self.k_positions is not None
+        return self.replace(
+            explicit=explicit,
+            q_positions=pad(self.q_positions, more_q),
+            k_positions=pad(self.key_positions(s), more_k, -1) if hides else None,
+            q_segments=pad(self.q_segments, more_q),
+            k_segments=pad(self.k_segments, more_k),
+        )
+
+    def reach(self, start: int, stop: int, s: int) -> tuple[int, int]:
+        """The keys outside of which the queries `start` to `stop` see none, as far as is known."""
+        if self.q_positions is not None or self.k_positions is not None:
+            return 0, s
+        first, last = 0, s
+        if self.causal:
+            last = min(s, stop)
+        if self.window is not None:
+            first = max(0, start - self.window + 1)
+            last = min(last, stop - 1 + self.window)
+        # At least one key, so that there is something to look at and find hidden.
+        return min(first, s - 1), max(last, min(first, s - 1) + 1)
 
     def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:
         """The mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.

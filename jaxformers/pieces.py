@@ -10,10 +10,11 @@ from typing import Any, TypedDict, Unpack
 
 from jaxtyping import PRNGKeyArray
 
-from jaxformers.attention import AttentionFunction, MultiHeadAttention
+from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_callable, check_choice, check_flag, check_options
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.kernels.plain import AttentionFunction
 from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, split_key
 from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
@@ -42,7 +43,7 @@ class Pieces(TypedDict, total=False):
         window: a causal query sees the last `window` positions, its own included; others see
             those less than `window` away on both sides; default all.
         attention_dropout_rate: dropout on attention weights; default 0.
-        attention_fn: the attention kernel; default `dot_product_attention`.
+        attention_fn: the attention kernel; default `fast_attention`.
         norm: constructor `norm(d_model)`; default `LayerNorm`.
         norm_first: True (default) for pre-norm, False for the paper's post-norm.
         norm_placement: "pre", "post", "sandwich", "output" or "none", see `Residual`; default as

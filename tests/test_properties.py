@@ -27,7 +27,7 @@ from jaxformers import (
     depth_scaled,
     normal,
 )
-from jaxformers.attention import dot_product_attention
+from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layers import dropout
 
 SRC_VOCAB, VOCAB, D, N, H, F, MAX, LAYERS = 23, 29, 10, 4, 6, 14, 21, 2

@@ -6,9 +6,13 @@ from typing import Any
 
 import jax
 
-from jaxformers.attention import MultiHeadAttention, dot_product_attention
+from jaxformers.attention import MultiHeadAttention
 from jaxformers.encoder import EncoderLayer
 from jaxformers.hf.architecture import ACTIVATIONS, ALSO, Architecture, Rope
+from jaxformers.kernels.blockwise import blockwise_attention
+from jaxformers.kernels.choice import fast_attention
+from jaxformers.kernels.flash import flash_attention
+from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layers import Dense, FeedForward, Function, GatedFeedForward
 from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
@@ -19,6 +23,12 @@ from jaxformers.positional_encoding import (
     SinusoidalPositionalEncoding,
     T5PositionBias,
 )
+
+# They compute the same.
+KERNELS = [
+    Function(kernel)
+    for kernel in (fast_attention, dot_product_attention, blockwise_attention, flash_attention)
+]
 
 
 def describe(model: Any) -> Architecture:
@@ -145,7 +155,7 @@ def _attention(layers: list[Any]) -> dict[str, Any]:
     own = [_own(layer) for layer in layers]
     every = [x for layer in layers for x in _attentions(layer)]
     for x in every:
-        if x.attention_fn != Function(dot_product_attention):
+        if x.attention_fn not in KERNELS:
             raise ValueError(f"the kernel {x.attention_fn!r} has no name in checkpoints.")
     biases = [(x.bq is not None, x.bk is not None, x.bv is not None) for x in every]
     q, k, v = _same("biases", biases)

@@ -1,0 +1,182 @@
+"""Attention that never holds more scores than one block of queries by one of keys.
+
+Rabe and Staats 2021; Dao et al. 2022 (FlashAttention), with the gradient of its appendix B.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxformers.kernels.blockwise import divide, exponentials
+from jaxformers.kernels.plain import attention_scores, match, mix
+from jaxformers.masks import AttentionMask
+
+
+class Blocks(NamedTuple):
+    """How many queries and keys are looked at together."""
+
+    queries: int
+    keys: int
+
+
+def flash_attention(
+    q: Float[Array, "*b n t h"],
+    k: Float[Array, "*b g s h"],
+    v: Float[Array, "*b g s h"],
+    mask: AttentionMask,
+    *,
+    softcap: float | None = None,
+    blocks: tuple[int, int] = (256, 512),
+) -> Float[Array, "*b n t h"]:
+    """Attention in memory linear in the sequence, forward and backward.
+
+    Blocks in which no query may see a key are skipped. The backward pass makes the scores again.
+    It has a gradient of its own, which JAX does not differentiate forwards (`jax.jvp`): the plain
+    `dot_product_attention` does that.
+
+    Arguments and result are those of `dot_product_attention`, without dropout, and
+
+        blocks: how many queries and how many keys are looked at together, 256 and 512.
+
+    Example:
+        >>> q, k = jnp.ones((2, 8, 300, 4)), jnp.ones((2, 2, 300, 4))
+        >>> flash_attention(q, k, k, AttentionMask(causal=True)).shape
+        (2, 8, 300, 4)
+    """
+    t, s = q.shape[-2], k.shape[-2]
+    sizes = Blocks(min(blocks[0], t), min(blocks[1], s))
+    more_q, more_k = -t % sizes.queries, -s % sizes.keys
+    padded = _pad(q, more_q), _pad(k, more_k), _pad(v, more_k), mask.pad(t, more_q, s, more_k)
+    return _flash(padded, softcap, sizes)[..., :t, :]
+
+
+@eqx.filter_custom_vjp
+def _flash(inputs: Any, softcap: float | None, sizes: Blocks) -> Float[Array, "*b n t h"]:
+    return _forward(inputs, softcap, sizes)[0]
+
+
+@_flash.def_fwd
+def _flash_forward(perturbed, inputs, softcap, sizes):
+    out, *rest = _forward(inputs, softcap, sizes)
+    return out, (out, *rest)
+
+
+@_flash.def_bwd
+def _flash_backward(residuals, gradient, perturbed, inputs, softcap, sizes):
+    return _backward(inputs, *residuals, gradient, softcap, sizes)
+
+
+def _forward(inputs, softcap, sizes):
+    """The outputs, the logarithm of each query's sum of exponentials, and the visible blocks."""
+    q, k, v, mask = inputs
+    rows = *q.shape[:-2], sizes.queries
+    # Twice this is the score of what may not be seen, whose exponential is then 0.
+    lowest = jnp.full((*rows, 1), jnp.finfo(jnp.float32).min / 2)
+    empty = lowest, jnp.zeros((*rows, 1)), jnp.zeros((*rows, v.shape[-1]))
+    visible = _visible(mask, q.shape[-2], k.shape[-2], sizes)
+
+    def for_queries(_, now):
+        i, (first, last) = now
+        queries = _part(q, i, sizes.queries)
+
+        def see(j, carry):
+            top, total, out = carry
+            block = _block(mask, i, j, sizes)
+            scores, _ = attention_scores(queries, _part(k, j, sizes.keys), block, softcap)
+            new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+            weights, shrink = exponentials(scores, new_top), jnp.exp(top - new_top)
+            mixed = mix(weights, _part(v, j, sizes.keys))
+            return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + mixed
+
+        top, total, out = lax.fori_loop(first, last, see, empty)
+        # What saw nothing has no weights in the backward pass either.
+        log_total = jnp.where(total == 0, jnp.inf, top + jnp.log(total))
+        return None, (divide(out, total).astype(v.dtype), log_total)
+
+    _, parts = lax.scan(for_queries, None, (jnp.arange(len(visible[0])), visible))
+    return *map(_join, parts), visible
+
+
+def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
+    """The gradients of queries, keys, values and of what the mask's bias is made of."""
+    q, k, v, mask = inputs
+    gradient = gradient.astype(jnp.float32)
+    delta = (gradient * out.astype(jnp.float32)).sum(-1, keepdims=True)
+
+    def for_queries(carry, now):
+        i, (first, last) = now
+        queries, *given = (_part(x, i, sizes.queries) for x in (q, gradient, delta, log_total))
+
+        def see(j, carry):
+            d_queries, d_k, d_v, d_mask = carry
+            keys, values = _part(k, j, sizes.keys), _part(v, j, sizes.keys)
+            inputs = queries, keys, values, _block(mask, i, j, sizes)
+            d = eqx.filter_grad(_surrogate)(inputs, *given, softcap)
+            d_mask = jax.tree.map(jnp.add, d_mask, d[3])
+            d_queries = d_queries + d[0].astype(jnp.float32)
+            return d_queries, _add(d_k, d[1], j), _add(d_v, d[2], j), d_mask
+
+        start = jnp.zeros(queries.shape), *carry
+        d_queries, *carry = lax.fori_loop(first, last, see, start)
+        return tuple(carry), d_queries
+
+    d_mask = jax.tree.map(jnp.zeros_like, eqx.filter(mask, eqx.is_inexact_array))
+    start = jnp.zeros(k.shape), jnp.zeros(v.shape), d_mask
+    now = jnp.arange(len(visible[0])), visible
+    (d_k, d_v, d_mask), d_q = lax.scan(for_queries, start, now)
+    return _join(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_mask
+
+
+def _surrogate(inputs, gradient, delta, log_total, softcap):
+    """A number whose gradient is that of the attention, for one block.
+
+    With weights p the scores' gradient is p (g v^T - delta) and that of the values p^T g, which
+    is what differentiating this gives, with all that the scores are made of.
+    """
+    queries, keys, values, block = inputs
+    scores, _ = attention_scores(queries, keys, block, softcap)
+    weights = jnp.exp(scores - log_total)
+    return (weights * (match(gradient, values.astype(jnp.float32)) - delta)).sum()
+
+
+def _visible(mask: AttentionMask, t: int, s: int, sizes: Blocks) -> tuple[Any, Any]:
+    """For each block of queries the first block of keys it can see, and one past the last."""
+    i, j = jnp.arange(t // sizes.queries), jnp.arange(s // sizes.keys)
+
+    def seen(i, j):
+        allowed = _block(mask, i, j, sizes).materialize(*sizes)
+        return jnp.array(True) if allowed is None else allowed.any()
+
+    seen_by = lax.map(lambda i: lax.map(lambda j: seen(i, j), j), i)
+    first, last = (jnp.where(seen_by, x, y) for x, y in ((j, len(j)), (j + 1, 0)))
+    return first.min(1), last.max(1)
+
+
+def _block(mask: AttentionMask, i: Any, j: Any, sizes: Blocks) -> AttentionMask:
+    return mask.block(i * sizes.queries, sizes.queries, j * sizes.keys, sizes.keys)
+
+
+def _part(x: Float[Array, "*b t h"], i: Any, size: int) -> Float[Array, "*b {size} h"]:
+    return lax.dynamic_slice_in_dim(x, i * size, size, axis=-2)
+
+
+def _add(x: Float[Array, "*b t h"], part: Float[Array, "*b p h"], i: Any) -> Any:
+    """`x` with the part added at block i."""
+    size = part.shape[-2]
+    changed = _part(x, i, size) + part.astype(x.dtype)
+    return lax.dynamic_update_slice_in_dim(x, changed, i * size, axis=-2)
+
+
+def _join(parts: Float[Array, "c *b t h"]) -> Float[Array, "*b u h"]:
+    """Blocks that a scan stacked, one behind the other."""
+    parts = jnp.moveaxis(parts, 0, -3)
+    return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])
+
+
+def _pad(x: Float[Array, "*b t h"], more: int) -> Float[Array, "*b u h"]:
+    widths = [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]
+    return jnp.pad(x, widths) if more else x
