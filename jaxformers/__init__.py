@@ -14,7 +14,7 @@ from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
-from jaxformers.losses import cross_entropy
+from jaxformers.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.masks import (
     AttentionMask,
     create_causal_mask,

@@ -22,7 +22,8 @@ import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_key, check_options
-from jaxformers.losses import cross_entropy
+from jaxformers.layers import split_key
+from jaxformers.losses import chunked_cross_entropy
 from jaxformers.optim import Model, as_optimizer
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_lm import TransformerLM
@@ -36,6 +37,8 @@ def language_model_loss(
 ) -> Float[Array, ""]:
     """Mean cross-entropy per counted token, in nats, of `batch["targets"]` given `batch["tokens"]`.
 
+    Of long texts the logits are never there all at once: see `chunked_cross_entropy`.
+
     Arguments:
         model: a `TransformerLM`.
         batch: see this module; `targets[:, i]` is the token that follows `tokens[:, i]`.
@@ -48,14 +51,17 @@ def language_model_loss(
     names = "tokens", "targets", "padding_mask", "loss_mask"
     check_options(batch, names, "the batch of a language model")
     padding_mask = batch.get("padding_mask")
-    logits = model.logits(batch["tokens"], None, key, padding_mask=padding_mask)
-    return cross_entropy(logits, batch["targets"], batch.get("loss_mask", padding_mask))
+    hidden, _ = model.forward(batch["tokens"], None, key, padding_mask=padding_mask)
+    mask = batch.get("loss_mask", padding_mask)
+    return chunked_cross_entropy(model.project, hidden, batch["targets"], mask)
 
 
 def sequence_to_sequence_loss(
     model: Transformer, batch: Batch, key: PRNGKeyArray | None = None
 ) -> Float[Array, ""]:
     """Mean cross-entropy per counted token, in nats, of `batch["targets"]` given src and tgt.
+
+    Of long texts the logits are never there all at once: see `chunked_cross_entropy`.
 
     Arguments:
         model: a `Transformer`.
@@ -71,10 +77,12 @@ def sequence_to_sequence_loss(
     """
     names = "src", "tgt", "targets", "src_padding_mask", "tgt_padding_mask", "loss_mask"
     check_options(batch, names, "the batch of an encoder-decoder")
+    src_key, tgt_key = split_key(key, 2)
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
-    logits = model.logits(batch["src"], batch["tgt"], key=key, **padding)
+    memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
+    hidden = model.decode(batch["tgt"], memory, key=tgt_key, **padding)
     mask = batch.get("loss_mask", padding["tgt_padding_mask"])
-    return cross_entropy(logits, batch["targets"], mask)
+    return chunked_cross_entropy(model.project, hidden, batch["targets"], mask)
 
 
 def train_step(

@@ -1,11 +1,19 @@
-"""The loss against torch's, its masks, and that a target out of range is never read silently."""
+"""The loss against torch's, its masks, that a target out of range is never read silently, and that
+in chunks it is the same.
+"""
 
+from functools import partial
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxformers.losses import cross_entropy
+from jaxformers import Dense, LayerNorm, OutputLayer
+from jaxformers.losses import chunked_cross_entropy, cross_entropy
 
 B, T, V = 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -191,3 +199,132 @@ def test_shapes_and_dtypes_are_checked_under_jit_too(arguments, message):
 def test_coefficients_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         cross_entropy(logits, targets, **options)
+
+
+# In chunks.
+
+ARGUMENTS = st.fixed_dictionaries(
+    {
+        "shape": st.sampled_from([(1, 1), (3, 5), (2, 7), (11,), (4, 4)]),
+        "chunk": st.integers(1, 9),
+        "masked": st.booleans(),
+        "ignored": st.booleans(),
+        "label_smoothing": st.sampled_from([0.0, 0.1]),
+        "z_loss": st.sampled_from([0.0, 0.1]),
+        "tied": st.booleans(),
+        "softcap": st.sampled_from([None, 2.0]),
+        "transform": st.sampled_from([None, partial(Dense, activation=jnp.tanh, norm=LayerNorm)]),
+        "seed": st.integers(0, 9),
+    }
+)
+
+
+@given(ARGUMENTS)
+@settings(max_examples=12, deadline=None)
+def test_in_chunks_the_loss_and_all_gradients_are_the_dense_ones(a):
+    rng = np.random.default_rng(a["seed"])
+    hidden_key, key = jax.random.split(jax.random.key(a["seed"]))
+    layer = OutputLayer(
+        6, V, tied=a["tied"], softcap=a["softcap"], transform=a["transform"], key=key
+    )
+    table = jax.random.normal(key, (V, 6)) if a["tied"] else None
+    hidden = jax.random.normal(hidden_key, (*a["shape"], 6))
+    wanted = jnp.asarray(rng.integers(0, V, a["shape"]))
+    counted = jnp.asarray(rng.random(a["shape"]) < 0.7) if a["masked"] else None
+    options = {name: a[name] for name in ("label_smoothing", "z_loss")}
+    options["ignore_index"] = 2 if a["ignored"] else None
+
+    def dense(arrays):
+        layer, table, hidden = arrays
+        return cross_entropy(layer.logits(hidden, table), wanted, counted, **options)
+
+    def chunked(arrays):
+        layer, table, hidden = arrays
+        return chunked_cross_entropy(
+            lambda x: layer.logits(x, table), hidden, wanted, counted, chunk=a["chunk"], **options
+        )
+
+    @eqx.filter_jit
+    def compare(arrays):
+        gradients = (eqx.filter_value_and_grad(f)(arrays) for f in (dense, chunked))
+        return *gradients, chunked(arrays)  # without a gradient it takes another path
+
+    (expected, expected_grads), (value, grads), alone = compare((layer, table, hidden))
+    np.testing.assert_allclose([value, alone], [expected, expected], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+W = jnp.asarray(RNG.normal(size=(6, V)), jnp.float32)
+hidden = jnp.asarray(RNG.normal(size=(B, T, 6)), jnp.float32)
+
+
+def in_chunks(w, hidden, targets=targets, mask=None, chunk=4, **options):
+    return chunked_cross_entropy(lambda x: x @ w, hidden, targets, mask, chunk=chunk, **options)
+
+
+def at_once(w, hidden):
+    return cross_entropy(hidden @ w, targets)
+
+
+def test_in_chunks_forward_mode_and_second_derivatives_agree():
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(loss, w, hidden):
+        first = jax.jvp(loss, (w, hidden), (w, hidden))[1]
+        second = [mode(jax.grad(loss))(w, hidden) for mode in (jax.jacfwd, jax.jacrev)]
+        return first, second, jax.vmap(loss, (None, 0))(w, jnp.stack([hidden, -hidden]))
+
+    values, expected = (jax.tree.leaves(derivatives(f, W, hidden)) for f in (in_chunks, at_once))
+    for x, y in zip(values, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_in_chunks_only_what_is_asked_for_is_differentiated(moved):
+    """Frozen weights cost no product and no sum of their size."""
+    expected, grad = (jax.grad(f, moved)(W, hidden) for f in (at_once, in_chunks))
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+    program = str(jax.make_jaxpr(jax.grad(in_chunks, moved))(W, hidden))
+    assert program.count("dot_general") == 2
+
+
+def test_in_chunks_rows_that_do_not_count_may_be_anything():
+    spoilt = jnp.where(mask[..., None], hidden, jnp.inf)
+
+    def loss(hidden):
+        return in_chunks(W, hidden, jnp.where(mask, targets, V + 3), mask, z_loss=0.1)
+
+    value, grad = jax.jit(jax.value_and_grad(loss))(spoilt)
+    np.testing.assert_allclose(value, loss(hidden), rtol=1e-6)
+    assert (grad[~mask] == 0).all() and (jnp.abs(grad[mask]).sum(-1) > 0).all()
+    none = jnp.zeros((B, T), bool)
+    value, grad = jax.value_and_grad(lambda x: in_chunks(W, x, mask=none, z_loss=0.1))(hidden)
+    assert value == 0 and (grad == 0).all()
+
+
+def test_in_chunks_sums_of_gradients_are_float32():
+    """In bfloat16 the sum over many chunks would not get beyond 256 times one of them."""
+    w, rows = jnp.zeros((1, 2), jnp.bfloat16), jnp.ones((999, 1), jnp.bfloat16)
+    zeros = jnp.zeros(999, jnp.int32)
+
+    def loss(w):
+        return chunked_cross_entropy(lambda x: x @ w, rows, zeros, chunk=1)
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(w), jnp.asarray([[-0.5, 0.5]], w.dtype))
+
+
+def test_in_chunks_the_same_errors(no_shape_checker):
+    wrong = targets.at[1, 2].set(V)
+    with pytest.raises(ValueError, match=f"targets must be ids from 0 to {V - 1}.* got {V}"):
+        in_chunks(W, hidden, wrong)
+    assert jnp.isnan(jax.jit(in_chunks)(W, hidden, wrong))
+    for options, message in [
+        ({"targets": targets[:, 1:]}, "targets must have the shape"),
+        ({"mask": targets}, "mask must have a dtype of kind bool"),
+        ({"z_loss": -1.0}, "z_loss must be a finite number"),
+        ({"chunk": 0}, "chunk must be an integer of at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            in_chunks(W, hidden, **options)
+    with pytest.raises(ValueError, match="project must be a function"):
+        chunked_cross_entropy(W, hidden, targets)

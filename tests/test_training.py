@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import largest_array, trace
 
 from jaxformers import (
     AdamW,
@@ -16,6 +17,7 @@ from jaxformers import (
     as_optimizer,
     cross_entropy,
     language_model_loss,
+    losses,
     sequence_to_sequence_loss,
     train_step,
     warmup_cosine,
@@ -162,6 +164,30 @@ def test_padding_does_not_count(getkey):
         arrays = {"src": src, "tgt": tgt, "targets": targets}
         losses.append(sequence_to_sequence_loss(seq2seq, arrays | masks))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_many_logits_are_never_there_at_once(getkey, monkeypatch):
+    """In the gradient neither, and with the same result."""
+    rows, vocab, batch = B * T, 97, text_batch()
+    decoder = TransformerLM(vocab, 12, 3, 1, 20, T, 0.0, tie_embeddings=True, key=getkey())
+    encoder_decoder = Transformer(vocab, vocab, 12, 3, 1, 1, 20, T, 0.0, key=getkey())
+    pairs = batch | {"src": batch["tokens"][:, :5], "tgt": batch["tokens"]}
+    del pairs["tokens"]
+    for loss, *arguments in [
+        (language_model_loss, decoder, batch),
+        (sequence_to_sequence_loss, encoder_decoder, pairs),
+    ]:
+        step = eqx.filter_value_and_grad(loss)
+        assert largest_array(trace(step, *arguments)) == rows * vocab
+        expected = eqx.filter_jit(step)(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(losses, "CHUNK_LOGITS", 7 * vocab)
+            patch.setattr(losses, "CHUNK_ROWS", 1)
+            step = eqx.filter_value_and_grad(lambda *args, loss=loss: loss(*args))  # traced anew
+            assert largest_array(trace(step, *arguments)) < rows * vocab / 2
+            value = eqx.filter_jit(step)(*arguments)
+        for x, y in zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_optax_is_accepted(getkey):
