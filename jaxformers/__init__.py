@@ -13,6 +13,7 @@ from jaxformers.kernels.blockwise import blockwise_attention
 from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import dot_product_attention
+from jaxformers.layer_stack import rematerialise, scan_layers, unroll_layers
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
 from jaxformers.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.masks import (

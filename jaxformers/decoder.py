@@ -16,6 +16,7 @@ from jaxformers.checks import (
     check_same_batch,
     check_size,
 )
+from jaxformers.layer_stack import Rematerialisation, ScannedLayers, run_layers
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
@@ -191,9 +192,10 @@ class Decoder(eqx.Module):
         (2, 10, 64)
     """
 
-    layers: tuple[DecoderLayer, ...]
+    layers: tuple[DecoderLayer, ...] | ScannedLayers
     norm: Callable | None
     score_bias: BiasPosition | None
+    rematerialisation: Rematerialisation | None
 
     def __init__(
         self,
@@ -219,6 +221,7 @@ class Decoder(eqx.Module):
             for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
+        self.rematerialisation = None
 
     def __call__(
         self,
@@ -248,21 +251,19 @@ class Decoder(eqx.Module):
         """
         mask = mask.biased_by(self.score_bias)
         slot: Int[Array, ""] | int = 0
-        layer_caches: tuple[LayerCache | None, ...] = (None,) * len(self.layers)
+        caches: tuple[LayerCache, ...] | None = None
         if cache is not None:
-            slot, layer_caches = cache.length, cache.layers
+            slot, caches = cache.length, cache.layers
             cache = cache.extend(mask.query_positions(x.shape[-2]))
             mask = mask.replace(k_positions=cache.positions)
-        written: list = []
-        keys = split_key(key, len(self.layers))
-        for layer, layer_key, layer_cache in zip(self.layers, keys, layer_caches, strict=True):
-            x, layer_cache = layer.forward(
-                x, encoder_output, mask, cross_mask, layer_key, layer_cache, slot
-            )
-            written.append(layer_cache)
+
+        def step(layer, x, key, layer_cache):
+            return layer.forward(x, encoder_output, mask, cross_mask, key, layer_cache, slot)
+
+        x, written = run_layers(self.layers, step, x, key, caches, self.rematerialisation)
         x = x if self.norm is None else self.norm(x)
-        if cache is not None:
-            cache = Cache(tuple(written), cache.positions, cache.length)
+        if cache is not None and written is not None:
+            cache = Cache(written, cache.positions, cache.length)
         return x, cache
 
     def init_cache(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_activations, check_key, check_size
+from jaxformers.layer_stack import Rematerialisation, ScannedLayers, run_layers
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import Mask, as_mask
 from jaxformers.pieces import (
@@ -124,9 +125,10 @@ class Encoder(eqx.Module):
         (2, 10, 64)
     """
 
-    layers: tuple[EncoderLayer, ...]
+    layers: tuple[EncoderLayer, ...] | ScannedLayers
     norm: Callable | None
     score_bias: BiasPosition | None
+    rematerialisation: Rematerialisation | None
     layer_order: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
@@ -152,6 +154,7 @@ class Encoder(eqx.Module):
             for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
+        self.rematerialisation = None
         self.layer_order = order = None if layer_order is None else tuple(layer_order)
         whole = order is None or all(type(i) is int for i in order)
         if order is not None and not (whole and set(order) == set(range(num_layers))):
@@ -167,9 +170,12 @@ class Encoder(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
         """The encoded sequence; arguments and errors as for `EncoderLayer`."""
-        mask = as_mask(mask)
-        mask = mask.biased_by(self.score_bias)
-        order = self.layer_order or range(len(self.layers))
-        for i, layer_key in zip(order, split_key(key, len(order)), strict=True):
-            x = self.layers[i](x, mask, layer_key)
+        mask = as_mask(mask).biased_by(self.score_bias)
+        order, layers = self.layer_order, self.layers
+        layers = layers if order is None else tuple(layers[i] for i in order)
+
+        def step(layer, x, key, cache):
+            return layer(x, mask, key), cache
+
+        x, _ = run_layers(layers, step, x, key, rematerialisation=self.rematerialisation)
         return x if self.norm is None else self.norm(x)

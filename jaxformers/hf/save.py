@@ -23,6 +23,7 @@ from jaxformers.hf.load import TOKEN_KEYS, family_of, is_finite, read_settings
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
+from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
 
 # What the sentence-transformers package reads beside a checkpoint.
@@ -34,7 +35,7 @@ SENTENCE_FILES = (
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as a checkpoint; see `save_pretrained` of the models."""
-    directory = check_directory(path)
+    directory, model = check_directory(path), unroll_layers(model)
     arrays = arrays_by_path(model)
     dtype = check_arrays(arrays)
     plan, config = describe_for_file(model)

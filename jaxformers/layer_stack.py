@@ -1,0 +1,272 @@
+"""How a stack runs its layers, one by one or scanned, and what its gradient keeps of them.
+
+A stack holds its layers as a tuple and compiles each of them. Scanned, their arrays are stacked and
+one program serves them all, which compiles as fast as a single layer and runs somewhat slower.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxformers.checks import check_key
+from jaxformers.layers import split_key
+
+Model = TypeVar("Model")
+
+# What the parts of a layer are named by `checkpoint_name`: its queries, keys and values per head,
+# the weights of the plain attention, what attention gathers, what is between the maps of the
+# feed-forward, and the residual stream after each sublayer.
+SITES = (
+    *("queries", "keys", "values", "attention_weights", "head_outputs"),
+    *("feed_forward", "residual"),
+)
+
+
+class ScannedLayers(eqx.Module):
+    """Equal layers held as one, each of whose arrays has a first axis of layers.
+
+    Arguments:
+        layers: layers that differ in the numbers of their arrays alone.
+
+    Raises:
+        ValueError: if they differ in anything else.
+    """
+
+    stacked: Any
+
+    def __init__(self, layers: Sequence[Any]):
+        for i, layer in enumerate(layers):
+            difference = _difference(layers[0], layer)
+            if difference:
+                raise ValueError(
+                    "layers that are scanned must be equal in all but the numbers of their "
+                    f"arrays, but of layers 0 and {i} {difference}. Leave these layers a tuple."
+                )
+        self.stacked = jax.tree.map(lambda *x: jnp.stack(x) if _is_array(x[0]) else x[0], *layers)
+
+    def __len__(self) -> int:
+        return next(x for x in jax.tree.leaves(self.stacked) if _is_array(x)).shape[0]
+
+    def __getitem__(self, i: int) -> Any:
+        """Layer i by itself."""
+        i = range(len(self))[i]
+        return jax.tree.map(
+            lambda x: lax.index_in_dim(x, i, keepdims=False) if _is_array(x) else x, self.stacked
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def scan(self, step: Callable, x: Array, key: PRNGKeyArray | None) -> Array:
+        """`x` after all layers, by a step as in `run_layers`."""
+        arrays, rest = eqx.partition(self.stacked, _is_array)
+        keys = None if key is None else jax.random.split(check_key(key), len(self))
+
+        def body(x, inputs):
+            layer, layer_key = inputs
+            return step(eqx.combine(layer, rest), x, layer_key, None)
+
+        return lax.scan(body, x, (arrays, keys))[0]
+
+
+class Rematerialisation(eqx.Module):
+    """What the gradient keeps of a layer: its inputs, and the sites with these names."""
+
+    keep: tuple[str, ...] = eqx.field(static=True)
+
+    def __call__(self, step: Callable) -> Callable:
+        """A step as in `run_layers` that computes the rest again."""
+        policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
+
+        def rematerialised(*inputs):
+            # What the step closes over, an encoder's output for instance, has a gradient as well.
+            closed = eqx.filter_closure_convert(step, *inputs)
+            again = eqx.filter_checkpoint(closed, policy=policy, prevent_cse=False)
+            return _recomputed_late((again, inputs))
+
+        return rematerialised
+
+
+@eqx.filter_custom_vjp
+def _recomputed_late(step_and_inputs):
+    """A checkpointed step that is computed again when its gradient is due, and not before.
+
+    `jax.checkpoint` alone leaves the order to XLA, whose CPU backend computes all layers again
+    early, and then needs as much memory as without. Here what was kept waits for the gradient: a
+    zero is added that is read from it.
+    """
+    step, inputs = step_and_inputs
+    return step(*inputs)
+
+
+@_recomputed_late.def_fwd
+def _forward(perturbed, step_and_inputs):
+    del perturbed
+    y, pull = eqx.filter_vjp(lambda both: both[0](*both[1]), step_and_inputs)
+    # The weights are not tied, which would copy them.
+    weights = {id(x) for x in jax.tree.leaves(step_and_inputs[1][0])}
+    return y, eqx.partition(pull, lambda x: eqx.is_inexact_array(x) and id(x) not in weights)
+
+
+@_recomputed_late.def_bwd
+def _backward(kept_and_rest, gradient, perturbed, step_and_inputs):
+    del perturbed, step_and_inputs
+    kept, rest = kept_and_rest
+    number = jnp.ravel(gradient[0])[0]
+    zero = jnp.where(jnp.isnan(number), number, 0.0)  # which XLA cannot know to be zero
+    kept = jax.tree.map(lambda x: x + zero.astype(x.dtype), kept)
+    return eqx.combine(kept, rest)(gradient)[0]
+
+
+def run_layers(
+    layers: Sequence[Any] | ScannedLayers,
+    step: Callable,
+    x: Float[Array, "*b t d"],
+    key: PRNGKeyArray | None,
+    caches: Sequence[Any] | None = None,
+    rematerialisation: Rematerialisation | None = None,
+) -> tuple[Float[Array, "*b t d"], tuple[Any, ...] | None]:
+    """`x` after all layers, and their caches if there are any.
+
+    Arguments:
+        layers: a tuple of layers, or `ScannedLayers`.
+        step: what one layer does, a function `(layer, x, key, cache) -> (x, cache)`.
+        x: the residual stream.
+        key: PRNG key for dropout, of which each layer gets its own.
+        caches: one for each layer; None is no cache.
+        rematerialisation: what the gradient keeps; None is all that it needs.
+    """
+    if rematerialisation is not None and caches is None:
+        step = rematerialisation(step)
+    # A scan would copy all caches at every token, and the weights of every layer before use.
+    if isinstance(layers, ScannedLayers) and caches is None:
+        return layers.scan(step, x, key), None
+    written = []
+    for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
+        x, cache = step(layer, x, layer_key, None if caches is None else caches[i])
+        written.append(cache)
+    return x, None if caches is None else tuple(written)
+
+
+def scan_layers(model: Model) -> Model:
+    """The same model with the layers of its stacks scanned, which compiles fast at any depth.
+
+    It gives the same results. Worth it for many layers on an accelerator; on CPU a scanned step is
+    slower. Do it before `optimizer.init`: gradients and states have the form of the model. With a
+    cache the layers are taken one by one, so that a loop over tokens is as fast as it was.
+
+    Arguments:
+        model: a model or a stack, such as `TransformerLM` or `Encoder`.
+
+    Raises:
+        ValueError: if layers differ in more than numbers, or run in an order of their own.
+
+    Example:
+        >>> deep = scan_layers(TransformerLM(65, 64, 4, 48, 256, 128, key=key))
+        >>> deep.decoder.layers.stacked.self_attention.wq.shape
+        (48, 64, 4, 16)
+    """
+
+    def scan(stack):
+        if getattr(stack, "layer_order", None) is not None:
+            raise ValueError(
+                "layers that are scanned run once each, this encoder has the layer_order "
+                f"{stack.layer_order}. Leave its layers a tuple."
+            )
+        if isinstance(stack.layers, ScannedLayers):
+            return stack
+        return eqx.tree_at(lambda x: x.layers, stack, ScannedLayers(stack.layers))
+
+    return _change_stacks(model, scan)
+
+
+def unroll_layers(model: Model) -> Model:
+    """The same model with its layers a tuple, which undoes `scan_layers` bit for bit.
+
+    Arguments:
+        model: a model or a stack; one with a tuple already stays as it is.
+
+    Raises:
+        ValueError: if there are no layers.
+
+    Example:
+        >>> model = unroll_layers(scan_layers(model))
+        >>> model.decoder.layers[0].self_attention.wq.shape
+        (64, 4, 16)
+    """
+    return _change_stacks(
+        model, lambda stack: eqx.tree_at(lambda x: x.layers, stack, tuple(stack.layers))
+    )
+
+
+def rematerialise(model: Model, keep: Sequence[str] | None = ()) -> Model:
+    """The same model, of whose layers the gradient keeps little and computes the rest again.
+
+    Activations take up most of the memory of training. If only each layer's inputs are kept, they
+    take about one layer's worth plus one residual stream per layer, for one more forward pass (Chen
+    et al. 2016, Training Deep Nets with Sublinear Memory Cost). Works for scanned layers as well.
+    The model then has no forward-mode derivative.
+
+    Arguments:
+        model: a model or a stack, such as `TransformerLM` or `Encoder`.
+        keep: sites that are kept besides: "queries", "keys", "values", "attention_weights" (of the
+            plain attention), "head_outputs", "feed_forward" (between its maps), "residual" (the
+            stream after each sublayer). None keeps all, which undoes this.
+
+    Raises:
+        ValueError: if there is no such site, or there are no layers.
+
+    Example:
+        >>> model = rematerialise(model, keep=("head_outputs",))
+        >>> as_it_was = rematerialise(model, keep=None)
+    """
+    unknown = [] if keep is None else [name for name in keep if name not in SITES]
+    if isinstance(keep, str) or unknown:
+        raise ValueError(
+            f"keep must be names of sites, {', '.join(SITES)}, or None for all, got {keep!r}."
+        )
+    new = None if keep is None else Rematerialisation(tuple(keep))
+    return _change_stacks(
+        model,
+        lambda stack: eqx.tree_at(
+            lambda x: x.rematerialisation, stack, new, is_leaf=lambda x: x is None
+        ),
+    )
+
+
+def _change_stacks(model: Any, change: Callable) -> Any:
+    def is_stack(x):
+        return hasattr(x, "layers") and hasattr(x, "rematerialisation")
+
+    if not any(map(is_stack, jax.tree.leaves(model, is_leaf=is_stack))):
+        raise ValueError(
+            "expected a model with layers, such as TransformerLM or Encoder, got "
+            f"{type(model).__name__}."
+        )
+    return jax.tree.map(lambda x: change(x) if is_stack(x) else x, model, is_leaf=is_stack)
+
+
+def _difference(a: Any, b: Any, path: str = "") -> str | None:
+    """The first place in which two layers differ in more than numbers; None if there is none."""
+    if _is_array(a) and _is_array(b):
+        a, b = (f"{x.dtype} of shape {x.shape}" for x in (a, b))
+    elif isinstance(a, eqx.Module) and type(a) is type(b):
+        inside = (
+            _difference(getattr(a, name), getattr(b, name), f"{path}.{name}")
+            for name in (field.name for field in dataclasses.fields(a))
+        )
+        return next(filter(None, inside), None)
+    elif isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
+        inside = (_difference(a[i], b[i], f"{path}[{i}]") for i in range(len(a)))
+        return next(filter(None, inside), None)
+    return None if a == b else f"{path.removeprefix('.')} is {a!r:.80} and {b!r:.80}"
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")

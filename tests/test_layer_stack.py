@@ -1,0 +1,277 @@
+"""Layers that are scanned or computed again in the gradient give what they gave."""
+
+import ast
+import copy
+import pickle
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxformers
+from jaxformers import (
+    AdamW,
+    ALiBi,
+    GatedFeedForward,
+    Pieces,
+    RMSNorm,
+    RotaryPositionalEncoding,
+    T5PositionBias,
+    Transformer,
+    TransformerEncoder,
+    TransformerLM,
+    default_decay_mask,
+    from_pretrained,
+    language_model_loss,
+    rematerialise,
+    scan_layers,
+    train_step,
+    unroll_layers,
+)
+from jaxformers.layer_stack import SITES
+
+VOCAB, D, N, L, F, MAX = 13, 8, 2, 2, 12, 20
+B, T = 3, 5
+SIZES = VOCAB, D, N, L, F, MAX
+MODELS = {
+    "rotary": partial(
+        TransformerLM,
+        *SIZES,
+        position=RotaryPositionalEncoding(),
+        norm=RMSNorm,
+        feed_forward=GatedFeedForward,
+        num_kv_heads=1,
+        window=3,
+        attention_dropout_rate=0.2,
+    ),
+    "alibi": partial(TransformerLM, *SIZES, position=ALiBi(), norm_first=False),
+    "seq2seq": partial(
+        Transformer,
+        VOCAB,
+        VOCAB,
+        D,
+        N,
+        L,
+        L - 1,
+        F,
+        MAX,
+        position=lambda key: T5PositionBias(N, key=key),
+    ),
+    "encoder": partial(TransformerEncoder, *SIZES, learnable_pos=True),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+assert_close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+
+
+def ids(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
+
+
+def value_and_gradient(model, key):
+    """A number that all outputs count in, with dropout, and its gradient."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model):
+        tokens = ids(B, T)
+        padding = jnp.arange(T) < jnp.array([[T], [2], [4]])
+        if isinstance(model, Transformer):
+            out = model(tokens[:, ::-1], tokens, key=key, src_padding_mask=padding)
+        else:
+            out = model(tokens, key=key, padding_mask=padding)
+        weights = np.random.default_rng(1).normal(size=out.shape).astype(np.float32)
+        return (out * weights).mean()
+
+    return loss(model)
+
+
+def assert_same(a, b):
+    """Bit for bit, and of the same structure."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@each_model
+def test_same_values_and_gradients(name, getkey):
+    model, key = MODELS[name](key=getkey()), getkey()
+    value, gradient = value_and_gradient(model, key)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) > 1e-3
+    others = [scan_layers(model), rematerialise(model, ("queries", "residual"))]
+    if name == "rotary":
+        others += [rematerialise(scan_layers(model), SITES), scan_layers(rematerialise(model))]
+    for other in others:
+        other_value, other_gradient = value_and_gradient(other, key)
+        assert_close(other_value, value)
+        back = rematerialise(unroll_layers(other_gradient), None)
+        jax.tree.map(assert_close, back, gradient)
+
+
+@each_model
+def test_there_and_back(name, getkey):
+    model = MODELS[name](key=getkey())
+    scanned = scan_layers(model)
+    assert len(jax.tree.leaves(scanned)) < len(jax.tree.leaves(model))
+    assert_same(unroll_layers(scanned), model)
+    assert_same(unroll_layers(model), model)
+    assert_same(scan_layers(scanned), scanned)
+    assert_same(rematerialise(rematerialise(scanned), None), scanned)
+    stack = model.encoder if name == "encoder" else model.decoder
+    other = scan_layers(stack).layers
+    assert len(other) == len(stack.layers)
+    assert_same(tuple(other), stack.layers)
+    assert_same(other[-1], stack.layers[-1])
+    with pytest.raises(IndexError):
+        other[len(other)]
+
+
+def test_generation(getkey):
+    """With caches, those of sliding windows too, by one token or in chunks."""
+    model, prompt = MODELS["rotary"](key=getkey()), ids(B, T)
+    real = jnp.arange(T) >= jnp.array([[0], [2], [1]])
+    options = dict(prompt=prompt, max_new_tokens=9, padding_mask=real)
+    for change in (scan_layers, rematerialise):
+        assert_same(change(model).generate(**options), model.generate(**options))
+    options |= dict(num_beams=2, end_token=1)
+    assert_same(scan_layers(model).generate(**options), model.generate(**options))
+
+
+def test_generation_from_source(getkey):
+    model, src = MODELS["seq2seq"](key=getkey()), ids(B, T)
+    tokens = [m.generate(src, 8, 0, 1) for m in (model, scan_layers(model))]
+    assert_same(*tokens)
+
+
+def training_program(num_layers, change):
+    """The lowered gradient of a model with long sequences."""
+    model = TransformerLM(VOCAB, 16, 2, num_layers, 64, 64, 0.0, key=jax.random.key(0))
+    tokens = ids(4, 64)
+
+    def loss(model):
+        return model.logits(tokens).sum()
+
+    return jax.jit(jax.grad(loss)).trace(change(model))
+
+
+def test_rematerialisation_saves_memory():
+    """Of six layers, one at a time has its activations."""
+
+    def temporary(change):
+        compiled = training_program(6, change).lower().compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(rematerialise) < 0.5 * temporary(lambda model: model)
+    both = temporary(lambda model: rematerialise(scan_layers(model)))
+    assert both < 0.5 * temporary(scan_layers)
+
+
+def test_scanned_programs_do_not_grow():
+    def size(num_layers):
+        def change(model):
+            return rematerialise(scan_layers(model))
+
+        return len(str(training_program(num_layers, change).jaxpr).splitlines())
+
+    assert size(2) == size(9) > 100
+
+
+def test_layers_that_differ_cannot_be_scanned(getkey):
+    def message(**pieces):
+        with pytest.raises(ValueError, match="Leave these layers a tuple") as caught:
+            scan_layers(TransformerLM(*SIZES, key=getkey(), **pieces))
+        return str(caught.value)
+
+    windows = message(per_layer=lambda i: Pieces(window=None if i else 4))
+    assert "layers 0 and 1 self_attention.window is 4 and None" in windows
+    norms = message(per_layer=lambda i: Pieces(norm=RMSNorm) if i else Pieces())
+    assert "layers 0 and 1 self_attention_residual.norm is LayerNorm" in norms
+    heads = message(per_layer=lambda i: Pieces(num_kv_heads=2 - i % 2))
+    assert "self_attention.wk is 'float32 of shape (8, 2, 4)' and" in heads
+    with pytest.raises(ValueError, match="layer_order"):
+        scan_layers(TransformerEncoder(*SIZES, layer_order=[0, 1, 0], key=getkey()))
+
+
+def test_layers_in_an_order_are_rematerialised(getkey):
+    model, key = TransformerEncoder(*SIZES, layer_order=[0, 1, 0], key=getkey()), getkey()
+    a, b = value_and_gradient(model, key), value_and_gradient(rematerialise(model), key)
+    jax.tree.map(assert_close, jax.tree.leaves(a), jax.tree.leaves(b))
+
+
+@pytest.mark.parametrize("keep", ["queries", ["query"], ("keys", "key")])
+def test_sites_that_are_not_there(keep, getkey):
+    with pytest.raises(ValueError, match="names of sites, queries, keys, values"):
+        rematerialise(MODELS["rotary"](key=getkey()), keep)
+
+
+@pytest.mark.parametrize("change", [scan_layers, unroll_layers, rematerialise])
+def test_models_without_layers(change):
+    with pytest.raises(ValueError, match="expected a model with layers.*LayerNorm"):
+        change(jaxformers.LayerNorm(4))
+
+
+def test_sites_are_those_of_the_modules():
+    names = set()
+    for path in Path(jaxformers.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "checkpoint_name":
+                names.add(node.args[1].value)
+    assert names == set(SITES)
+
+
+@pytest.mark.parametrize("change", [scan_layers, rematerialise])
+def test_a_changed_model_is_a_pytree(change, getkey, tmp_path):
+    model = change(MODELS["rotary"](key=getkey()))
+    assert_same(pickle.loads(pickle.dumps(model)), model)
+    assert_same(copy.deepcopy(model), model)
+    assert_same(jax.tree.map(lambda x: x, model), model)
+    shapes = eqx.filter_eval_shape(lambda m: m, model)
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+
+
+@each_model
+def test_decay_masks_agree(name, getkey):
+    model = MODELS[name](key=getkey())
+    mask, scanned = default_decay_mask(model), default_decay_mask(scan_layers(model))
+    for stack in ("encoder", "decoder"):
+        if hasattr(mask, stack):
+            for layer in getattr(mask, stack).layers:
+                assert jax.tree.leaves(layer) == jax.tree.leaves(
+                    getattr(scanned, stack).layers.stacked
+                )
+
+
+def test_training(getkey):
+    """Two updates of a scanned and rematerialised model are those of the model."""
+    optimizer, key = AdamW(1e-2), getkey()
+    batch = {"tokens": ids(B, T), "targets": ids(B, T, seed=1)}
+    model = MODELS["rotary"](key=getkey())
+    changed = rematerialise(scan_layers(model))
+    results = []
+    for m in (model, changed):
+        m, state = jax.tree.map(jnp.copy, m), optimizer.init(m)
+        for _ in range(2):
+            m, state, value = train_step(
+                m, state, batch, optimizer=optimizer, loss=language_model_loss, key=key
+            )
+        results.append((rematerialise(unroll_layers(m), None), value))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
+
+
+@pytest.mark.parametrize("change", [scan_layers, rematerialise])
+def test_saved_as_a_checkpoint(change, getkey, tmp_path):
+    pytest.importorskip("safetensors")
+    gelu = partial(jaxformers.FeedForward, activation=jaxformers.activations.gelu_tanh)
+    model = TransformerLM(
+        *SIZES,
+        learnable_pos=True,
+        tie_embeddings=True,
+        embedding_scale=1.0,
+        feed_forward=gelu,
+        key=getkey(),
+    )
+    change(model).save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert_same(jax.tree.leaves(loaded), jax.tree.leaves(model))
