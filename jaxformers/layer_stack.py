@@ -198,7 +198,7 @@ def unroll_layers(model: Model) -> Model:
     Example:
         >>> model = unroll_layers(scan_layers(model))
         >>> model.decoder.layers[0].self_attention.wq.shape
-        (64, 4, 16)
+        (16, 2, 8)
     """
     return _change_stacks(
         model, lambda stack: eqx.tree_at(lambda x: x.layers, stack, tuple(stack.layers))
