@@ -42,6 +42,7 @@ from jaxformers.positional_encoding import (
     T5PositionBias,
     positional_encoding,
 )
+from jaxformers.precision import cast_floating
 from jaxformers.pretrained import from_pretrained
 from jaxformers.rotary_scaling import (
     DynamicScaling,

@@ -18,7 +18,7 @@ from jaxformers.checks import (
     is_known,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import Dense, as_module, dropout, split_key
+from jaxformers.layers import Dense, add, as_module, dropout, lookup, split_key
 from jaxformers.positional_encoding import (
     AbsolutePosition,
     LearnablePositionalEncoding,
@@ -69,7 +69,7 @@ class TokenEmbedding(eqx.Module):
         ids = check_tokens(tokens, self.vocab_size)
         # Where values are unknown, an id that does not exist must not read another's vector.
         ids = jnp.where(ids < 0, self.vocab_size, ids)
-        return self.weight.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return lookup(self.weight, ids)
 
 
 class TransformerEmbedding(eqx.Module):
@@ -234,7 +234,7 @@ class TransformerEmbedding(eqx.Module):
                 with jax.ensure_compile_time_eval():
                     longest = int(positions.max()) + 1
                 check_seq_length(longest, self.position.max_seq_length)
-            x = x + self.position.embed(positions).astype(x.dtype)
+            x = add(x, self.position.embed(positions))
         x = self._add_types(x, token_types)
         x = x if self.norm is None else self.norm(x)
         x = x if self.projection is None or self.project_tokens else self.projection(x)
@@ -249,13 +249,13 @@ class TransformerEmbedding(eqx.Module):
                 raise ValueError("token_types needs a model with num_token_types, got one without.")
             return x
         if token_types is None:
-            return x + self.type_embedding.weight[0]
+            return add(x, self.type_embedding.weight[0])
         ids = check_tokens(token_types, self.type_embedding.vocab_size, "token_types")
         if ids.shape != x.shape[:-1]:
             raise ValueError(
                 f"token_types must have the tokens' shape {x.shape[:-1]}, got {ids.shape}."
             )
-        return x + self.type_embedding(ids)
+        return add(x, self.type_embedding(ids))
 
     @property
     def _tokens(self) -> TokenEmbedding:

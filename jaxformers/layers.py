@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.activations import relu, silu
 from jaxformers.checks import (
@@ -31,8 +31,34 @@ def linear(
     weight gradient, which costs a third of a training step; on flattened ones it does not.
     """
     y = x.reshape(-1, x.shape[-1]) @ w
-    y = y if b is None else y + b
+    y = y if b is None else add(y, b)
     return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def add(x: Float[Array, "*n d"], y: Float[Array, "..."]) -> Float[Array, "*n d"]:
+    """`x + y` in the type of `x`; the gradient of a `y` that is spread over rows is a float32 sum.
+
+    (In bfloat16 a sum of ones ends at 256.)
+    """
+    return (widened(x) + widened(y)).astype(x.dtype)
+
+
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` in float32 if it has 16 bits."""
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+@jax.custom_jvp
+def lookup(table: Float[Array, "p d"], rows: Int[Array, "..."]) -> Float[Array, "... d"]:
+    """Rows of a table, NaN for one beyond its end; the gradient of a row is summed in float32."""
+    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+
+
+@lookup.defjvp
+def _lookup_jvp(primals, tangents):
+    (table, rows), change = primals, tangents[0]
+    of_rows = widened(change).at[rows].get(mode="fill", fill_value=0)
+    return lookup(table, rows), of_rows.astype(change.dtype)
 
 
 def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import check_flag, check_key, check_positive, check_seq_length, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.layers import lookup
 from jaxformers.rotary_scaling import RotaryScaling, rotary_frequencies
 
 
@@ -186,7 +187,7 @@ class LearnablePositionalEncoding(eqx.Module):
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
         """The rows of the given positions: of padding that of position 0, beyond the table NaN."""
         rows = jnp.maximum(positions, 0) + self.offset
-        return self.weight.at[rows].get(mode="fill", fill_value=jnp.nan)
+        return lookup(self.weight, rows)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
         """The rows of positions `0 .. seq_length - 1`."""

@@ -19,12 +19,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_key, check_options
 from jaxformers.layers import split_key
 from jaxformers.losses import chunked_cross_entropy
 from jaxformers.optim import Model, as_optimizer
+from jaxformers.precision import cast_floating, check_float_dtype
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_lm import TransformerLM
 
@@ -93,11 +96,16 @@ def train_step(
     optimizer: Any,
     loss: Loss,
     key: PRNGKeyArray,
+    compute_dtype: Any = None,
 ) -> tuple[Model, PyTree, Float[Array, ""]]:
     """One update: gradients of the loss, then the optimiser, as one compiled program.
 
     The arrays of `model` and `state` are donated: their memory is used for the result, so only the
     returned ones may be used afterwards.
+
+    With `compute_dtype=jnp.bfloat16` the loss is computed by a copy of the weights in 16 bits, and
+    what is updated stays in 32 (Micikevicius et al. 2018): small updates are not rounded away.
+    Sums over tokens, softmax, norms and the loss are computed in float32 either way.
 
     Arguments:
         model: the model to train.
@@ -106,12 +114,15 @@ def train_step(
         optimizer: `AdamW` or another `Optimizer`, or an optax transformation.
         loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`.
         key: PRNG key for dropout, a new one each step.
+        compute_dtype: the type to compute the loss and its gradients in, `jnp.bfloat16`; None is
+            that of the weights. It saves time where the hardware has it, as GPUs and TPUs do.
 
     Returns:
         The model and the state after the update, and the loss before it.
 
     Raises:
-        ValueError: if there is no key, or a piece does not fit another.
+        ValueError: if there is no key, a piece does not fit another, or `compute_dtype` is no
+            floating-point type, or float16, whose range is too small for gradients.
 
     Example:
         >>> optimizer = AdamW(1e-3)
@@ -121,12 +132,30 @@ def train_step(
         ... )
     """
     key = check_key(key)
-    return _train_step((as_optimizer(optimizer), loss, batch, key), model, state)
+    if compute_dtype is not None:
+        compute_dtype = _check_compute_dtype(compute_dtype)
+    return _train_step((as_optimizer(optimizer), loss, batch, key, compute_dtype), model, state)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, state):
-    optimizer, loss, batch, key = kept
-    value, grads = eqx.filter_value_and_grad(loss)(model, batch, key)
+    optimizer, loss, batch, key, compute_dtype = kept
+
+    @eqx.filter_value_and_grad
+    def value_and_grad(model):
+        model = model if compute_dtype is None else cast_floating(model, compute_dtype)
+        return loss(model, batch, key)
+
+    value, grads = value_and_grad(model)
     model, state = optimizer.update(grads, state, model)
     return model, state, value
+
+
+def _check_compute_dtype(dtype: Any) -> np.dtype:
+    dtype = check_float_dtype(dtype)
+    if dtype == jnp.float16:
+        raise ValueError(
+            "compute_dtype float16 is refused: gradients below 6e-8 would be zero unless the loss "
+            "were scaled. Pass jnp.bfloat16, which has the range of float32."
+        )
+    return dtype

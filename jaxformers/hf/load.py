@@ -16,11 +16,12 @@ from jaxformers.hf.family import Family
 from jaxformers.hf.files import TensorFiles, locate
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import to_ours
-from jaxformers.hf.plan import FLOATS, WeightPlan, abstract
+from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.precision import check_float_dtype
 
 # What is fetched of a hub's repository beside the tokenizer's files.
 PATTERNS = (
@@ -165,19 +166,10 @@ def put(path: str, x: np.ndarray, sharding: Any) -> jax.Array:
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
     """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
-    asked = dtype is not None
-    if dtype is None:
-        dtype = jnp.float32 if len(stored) > 1 else next(iter(stored))
-    try:
-        given, dtype = dtype, jnp.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"dtype must be a type such as jnp.bfloat16, got {dtype!r}.") from None
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {given!r}.")
-    canonical = jax.dtypes.canonicalize_dtype(dtype)
-    if asked and canonical != dtype:
-        raise ValueError(f"dtype {dtype} needs jax.config.update('jax_enable_x64', True).")
-    return canonical
+    if dtype is not None:
+        return check_float_dtype(dtype)
+    widest = jnp.float32 if len(stored) > 1 else next(iter(stored))
+    return jax.dtypes.canonicalize_dtype(widest)
 
 
 def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:

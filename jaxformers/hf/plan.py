@@ -13,6 +13,7 @@ from jaxformers.hf.architecture import Architecture, build
 from jaxformers.hf.family import Family
 from jaxformers.hf.layouts import Rule, tensor_shapes
 from jaxformers.hf.tensors import FileTensors
+from jaxformers.precision import FLOATS
 
 
 class WeightPlan:
@@ -88,9 +89,6 @@ class WeightPlan:
                 f"the tensors in {stored.files.directory} are not those of this "
                 f"{self.family.model_type}.\n" + "\n".join(lines)
             )
-
-
-FLOATS = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
 
 
 def is_array(x: Any) -> bool:
