@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxformers.attention import KV
 from jaxformers.checks import is_known
@@ -127,12 +127,18 @@ def remember(
     """A layer's cache with `kv` written; and the keys, values and mask to attend with."""
     if cache.positions is not None:
         return _roll(cache, cache.positions, kv, mask)
-    own = [
-        lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
-        for old, new in zip(cache.own, kv, strict=True)
-    ]
-    cache = cache._replace(own=KV(*own))
-    return cache, cache.own, mask
+    own = KV(*(_write(old, new, slot) for old, new in zip(cache.own, kv, strict=True)))
+    return cache._replace(own=own), own, mask
+
+
+def _write(
+    old: Float[Array, "b g s h"], new: Float[Array, "b g t h"], slot: Int[Array, ""] | int
+) -> Float[Array, "b g s h"]:
+    """`old` with `new` from `slot` on, written without axes of size 1 (see `repeat_while`)."""
+    *leading, _, h = (n for i, n in enumerate(old.shape) if i > 1 or n > 1)
+    flat, update = (x.reshape(*leading, -1, h) for x in (old, new.astype(old.dtype)))
+    written = lax.dynamic_update_slice_in_dim(flat, update, slot, axis=len(leading))
+    return written.reshape(old.shape)
 
 
 def _roll(

@@ -281,22 +281,28 @@ def test_a_prompt_and_budget_that_fill_the_context(learnable_pos):
     )
 
 
-def test_the_cache_is_written_in_place_and_nothing_of_its_size_is_copied_per_token():
-    model, grabbed = make_lm(position=RotaryPositionalEncoding()), []
-    plain = loop.run
+@pytest.mark.parametrize("heads", [N, 1])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_cache_is_written_in_place_and_nothing_of_its_size_is_copied_per_token(rows, heads):
+    model = make_lm(position=RotaryPositionalEncoding(), num_kv_heads=heads)
+    program, slots = compiled_run(model, prompt_of(4, rows), 100)
+    (body,) = set(re.findall(r" while\(.*body=(%\S+?),", program))
+    start = program.index(f"\n{body} (")
+    lines = program[start : program.index("\n}", start)]
+    cached = rf"{slots},{D // N}]"
+    assert "dynamic-update-slice" in lines and cached in lines
+    assert not re.findall(rf".*= f32\[[\d,]*{re.escape(cached)}\S* copy\(.*", lines)
+
+
+def compiled_run(model, *args, **options):
+    """The text of the program that `generate` runs, and its slots."""
+    plain, grabbed = loop.run, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "jaxformers.generation.generate.run", lambda *args: grabbed.append(args) or plain(*args)
         )
-        model.generate(prompt_of(4, 2), 100)
-    (args,) = grabbed
-    program = plain.lower(*args).compile().compiled.as_text()
-    slots, h = args[4], D // N
-    body = program[program.index("dynamic-update-slice") :]
-    cached = re.escape(f"f32[2,{N},{slots},{h}]")
-    assert re.search(rf"{cached}\S* (dynamic-update-slice|fusion)\(", body)
-    for line in re.findall(rf".*= {cached}\S* copy\(.*", program):
-        assert "while" not in line, line
+        model.generate(*args, **options)
+    return plain.lower(*grabbed[0]).compile().compiled.as_text(), grabbed[0][4]
 
 
 def test_under_jit_and_vmap():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.generation.loop import prefill
+from jaxformers.generation.loop import prefill, repeat_while
 from jaxformers.generation.plan import Plan
 
 # What keeps a sequence out of a choice of the best: far below any sum of log-probabilities, and
@@ -105,7 +105,7 @@ def run_beams(
         return expand(step, plan, beams, state._replace(cache=cache), step.project(hidden)[:, 0])
 
     state = expand(step, plan, beams, state, jnp.repeat(logits, k, axis=0))
-    state = lax.while_loop(unfinished, advance, state)
+    state = repeat_while(unfinished, advance, state)
     return state.ended, state.failed
 
 

@@ -5,6 +5,7 @@ right, so that in every row the prompt's last token stands in column `start - 1`
 column `start` on. Each column of the tokens takes one of the cache.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -115,6 +116,26 @@ def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
     return (state.length < plan.limit) & ~state.done.all()
 
 
+def repeat_while(condition: Callable, body: Callable, state: Any) -> Any:
+    """`lax.while_loop` that carries its arrays without their axes of size 1.
+
+    XLA drops such axes before a product. If the loop carried them, it would hold the cache in both
+    shapes, and write and copy both for every token.
+    """
+    shapes = jax.tree.map(lambda x: x.shape, state)
+
+    def narrow(state: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape([n for n in x.shape if n != 1]), state)
+
+    def widen(state: Any) -> Any:
+        return jax.tree.map(lambda x, shape: x.reshape(shape), state, shapes)
+
+    def narrow_body(state: Any) -> Any:
+        return narrow(body(widen(state)))
+
+    return widen(lax.while_loop(lambda x: condition(widen(x)), narrow_body, narrow(state)))
+
+
 @eqx.filter_jit
 def run(
     step: Any,
@@ -127,7 +148,7 @@ def run(
 ) -> State:
     """The whole of decoding in one program; the cache that remains is given if it is to be kept."""
     state = emit(plan, *prefill(step, plan, tokens, real, slots, cache))
-    state = lax.while_loop(
+    state = repeat_while(
         lambda state: unfinished(plan, state), lambda state: advance(step, plan, state), state
     )
     # New columns that no row got to stay what they began as, the filling.

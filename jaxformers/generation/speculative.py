@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.generation.loop import State, advance, emit, feed, prefill, unfinished
+from jaxformers.generation.loop import State, advance, emit, feed, prefill, repeat_while, unfinished
 from jaxformers.generation.plan import Plan
 
 
@@ -119,7 +119,7 @@ def run_speculative(
             kept=old.kept + moved - 1 + right.astype(jnp.int32),
         )
 
-    end = lax.while_loop(lambda old: unfinished(plan, old.state), advance_round, start)
+    end = repeat_while(lambda old: unfinished(plan, old.state), advance_round, start)
     rate = end.kept.astype(jnp.float32) / jnp.maximum(end.guessed, 1).astype(jnp.float32)
     return end.state._replace(cache=None), rate
 
@@ -147,4 +147,4 @@ def check(step: Any, plan: Plan, state: State, guesses: Int[Array, "b s"], count
         here = lax.dynamic_slice_in_dim(logits, state.length - start, 1, axis=1)
         return emit(plan, state, here[:, 0])
 
-    return lax.while_loop(agrees, accept, state._replace(cache=cache))
+    return repeat_while(agrees, accept, state._replace(cache=cache))
