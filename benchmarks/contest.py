@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,18 @@ class Child:
     def ask(self, question: str) -> Any:
         """Its answer, from `answer` below."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:  # other lines are a library's chatter
-            if line.startswith("\x02"):
-                return json.loads(line[1:])
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:  # other lines are a library's chatter
+                if line.startswith("\x02"):
+                    return json.loads(line[1:])
+        except BrokenPipeError:
+            pass
         raise SystemExit(f"{self.name} ended with code {self.process.wait()}; see its error above.")
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.process.terminate()
         self.process.wait()
 
 
@@ -170,6 +173,17 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
+def found_gpu() -> str | None:
+    """The name of the GPU that JAX finds, asked in a process of its own: JAX takes its memory."""
+    program = "import jax; print([d.device_kind for d in jax.devices() if d.platform == 'gpu'])"
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    names = eval(run.stdout.splitlines()[-1]) if run.returncode == 0 else []
+    return names[0] if names else None
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -187,14 +201,14 @@ def installed(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) for package in packages)
 
 
-def show(title: str, results: Mapping[str, dict], first: str) -> None:
+def show(title: str, results: Mapping[str, dict], first: str, remark: Callable) -> None:
     """A table: what each contender took, and the first one's time over its."""
     print(f"\n{title}")
     print(f"{'':22} {'ms':>9} {first + ' / it':>14} {'spread':>7} {'peak MB':>8} {'faults':>8}")
     for name, row in results.items():
         print(
             f"{name:22} {1e3 * row['seconds']:9.2f} {row['ratio']:14.2f} {row['spread']:6.0%} "
-            f"{row['peak_bytes'] / 1e6:8.0f} {row['faults']:8.0f}",
+            f"{row['peak_bytes'] / 1e6:8.0f} {row['faults']:8.0f} {remark(row)}",
             flush=True,
         )
 
@@ -206,8 +220,18 @@ def main(
     *,
     repeats: Mapping[str, int] | None = None,
     tolerance: float = 1e-3,
+    remark: Callable[[dict, dict], str] = lambda config, row: "",
 ) -> None:
-    """The command line of a script: compare its contenders on its configurations."""
+    """The command line of a script: compare its contenders on its configurations.
+
+    Arguments:
+        document: what the script says of itself.
+        contenders: by name; the others are compared with the first.
+        configs: by name; what the contenders are built from, and `without` those named there.
+        repeats: how many steps make a turn, where one is too short to be timed.
+        tolerance: how far the numbers of `check` may be from the first one's.
+        remark: what else to print of a row.
+    """
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -229,16 +253,19 @@ def main(
     print(record["machine"], *(f"{k} {v}" for k, v in record["versions"].items()), sep=", ")
     for name in options.configs:
         for allocator in options.allocator:
+            left_out = configs[name].get("without", ())
+            names = [x for x in options.contenders if x not in left_out]
             results = compete(
                 sys.argv[0],
-                options.contenders,
+                names,
                 configs[name],
                 rounds=options.rounds,
                 repeats=(repeats or {}).get(name, 1),
                 environment=ALLOCATORS[allocator],
                 tolerance=tolerance,
             )
-            show(f"{name}, memory {allocator}: {configs[name]}", results, options.contenders[0])
+            title = f"{name}, memory {allocator}: {configs[name]}"
+            show(title, results, names[0], partial(remark, configs[name]))
             record["results"][f"{name}/{allocator}"] = results
             if options.json:
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
