@@ -1,5 +1,7 @@
 """The compiled training step, and the optimiser on a real model against optax and torch."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -127,6 +129,18 @@ def test_a_step_donates_the_model_and_the_state_but_not_the_batch(getkey):
     train_step(model, state, batch, optimizer=optimizer, loss=language_model_loss, key=getkey())
     assert all(x.is_deleted() for x in old)
     assert not any(x.is_deleted() for x in batch.values())
+
+
+@pytest.mark.parametrize("compute_dtype", [None, jnp.dtype(jnp.bfloat16)])
+def test_the_memory_of_every_array_is_used_again(getkey, compute_dtype):
+    """The program writes each array of the result over one of the model and the state."""
+    model, optimizer = language_model(getkey(), tie_embeddings=True), AdamW(1e-2)
+    state = optimizer.init(model)
+    kept = optimizer, language_model_loss, text_batch(), getkey(), compute_dtype
+    program = _train_step.lower(kept, model, state).compile().compiled.as_text()
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", program)
+    inputs = re.findall(r"\((\d+), \{\}, \S+-alias\)", aliases[1])
+    assert len(set(inputs)) == len(inputs) == len(jax.tree.leaves((model, state)))
 
 
 def test_a_loss_that_can_be_learned_falls_and_the_step_compiles_once(getkey):
