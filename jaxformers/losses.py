@@ -11,9 +11,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxformers.checks import check_callable, check_nonnegative, check_size, is_known
 
-# As many logits are made at a time, 256 MiB in float32. Fewer rows than these would spend more
-# time on adding up the gradient of the weights (on CPU 8 % with 256 rows, 18 % with 128).
-CHUNK_LOGITS, CHUNK_ROWS = 2**26, 512
+# Logits at a time: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which want more work at a
+# time. Fewer rows than these would spend more time on adding up the gradient of the weights (on CPU
+# 8 % with 256 rows, 18 % with 128). Less than two chunks at once need no more memory than one.
+CHUNK_LOGITS = {"cpu": 2**25}
+CHUNK_LOGITS_ELSEWHERE = 2**28
+CHUNK_ROWS = 512
 
 
 def cross_entropy(
@@ -83,8 +86,9 @@ def chunked_cross_entropy(
             `model.project`. Gradients reach the weights that it holds.
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
-        chunk: the most rows at a time; None is as many as have 2**26 logits but at least 512. If
-            that is all of them, this is `cross_entropy`.
+        chunk: the most rows at a time. None is as many as have 2**25 logits (on accelerators
+            2**28) but at least 512, and all if there are at most twice as many: those are passed
+            to `cross_entropy`.
         label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
 
     Raises:
@@ -104,7 +108,7 @@ def chunked_cross_entropy(
     counted = _counted(logits, targets, mask, ignore_index)
     rows = counted.size
     if chunk is None:
-        chunk = max(CHUNK_LOGITS // logits.shape[-1], CHUNK_ROWS)
+        chunk = _choose_chunk(rows, logits.shape[-1])
     check_size(chunk=chunk)
     if rows <= chunk:
         return _share(project(hidden), targets, counted, counted.sum(), label_smoothing, z_loss)
@@ -122,6 +126,12 @@ def chunked_cross_entropy(
     counted = split(counted) & jnp.swapaxes(real.reshape(-1, chunks), 0, 1)
     project = eqx.filter_closure_convert(project, hidden[0])  # its weights as leaves of a tree
     return _sum_of_shares(project, hidden, targets, counted, count, label_smoothing, z_loss)
+
+
+def _choose_chunk(rows: int, vocab_size: int) -> int:
+    limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ELSEWHERE)
+    chunk = max(limit // vocab_size, CHUNK_ROWS)
+    return chunk if rows > 2 * chunk else rows
 
 
 @eqx.filter_custom_jvp

@@ -1,0 +1,175 @@
+"""What a step of training needs of memory, one measure against it after the other.
+
+    python benchmarks/memory.py [--sequence 1024 --batch 4 ...] [--contenders ...] [--json FILE]
+
+A decoder of nanoGPT's shape, GPT-2's smallest unless sizes are given, forward, backward and AdamW.
+Each row of ours has what the rows above it have: `plain` makes all attention weights and all
+logits; `attention` is the default kernel; `chunks` the default loss, which makes logits for some
+rows at a time; `again` computes layers again in the backward pass (`rematerialise`); `bfloat16`
+computes in 16 bits on weights in 32. Every row is measured in a process of its own: what the
+compiled program says it needs (arguments and temporary buffers), and the most memory that the
+process had, or the accelerator, beyond what it had after importing. The losses of the first step
+must agree.
+
+A long text on a CPU: --sequence 16384 --batch 1 --contenders again
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import contest
+import train
+import train_task as task
+import train_torch
+
+SIZES = dict(vocab=50304, d_model=768, layers=12, heads=12, sequence=1024, batch=4)
+TOLERANCE = 0.02
+
+
+def all_logits(model, batch, key):
+    """The loss without chunks."""
+    import jaxformers
+
+    return jaxformers.cross_entropy(model.logits(batch["tokens"], None, key), batch["targets"])
+
+
+def ours(config, plain=False, chunks=False, again=False, dtype=None):
+    import jax
+    import jax.numpy as jnp
+
+    import jaxformers
+    from jaxformers.training import _train_step
+
+    pieces = {"attention_fn": jaxformers.dot_product_attention} if plain else {}
+    model = train.our_decoder(config, **pieces)
+    model = jaxformers.rematerialise(model) if again else model
+    rows = jnp.array(task.decoder_text(config))
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    optimizer = jaxformers.AdamW(task.RATE, task.B1, task.B2, task.EPS, task.DECAY)
+    loss = jaxformers.language_model_loss if chunks else all_logits
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    kept, state = (optimizer, loss, batch, jax.random.key(0), dtype), optimizer.init(model)
+    program = _train_step.lower(kept, model, state).compile()
+    needed = program.compiled.memory_analysis()
+
+    def step():
+        nonlocal model, state
+        model, state, value = program(kept, model, state)
+        return float(value)
+
+    return step, needed.argument_size_in_bytes + needed.temp_size_in_bytes
+
+
+def torch_eager(config, again=False):
+    import torch
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    class Again(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    model = train_torch.decoder(config)
+    if again:
+        model.blocks = nn.ModuleList(map(Again, model.blocks))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, rows = model.to(device), torch.from_numpy(task.decoder_text(config)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.RATE, fused=True)
+
+    def step():
+        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, None
+
+
+CONTENDERS = {
+    "plain": partial(ours, plain=True),
+    "attention": ours,
+    "chunks": partial(ours, chunks=True),
+    "again": partial(ours, chunks=True, again=True),
+    "bfloat16": partial(ours, chunks=True, again=True, dtype="bfloat16"),
+}
+if contest.installed("torch"):
+    CONTENDERS |= {"torch": torch_eager, "torch again": partial(torch_eager, again=True)}
+
+
+def measure(name: str, config: dict) -> dict:
+    """A row of the table: two steps, the first of which has to make its memory its own."""
+    __import__("torch" if name.startswith("torch") else "jaxformers")
+    before = contest.peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+    step, program_bytes = CONTENDERS[name](config)
+    loss = step()
+    start = time.perf_counter()
+    step()
+    return {
+        "seconds": time.perf_counter() - start,
+        "program_bytes": program_bytes,
+        "peak_bytes": contest.peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) - before,
+        "check": [loss],
+    }
+
+
+def measure_apart(name: str, config: dict) -> dict:
+    """The same in a process of its own."""
+    command = [sys.executable, sys.argv[0], "--child", name, "--config-json", json.dumps(config)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        return {"failed": f"ended with code {run.returncode}"}
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--config-json", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child, json.loads(options.config_json))))
+        return
+    config = {name: getattr(options, name) for name in SIZES}
+    config["t"] = config.pop("sequence")
+    record = {"machine": contest.machine(), "versions": contest.versions(), "config": config}
+    print(record["machine"], *(f"{k} {v}" for k, v in record["versions"].items()), sep=", ")
+    print(f"\n{config}\n{'':12} {'program GB':>10} {'peak GB':>8} {'seconds':>8} {'loss':>8}")
+    results: dict[str, dict] = {}
+    for name in options.contenders:
+        row = results[name] = measure_apart(name, config)
+        if "failed" in row:
+            print(f"{name:12} {row['failed']}", flush=True)
+            continue
+        program = f"{row['program_bytes'] / 1e9:.2f}" if row["program_bytes"] else ""
+        print(
+            f"{name:12} {program:>10} {row['peak_bytes'] / 1e9:8.2f} {row['seconds']:8.2f} "
+            f"{row['check'][0]:8.4f}",
+            flush=True,
+        )
+        if options.json:
+            text = json.dumps(record | {"results": results}, indent=1)
+            options.json.write_text(text + "\n")
+    losses = [row["check"][0] for row in results.values() if "check" in row]
+    if losses and max(losses) - min(losses) > TOLERANCE:
+        raise SystemExit(f"the contenders do not compute the same: {losses}.")
+
+
+if __name__ == "__main__":
+    main()
