@@ -294,6 +294,36 @@ def test_the_cache_is_written_in_place_and_nothing_of_its_size_is_copied_per_tok
     assert not re.findall(rf".*= f32\[[\d,]*{re.escape(cached)}\S* copy\(.*", lines)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+# The first is read in a part and a chunk, the second in three chunks, of which one row fills one.
+@pytest.mark.parametrize("longest", [loop.CHUNK + 90, 2 * loop.CHUNK + 1])
+def test_a_prompt_longer_than_a_chunk(longest, window):
+    model = make_lm(position=RotaryPositionalEncoding(), window=window)
+    lengths = np.array([longest, 5, longest - loop.CHUNK - 20])
+    tokens = prompt_of(longest, 3)
+    real = np.arange(longest) >= longest - lengths[:, None]
+    out = model.generate(tokens, 4, padding_mask=real)
+    np.testing.assert_array_equal(out[:, :longest], tokens)
+    real = np.pad(real, ((0, 0), (0, 4)), constant_values=True)
+    expected = full_logits(model, out, real).argmax(-1)[:, -5:-1]
+    np.testing.assert_array_equal(out[:, -4:], expected)
+
+
+def test_a_long_prompt_continues_a_cache():
+    model = make_lm(position=RotaryPositionalEncoding())
+    prompt = np.asarray(prompt_of(3 + loop.CHUNK + 50, 2))
+    first = model.generate(prompt[:, :3], 2, return_cache=True)
+    whole = np.concatenate([first.tokens, prompt[:, 3:]], axis=1)
+    second = model.generate(prompt[:, 3:], 4, cache=first.cache)
+    np.testing.assert_array_equal(second[:, -4:], model.generate(whole, 4)[:, -4:])
+
+
+def test_a_long_prompt_does_not_go_through_the_feed_forward_at_once():
+    model, t = make_lm(position=RotaryPositionalEncoding()), 2 * loop.CHUNK
+    program, _ = compiled_run(model, prompt_of(t, 2), 4)
+    assert f"f32[{2 * loop.CHUNK},{D_FF}]" in program and f"f32[{2 * t},{D_FF}]" not in program
+
+
 def compiled_run(model, *args, **options):
     """The text of the program that `generate` runs, and its slots."""
     plain, grabbed = loop.run, []

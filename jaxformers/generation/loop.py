@@ -1,4 +1,4 @@
-"""The decoding loop: the whole prompt in one call, then token by token until all rows have ended.
+"""The decoding loop: the prompt in chunks, then token by token until all rows have ended.
 
 It is handed an adapter (`steps.py`) and knows no model. Rows of different length are moved to the
 right, so that in every row the prompt's last token stands in column `start - 1` and new ones from
@@ -15,6 +15,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.generation.plan import Plan
+
+# A long prompt goes through the model in so many columns at a time, so that its activations take
+# memory for these alone. On a CPU 512 are as fast as the whole prompt; 256 take a fifth longer.
+CHUNK = 512
 
 
 class State(NamedTuple):
@@ -44,11 +48,8 @@ def prefill(
     fresh = cache is None
     if fresh:  # the prompt need not attend to slots that are still empty
         cache = step.resize(step.start(b, slots), t)
-    hidden, cache = step(tokens, real, cache)
-    # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
-    cache = step.rewind(cache, t - plan.start)
+    last, cache = read(step, plan, tokens, real, cache)
     cache = step.resize(cache, slots) if fresh else cache
-    last = lax.dynamic_slice_in_dim(hidden, plan.start - 1, 1, axis=1)
     filling = jnp.broadcast_to(plan.pad_token, (b, slots))
     none = jnp.zeros(b, jnp.bool_)
     state = State(
@@ -62,6 +63,33 @@ def prefill(
         cache=cache,
     )
     return state, step.project(last)[:, 0]
+
+
+def read(
+    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], cache: Any
+) -> tuple[Float[Array, "b 1 d"], Any]:
+    """The hidden state of the prompt's last column, and the cache with the prompt."""
+    t = tokens.shape[1]
+
+    def chunk(begin: Any, size: int, cache: Any) -> tuple[Any, Any, Any]:
+        """Where the next chunk begins, the hidden state of the prompt's last column, the cache."""
+        columns = (lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (tokens, real))
+        hidden, cache = step(*columns, cache)
+        # A chunk in the middle of the prompt gives its own last column, which nobody reads.
+        last = jnp.clip(plan.start - 1 - begin, 0, size - 1)
+        last = lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
+        return jnp.asarray(begin + size), last, cache
+
+    state = chunk(0, t % CHUNK or min(t, CHUNK), cache)
+    if t > CHUNK:  # all others have one size, and so one body
+        state = repeat_while(
+            lambda state: state[0] < plan.start,
+            lambda state: chunk(state[0], CHUNK, state[2]),
+            state,
+        )
+    end, last, cache = state
+    # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
+    return last, step.rewind(cache, end - plan.start)
 
 
 def to_the_right(
