@@ -31,6 +31,7 @@ from jaxformers import (
     RotaryPositionalEncoding,
     Transformer,
     TransformerLM,
+    keep_compiled_programs,
     language_model_loss,
     sequence_to_sequence_loss,
     train_step,
@@ -446,6 +447,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     begin = time.perf_counter()
+    try:
+        print(f"compiled programs are kept in {keep_compiled_programs()}")
+    except ValueError as error:
+        print(f"compiled programs are not kept: {error}")
     try:
         task = TASKS[args.task](args)
         optimizer = make_optimizer(args)

@@ -1,6 +1,7 @@
 """Transformer models for JAX as Equinox modules."""
 
 from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
+from jaxformers.compilation_cache import keep_compiled_programs
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer

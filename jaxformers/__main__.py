@@ -36,8 +36,13 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> int:
+    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.hf.verify import table, verify
 
+    try:
+        print(f"compiled programs are kept in {keep_compiled_programs()}")
+    except ValueError as error:
+        print(f"compiled programs are not kept: {error}")
     rows = verify(options.path, seed=options.seed, generate=not options.no_generation)
     print(table(rows))
     return int(not all(row.passed for row in rows))
