@@ -13,7 +13,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """JAX keeps every program it compiled in memory maps, of which Linux allows 65,530."""
+    directory = jax.config.jax_compilation_cache_dir
     yield
+    jax.config.update("jax_compilation_cache_dir", directory)  # the command line sets it
     jax.clear_caches()
 
 
