@@ -56,7 +56,8 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            # Contenders on one accelerator share its memory.
+            env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **environment},
         )
 
     def ask(self, question: str) -> Any:
