@@ -10,8 +10,6 @@ there `floor` copies, and what must agree is the logits after the prompt, since 
 decides between near ties. Contenders whose packages are not installed are left out.
 """
 
-import os
-import subprocess
 import sys
 from functools import partial
 
@@ -326,17 +324,9 @@ if contest.installed("torch", "transformers"):
     CONTENDERS["Hugging Face"] = hugging_face
 
 
-def gpu() -> bool:
-    """Whether JAX finds one; asked in another process, so that this one takes no memory of it."""
-    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split()[-1:] == ["gpu"]
-
-
 if __name__ == "__main__":
     is_child = "--child" in sys.argv
-    if not is_child and gpu():
-        # The contenders share its memory.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not is_child and contest.found_gpu():
         CONFIGS |= ON_GPU
     if "Hugging Face" in CONTENDERS and (is_child or CONFIGS.keys() >= ON_GPU.keys()):
         # On a GPU transformers compiles the model for such a cache.
