@@ -3,15 +3,20 @@
     python benchmarks/memory.py [--sequence 1024 --batch 4 ...] [--contenders ...] [--json FILE]
 
 A decoder of nanoGPT's shape, GPT-2's smallest unless sizes are given, forward, backward and AdamW.
-Each row of ours has what the rows above it have: `plain` makes all attention weights and all
-logits; `attention` is the default kernel; `chunks` the default loss, which makes logits for some
-rows at a time; `again` computes layers again in the backward pass (`rematerialise`); `bfloat16`
-computes in 16 bits on weights in 32. Every row is measured in a process of its own: what the
-compiled program says it needs (arguments and temporary buffers), and the most memory that the
-process had, or the accelerator, beyond what it had after importing. The losses of the first step
-must agree.
+Each row of ours has what the rows above it have:
 
-A long text on a CPU: --sequence 16384 --batch 1 --contenders again
+    plain      makes all attention weights and all logits
+    attention  the default kernel
+    chunks     the default loss, which makes logits for some rows at a time
+    again      computes layers again in the backward pass (`rematerialise`)
+    scanned    does so in a loop (`scan_layers`): no layer's buffers are made before its turn
+    bfloat16   computes in 16 bits on weights in 32
+
+Every row is measured in a process of its own: what the compiled program says it needs (arguments
+and temporary buffers), and the most memory that the process had, or the accelerator, beyond what it
+had after importing. The losses of the first step must agree.
+
+A long text on a CPU: --sequence 16384 --batch 1 --contenders scanned
 """
 
 import argparse
@@ -39,7 +44,7 @@ def all_logits(model, batch, key):
     return jaxformers.cross_entropy(model.logits(batch["tokens"], None, key), batch["targets"])
 
 
-def ours(config, plain=False, chunks=False, again=False, dtype=None):
+def ours(config, plain=False, chunks=False, again=False, scanned=False, dtype=None):
     import jax
     import jax.numpy as jnp
 
@@ -48,6 +53,7 @@ def ours(config, plain=False, chunks=False, again=False, dtype=None):
 
     pieces = {"attention_fn": jaxformers.dot_product_attention} if plain else {}
     model = train.our_decoder(config, **pieces)
+    model = jaxformers.scan_layers(model) if scanned else model
     model = jaxformers.rematerialise(model) if again else model
     rows = jnp.array(task.decoder_text(config))
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
@@ -101,7 +107,8 @@ CONTENDERS = {
     "attention": ours,
     "chunks": partial(ours, chunks=True),
     "again": partial(ours, chunks=True, again=True),
-    "bfloat16": partial(ours, chunks=True, again=True, dtype="bfloat16"),
+    "scanned": partial(ours, chunks=True, again=True, scanned=True),
+    "bfloat16": partial(ours, chunks=True, again=True, scanned=True, dtype="bfloat16"),
 }
 if contest.installed("torch"):
     CONTENDERS |= {"torch": torch_eager, "torch again": partial(torch_eager, again=True)}
