@@ -125,13 +125,16 @@ def compete(
     tolerance: float,
 ) -> dict[str, dict]:
     """Medians of every contender, once their numbers agree with the first one's."""
-    children = [Child(script, name, config, environment) for name in names]
+    children: list[Child] = []
+    checks = {}
     try:
-        checks = {child.name: child.ask("check") for child in children}
+        for name in names:  # one after the other: they would be slow together
+            children.append(Child(script, name, config, environment))
+            checks[name] = children[-1].ask("check")
         reference = checks[names[0]]
         for name, numbers in checks.items():
-            far = max(abs(a - b) for a, b in zip(reference, numbers, strict=True))
-            if not far <= tolerance:
+            pairs = zip(reference, numbers, strict=True)
+            if not all(abs(a - b) <= tolerance for a, b in pairs):  # NaN is no agreement
                 raise SystemExit(
                     f"{name} does not compute what {names[0]} does: {numbers} and {reference}."
                 )
@@ -176,13 +179,15 @@ def machine() -> str:
 
 def found_gpu() -> str | None:
     """The name of the GPU that JAX finds, asked in a process of its own: JAX takes its memory."""
-    program = "import jax; print([d.device_kind for d in jax.devices() if d.platform == 'gpu'])"
+    program = (
+        "import jax, json; print(json.dumps([(d.platform, d.device_kind) for d in jax.devices()]))"
+    )
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
-    names = eval(run.stdout.splitlines()[-1]) if run.returncode == 0 else []
-    return names[0] if names else None
+    devices = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else []
+    return next((name for platform, name in devices if platform == "gpu"), None)
 
 
 def versions() -> dict[str, str]:
@@ -228,7 +233,8 @@ def main(
     Arguments:
         document: what the script says of itself.
         contenders: by name; the others are compared with the first.
-        configs: by name; what the contenders are built from, and `without` those named there.
+        configs: by name; what the contenders are built from; `without` those named there, and
+            with a `tolerance` of their own.
         repeats: how many steps make a turn, where one is too short to be timed.
         tolerance: how far the numbers of `check` may be from the first one's.
         remark: what else to print of a row.
@@ -263,7 +269,7 @@ def main(
                 rounds=options.rounds,
                 repeats=(repeats or {}).get(name, 1),
                 environment=ALLOCATORS[allocator],
-                tolerance=tolerance,
+                tolerance=configs[name].get("tolerance", tolerance),
             )
             title = f"{name}, memory {allocator}: {configs[name]}"
             show(title, results, names[0], partial(remark, configs[name]))

@@ -174,7 +174,7 @@ def plain(config):
 def utilisation(gpu: str | None, config: dict, row: dict) -> str:
     """The share of the GPU's peak that the model's own work is (PaLM, appendix B)."""
     peak = next((x for name, x in PEAK_FLOPS.items() if name in (gpu or "")), None)
-    if peak is None:
+    if peak is None or "dtype" not in config:
         return ""
     d, n, t = config["d_model"], config["layers"], config["t"]
     parameters = 12 * n * d * d + config["vocab"] * d

@@ -1,5 +1,7 @@
 """Other JAX libraries' side of train.py, each as its own documentation writes a decoder."""
 
+from functools import partial
+
 import train_task as task
 
 
@@ -73,8 +75,8 @@ def flax_nnx(config):
     state = nnx.Optimizer(model, optimizer(is_matrix), wrt=nnx.Param)
     tokens, targets = rows_of(config)
 
-    @nnx.jit
-    def update(model, state):
+    @partial(nnx.jit, donate_argnums=(0, 1))
+    def update(model, state, tokens, targets):
         def loss(model):
             logits = model(tokens)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -83,7 +85,7 @@ def flax_nnx(config):
         state.update(model, grads)
         return value
 
-    return task.timed(lambda: update(model, state).block_until_ready())
+    return task.timed(lambda: update(model, state, tokens, targets).block_until_ready())
 
 
 def equinox_nn(config):
@@ -170,8 +172,10 @@ def equinox_nn(config):
     state = adamw.init(eqx.filter(model, eqx.is_inexact_array))
     tokens, targets = rows_of(config)
 
-    @eqx.filter_jit(donate="all")
-    def update(model, state):
+    @eqx.filter_jit(donate="all-except-first")
+    def update(batch, model, state):
+        tokens, targets = batch
+
         def loss(model):
             logits = jax.vmap(model)(tokens)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
@@ -182,7 +186,7 @@ def equinox_nn(config):
 
     def step():
         nonlocal model, state
-        model, state, value = update(model, state)
+        model, state, value = update((tokens, targets), model, state)
         return value.block_until_ready()
 
     return task.timed(step)

@@ -1,12 +1,15 @@
 """Torch's side of train.py: nanoGPT's decoder written for it, and torch.nn.Transformer."""
 
+import os
+
 import train_task as task
 
 
 def eager(config, compiled=False):
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and "dtype" in config else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count())
     if "source" in config:
         model, batch = seq2seq(config)
     else:

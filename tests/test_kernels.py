@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.interpreters import partial_eval as pe
+from programs import equations, largest_array
 
 from jaxformers import (
     ALiBi,
@@ -22,6 +24,7 @@ from jaxformers import (
     fast_attention,
     flash_attention,
     language_model_loss,
+    rematerialise,
 )
 
 KERNELS = {
@@ -197,21 +200,6 @@ def test_modes_of_differentiation(getkey):
         tangent(KERNELS["flash"](4))
 
 
-def largest_array(jaxpr):
-    """The number of elements of the largest array in a program, its inner programs included."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [x.aval.size for x in (*equation.invars, *equation.outvars)]
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr),
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                sizes.append(largest_array(inner))
-    return max(sizes)
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_no_array_of_all_scores(padded):
     """Not in the gradient of a model either, and with padding; the plain form has them."""
@@ -228,11 +216,45 @@ def test_no_array_of_all_scores(padded):
         if padded:
             batch["padding_mask"] = jax.ShapeDtypeStruct((1, t), jnp.bool_)
         grad = eqx.filter_grad(language_model_loss)
-        return largest_array(eqx.filter_make_jaxpr(grad)(model, batch)[0].jaxpr)
+        return largest_array(equations(eqx.filter_make_jaxpr(grad)(model, batch)[0]))
 
     # Beside a block of scores, feed-forwards and logits are the largest.
     assert largest(fast_attention) <= max(3 * 256 * 512, t * 20)
     assert largest(dot_product_attention) >= 3 * t * t
+
+
+def test_gradient_of_a_bias_in_sixteen_bits(getkey):
+    """It is a sum over all blocks, which 16 bits would round at each of them."""
+    q, k, v, weights = (jax.random.normal(getkey(), (2, 3, 64, 8)) for _ in range(4))
+    bias = T5PositionBias(3, 8, 16, key=getkey())
+
+    def gradient(kernel, dtype):
+        @jax.jit
+        def run(table):
+            mask = AttentionMask(True, bias=eqx.tree_at(lambda b: b.weight, bias, table))
+            return (kernel(q, k, v, mask) * weights).sum()
+
+        return jax.grad(run)(bias.weight.astype(dtype)).astype(jnp.float32)
+
+    exact = gradient(dot_product_attention, jnp.float32)
+    flash = gradient(KERNELS["flash"](4), jnp.bfloat16)
+    assert jnp.abs(flash - exact).max() < 0.01 * jnp.abs(exact).max()
+
+
+def test_what_rematerialisation_keeps_of_flash(getkey):
+    """With its outputs kept, none of its loops run again."""
+    attention = partial(flash_attention, blocks=(8, 8))
+    model = TransformerLM(11, 12, 3, 1, 20, 32, attention_fn=attention, key=getkey())
+    batch = {"tokens": jnp.ones((1, 32), int), "targets": jnp.ones((1, 32), int)}
+
+    def exponentials(keep):
+        kept = rematerialise(model, keep=keep)
+        gradient = eqx.filter_make_jaxpr(eqx.filter_grad(language_model_loss))(kept, batch)[0]
+        # Without an effect on what is computed, they are left out when it is compiled.
+        jaxpr, _ = pe.dce_jaxpr(gradient.jaxpr, [True] * len(gradient.jaxpr.outvars))
+        return sum(x.primitive.name == "exp" for x in equations(jaxpr))
+
+    assert exponentials(("head_outputs",)) == exponentials(None) < exponentials(())
 
 
 def test_model_with_long_padded_and_packed_sequences(getkey):
@@ -249,6 +271,32 @@ def test_model_with_long_padded_and_packed_sequences(getkey):
     )
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ["call", "message"],
+    [
+        (lambda q, k: flash_attention(q, k, k, None, blocks=(0, 5)), "queries_in_a_block must be"),
+        (lambda q, k: flash_attention(q, k, k, None, blocks=(4, 5.0)), "keys_in_a_block must be"),
+        (lambda q, k: blockwise_attention(q, k, k, None, block=-3), "block must be an integer"),
+        (lambda q, k: flash_attention(q[:, :3], k, k, None), "g a divisor of n, got"),
+        (lambda q, k: blockwise_attention(q, k, k[..., :2, :], None), "g a divisor of n, got"),
+        (lambda q, k: dot_product_attention(q, k[0], k[0], None), "g a divisor of n, got"),
+        (lambda q, k: fast_attention(q[0, 0], k[0, 0], k[0, 0], None), "g a divisor of n, got"),
+        (lambda q, k: choose_attention(q, k, k, None, backend="cuda"), "backend must be one of"),
+    ],
+)
+def test_errors_at_the_door(call, message, no_shape_checker):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((2, 4, 5, 8)), jnp.ones((2, 2, 5, 8)))
+
+
+@pytest.mark.parametrize("kernel", [dot_product_attention, fast_attention, flash_attention])
+def test_masks_may_be_booleans(kernel, getkey):
+    """As everywhere else."""
+    q = jax.random.normal(getkey(), (1, 2, 5, 4))
+    causal = kernel(q, q, q, AttentionMask(causal=True))
+    np.testing.assert_allclose(kernel(q, q, q, jnp.tril(jnp.ones((5, 5), bool))), causal, atol=1e-6)
 
 
 def shape(t, n=4, h=64, dtype=jnp.bfloat16):
@@ -309,6 +357,9 @@ def test_cudnn_is_in_the_program_for_a_gpu(pretended_gpu, options):
     for platform, count in (("cuda", 2), ("cpu", 0)):
         program = jax.jit(grad).trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
         assert program.count("custom_call @__cudnn$fmha") == count
+        told = program.replace("\\22", "").replace(" ", "")
+        assert told.count(f"sliding_window_length:{mask.window or 0}") == count
+        assert told.count(f"mask_type:{'CAUSAL' if mask.causal else 'NO_MASK'}") == count
 
 
 @pytest.mark.parametrize(
@@ -319,14 +370,16 @@ def test_cudnn_is_in_the_program_for_a_gpu(pretended_gpu, options):
         (dict(q_positions=jnp.arange(2048)), {}, "positions"),
         (dict(q_segments=jnp.ones(2048, int), k_segments=jnp.ones(2048, int)), {}, "packed"),
         (dict(bias=ALiBi()), {}, "biased"),
-        (dict(window=5), {}, "only causal masks"),
+        (dict(window=5), {}, "its windows are causal"),
+        (dict(causal=True), dict(s=2000), "as many keys as queries"),
         ({}, dict(dtype=jnp.float32), "16 bits"),
         ({}, dict(h=20), "head dim"),
     ],
 )
 def test_where_cudnn_cannot_be_used(pretended_gpu, options, problem, why):
     softcap = problem.pop("softcap", None)
-    q = shape(2048, **problem)
-    choice = choose_attention(q, q, q, AttentionMask(**options), softcap=softcap)
+    s = problem.pop("s", 2048)
+    q, k = shape(2048, **problem), shape(s, **problem)
+    choice = choose_attention(q, k, k, AttentionMask(**options), softcap=softcap)
     assert not choice.cudnn and "not cuDNN, since" in choice.why and why in choice.why
-    assert str(choice).startswith("flash_attention: 2048 x 2048")
+    assert str(choice).startswith(f"flash_attention: 2048 x {s}")

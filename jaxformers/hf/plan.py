@@ -46,7 +46,7 @@ class WeightPlan:
                 if len(shapes) == len(at.ours) and (not stacked or len(shapes[0]) == 3):
                     rules.append(at.expand(shapes[0]))
         structure = jax.tree.structure(eqx.filter(model, is_array))
-        return cls(family, jax.tree.unflatten(structure, leaves), leaves, rules)
+        return cls(family, jax.tree.unflatten(structure, list(leaves)), leaves, rules)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the file and their shapes."""

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxformers.kernels.plain import attention_scores, mix
-from jaxformers.masks import AttentionMask
+from jaxformers.checks import check_size
+from jaxformers.kernels.plain import attention_scores, check_inputs, mix
+from jaxformers.masks import Mask, as_mask
 
 # Queries at a time. On a CPU their scores stay in its cache.
 BLOCK = 128
@@ -27,7 +28,7 @@ def blockwise_attention(
     q: Float[Array, "*b n t h"],
     k: Float[Array, "*b g s h"],
     v: Float[Array, "*b g s h"],
-    mask: AttentionMask,
+    mask: Mask | None,
     *,
     softcap: float | None = None,
     block: int = BLOCK,
@@ -47,7 +48,9 @@ def blockwise_attention(
         >>> blockwise_attention(q, k, k, AttentionMask(causal=True)).shape
         (2, 8, 300, 4)
     """
-    t, s = q.shape[-2], k.shape[-2]
+    check_inputs(q, k, v)
+    check_size(block=block)
+    mask, t, s = as_mask(mask), q.shape[-2], k.shape[-2]
     parts = []
     for start in range(0, t, block):
         stop = min(start + block, t)

@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxformers.checks import check_choice
 from jaxformers.kernels.blockwise import BLOCK, blockwise_attention
 from jaxformers.kernels.flash import flash_attention
-from jaxformers.kernels.plain import AttentionFunction, dot_product_attention
-from jaxformers.masks import AttentionMask
+from jaxformers.kernels.plain import AttentionFunction, check_inputs, dot_product_attention
+from jaxformers.masks import AttentionMask, Mask, as_mask
 
 logger = logging.getLogger(__name__)
 
 # Scores per head that may be kept for the backward pass. Beyond them memory is linear in the
-# sequence; on a CPU that is as fast from 512 x 512 on, on accelerators loops cost more.
+# sequence. Measured on a CPU, where that is as fast from there on; chosen elsewhere, where loops
+# cost more.
 FEW_SCORES = {"cpu": 512**2, "gpu": 1024**2}
 FEW_SCORES_ELSEWHERE = 2048**2
-# Accelerators want more work at a time.
+# Measured on a CPU, chosen elsewhere: accelerators want more work at a time.
 FLASH_BLOCKS = {"cpu": (256, 512)}
 FLASH_BLOCKS_ELSEWHERE = (2048, 512)
 
@@ -48,7 +50,7 @@ def fast_attention(
     q: Float[Array, "*b n t h"],
     k: Float[Array, "*b g s h"],
     v: Float[Array, "*b g s h"],
-    mask: AttentionMask,
+    mask: Mask | None,
     *,
     softcap: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
@@ -56,8 +58,9 @@ def fast_attention(
     """Attention by the kernel for the machine at hand, and the default `attention_fn`.
 
     `choose_attention` tells which one and why, and so does the log at level debug. All give the
-    same numbers but for rounding. Where there is a `flash_attention` in it (long sequences), the
-    program cannot be differentiated forwards (`jax.jvp`); pass `dot_product_attention` for that.
+    same numbers but for rounding. Where it is `flash_attention` (long sequences) or cuDNN, the
+    program cannot be differentiated forwards (`jax.jvp`), and cuDNN's not twice; nor does cuDNN
+    take sequences spread over devices. Pass `dot_product_attention` for that.
 
     Arguments and result are those of `dot_product_attention`.
 
@@ -66,6 +69,8 @@ def fast_attention(
         >>> fast_attention(q, k, k, AttentionMask(causal=True)).shape
         (2, 8, 5, 4)
     """
+    mask = as_mask(mask)
+    check_inputs(q, k, v)
     choice = choose_attention(q, k, v, mask, softcap=softcap, dropout=dropout)
     logger.debug("%s queries, %s keys: %s", q.shape, k.shape, choice)
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
@@ -82,7 +87,7 @@ def choose_attention(
     q: Float[Array, "*b n t h"] | jax.ShapeDtypeStruct,
     k: Float[Array, "*b g s h"] | jax.ShapeDtypeStruct,
     v: Float[Array, "*b g s h"] | jax.ShapeDtypeStruct,
-    mask: AttentionMask,
+    mask: Mask | None,
     *,
     softcap: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
@@ -92,20 +97,26 @@ def choose_attention(
 
     Arguments:
         q, k, v, mask, softcap, dropout: as for `fast_attention`; shapes and types are enough.
-        backend: "cpu", "gpu", "tpu"; None is the one that JAX uses.
+        backend: "cpu", "gpu" or "tpu"; None is the one that JAX uses.
+
+    Raises:
+        ValueError: if the backend is another.
 
     Example:
         >>> q = jax.ShapeDtypeStruct((1, 8, 4096, 64), jnp.float32)
         >>> print(choose_attention(q, q, q, AttentionMask(causal=True), backend="cpu"))
         flash_attention: 4096 x 4096 scores per head are too many to keep
     """
-    backend = jax.default_backend() if backend is None else backend
-    t, s = q.shape[-2], k.shape[-2]
+    if backend is None:
+        backend = jax.default_backend()
+    else:
+        check_choice(("cpu", "gpu", "tpu"), backend=backend)
+    mask, t, s = as_mask(mask), q.shape[-2], k.shape[-2]
     if dropout is not None:
         return Choice(dot_product_attention, "dropout is applied to all attention weights")
     few = t * s <= FEW_SCORES.get(backend, FEW_SCORES_ELSEWHERE)
     if few or t <= BLOCK:
-        why = f"{t} x {s} scores per head are few enough to keep"
+        why = f"{t} x {s} scores per head are few enough to keep" if few else "few queries"
         choice = Choice(blockwise_attention if backend == "cpu" else dot_product_attention, why)
     else:
         blocks = FLASH_BLOCKS.get(backend, FLASH_BLOCKS_ELSEWHERE)
@@ -122,14 +133,14 @@ def choose_attention(
 def _obstacle_to_cudnn(q: Any, k: Any, v: Any, mask: AttentionMask, softcap: Any) -> str | None:
     """Why cuDNN's fused attention cannot be used, or None if it can."""
     t, s = q.shape[-2], k.shape[-2]
-    described = mask.causal and t == s or not mask.causal and mask.window is None
     obstacles = {
         "there is a softcap": softcap is not None,
         "the mask has an explicit array": mask.explicit is not None,
         "positions are given": mask.q_positions is not None or mask.k_positions is not None,
         "documents are packed": mask.q_segments is not None,
         "the scores are biased": mask.bias is not None,
-        "only causal masks with as many keys as queries have a window": not described,
+        "its causal masks are for as many keys as queries": mask.causal and t != s,
+        "its windows are causal": mask.window is not None and not mask.causal,
         f"it computes in 16 bits, not in {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
         "one query is no work for it": t == 1,
         "there are several axes of batch": len(q.shape) > 4,

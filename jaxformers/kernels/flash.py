@@ -3,17 +3,20 @@
 Rabe and Staats 2021; Dao et al. 2022 (FlashAttention), with the gradient of its appendix B.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxformers.checks import check_size
 from jaxformers.kernels.blockwise import divide, exponentials
-from jaxformers.kernels.plain import attention_scores, match, mix
-from jaxformers.masks import AttentionMask
+from jaxformers.kernels.plain import attention_scores, check_inputs, match, mix
+from jaxformers.masks import AttentionMask, Mask, as_mask
 
 
 class Blocks(NamedTuple):
@@ -27,7 +30,7 @@ def flash_attention(
     q: Float[Array, "*b n t h"],
     k: Float[Array, "*b g s h"],
     v: Float[Array, "*b g s h"],
-    mask: AttentionMask,
+    mask: Mask | None,
     *,
     softcap: float | None = None,
     blocks: tuple[int, int] = (256, 512),
@@ -47,8 +50,11 @@ def flash_attention(
         >>> flash_attention(q, k, k, AttentionMask(causal=True)).shape
         (2, 8, 300, 4)
     """
+    check_inputs(q, k, v)
+    mask, (block_q, block_k) = as_mask(mask), blocks
+    check_size(queries_in_a_block=block_q, keys_in_a_block=block_k)
     t, s = q.shape[-2], k.shape[-2]
-    sizes = Blocks(min(blocks[0], t), min(blocks[1], s))
+    sizes = Blocks(min(block_q, t), min(block_k, s))
     more_q, more_k = -t % sizes.queries, -s % sizes.keys
     padded = _pad(q, more_q), _pad(k, more_k), _pad(v, more_k), mask.pad(t, more_q, s, more_k)
     return _flash(padded, softcap, sizes)[..., :t, :]
@@ -61,7 +67,9 @@ def _flash(inputs: Any, softcap: float | None, sizes: Blocks) -> Float[Array, "*
 
 @_flash.def_fwd
 def _flash_forward(perturbed, inputs, softcap, sizes):
-    out, *rest = _forward(inputs, softcap, sizes)
+    # What rematerialisation has to keep for none of this to run again.
+    kept = partial(checkpoint_name, name="head_outputs")
+    out, *rest = jax.tree.map(kept, _forward(inputs, softcap, sizes))
     return out, (out, *rest)
 
 
@@ -116,7 +124,7 @@ def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
             keys, values = _part(k, j, sizes.keys), _part(v, j, sizes.keys)
             inputs = queries, keys, values, _block(mask, i, j, sizes)
             d = eqx.filter_grad(_surrogate)(inputs, *given, softcap)
-            d_mask = jax.tree.map(jnp.add, d_mask, d[3])
+            d_mask = jax.tree.map(lambda x, y: x + y.astype(jnp.float32), d_mask, d[3])
             d_queries = d_queries + d[0].astype(jnp.float32)
             return d_queries, _add(d_k, d[1], j), _add(d_v, d[2], j), d_mask
 
@@ -124,10 +132,12 @@ def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
         d_queries, *carry = lax.fori_loop(first, last, see, start)
         return tuple(carry), d_queries
 
-    d_mask = jax.tree.map(jnp.zeros_like, eqx.filter(mask, eqx.is_inexact_array))
+    bias = eqx.filter(mask, eqx.is_inexact_array)  # nothing else in a mask has a gradient
+    d_mask = jax.tree.map(lambda x: jnp.zeros(x.shape), bias)
     start = jnp.zeros(k.shape), jnp.zeros(v.shape), d_mask
     now = jnp.arange(len(visible[0])), visible
     (d_k, d_v, d_mask), d_q = lax.scan(for_queries, start, now)
+    d_mask = jax.tree.map(lambda x, old: x.astype(old.dtype), d_mask, bias)
     return _join(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_mask
 
 
@@ -149,9 +159,11 @@ def _visible(mask: AttentionMask, t: int, s: int, sizes: Blocks) -> tuple[Any, A
 
     def seen(i, j):
         allowed = _block(mask, i, j, sizes).materialize(*sizes)
-        return jnp.array(True) if allowed is None else allowed.any()
+        return jnp.array(True) if allowed is None else allowed.any((-1, -2))
 
     seen_by = lax.map(lambda i: lax.map(lambda j: seen(i, j), j), i)
+    # Rows and heads last: where they are spread over devices, this is when those have to talk.
+    seen_by = seen_by.any(range(2, seen_by.ndim))
     first, last = (jnp.where(seen_by, x, y) for x, y in ((j, len(j)), (j + 1, 0)))
     return first.min(1), last.max(1)
 

@@ -7,13 +7,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from jaxformers.masks import AttentionMask
+from jaxformers.masks import AttentionMask, Mask, as_mask
 
 # What `attention_fn=` takes: a function `(q, k, v, mask) -> outputs` of the shapes of
 # `dot_product_attention` that divides the scores by sqrt(h). Where an attention has a `softcap`, it
 # is also passed that, and while training with attention dropout `dropout`, a function on the
 # weights; a kernel without them need not take them.
 AttentionFunction = Callable[..., Array]
+
+
+def check_inputs(q: Array, k: Array, v: Array) -> None:
+    """Raise unless queries, keys and values fit together."""
+    same_batch = q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
+    pairs = k.shape[-3:-1] == v.shape[-3:-1] and q.shape[-1] == k.shape[-1]
+    if min(q.ndim, k.ndim, v.ndim) < 3 or not (same_batch and pairs) or q.shape[-3] % k.shape[-3]:
+        raise ValueError(
+            "attention takes queries (b, n, t, h), keys and values (b, g, s, h) with g a divisor "
+            f"of n, got {q.shape}, {k.shape} and {v.shape}."
+        )
 
 
 def match(q: Float[Array, "*b n t h"], k: Float[Array, "*b g s h"]) -> Float[Array, "*b n t s"]:
@@ -77,7 +88,7 @@ def dot_product_attention(
     q: Float[Array, "*b n t h"],
     k: Float[Array, "*b g s h"],
     v: Float[Array, "*b g s h"],
-    mask: AttentionMask,
+    mask: Mask | None,
     *,
     softcap: float | None = None,
     dropout: Callable[[Array], Array] = lambda weights: weights,
@@ -87,17 +98,22 @@ def dot_product_attention(
     Arguments:
         q: queries, `(b, n, t, h)`.
         k, v: keys and values, `(b, g, s, h)`; g divides n.
-        mask: an `AttentionMask`.
+        mask: an `AttentionMask`, booleans that broadcast to `(b, n, t, s)`, or None.
         softcap: bound of the scores, as in `MultiHeadAttention`.
         dropout: applied to the weights.
 
     Returns:
         `(b, n, t, h)`.
 
+    Raises:
+        ValueError: if the shapes do not fit together.
+
     Example:
         >>> q, k = jnp.ones((2, 8, 5, 4)), jnp.ones((2, 2, 5, 4))
         >>> dot_product_attention(q, k, k, AttentionMask(causal=True)).shape
         (2, 8, 5, 4)
     """
+    check_inputs(q, k, v)
+    mask = as_mask(mask)
     weights = checkpoint_name(dropout(attention_weights(q, k, mask, softcap)), "attention_weights")
     return mix(weights, v).astype(v.dtype)
