@@ -118,10 +118,26 @@ def _forward(perturbed, step_and_inputs):
 def _backward(kept_and_rest, gradient, perturbed, step_and_inputs):
     del perturbed, step_and_inputs
     kept, rest = kept_and_rest
-    number = jnp.ravel(gradient[0])[0]
-    zero = jnp.where(jnp.isnan(number), number, 0.0)  # which XLA cannot know to be zero
+    zero = jnp.minimum(_unknown(gradient[0]), 0)
     kept = jax.tree.map(lambda x: x + zero.astype(x.dtype), kept)
     return eqx.combine(kept, rest)(gradient)[0]
+
+
+def _materialised(x: Array) -> Array:
+    """`x`, which XLA's CPU backend is to compute once.
+
+    It fuses sums into all that reads them, so that each layer would add up anew what all others
+    wrote to the residual stream, and its gradient: work and programs that grow with the square of
+    the depth. A division is not repeated like that, here by a one that XLA cannot know to be one.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    return x / lax.stop_gradient(jnp.maximum(_unknown(x), 1))
+
+
+def _unknown(x: Array) -> Array:
+    """0 or 1, which depends on `x`."""
+    return jnp.isnan(jnp.ravel(x)[0]).astype(x.dtype)
 
 
 def run_layers(
@@ -144,12 +160,13 @@ def run_layers(
     """
     if rematerialisation is not None and caches is None:
         step = rematerialisation(step)
-    # A scan would copy all caches at every token, and the weights of every layer before use.
+    # A scan would copy all caches at every token.
     if isinstance(layers, ScannedLayers) and caches is None:
         return layers.scan(step, x, key), None
     written = []
     for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
         x, cache = step(layer, x, layer_key, None if caches is None else caches[i])
+        x = _materialised(x) if caches is None else x
         written.append(cache)
     return x, None if caches is None else tuple(written)
 
@@ -157,9 +174,9 @@ def run_layers(
 def scan_layers(model: Model) -> Model:
     """The same model with the layers of its stacks scanned, which compiles fast at any depth.
 
-    It gives the same results. Worth it for many layers on an accelerator; on CPU a scanned step is
-    slower. Do it before `optimizer.init`: gradients and states have the form of the model. With a
-    cache the layers are taken one by one, so that a loop over tokens is as fast as it was.
+    It gives the same results, and a step takes somewhat longer on CPU. Do it before
+    `optimizer.init`: gradients and states have the form of the model. With a cache the layers are
+    taken out one by one, which copies the weights at every token: generate from `unroll_layers`.
 
     Arguments:
         model: a model or a stack, such as `TransformerLM` or `Encoder`.

@@ -32,7 +32,7 @@ from jaxformers import (
     train_step,
     unroll_layers,
 )
-from jaxformers.layer_stack import SITES
+from jaxformers.layer_stack import SITES, _materialised
 
 VOCAB, D, N, L, F, MAX = 13, 8, 2, 2, 12, 20
 B, T = 3, 5
@@ -176,6 +176,27 @@ def test_scanned_programs_do_not_grow():
         return len(str(training_program(num_layers, change).jaxpr).splitlines())
 
     assert size(2) == size(9) > 100
+
+
+def test_programs_grow_with_the_depth_alone():
+    """Not with its square, as where each layer adds up the residual stream from the start."""
+
+    def size(num_layers):
+        compiled = training_program(num_layers, lambda model: model).lower().compile()
+        return len(compiled.as_text().splitlines())
+
+    two, four, six = map(size, (2, 4, 6))
+    assert six - four < 1.05 * (four - two)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_stream_is_not_changed_between_layers(dtype):
+    numbers = jnp.array([jnp.nan, -0.0, 1e-30, 3.1, -jnp.inf], dtype)
+    for first in numbers:
+        x = jnp.concatenate([first[None], numbers])
+        np.testing.assert_array_equal(
+            *(y.astype("float32") for y in (jax.jit(_materialised)(x), x))
+        )
 
 
 def test_layers_that_differ_cannot_be_scanned(getkey):
