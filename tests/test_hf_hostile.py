@@ -41,10 +41,10 @@ from jaxformers import (  # noqa: E402
     TransformerLM,
     from_pretrained,
 )
-from jaxformers.kernels.plain import dot_product_attention  # noqa: E402
 from jaxformers.hf.describe import describe  # noqa: E402
 from jaxformers.hf.files import TensorFiles, write_tensors  # noqa: E402
 from jaxformers.hf.settings import HARMLESS  # noqa: E402
+from jaxformers.kernels.plain import dot_product_attention  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 torch.set_num_threads(1)
