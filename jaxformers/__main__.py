@@ -40,9 +40,10 @@ def run_verify(options: argparse.Namespace) -> int:
     from jaxformers.hf.verify import table, verify
 
     try:
-        print(f"compiled programs are kept in {keep_compiled_programs()}")
+        note = f"compiled programs are kept in {keep_compiled_programs()}"
     except ValueError as error:
-        print(f"compiled programs are not kept: {error}")
+        note = f"compiled programs are not kept: {error}"
+    print(note, file=sys.stderr)  # the table alone is the output
     rows = verify(options.path, seed=options.seed, generate=not options.no_generation)
     print(table(rows))
     return int(not all(row.passed for row in rows))

@@ -38,8 +38,9 @@ def flash_attention(
     """Attention in memory linear in the sequence, forward and backward.
 
     Blocks in which no query may see a key are skipped. The backward pass makes the scores again.
-    It has a gradient of its own, which JAX does not differentiate forwards (`jax.jvp`): the plain
-    `dot_product_attention` does that.
+    It has a gradient of its own, so that JAX differentiates it backwards, and forwards over that
+    (`jax.hessian`), but neither forwards (`jax.jvp`) nor backwards twice: the plain
+    `dot_product_attention` does both.
 
     Arguments and result are those of `dot_product_attention`, without dropout, and
 
@@ -83,8 +84,8 @@ def _forward(inputs, softcap, sizes):
     q, k, v, mask = inputs
     rows = *q.shape[:-2], sizes.queries
     # Twice this is the score of what may not be seen, whose exponential is then 0.
-    lowest = jnp.full((*rows, 1), jnp.finfo(jnp.float32).min / 2)
-    empty = lowest, jnp.zeros((*rows, 1)), jnp.zeros((*rows, v.shape[-1]))
+    lowest = jnp.full((*rows, 1), jnp.finfo(jnp.float32).min / 2, jnp.float32)
+    empty = lowest, _zeros(*rows, 1), _zeros(*rows, v.shape[-1])
     visible = _visible(mask, q.shape[-2], k.shape[-2], sizes)
 
     def for_queries(_, now):
@@ -128,13 +129,13 @@ def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
             d_queries = d_queries + d[0].astype(jnp.float32)
             return d_queries, _add(d_k, d[1], j), _add(d_v, d[2], j), d_mask
 
-        start = jnp.zeros(queries.shape), *carry
+        start = _zeros(*queries.shape), *carry
         d_queries, *carry = lax.fori_loop(first, last, see, start)
         return tuple(carry), d_queries
 
     bias = eqx.filter(mask, eqx.is_inexact_array)  # nothing else in a mask has a gradient
-    d_mask = jax.tree.map(lambda x: jnp.zeros(x.shape), bias)
-    start = jnp.zeros(k.shape), jnp.zeros(v.shape), d_mask
+    d_mask = jax.tree.map(lambda x: _zeros(*x.shape), bias)
+    start = _zeros(*k.shape), _zeros(*v.shape), d_mask
     now = jnp.arange(len(visible[0])), visible
     (d_k, d_v, d_mask), d_q = lax.scan(for_queries, start, now)
     d_mask = jax.tree.map(lambda x, old: x.astype(old.dtype), d_mask, bias)
@@ -166,6 +167,10 @@ def _visible(mask: AttentionMask, t: int, s: int, sizes: Blocks) -> tuple[Any, A
     seen_by = seen_by.any(range(2, seen_by.ndim))
     first, last = (jnp.where(seen_by, x, y) for x, y in ((j, len(j)), (j + 1, 0)))
     return first.min(1), last.max(1)
+
+
+def _zeros(*shape: int) -> Float[Array, "..."]:
+    return jnp.zeros(shape, jnp.float32)  # in 64-bit mode as well
 
 
 def _block(mask: AttentionMask, i: Any, j: Any, sizes: Blocks) -> AttentionMask:
