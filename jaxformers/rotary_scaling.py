@@ -10,6 +10,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -369,3 +370,12 @@ def _check_factor(factor: Any) -> float:
 def _check_original(original_length: Any) -> int:
     check_size(original_length=original_length)
     return int(original_length)
+
+
+def depends_on_length(model: Any) -> bool:
+    """Whether anything in the model turns a token by how long its row is."""
+
+    def by_length(x: Any) -> bool:
+        return isinstance(x, DynamicScaling | LongScaling)
+
+    return any(map(by_length, jax.tree.leaves(model, is_leaf=by_length)))

@@ -11,9 +11,12 @@ import pytest
 
 from jaxformers import (
     ALiBi,
+    DynamicScaling,
+    LongScaling,
     RotaryPositionalEncoding,
     Transformer,
     TransformerLM,
+    normal,
 )
 from jaxformers.generation import loop
 from jaxformers.generation.prompts import bucket
@@ -415,3 +418,29 @@ def test_padding_that_is_no_token_takes_no_room():
     real = np.arange(20) >= 15
     out = model.generate(prompt, 20, padding_mask=np.stack([real, real]))
     np.testing.assert_array_equal(out[:, 20:], model.generate(prompt[:, 15:], 20)[:, 5:])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        DynamicScaling(4.0, 600),
+        LongScaling([1.0] * 4, [2.0, 4.0, 8.0, 9.0], 600, attention_factor=1.2),
+    ],
+)
+def test_angles_that_depend_on_the_length_of_a_long_prompt(scaling):
+    """Chunks of a prompt would turn its first tokens as if the row were short."""
+    model = TransformerLM(
+        31,
+        16,
+        2,
+        1,
+        32,
+        4096,
+        init=normal(0.3),
+        position=RotaryPositionalEncoding(scaling=scaling),
+        key=jax.random.key(0),
+    )
+    prompt = jax.random.randint(jax.random.key(1), (2, 700), 0, 31)
+    out = model.generate(prompt, 1, return_scores=True)
+    expected = jax.nn.log_softmax(model.logits(prompt))[:, -1].max(-1)
+    np.testing.assert_allclose(out.log_probs[:, 0], expected, atol=1e-5)

@@ -80,8 +80,10 @@ def read(
         last = lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
         return jnp.asarray(begin + size), last, cache
 
-    state = chunk(0, t % CHUNK or min(t, CHUNK), cache)
-    if t > CHUNK:  # all others have one size, and so one body
+    # Where angles depend on how long a row is, its first token has to know of its last one.
+    size = t if step.needs_whole_prompt else CHUNK
+    state = chunk(0, t % size or min(t, size), cache)
+    if t > size:  # all others have one size, and so one body
         state = repeat_while(
             lambda state: state[0] < plan.start,
             lambda state: chunk(state[0], CHUNK, state[2]),

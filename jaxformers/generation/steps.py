@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import Cache
+from jaxformers.rotary_scaling import depends_on_length
 
 
 class LMStep(eqx.Module):
@@ -23,6 +24,11 @@ class LMStep(eqx.Module):
     @property
     def vocab_size(self) -> int:
         return self.model.vocab_size
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether the prompt must be read in one call."""
+        return depends_on_length(self.model)
 
     def drive(self, model: Any) -> "LMStep":
         """The same for another model."""
@@ -81,6 +87,11 @@ class Seq2SeqStep(eqx.Module):
     @property
     def vocab_size(self) -> int:
         return self.model.tgt_vocab_size
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether the prompt must be read in one call."""
+        return depends_on_length(self.model)
 
     def drive(self, model: Any) -> "Seq2SeqStep":
         """The same for another model."""
