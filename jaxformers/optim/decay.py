@@ -1,19 +1,21 @@
 """Which leaves of a model weight decay applies to."""
 
-import re
 from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from jaxformers.hf.plan import array_name
+from jaxformers.optim.layout import default_layout
+
 
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
     """The model's tree with a bool for each leaf, True for weights, False for norms and biases.
 
-    Weight decay applies where it is True: to inexact arrays of at least two axes in a field named
-    neither as a gain (`gain`) nor as a bias (`b`, `bq`, `b_in`, `bias`; attention's have two axes,
-    so axes alone do not tell).
+    Weight decay applies where it is True: to inexact arrays of at least two axes (a layer's, where
+    layers are scanned) in a field named neither as a gain (`gain`) nor as a bias (`b`, `bq`,
+    `b_in`, `bias`; attention's have two axes, so axes alone do not tell).
 
     Arguments:
         model: any pytree.
@@ -26,13 +28,9 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
-        names = [str(getattr(k, "name", getattr(k, "key", ""))).lower() for k in path]
-        field = next(filter(None, reversed(names)), "")
-        embedding = any("embed" in name or "position" in name for name in names)
-        weight = eqx.is_inexact_array(leaf) and leaf.ndim >= 2
-        spared = re.fullmatch("b|b[a-z]|b_.*|bias.*|gain.*", field) is not None or (
-            embedding and not decay_embeddings
-        )
-        return weight and not spared
+        name = array_name(path)
+        embedding = any(word in name.lower() for word in ("embed", "position"))
+        spared = embedding and not decay_embeddings
+        return eqx.is_inexact_array(leaf) and default_layout(name, leaf).inputs > 0 and not spared
 
     return jax.tree_util.tree_map_with_path(decays, model)

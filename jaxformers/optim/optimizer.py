@@ -109,7 +109,8 @@ def check_fit(model: PyTree, **trees: PyTree) -> None:
 
     def check(path: tuple, p: Any, x: Any) -> str | None:
         fits = eqx.is_inexact_array(p) and eqx.is_array(x) and x.shape == p.shape
-        if x is None or isinstance(x, bool | np.bool) or fits:
+        # A leaf's moments, in a dict, have shapes of their own.
+        if x is None or isinstance(x, bool | np.bool | dict) or fits:
             return None
         return f"{eqx.tree_pformat(x)} for {eqx.tree_pformat(p)} at {jax.tree_util.keystr(path)}"
 

@@ -1,0 +1,101 @@
+"""An average of the weights, which is often better than the last ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
+
+from jaxformers.checks import check_rate, is_known
+from jaxformers.layers import widened
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit
+
+
+class AveragedState(eqx.Module):
+    """The number of updates made, the average so far, and the state of what is wrapped."""
+
+    step: Int32[Array, ""]
+    average: PyTree
+    inner: PyTree
+
+
+def _decay(value: Any) -> Any:
+    if callable(value) or not is_known(value):
+        return value
+    check_rate(decay=value)
+    return np.float32(value)  # not static: another one does not compile anew
+
+
+class Averaged(Optimizer):
+    """An optimiser that keeps an exponential moving average of the weights beside them.
+
+        average <- decay average + (1 - decay) p
+
+    after each update, in float32; it starts as a copy of the weights (Polyak & Juditsky 1992; as in
+    `torch.optim.swa_utils.AveragedModel`). What is frozen needs no average.
+
+    Arguments:
+        optimizer: an `Optimizer` or an optax transformation.
+        decay: in [0, 1), 0.999. In the first updates it is `(1 + t) / (10 + t)` if that is smaller,
+            `t` from 1, so that the start is soon forgotten (as TensorFlow's
+            `ExponentialMovingAverage` does with `num_updates`). A function `t -> decay` is taken as
+            it is: `schedules.constant(0.999)` for the plain average.
+
+    Raises:
+        ValueError: if `decay` is out of its range or the optimiser is none.
+
+    Example:
+        >>> optimizer = Averaged(AdamW(1e-3), decay=0.99)
+        >>> state = optimizer.init(model)
+        >>> evaluated = optimizer.averaged(model, state)
+    """
+
+    optimizer: Optimizer = eqx.field(converter=as_optimizer)
+    decay: Float[ArrayLike, ""] | Callable = eqx.field(default=0.999, converter=_decay)
+
+    def init(self, model: PyTree) -> AveragedState:
+        """The state before the first update; the average is a copy of the trained leaves."""
+        trained = eqx.filter(model, self.trains(model))
+        average = jax.tree.map(lambda p: jnp.array(widened(p), copy=True), trained)
+        step = jnp.zeros((), jnp.int32)
+        return AveragedState(step=step, average=average, inner=self.optimizer.init(model))
+
+    @eqx.filter_jit
+    def update(
+        self, grads: PyTree, state: AveragedState, model: Model
+    ) -> tuple[Model, AveragedState]:
+        """The model after one update of the optimiser, and the average with it."""
+        check_fit(model, average=state.average)
+        model, inner = self.optimizer.update(grads, state.inner, model)
+        t = state.step + 1
+        if callable(self.decay):
+            decay = jnp.asarray(self.decay(t), jnp.float32)
+        else:
+            decay = jnp.minimum(
+                self.decay, (1 + t).astype(jnp.float32) / (10 + t).astype(jnp.float32)
+            )
+
+        def step(p: Any, mean: Any) -> Any:
+            if mean is None:
+                return None
+            return mean + (1 - decay).astype(mean.dtype) * (widened(p) - mean)
+
+        average = jax.tree.map(step, model, state.average)
+        return model, AveragedState(step=t, average=average, inner=inner)
+
+    def trains(self, model: PyTree) -> PyTree[bool]:
+        """What the optimiser trains."""
+        return self.optimizer.trains(model)
+
+    def rate(self, state: AveragedState) -> Float[Array, ""] | None:
+        """The optimiser's learning rate."""
+        return self.optimizer.rate(state.inner)
+
+    def averaged(self, model: Model, state: AveragedState) -> Model:
+        """The model with the average for weights, in their types; its arrays are copies."""
+        return jax.tree.map(
+            lambda p, mean: p if mean is None else jnp.array(mean, p.dtype), model, state.average
+        )

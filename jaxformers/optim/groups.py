@@ -1,0 +1,156 @@
+"""Another optimiser, or none, for some of the leaves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PyTree
+
+from jaxformers.checks import check_callable, check_positive
+from jaxformers.hf.plan import array_name
+from jaxformers.optim.clipping import clip_by_global_norm
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit
+
+Predicate = Callable[[str, Any], Any]
+
+
+class Groups(Optimizer):
+    """An optimiser for each group of leaves, and none for those that are frozen.
+
+    Frozen leaves cost neither gradients (in `train_step`) nor moments.
+
+    Arguments:
+        groups: pairs of a predicate and an optimiser, ours or optax's; None freezes. A predicate
+            is a function `(path, array) -> bool` with paths such as
+            "decoder.layers.0.self_attention.wq", of whose arrays shape and dtype may be read. The
+            first that holds decides.
+        rest: the optimiser of all other leaves; None freezes them.
+        max_grad_norm: gradients are first clipped to this norm, over all groups together; None for
+            no clipping. An optimiser's own limit is for its group alone.
+
+    Raises:
+        ValueError: if a predicate is no function or an optimiser is none; by `init`, if a predicate
+            gets no leaf, or none is left to train.
+
+    Example:
+        >>> def is_norm(path, array):
+        ...     return path.endswith("gain")
+        >>> slow_norms = Groups([(is_norm, AdamW(1e-4))], rest=AdamW(1e-3), max_grad_norm=1.0)
+        >>> state = slow_norms.init(model)
+        >>> print(slow_norms.rate(state))
+        0.001
+    """
+
+    predicates: tuple[Predicate, ...]
+    optimizers: tuple[Optimizer | None, ...]  # of the groups, and of the rest
+    max_grad_norm: float | None
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[Predicate, Any]],
+        rest: Any,
+        max_grad_norm: float | None = None,
+    ):
+        self.predicates = tuple(predicate for predicate, _ in groups)
+        check_callable(**{f"predicate {i}": p for i, p in enumerate(self.predicates)})
+        optimizers = (*(optimizer for _, optimizer in groups), rest)
+        self.optimizers = tuple(None if x is None else as_optimizer(x) for x in optimizers)
+        self.max_grad_norm = max_grad_norm
+        if max_grad_norm is not None:
+            check_positive(max_grad_norm=max_grad_norm)
+
+    def init(self, model: PyTree) -> tuple[PyTree, ...]:
+        """The states of the groups and of the rest, None where they are frozen."""
+        self._check_groups(model)
+        parts = self._split(model, model)
+        return tuple(
+            None if optimizer is None else optimizer.init(part)
+            for optimizer, part in zip(self.optimizers, parts, strict=True)
+        )
+
+    @eqx.filter_jit
+    def update(
+        self, grads: PyTree, state: tuple[PyTree, ...], model: Model
+    ) -> tuple[Model, tuple[PyTree, ...]]:
+        """The model and the states after one update; gradients of frozen leaves do not count."""
+        check_fit(model, grads=grads)
+        grads = eqx.filter(grads, self.trains(model))
+        if self.max_grad_norm is not None:
+            grads, _ = clip_by_global_norm(grads, self.max_grad_norm)
+        parts = list(self._split(model, model))
+        states = list(state)
+        for i, (optimizer, part_grads) in enumerate(
+            zip(self.optimizers, self._split(grads, model), strict=True)
+        ):
+            if optimizer is not None:
+                parts[i], states[i] = optimizer.update(part_grads, states[i], parts[i])
+        return eqx.combine(*parts, model), tuple(states)
+
+    def trains(self, model: PyTree) -> PyTree[bool]:
+        """True where the optimiser of the leaf's group differentiates it."""
+        parts = zip(self.optimizers, self._split(model, model), strict=True)
+        trained = [optimizer.trains(part) for optimizer, part in parts if optimizer is not None]
+        return eqx.combine(*trained, jax.tree.map(lambda _: False, model))
+
+    def rate(self, state: tuple[PyTree, ...]) -> Float[Array, ""] | None:
+        """The learning rate of the rest, or where that has none, of the last group that has one."""
+        pairs = zip(self.optimizers, state, strict=True)
+        rates = [optimizer.rate(s) for optimizer, s in pairs if optimizer is not None]
+        return next((rate for rate in reversed(rates) if rate is not None), None)
+
+    def averaged(self, model: Model, state: tuple[PyTree, ...]) -> Model:
+        """The model with the averages of the groups that keep one."""
+        parts = zip(self.optimizers, self._split(model, model), state, strict=True)
+        averages = [o.averaged(part, s) for o, part, s in parts if o is not None]
+        return eqx.combine(*averages, model)
+
+    def _owners(self, model: PyTree) -> PyTree:
+        """The number of the group of each inexact array, None for other leaves."""
+
+        def owner(path: tuple, leaf: Any) -> int | None:
+            if not eqx.is_inexact_array(leaf):
+                return None
+            seen = array_name(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            holds = (i for i, predicate in enumerate(self.predicates) if predicate(*seen))
+            return next(holds, len(self.predicates))
+
+        return jax.tree_util.tree_map_with_path(owner, model)
+
+    def _split(self, tree: PyTree, model: PyTree) -> tuple[PyTree, ...]:
+        """A tree of the model's structure for each group and the rest, with None elsewhere."""
+        owners = self._owners(model)
+        return tuple(
+            jax.tree.map(lambda _, x, owner, i=i: x if owner == i else None, model, tree, owners)
+            for i in range(len(self.optimizers))
+        )
+
+    def _check_groups(self, model: PyTree) -> None:
+        owners = jax.tree_util.tree_leaves_with_path(self._owners(model))
+        paths = ", ".join(array_name(path) for path, _ in owners[:: len(owners) // 8 + 1])
+        for i, predicate in enumerate(self.predicates):
+            if i not in (owner for _, owner in owners):
+                raise ValueError(
+                    f"predicate {i}, {predicate!r}, holds for no array that an earlier one has not "
+                    f"taken. It is called with paths such as {paths}."
+                )
+        if not any(jax.tree.leaves(self.trains(model))):
+            raise ValueError("all arrays are frozen: leave some for an optimiser to train.")
+
+
+def freeze(optimizer: Any, predicate: Predicate) -> Groups:
+    """The optimiser for all leaves but those for which the predicate holds; these are frozen.
+
+    Arguments:
+        optimizer: an `Optimizer` or an optax transformation.
+        predicate: function `(path, array) -> bool`, True where a leaf stays as it is.
+
+    Raises:
+        ValueError: if the predicate is no function or the optimiser is none; by `init`, if the
+            predicate holds for no leaf, or for all.
+
+    Example:
+        >>> frozen_embedding = freeze(AdamW(1e-3), lambda path, array: "embedding" in path)
+        >>> state = frozen_embedding.init(model)
+    """
+    return Groups([(predicate, None)], optimizer)

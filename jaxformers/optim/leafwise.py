@@ -1,0 +1,154 @@
+"""What AdamW, Lion, Adafactor and Muon have in common: each updates leaf by leaf, by a rule."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, PyTree
+
+from jaxformers.checks import check_nonnegative, check_positive, is_known
+from jaxformers.hf.plan import array_name
+from jaxformers.layers import widened
+from jaxformers.optim.clipping import clip_by_global_norm
+from jaxformers.optim.optimizer import Model, Optimizer, check_fit
+
+Moments = dict[str, Array]
+
+
+class State(eqx.Module):
+    """The number of updates made, and of each trained leaf its moments by name, in float32."""
+
+    step: Int32[Array, ""]
+    moments: PyTree
+
+
+def learning_rate(value: Any) -> Any:
+    """A learning rate as it is kept: a schedule, or a number that is checked."""
+    if callable(value) or not is_known(value):
+        return value
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    check_nonnegative(learning_rate=value)
+    # Python numbers are static under eqx.filter_jit: each new rate would compile anew.
+    return np.float32(value)
+
+
+class LeafwiseOptimizer(Optimizer):
+    """An optimiser whose rule says for one leaf at a time in which direction it goes.
+
+    Each trained leaf `p` becomes `p - rate (direction + weight_decay p)`, computed in float32 and
+    rounded once to the type of `p`. A leaf that is no inexact array or whose gradient is None stays
+    as it is. Frozen leaves need no moments: `init` takes a model without them too.
+
+    Derive from it to write a rule of your own: fields with these names, `moments`, `direction`.
+
+    Example:
+        >>> class SignDescent(LeafwiseOptimizer):
+        ...     learning_rate: float
+        ...     weight_decay: float = 0.0
+        ...     max_grad_norm: None = None
+        ...     decay_mask: Callable = default_decay_mask
+        ...
+        ...     def moments(self, path, p):
+        ...         return {}
+        ...
+        ...     def direction(self, path, p, g, moments, step):
+        ...         return jnp.sign(g), moments
+        >>> state = SignDescent(1e-3).init(model)
+    """
+
+    learning_rate: eqx.AbstractVar[Any]
+    weight_decay: eqx.AbstractVar[float]
+    max_grad_norm: eqx.AbstractVar[float | None]
+    decay_mask: eqx.AbstractVar[Callable[[PyTree], PyTree[bool]]]
+
+    def __check_init__(self) -> None:
+        check_nonnegative(weight_decay=self.weight_decay)
+        if self.max_grad_norm is not None:
+            check_positive(max_grad_norm=self.max_grad_norm)
+
+    @abstractmethod
+    def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
+        """What is remembered of a leaf, before the first update."""
+
+    @abstractmethod
+    def direction(
+        self,
+        path: str,
+        p: Float[Array, "..."],
+        g: Float[Array, "..."],
+        moments: Moments,
+        step: Int32[Array, ""],
+    ) -> tuple[Float[Array, "..."], Moments]:
+        """Where a leaf goes against, of its shape, and its new moments; all in float32.
+
+        Arguments:
+            path: such as "decoder.layers.0.self_attention.wq".
+            p: the leaf.
+            g: its gradient.
+            moments: as `moments` or the last update gave them.
+            step: the number of updates made before.
+        """
+
+    def init(self, model: PyTree) -> State:
+        """The state before the first update, with moments for each inexact array of `model`."""
+        trained = eqx.filter(model, eqx.is_inexact_array)
+        # A set of buffers for each leaf: a function that donates the state must not get one twice.
+        moments = jax.tree_util.tree_map_with_path(
+            lambda path, p: self.moments(array_name(path), p), trained
+        )
+        return State(step=jnp.zeros((), jnp.int32), moments=moments)
+
+    @eqx.filter_jit
+    def update(self, grads: PyTree, state: State, model: Model) -> tuple[Model, State]:
+        """The model and the state after one update.
+
+        Compiled, and nothing is donated: the old model stays usable. Within a compiled function
+        of yours it becomes a part of that function, which may donate.
+
+        Arguments:
+            grads: gradients of the model's structure, None where nothing is trained.
+            state: what `init` or the last `update` returned.
+            model: the model before the update.
+
+        Raises:
+            ValueError: if `grads`, `state` or the decay mask do not fit the model.
+        """
+        decays = self.decay_mask(model)
+        check_fit(model, decay_mask=decays, moments=state.moments, grads=grads)
+        if self.max_grad_norm is not None:
+            grads, _ = clip_by_global_norm(grads, self.max_grad_norm)
+        rate = self.rate(state)
+
+        def change(path: tuple, p: Any, g: Any, moments: Any, decays: bool) -> tuple[Any, Any]:
+            if g is None:
+                return p, moments
+            name = array_name(path)
+            self._check_moments(name, p, moments)
+            wide, g = widened(p), g.astype(jnp.float32)
+            step, moments = self.direction(name, wide.astype(jnp.float32), g, moments, state.step)
+            if decays:
+                step += self.weight_decay * wide.astype(jnp.float32)
+            return (wide - (rate * step).astype(wide.dtype)).astype(p.dtype), moments
+
+        new = jax.tree_util.tree_map_with_path(change, model, grads, state.moments, decays)
+        model, moments = (jax.tree.map(lambda _, pair, i=i: pair[i], model, new) for i in (0, 1))
+        return model, State(step=state.step + 1, moments=moments)
+
+    def rate(self, state: State) -> Float[Array, ""]:
+        """The learning rate of the next update."""
+        rate = self.learning_rate
+        return jnp.asarray(rate(state.step) if callable(rate) else rate, jnp.float32)
+
+    def _check_moments(self, path: str, p: Array, moments: Any) -> None:
+        expected = jax.eval_shape(lambda: self.moments(path, p))
+        shapes = [jax.tree.map(lambda x: x.shape, x) for x in (moments, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the state must be that of this optimiser and this model, from init: {path} of "
+                f"shape {p.shape} needs moments of shapes {shapes[1]}, got {shapes[0]}."
+            )
