@@ -26,11 +26,17 @@ from jaxformers.masks import (
 from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
 from jaxformers.optim import (
+    Adafactor,
     AdamW,
+    Averaged,
+    Groups,
+    Lion,
+    Muon,
     Optimizer,
     as_optimizer,
     clip_by_global_norm,
     default_decay_mask,
+    freeze,
     global_norm,
 )
 from jaxformers.output import OutputLayer
