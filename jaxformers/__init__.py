@@ -68,7 +68,12 @@ from jaxformers.schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
-from jaxformers.training import language_model_loss, sequence_to_sequence_loss, train_step
+from jaxformers.training import (
+    language_model_loss,
+    masked_language_model_loss,
+    sequence_to_sequence_loss,
+    train_step,
+)
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM

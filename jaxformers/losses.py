@@ -210,7 +210,7 @@ def _counted(
     if ignore_index is not None:
         counted &= jnp.asarray(targets, jnp.int32) != ignore_index
     if is_known(targets) and is_known(counted):
-        _check_targets(np.asarray(targets)[np.asarray(counted)], np.shape(logits)[-1])
+        check_targets(np.asarray(targets)[np.asarray(counted)], np.shape(logits)[-1])
     return counted
 
 
@@ -247,7 +247,8 @@ def _check_dtype(name: str, x: Any, kind: type) -> None:
         )
 
 
-def _check_targets(targets: np.ndarray, vocab_size: int) -> None:
+def check_targets(targets: np.ndarray, vocab_size: int) -> None:
+    """Raise unless all targets are ids in `[0, vocab_size)`."""
     wrong = targets[(targets < 0) | (targets >= vocab_size)]
     if wrong.size:
         raise ValueError(

@@ -1,6 +1,7 @@
 """The compiled training step, and the optimiser on a real model against optax and torch."""
 
 import re
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -13,18 +14,23 @@ from jaxformers import (
     AdamW,
     ALiBi,
     GatedFeedForward,
+    OutputLayer,
     RMSNorm,
+    RotaryPositionalEncoding,
     Transformer,
+    TransformerEncoder,
     TransformerLM,
     as_optimizer,
     cross_entropy,
     language_model_loss,
     losses,
+    masked_language_model_loss,
     sequence_to_sequence_loss,
     train_step,
     warmup_cosine,
 )
-from jaxformers.training import _train_step
+from jaxformers.training import count_targets
+from jaxformers.training.step import Gradients, _train_step
 
 VOCAB, T, B, STEPS = 17, 9, 5, 50
 SCHEDULE = warmup_cosine(3e-3, 5, STEPS, 1e-4)
@@ -136,7 +142,8 @@ def test_the_memory_of_every_array_is_used_again(getkey, compute_dtype):
     """The program writes each array of the result over one of the model and the state."""
     model, optimizer = language_model(getkey(), tie_embeddings=True), AdamW(1e-2)
     state = optimizer.init(model)
-    kept = optimizer, language_model_loss, text_batch(), getkey(), compute_dtype
+    gradients = Gradients(language_model_loss, compute_dtype, 1, count_targets)
+    kept = gradients, optimizer, text_batch(), getkey()
     program = _train_step.lower(kept, model, state).compile().compiled.as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", program)
     inputs = re.findall(r"\((\d+), \{\}, \S+-alias\)", aliases[1])
@@ -155,6 +162,104 @@ def test_a_loss_that_can_be_learned_falls_and_the_step_compiles_once(getkey):
             compiled = _train_step._cached._cache_size()
     assert _train_step._cached._cache_size() == compiled
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_parts_with_unequal_counts_are_as_the_whole_batch(getkey, parts):
+    """Rows have from no to all targets that count, so a mean of means would be another one."""
+    rng = np.random.default_rng(parts)
+    text = rng.integers(0, VOCAB, (6, T + 1))
+    counted = np.arange(T) < rng.permutation([0, 0, 1, 4, T, T])[:, None]
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "loss_mask": counted}
+    batch = jax.device_put(batch)
+    loss = partial(language_model_loss, label_smoothing=0.1, z_loss=1e-3)
+    model, optimizer = language_model(getkey(), tie_embeddings=True), AdamW(1.0)
+    value, grads = Gradients(loss, None, 1, count_targets)(optimizer, model, batch, getkey())
+    split = Gradients(loss, None, parts, count_targets)
+    value_of_parts, grads_of_parts = eqx.filter_jit(split)(optimizer, model, batch, getkey())
+    np.testing.assert_allclose(value_of_parts, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads_of_parts), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_parts_of_a_batch_in_which_nothing_counts(getkey):
+    batch = text_batch() | {"loss_mask": jnp.zeros((B, T), jnp.bool_)}
+    split = Gradients(language_model_loss, None, B, count_targets)
+    value, grads = split(AdamW(1.0), language_model(getkey()), batch, getkey())
+    assert value == 0 and not any(jnp.any(x) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        text_batch(),
+        {"tokens": np.ones(4, int), "targets": np.ones(4, int)},
+        {"tokens": np.ones(())},
+    ],
+)
+def test_rows_that_cannot_be_divided_are_refused(getkey, batch):
+    with pytest.raises(ValueError, match="accumulate=4 needs"):
+        train_step(
+            language_model(getkey()),
+            None,
+            batch,
+            optimizer=AdamW(1.0),
+            loss=language_model_loss,
+            key=getkey(),
+            accumulate=4,
+        )
+
+
+def test_packed_documents_are_as_separate_ones(getkey):
+    """Each by itself, weighted by its length; 2 of the places are padding."""
+    model = language_model(getkey(), position=RotaryPositionalEncoding())
+    text, lengths = np.random.default_rng(8).integers(0, VOCAB, (2, 12)), [[4, 3, 5], [6, 4]]
+    batch = {
+        "tokens": text,
+        "targets": (text * 5 + 2) % VOCAB,
+        "positions": np.array([[*range(4), *range(3), *range(5)], [*range(6), *range(4), -1, -1]]),
+        "segment_ids": np.array([[0] * 4 + [1] * 3 + [2] * 5, [0] * 6 + [1] * 4 + [-1] * 2]),
+    }
+    batch, apart, begin = jax.device_put(batch), [], [0, 0]
+    for row, row_lengths in enumerate(lengths):
+        for length in row_lengths:
+            part = np.s_[row : row + 1, begin[row] : begin[row] + length]
+            own = {name: batch[name][part] for name in ("tokens", "targets")}
+            apart.append((float(language_model_loss(model, own)), length))
+            begin[row] += length
+    expected = np.average(*np.transpose(apart)[:1], weights=np.transpose(apart)[1])
+    np.testing.assert_allclose(language_model_loss(model, batch), expected, rtol=1e-5)
+    assert count_targets(batch) == 22
+
+
+def test_a_masked_language_model_is_scored_where_it_was_masked(getkey):
+    model = TransformerEncoder(
+        VOCAB, 12, 3, 1, 20, T, 0.0, output=OutputLayer, tie_embeddings=True, key=getkey()
+    )
+    text, hidden = text_batch()["targets"], np.random.default_rng(3).random((B, T)) < 0.3
+    padding, hidden = jnp.arange(T) < jnp.array([T, 3, 5, T, 4])[:, None], jnp.asarray(hidden)
+    batch = {"tokens": jnp.where(hidden, 0, text), "targets": text, "loss_mask": hidden & padding}
+    batch["padding_mask"] = padding
+    logits = model.logits(batch["tokens"], padding_mask=padding)
+    loss = masked_language_model_loss(model, batch)
+    expected = cross_entropy(logits, text, hidden & padding)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert count_targets(batch) == (hidden & padding).sum()
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"tokens": np.ones((2, 3), int)}, "must have tokens, targets, got tokens"),
+        ({}, "got nothing"),
+        ([1, 2], "must be a dict of arrays, got list"),
+        (text_batch() | {"position": 1}, "Did you mean 'positions'"),
+        (text_batch() | {"positions": np.zeros((B, T), int)}, "both positions and segment_ids"),
+    ],
+)
+def test_batches_that_lack_something(getkey, no_shape_checker, batch, words):
+    with pytest.raises(ValueError, match=words):
+        language_model_loss(language_model(getkey()), batch)
 
 
 def test_padding_does_not_count(getkey):

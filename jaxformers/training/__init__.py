@@ -1,0 +1,14 @@
+"""Training: what is minimised, one step, and the loop.
+
+Read `objectives` (the losses of the three models, and what a batch is), `step` (gradients, then the
+optimiser, as one compiled program), `fit` (the loop around it: resume, evaluation, curves).
+`evaluate` measures; `log` writes the figures down; `interrupt` ends a run between two steps.
+"""
+
+from jaxformers.training.objectives import (
+    count_targets,
+    language_model_loss,
+    masked_language_model_loss,
+    sequence_to_sequence_loss,
+)
+from jaxformers.training.step import BadSteps, Training, train_step

@@ -1,0 +1,60 @@
+"""The mean loss over given batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxformers.checks import check_callable
+from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
+
+
+def evaluate(
+    model: PyTree,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss,
+    count: Callable[[Batch], Any] = count_targets,
+) -> float:
+    """The mean loss over batches, each weighted by what counts in it, without dropout.
+
+    Arguments:
+        model: what `loss` takes.
+        batches: dicts of arrays; or a source of `jaxformers.data`, of which every example is taken
+            once. Batches of other shapes compile another program each.
+        loss: function `(model, batch, key) -> scalar`, a mean over what counts; key is None.
+        count: function `batch -> number`, of what `loss` takes the mean over.
+
+    Raises:
+        ValueError: if there are no batches, or nothing counts in any; and as `loss` does.
+
+    Example:
+        >>> mean = evaluate(model, [batch, batch], loss=language_model_loss)
+    """
+    check_callable(loss=loss, count=count)
+    parts = []
+    for batch in in_order(batches):
+        check_ids(loss, model, batch)
+        batch = {name: x for name, x in batch.items() if x is not None}
+        parts.append(_value((loss, count), model, batch))
+    weights = np.array([float(weight) for _, weight in parts])
+    if not weights.any():
+        raise ValueError(
+            f"there must be targets that count, got {len(parts)} batches with none. An iterator "
+            "gives its batches once: pass a list, or a source of jaxformers.data."
+        )
+    return float(np.average([float(value) for value, _ in parts], weights=weights))
+
+
+def in_order(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """What there is, once."""
+    return batches.in_order() if hasattr(batches, "in_order") else iter(batches)
+
+
+@eqx.filter_jit
+def _value(functions, model, batch):
+    loss, count = functions
+    return loss(model, batch, None), jnp.asarray(count(batch))
