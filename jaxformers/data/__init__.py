@@ -1,0 +1,27 @@
+"""Token files, and batches made of them: functions of a seed and a number, so runs can go on."""
+
+from jaxformers.data.corruption import MaskedTokens, SpanCorruption
+from jaxformers.data.order import Bucketed, Picked, Shuffled
+from jaxformers.data.packing import PackedDocuments
+from jaxformers.data.padded import PaddedPairs, PaddedTexts, answer, chat
+from jaxformers.data.source import Changed, Source
+from jaxformers.data.tokens import Tokens, open_tokens
+from jaxformers.data.windows import Windows
+
+__all__ = [
+    "Bucketed",
+    "Changed",
+    "MaskedTokens",
+    "PackedDocuments",
+    "PaddedPairs",
+    "PaddedTexts",
+    "Picked",
+    "Shuffled",
+    "Source",
+    "SpanCorruption",
+    "Tokens",
+    "Windows",
+    "answer",
+    "chat",
+    "open_tokens",
+]

@@ -1,0 +1,195 @@
+"""Texts with something hidden, for a model to guess: BERT's masks and T5's spans."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxformers.checks import check_positive, check_rate, check_size
+from jaxformers.data.order import uniform
+from jaxformers.data.source import Changed
+from jaxformers.data.tokens import check_id
+from jaxformers.data.windows import Windows
+
+
+class MaskedTokens(Changed):
+    """Batches for a masked language model (Devlin et al. 2019), of another source's `tokens`.
+
+    Of the tokens that are neither special nor padding, `rate` are to be guessed: 80 % of these
+    become the mask token, 10 % a random one, and 10 % stay.
+
+    Arguments:
+        source: `Windows`, `PackedDocuments` or another source of `tokens`.
+        mask_token: the id that hides.
+        vocab_size: random tokens are below this.
+        special_tokens: ids that are never hidden, such as those of [CLS] and [SEP].
+        rate: the share of tokens to guess.
+
+    Batches:
+        `tokens` with something hidden; `targets`, the true tokens; `loss_mask`, True where one is
+        to be guessed; and `padding_mask`, `positions` and `segment_ids` where the source has them.
+
+    Raises:
+        ValueError: if an id is not in the vocabulary, or `rate` is not in (0, 1).
+
+    Example:
+        >>> windows = Windows(np.arange(100), length=8, batch_size=3)
+        >>> batch = MaskedTokens(windows, mask_token=100, vocab_size=101)[0]
+        >>> shown = np.where(batch["loss_mask"], batch["targets"], batch["tokens"])
+        >>> np.array_equal(shown, windows[0]["tokens"])
+        True
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        mask_token: int,
+        vocab_size: int,
+        special_tokens: Iterable[int] = (),
+        rate: float = 0.15,
+    ):
+        super().__init__(source)
+        check_size(vocab_size=vocab_size)
+        check_rate(rate=rate)
+        check_positive(rate=rate)
+        self.mask_token, self.vocab_size, self.rate = mask_token, vocab_size, rate
+        self.special_tokens = list(special_tokens)
+        for token in (mask_token, *self.special_tokens):
+            check_id(token=token, below=vocab_size)
+
+    def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = batch["tokens"]
+        real = batch.get("padding_mask", batch.get("segment_ids", np.ones(1)) > 0)
+        whether, how, which = (uniform(numbers, tokens.shape[1], use) for use in range(3))
+        guess = (whether < self.rate) & real & ~np.isin(tokens, self.special_tokens)
+        others = (which * self.vocab_size).astype(np.int32)
+        shown = np.select([how < 0.8, how < 0.9], [np.int32(self.mask_token), others], tokens)
+        changed = {"tokens": np.where(guess, shown, tokens), "targets": tokens, "loss_mask": guess}
+        return batch | changed
+
+
+class SpanCorruption(Changed):
+    """Batches for an encoder-decoder that fills gaps (T5, Raffel et al. 2020), of windows.
+
+    Spans of the text, at random places, are each replaced by a sentinel; the target is each
+    sentinel with what it replaced. All rows have the same lengths, so nothing is padded: of n
+    tokens, `round(n * noise_density)` are hidden in `round(hidden / mean_span)` spans.
+
+    Arguments:
+        source: `Windows`.
+        sentinels: ids in order of their use; T5's are `range(32099, 31999, -1)`.
+        end_token: ends sources and targets.
+        start_token: what the decoder reads first; T5's is its padding, 0.
+        noise_density: the share of tokens to hide, in (0, 1).
+        mean_span: how many tokens a span has on average, at least 1.
+
+    Batches:
+        int32: `src` `(b, s)`, `tgt` and `targets` `(b, t)`.
+
+    Raises:
+        ValueError: if the source is no `Windows`, there are too few sentinels, or a number is out
+            of range.
+
+    Example:
+        >>> length = SpanCorruption.text_length(512)
+        >>> windows = Windows(np.arange(5000), length, batch_size=3)
+        >>> source = SpanCorruption(windows, range(32099, 31999, -1), end_token=1)
+        >>> {name: array.shape for name, array in source[0].items()}
+        {'src': (3, 512), 'tgt': (3, 114), 'targets': (3, 114)}
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        sentinels: Sequence[int],
+        *,
+        end_token: int,
+        start_token: int = 0,
+        noise_density: float = 0.15,
+        mean_span: float = 3.0,
+    ):
+        super().__init__(source)
+        if not isinstance(source, Windows):
+            raise ValueError(
+                f"spans are hidden in texts of one length: source must be Windows, got {source!r}."
+            )
+        _check_noise(noise_density, mean_span)
+        for token in (*sentinels, end_token, start_token):
+            check_id(token=token)
+        _, spans = _count(source.length, noise_density, mean_span)
+        if len(set(sentinels)) < len(sentinels) or len(sentinels) < spans:
+            raise ValueError(
+                f"windows of {source.length} tokens need {spans} sentinels, all different; got "
+                f"{len(set(sentinels))}. Choose a smaller length or noise_density."
+            )
+        self.sentinels = np.array(sentinels, np.int32)
+        self.end_token, self.start_token = end_token, start_token
+        self.noise_density, self.mean_span = noise_density, mean_span
+
+    @staticmethod
+    def text_length(src_length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
+        """How long windows have to be for sources of (at most) this length.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        check_size(src_length=src_length)
+        _check_noise(noise_density, mean_span)
+
+        def source_of(length: int) -> int:
+            noise, spans = _count(length, noise_density, mean_span)
+            return length - noise + spans + 1
+
+        length = 1
+        while source_of(length + 1) <= src_length:
+            length += 1
+        return length
+
+    def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = batch["tokens"]
+        b, length = tokens.shape
+        noise, spans = _count(length, self.noise_density, self.mean_span)
+        kept = _segments(uniform(numbers, max(length - noise - 1, 0), 0), length - noise, spans)
+        hidden = _segments(uniform(numbers, max(noise - 1, 0), 1), noise, spans)
+        # Kept and hidden segments take turns, kept ones first.
+        ends = np.cumsum(np.stack([kept, hidden], axis=2).reshape(b, -1), axis=1)
+        begins = np.zeros((b, length + 1), np.int64)
+        begins[np.arange(b)[:, None], ends[:, :-1]] = 1
+        segment = np.cumsum(begins, axis=1)[:, :-1]
+        is_begin = begins[:, :-1] == 1
+        is_begin[:, 0] = True
+        sentinels = self.sentinels[segment // 2]
+        is_hidden = segment % 2 == 1
+        src, targets = (
+            np.where(gone, sentinels, tokens)[~gone | is_begin].reshape(b, -1)
+            for gone in (is_hidden, ~is_hidden)
+        )
+        end, start = (np.full((b, 1), i, np.int32) for i in (self.end_token, self.start_token))
+        targets = np.concatenate([targets, end], axis=1)
+        return {
+            "src": np.concatenate([src, end], axis=1),
+            "tgt": np.concatenate([start, targets[:, :-1]], axis=1),
+            "targets": targets,
+        }
+
+
+def _count(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
+    """How many tokens to hide, and in how many spans: as T5 does, at least one of each."""
+    noise = min(max(round(length * noise_density), 1), length - 1)
+    # Between two spans there is something to read.
+    return noise, max(1, min(round(noise / mean_span), length - noise))
+
+
+def _segments(random: np.ndarray, items: int, count: int) -> np.ndarray:
+    """(b, count) lengths of segments of `items`, none empty; all ways to cut equally likely."""
+    b = len(random)
+    cuts = np.sort(np.argsort(random, axis=1)[:, : count - 1], axis=1) + 1
+    return np.diff(cuts, axis=1, prepend=np.zeros((b, 1), int), append=np.full((b, 1), items))
+
+
+def _check_noise(noise_density: Any, mean_span: Any) -> None:
+    check_rate(noise_density=noise_density)
+    check_positive(noise_density=noise_density, mean_span=mean_span)
+    if mean_span < 1:
+        raise ValueError(f"mean_span must be at least 1 token, got {mean_span!r}.")

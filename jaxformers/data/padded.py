@@ -1,0 +1,294 @@
+"""Texts of different lengths, padded: pairs for encoder-decoders, and answers to learn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxformers.data.order import Bucketed, Picked
+from jaxformers.data.source import Source
+from jaxformers.data.tokens import Tokens, check_id, open_tokens
+
+
+class PaddedPairs(Source):
+    """Pairs of texts for an encoder-decoder, in batches of about equal length.
+
+    Each pair comes exactly once per epoch, in shuffled order. There are at most `buckets` shapes
+    (`source.shapes` lists them), so a training step is compiled that often. One batch of an epoch
+    has empty rows where the pairs do not fill it.
+
+    Arguments:
+        pairs: a sequence of `(source, target)`, each a sequence of ids. A source ends as its
+            encoder expects it, with an end token if it was trained so; the target is without its
+            start and end.
+        batch_size: rows of a batch, b.
+        start_token: what the decoder reads first.
+        end_token: the last target.
+        buckets: how many shapes at most.
+        seed: of the order, an integer from 0 on.
+
+    Batches:
+        int32: `src` `(b, s)`, `tgt` and `targets` `(b, t)`; boolean, True where a token is real:
+        `src_padding_mask` `(b, s)`, `tgt_padding_mask` `(b, t)`.
+
+    Raises:
+        ValueError: if there are no pairs, a source is empty, or these are no ids.
+
+    Example:
+        >>> pairs = PaddedPairs([([5, 6, 7], [8, 9]), ([6], [7])], 2, start_token=1, end_token=2)
+        >>> (batch,) = pairs.in_order()
+        >>> batch["tgt"]
+        array([[1, 8, 9],
+               [1, 7, 0]], dtype=int32)
+        >>> batch["targets"]
+        array([[8, 9, 2],
+               [7, 2, 0]], dtype=int32)
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        batch_size: int,
+        *,
+        start_token: int,
+        end_token: int,
+        buckets: int = 4,
+        seed: int = 0,
+    ):
+        start, end = check_id(start_token=start_token), check_id(end_token=end_token)
+        sources, targets = split_pairs("pairs", "(source, target)", pairs)
+        self.sources = named_documents("source", sources)
+        self.targets = named_documents("target", [[start, *ids, end] for ids in targets])
+        sizes = [_sizes(self.sources), _sizes(self.targets) - 1]
+        if (sizes[0] == 0).any():
+            raise ValueError(
+                f"every source must have at least one token, pair {int(sizes[0].argmin())} has "
+                "none. Leave it out."
+            )
+        self.order = Bucketed(np.stack(sizes, axis=1), batch_size, buckets, seed)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """All `(s, t)` that batches may have."""
+        return self.order.shapes
+
+    def collect(self, picked: Picked) -> dict[str, np.ndarray]:
+        s, t = picked.shape
+        src, src_real = pad(self.sources, picked.examples, s)
+        text, real = pad(self.targets, picked.examples, t + 1)
+        real = real[:, 1:]
+        return {
+            "src": src,
+            "tgt": np.where(real, text[:, :-1], 0),
+            "targets": text[:, 1:],
+            "src_padding_mask": src_real,
+            "tgt_padding_mask": real,
+        }
+
+
+class PaddedTexts(Source):
+    """Texts for a language model of which only some tokens count, as in fine-tuning on answers.
+
+    Each text comes exactly once per epoch, in shuffled order, in batches of about equal length
+    with at most `buckets` shapes; see `PaddedPairs`.
+
+    Arguments:
+        texts: a sequence of `(ids, counts)`: the tokens, and for each whether it is to be learned.
+            `answer` and `chat` make them.
+        batch_size: rows of a batch, b.
+        buckets: how many shapes at most.
+        seed: of the order, an integer from 0 on.
+
+    Batches:
+        int32 `(b, t)`: `tokens`, `targets`; boolean `(b, t)`: `padding_mask`, True where a token
+        is real, and `loss_mask`, True where the target is to be learned.
+
+    Raises:
+        ValueError: if there are no texts, these are no ids, or a text has nothing to learn.
+
+    Example:
+        >>> source = PaddedTexts([answer([5, 6, 7], [8], end_token=2), answer([5], [9], 2)], 2)
+        >>> (batch,) = source.in_order()
+        >>> batch["targets"]
+        array([[6, 7, 8, 2],
+               [9, 2, 0, 0]], dtype=int32)
+        >>> batch["loss_mask"]
+        array([[False, False,  True,  True],
+               [ True,  True, False, False]])
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[tuple[Any, Any]],
+        batch_size: int,
+        *,
+        buckets: int = 4,
+        seed: int = 0,
+    ):
+        ids, counts = split_pairs("texts", "(ids, counts)", texts)
+        self.tokens = named_documents("text", ids)
+        masks = [_check_counts(k, *text) for k, text in enumerate(zip(ids, counts, strict=True))]
+        self.counts = open_tokens(masks)
+        sizes = _sizes(self.tokens)[:, None] - 1
+        self.order = Bucketed(sizes, batch_size, buckets, seed)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """All `(t,)` that batches may have."""
+        return self.order.shapes
+
+    def collect(self, picked: Picked) -> dict[str, np.ndarray]:
+        (t,) = picked.shape
+        text, real = pad(self.tokens, picked.examples, t + 1)
+        counts, _ = pad(self.counts, picked.examples, t + 1)
+        real = real[:, 1:]
+        return {
+            "tokens": np.where(real, text[:, :-1], 0),
+            "targets": text[:, 1:],
+            "padding_mask": real,
+            "loss_mask": counts[:, 1:] == 1,
+        }
+
+
+def answer(prompt: Any, reply: Any, end_token: int) -> tuple[np.ndarray, np.ndarray]:
+    """A text for `PaddedTexts`: the prompt is read, the reply and its end are learned.
+
+    Arguments:
+        prompt: ids, at least one.
+        reply: ids.
+        end_token: what follows the reply.
+
+    Returns:
+        `(ids, counts)`
+
+    Raises:
+        ValueError: if these are no ids, or the prompt is empty.
+
+    Example:
+        >>> answer([5, 6], [7], end_token=2)
+        (array([5, 6, 7, 2]), array([False, False,  True,  True]))
+    """
+    end = check_id(end_token=end_token)
+    parts = [named_documents("prompt", [prompt]).ids] if np.size(prompt) else []
+    if not parts:
+        raise ValueError("the prompt must have at least one token, got none. Begin with a start.")
+    if np.size(reply):
+        parts.append(named_documents("reply", [reply]).ids)
+    ids = np.concatenate([*parts, [end]])
+    return ids, np.arange(len(ids)) >= len(parts[0])
+
+
+def chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation for `PaddedTexts`: what the assistant says is learned, with its end.
+
+    The text is what the tokenizer's chat template makes of it, encoded at once, as it is when the
+    model answers. A token counts if it begins in an answer.
+
+    Arguments:
+        tokenizer: a `jaxformers.Tokenizer` with a chat template.
+        messages: such as `{"role": "user", "content": "Hello"}`, at least one of "assistant".
+        variables: what else the template reads: see `Tokenizer.apply_chat_template`.
+
+    Returns:
+        `(ids, counts)`
+
+    Raises:
+        ValueError: if the assistant says nothing, or the template writes earlier messages in
+            another way once later ones are there.
+
+    Example:
+        >>> import tokenizers
+        >>> from tokenizers.models import WordLevel
+        >>> words = tokenizers.Tokenizer(WordLevel({"U": 0, "A": 1, "hi": 2, "yes": 3, ".": 4}))
+        >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> template = (
+        ...     "{% for m in messages %}{{ 'A ' if m.role == 'assistant' else 'U ' }}"
+        ...     "{{ m.content }} . {% endfor %}{% if add_generation_prompt %}A {% endif %}"
+        ... )
+        >>> tokenizer = Tokenizer({
+        ...     "tokenizer.json": words.to_str().encode(),
+        ...     "chat_template.jinja": template.encode(),
+        ... })
+        >>> question, reply = ({"role": r, "content": c} for r, c in
+        ...                    [("user", "hi"), ("assistant", "yes")])
+        >>> chat(tokenizer, [question, reply])
+        (array([0, 2, 4, 1, 3, 4]), array([False, False, False, False,  True,  True]))
+    """
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **variables)
+    spans = []
+    for k, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before, after = (
+            tokenizer.apply_chat_template(part, add_generation_prompt=prompt, **variables)
+            for part, prompt in ((messages[:k], True), (messages[: k + 1], False))
+        )
+        if not (text.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"the chat template must write message {k} in the same way whatever follows, and "
+                "after the opening that it writes for an answer. It does not: pass each answer as "
+                "a conversation of its own that ends with it."
+            )
+        # Space after the end of a turn belongs to the template, no model has to write it.
+        spans.append((len(before), len(after.rstrip())))
+    if not spans:
+        raise ValueError('messages must have at least one of the role "assistant" to learn.')
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    begins = np.array([first for first, _ in encoding.offsets])
+    counts = np.zeros(len(begins), np.bool_)
+    for first, last in spans:
+        counts |= (begins >= first) & (begins < last)
+    return np.array(encoding.ids), counts
+
+
+def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """These documents side by side, and which tokens are real; nothing for the document -1."""
+    there = examples >= 0
+    starts, sizes = documents.starts[examples], _sizes(documents)[examples]
+    return documents.rows(starts, np.where(there, sizes, 0), width)
+
+
+def split_pairs(name: str, form: str, pairs: Any) -> tuple[list[Any], list[Any]]:
+    """The firsts and the seconds of a sequence of pairs."""
+    if not isinstance(pairs, Sequence) or not pairs:
+        raise ValueError(f"{name} must be a list of at least one {form}, got {pairs!r:.80}.")
+    for k, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"{name} must be a list of {form}, number {k} is {pair!r:.80}.")
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def named_documents(name: str, documents: list[Any]) -> Tokens:
+    """Documents in memory, whose ids are checked at once."""
+    arrays = []
+    for k, ids in enumerate(documents):
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+            raise ValueError(
+                f"a {name} must be a row of ids, integers from 0 on; number {k} is {ids!r:.80}."
+            )
+        arrays.append(array.astype(np.int64))
+    tokens = open_tokens(arrays)
+    tokens.verify()
+    return tokens
+
+
+def _sizes(documents: Tokens) -> np.ndarray:
+    return np.asarray(documents.ends) - documents.starts
+
+
+def _check_counts(k: int, ids: Any, counts: Any) -> np.ndarray:
+    counts = np.asarray(counts)
+    if counts.dtype != np.bool_ or counts.shape != np.shape(ids):
+        raise ValueError(
+            f"counts must be booleans, one for each id; those of text {k} are "
+            f"{counts.shape} of {counts.dtype} for ids of shape {np.shape(ids)}."
+        )
+    if not counts[1:].any():
+        raise ValueError(
+            f"text {k} has nothing to learn: of the tokens after its first none counts. "
+            "Leave it out."
+        )
+    return counts.astype(np.int64)

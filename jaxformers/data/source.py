@@ -1,0 +1,99 @@
+"""What every source of batches is."""
+
+import abc
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxformers.data.order import Bucketed, Picked, Shuffled
+
+
+class Source(abc.ABC):
+    """Batches by number: `source[i]` for any i from 0 on, without end.
+
+    Batch i depends on the arguments of the constructor and on i, on nothing else. So a run that
+    was stopped goes on by asking for the next number, and there is no state to save.
+
+    A class of one's own sets `order` and writes `collect`.
+
+    Example:
+        >>> class Squares(Source):
+        ...     def __init__(self, count, batch_size, seed=0):
+        ...         self.order = Shuffled(count, batch_size, seed)
+        ...     def collect(self, picked):
+        ...         return {"x": picked.examples**2}
+        >>> [batch["x"].tolist() for batch in Squares(5, 2).in_order()]
+        [[0, 1], [4, 9], [16]]
+    """
+
+    order: Shuffled | Bucketed
+
+    @abc.abstractmethod
+    def collect(self, picked: Picked) -> dict[str, np.ndarray]:
+        """The batch of these examples."""
+
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
+        return self.collect(self.order[i])
+
+    def in_order(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every example exactly once, for evaluation; the last batch may be smaller."""
+        return map(self.collect, self.picks())
+
+    def picks(self) -> Iterator[Picked]:
+        """What `in_order` collects, batch by batch."""
+        return self.order.in_order()
+
+    def shard(self, index: int, count: int) -> "Source":
+        """The rows of process `index` of `count`, at the cost of these rows alone.
+
+        On many hosts each makes its own part: `source.shard(jax.process_index(),
+        jax.process_count())[i]`, for `jax.make_array_from_process_local_data`. The parts, one
+        after the other, are the whole batch.
+
+        Raises:
+            ValueError: if there is no such process, or `batch_size` is no multiple of `count`.
+        """
+        part = copy.copy(self)
+        part.order = self.order.shard(index, count)
+        return part
+
+
+class Changed(Source):
+    """The batches of another source, each changed by `change`.
+
+    Example:
+        >>> from jaxformers.data.windows import Windows
+        >>> class Reversed(Changed):
+        ...     def change(self, batch, numbers):
+        ...         return {"tokens": batch["tokens"][:, ::-1]}
+        >>> backwards = Reversed(Windows(np.arange(10), length=3, batch_size=2))
+        >>> next(backwards.in_order())["tokens"].tolist()
+        [[2, 1, 0], [5, 4, 3]]
+    """
+
+    def __init__(self, source: Any):
+        if not isinstance(source, Source):
+            raise ValueError(
+                f"source must be a source of batches, as Windows(...), got {source!r}."
+            )
+        self.source = source
+
+    @abc.abstractmethod
+    def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch to serve, from the source's and a random number for each row (b,) uint64."""
+
+    def collect(self, picked: Picked) -> dict[str, np.ndarray]:
+        return self.change(self.source.collect(picked), picked.numbers)
+
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
+        return self.collect(self.source.order[i])
+
+    def picks(self) -> Iterator[Picked]:
+        return self.source.picks()
+
+    def shard(self, index: int, count: int) -> "Source":
+        part = copy.copy(self)
+        part.source = self.source.shard(index, count)
+        return part

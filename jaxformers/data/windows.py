@@ -1,0 +1,76 @@
+"""Windows of a long text, for language models."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from jaxformers.checks import check_size
+from jaxformers.data.order import OFFSET, Picked, Shuffled, scramble
+from jaxformers.data.source import Source
+from jaxformers.data.tokens import open_tokens
+
+
+class Windows(Source):
+    """Windows of a text in shuffled order, each with the tokens that follow.
+
+    In each epoch the windows tile the text one after the other from another offset, and each comes
+    exactly once; what they leave out at the two ends is less than two windows. `in_order()` starts
+    at the beginning and leaves nothing out: its last batch is what is shorter than a window.
+
+    Memory does not grow with the text, and any batch is found at once.
+
+    Arguments:
+        tokens: a token file, a `.npy` file or a 1-D array of ids: see `open_tokens`.
+        length: tokens of a window, t.
+        batch_size: windows of a batch, b; a batch larger than the text goes round more than once.
+        seed: of the order and the offsets, an integer from 0 on.
+
+    Batches:
+        `tokens` and `targets`, both int32 `(b, t)`.
+
+    Raises:
+        ValueError: if the text is shorter than a window and the token after it, or see
+            `open_tokens`.
+
+    Example:
+        >>> windows = Windows(np.arange(100), length=8, batch_size=3, seed=0)
+        >>> batch = windows[0]
+        >>> batch["tokens"].shape
+        (3, 8)
+        >>> np.array_equal(batch["targets"], batch["tokens"] + 1)
+        True
+    """
+
+    def __init__(self, tokens: Any, length: int, batch_size: int, seed: int = 0):
+        check_size(length=length)
+        self.tokens, self.length = open_tokens(tokens), length
+        targets = len(self.tokens) - 1
+        if targets < length:
+            raise ValueError(
+                f"a text must have at least length + 1 = {length + 1} tokens, got "
+                f"{len(self.tokens)}. Choose a smaller length, or a longer text."
+            )
+        # One window less than would fit, so that every offset has the same number of them.
+        count = max(1, len(self.tokens) // length - 1)
+        self.order = Shuffled(count, batch_size, seed)
+        self._spare = targets - count * length
+
+    def collect(self, picked: Picked) -> dict[str, np.ndarray]:
+        (length,) = picked.shape or (self.length,)
+        offsets = scramble(self.order.seed, OFFSET, picked.epochs) % np.uint64(self._spare + 1)
+        starts = np.where(picked.epochs < 0, 0, offsets.astype(np.int64))
+        starts = starts + picked.examples * self.length
+        text, _ = self.tokens.rows(starts, np.full_like(starts, length + 1), length + 1)
+        return {"tokens": text[:, :-1], "targets": text[:, 1:]}
+
+    def picks(self) -> Iterator[Picked]:
+        count, rest = divmod(len(self.tokens) - 1, self.length)
+        whole = replace(self.order, count=count + (rest > 0))
+        for picked in whole.in_order():
+            full = picked.examples < count
+            if full.any():
+                yield Picked(*(part[full] for part in picked[:3]))
+            if not full.all():
+                yield Picked(*(part[~full] for part in picked[:3]), shape=(rest,))
