@@ -4,12 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxformers.data.tokenize import add_tokenize
+from jaxformers.data.train_tokenizer import add_train_tokenizer
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 if all is well, 1 if a check failed or nothing ran."""
     parser = argparse.ArgumentParser(prog="python -m jaxformers", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_verify(commands)
+    add_tokenize(commands)
+    add_train_tokenizer(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

@@ -50,10 +50,12 @@ class PackedDocuments(Source):
                [1, 1, 0, 0]], dtype=int32)
     """
 
+    order: Shuffled
+
     def __init__(self, documents: Any, length: int, batch_size: int, seed: int = 0):
         check_size(length=length)
         self.tokens, self.length = open_tokens(documents), length
-        starts, sizes = _pieces(self.tokens.starts, self.tokens.ends, length)
+        starts, sizes = _pieces(self.tokens.starts, self.tokens.lengths, length)
         if not len(sizes):
             raise ValueError(
                 "at least one document must have two tokens, one to read and one to predict; got "
@@ -62,7 +64,7 @@ class PackedDocuments(Source):
         by_size = np.argsort(sizes, kind="stable")
         self._starts, self._sizes = starts[by_size], sizes[by_size]
         self._patterns = pack(np.bincount(sizes, minlength=length + 1))
-        self._last_row = np.cumsum([pattern.count for pattern in self._patterns])
+        self._last_row = np.cumsum([pattern.repeats for pattern in self._patterns])
         self.order = Shuffled(int(self._last_row[-1]), batch_size, seed)
 
     @property
@@ -93,7 +95,7 @@ class PackedDocuments(Source):
         which = np.searchsorted(self._last_row, picked.examples, side="right")
         rows, slots = [], []
         for row, pattern in enumerate(self._patterns[k] for k in which.tolist()):
-            repeat = picked.examples[row] - (self._last_row[which[row]] - pattern.count)
+            repeat = picked.examples[row] - (self._last_row[which[row]] - pattern.repeats)
             for size, rank in zip(pattern.sizes, pattern.ranks, strict=True):
                 rows.append(row)
                 slots.append((size, rank + repeat))
@@ -108,9 +110,9 @@ class PackedDocuments(Source):
 
 
 class Pattern(NamedTuple):
-    """Rows that hold the same lengths: of these, the piece `ranks + 0, 1, ... count-1`."""
+    """Rows that hold the same lengths: of these, the piece `ranks + 0, 1, ... repeats-1`."""
 
-    count: int
+    repeats: int
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
 
@@ -123,7 +125,8 @@ def pack(histogram: np.ndarray) -> list[Pattern]:
 
     Example:
         >>> pack(np.array([0, 1, 2, 1, 0]))  # of length 1, 2, 2, 3 in rows of 4
-        [Pattern(count=1, sizes=(2, 2), ranks=(0, 1)), Pattern(count=1, sizes=(3, 1), ranks=(0, 0))]
+        [Pattern(repeats=1, sizes=(2, 2), ranks=(0, 1)),
+         Pattern(repeats=1, sizes=(3, 1), ranks=(0, 0))]
     """
     length = len(histogram) - 1
     open_rows: list[list[Pattern]] = [[] for _ in range(length + 1)]  # by the space left
@@ -149,12 +152,12 @@ def pack(histogram: np.ndarray) -> list[Pattern]:
     return [pattern for patterns in open_rows for pattern in patterns]
 
 
-def _pieces(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each piece begins and how many inputs it has; the token after them is its last target.
 
     The last token of a document is a target only, so n tokens make n - 1 inputs.
     """
-    inputs = np.maximum(np.asarray(ends) - starts - 1, 0)
+    inputs = np.maximum(sizes - 1, 0)
     counts = -(-inputs // length)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return (

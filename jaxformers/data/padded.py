@@ -45,6 +45,8 @@ class PaddedPairs(Source):
                [7, 2, 0]], dtype=int32)
     """
 
+    order: Bucketed
+
     def __init__(
         self,
         pairs: Sequence[tuple[Any, Any]],
@@ -59,7 +61,7 @@ class PaddedPairs(Source):
         sources, targets = split_pairs("pairs", "(source, target)", pairs)
         self.sources = named_documents("source", sources)
         self.targets = named_documents("target", [[start, *ids, end] for ids in targets])
-        sizes = [_sizes(self.sources), _sizes(self.targets) - 1]
+        sizes = [self.sources.lengths, self.targets.lengths - 1]
         if (sizes[0] == 0).any():
             raise ValueError(
                 f"every source must have at least one token, pair {int(sizes[0].argmin())} has "
@@ -117,6 +119,8 @@ class PaddedTexts(Source):
                [ True,  True, False, False]])
     """
 
+    order: Bucketed
+
     def __init__(
         self,
         texts: Sequence[tuple[Any, Any]],
@@ -129,7 +133,7 @@ class PaddedTexts(Source):
         self.tokens = named_documents("text", ids)
         masks = [_check_counts(k, *text) for k, text in enumerate(zip(ids, counts, strict=True))]
         self.counts = open_tokens(masks)
-        sizes = _sizes(self.tokens)[:, None] - 1
+        sizes = self.tokens.lengths[:, None] - 1
         self.order = Bucketed(sizes, batch_size, buckets, seed)
 
     @property
@@ -245,9 +249,10 @@ def chat(
 
 def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """These documents side by side, and which tokens are real; nothing for the document -1."""
-    there = examples >= 0
-    starts, sizes = documents.starts[examples], _sizes(documents)[examples]
-    return documents.rows(starts, np.where(there, sizes, 0), width)
+    ends = documents.documents()
+    starts = np.where(examples > 0, ends[examples - 1], 0)
+    lengths = np.where(examples >= 0, ends[examples] - starts, 0)
+    return documents.rows(starts, lengths, width)
 
 
 def split_pairs(name: str, form: str, pairs: Any) -> tuple[list[Any], list[Any]]:
@@ -273,10 +278,6 @@ def named_documents(name: str, documents: list[Any]) -> Tokens:
     tokens = open_tokens(arrays)
     tokens.verify()
     return tokens
-
-
-def _sizes(documents: Tokens) -> np.ndarray:
-    return np.asarray(documents.ends) - documents.starts
 
 
 def _check_counts(k: int, ids: Any, counts: Any) -> np.ndarray:

@@ -99,8 +99,22 @@ class Tokens:
     @property
     def starts(self) -> np.ndarray:
         """(documents,) where each document begins."""
-        ends = self._documents()
+        ends = self.documents()
         return np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,) how many tokens each document has."""
+        return np.diff(self.documents(), prepend=0)
+
+    def documents(self) -> np.ndarray:
+        """(documents,) where each ends, or an error if nobody said."""
+        if self.ends is None:
+            raise ValueError(
+                f"{self.name} must say where its documents end, got ids alone. Pass a list of "
+                "documents, or a token file that `python -m jaxformers tokenize` wrote."
+            )
+        return np.asarray(self.ends)
 
     def rows(
         self, starts: np.ndarray, lengths: np.ndarray, width: int
@@ -177,14 +191,6 @@ class Tokens:
                     f"{self.name} is damaged: its documents' ends do not ascend to {len(self)}. "
                     "Tokenize again."
                 )
-
-    def _documents(self) -> np.ndarray:
-        if self.ends is None:
-            raise ValueError(
-                f"{self.name} must say where its documents end, got ids alone. Pass a list of "
-                "documents, or a token file that `python -m jaxformers tokenize` wrote."
-            )
-        return np.asarray(self.ends)
 
     def _check(self, part: np.ndarray, start: int) -> None:
         """Raise if an id of these, which begin at `start`, is not in the vocabulary."""

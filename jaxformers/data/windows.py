@@ -43,6 +43,8 @@ class Windows(Source):
         True
     """
 
+    order: Shuffled
+
     def __init__(self, tokens: Any, length: int, batch_size: int, seed: int = 0):
         check_size(length=length)
         self.tokens, self.length = open_tokens(tokens), length
@@ -67,10 +69,10 @@ class Windows(Source):
 
     def picks(self) -> Iterator[Picked]:
         count, rest = divmod(len(self.tokens) - 1, self.length)
-        whole = replace(self.order, count=count + (rest > 0))
-        for picked in whole.in_order():
-            full = picked.examples < count
+        order = replace(self.order, count=count + (rest > 0))
+        for examples, epochs, numbers, _ in order.in_order():
+            full = examples < count
             if full.any():
-                yield Picked(*(part[full] for part in picked[:3]))
+                yield Picked(examples[full], epochs[full], numbers[full])
             if not full.all():
-                yield Picked(*(part[~full] for part in picked[:3]), shape=(rest,))
+                yield Picked(examples[~full], epochs[~full], numbers[~full], (rest,))

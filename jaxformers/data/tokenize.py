@@ -1,0 +1,350 @@
+"""Text files to a token file, in constant memory, in steps that outlive a kill.
+
+What is written so far is in `progress.json`, which is replaced after each step, when the ids it
+counts are on the disk. Who starts again cuts off what came after, and goes on from there: the
+result is the same to the byte. `tokens.json` is written last, and without it nothing is a token
+file.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxformers.data.text_files import Piece, check_inputs, read_pieces
+from jaxformers.data.tokens import FORMAT, Tokens, open_tokens, token_dtype
+from jaxformers.data.train_tokenizer import (
+    bytes_tokenizer,
+    characters_tokenizer,
+    save_new,
+    texts_of,
+)
+from jaxformers.hf.json_file import read_json
+from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.hf.tokenizer_files import guarded
+
+STEP = 2**21  # bytes of text between two entries in progress.json
+HEADER = 128  # bytes before the ids of a .npy file
+
+
+@dataclass
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        job: what makes the same job: tokenizer, inputs and their sizes, and so on.
+        input: which input is being read, and `start`, from which byte on.
+        tokens, documents: what is written; `begun`, where the current document begins.
+        empty: how many documents had no token and were left out.
+        checksum: CRC-32 of the ids.
+    """
+
+    job: dict[str, Any]
+    input: int = 0
+    start: int = 0
+    tokens: int = 0
+    documents: int = 0
+    begun: int = 0
+    empty: int = 0
+    checksum: int = 0
+
+
+def tokenize(
+    inputs: list[Path],
+    out: Path,
+    tokenizer: str = "bytes",
+    *,
+    field: str = "text",
+    end_token: str | None = None,
+    add_end: bool = True,
+) -> Tokens:
+    """Write a token file of text files, or go on where that was stopped.
+
+    The texts of special tokens in a text stay text, and nothing is put around one but the end.
+
+    Arguments:
+        inputs: text files in UTF-8, each a document; or `.jsonl` files, a document in each line.
+        out: the directory to write.
+        tokenizer: the directory of one, or a name on the hub; "bytes"; or "characters", those of
+            the texts. It is saved as `out/tokenizer`.
+        field: where in a JSON line the text is.
+        end_token: what ends a document, as text; by default the tokenizer's end token.
+        add_end: whether anything does.
+
+    Raises:
+        ValueError: if an input is missing, empty or broken (the place is named), or `out` holds
+            something else.
+        ImportError: if the `tokenizers` package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> directory = Path(tempfile.mkdtemp())
+        >>> _ = (directory / "text.txt").write_text("ab")
+        >>> tokens = tokenize([directory / "text.txt"], directory / "tokens", "bytes")
+        >>> tokens.ids.tolist()
+        [97, 98, 256]
+    """
+    check_inputs(inputs)
+    out.mkdir(parents=True, exist_ok=True)
+    words = _saved_tokenizer(inputs, out, tokenizer, field)
+    end = _end_id(words, end_token) if add_end else None
+    job = {
+        "inputs": [[path.name, path.stat().st_size] for path in inputs],
+        "tokenizer": hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest(),
+        "characters": tokenizer == "characters",
+        "vocab_size": words.vocab_size,
+        "field": field,
+        "end_token": end,
+    }
+    if (out / "tokens.json").exists():
+        if read_json(out / "tokens.json").get("job") != job:
+            raise ValueError(f"{out} holds another token file. Choose another directory.")
+        return open_tokens(out)
+    progress = _read_progress(out, job)
+    words.backend.encode_special_tokens = True  # what looks like one in a text is text
+    _write(inputs, out, words, end, progress)
+    return open_tokens(out)
+
+
+def add_tokenize(commands: "argparse._SubParsersAction") -> None:
+    """`tokenize FILE ... --out DIR --tokenizer DIR`"""
+    parser = commands.add_parser(
+        "tokenize",
+        help="make a token file of text files",
+        description="Write the token ids of text files to a directory that "
+        "jaxformers.data.open_tokens reads. Each text file (UTF-8) is a document, and so is each "
+        "line of a .jsonl file. If it is stopped, the same command goes on where it was.",
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="text")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help='directory of a tokenizer, or "bytes", or "characters"',
+    )
+    parser.add_argument("--field", default="text", help="of a JSON line (default: text)")
+    parser.add_argument(
+        "--end-token", metavar="TEXT", help="ends a document (default: the tokenizer's)"
+    )
+    parser.add_argument("--no-end-token", action="store_true", help="nothing ends a document")
+    parser.set_defaults(run=run_tokenize)
+
+
+def run_tokenize(options: argparse.Namespace) -> int:
+    tokens = tokenize(
+        options.inputs,
+        options.out,
+        options.tokenizer,
+        field=options.field,
+        end_token=options.end_token,
+        add_end=not options.no_end_token,
+    )
+    print(tokens)
+    if empty := read_json(options.out / "tokens.json")["empty"]:
+        print(f"note: {empty} documents without a token were left out", file=sys.stderr)
+    return 0
+
+
+def _saved_tokenizer(inputs: list[Path], out: Path, name: str, field: str) -> Tokenizer:
+    """The tokenizer of this name, saved beside the tokens if it was not yet."""
+    saved = out / "tokenizer"
+    begun = any((out / name).exists() for name in ("progress.json", "tokens.json"))
+    if name == "characters" and begun and saved.exists():
+        return load_tokenizer(saved)  # the texts need not be read again for it
+    if name == "bytes":
+        tokenizer = bytes_tokenizer()
+    elif name == "characters":
+        tokenizer = characters_tokenizer(texts_of(inputs, field))
+    else:
+        tokenizer = load_tokenizer(name)
+    if saved.exists():
+        there = load_tokenizer(saved)
+        if there.backend.to_str() != tokenizer.backend.to_str():
+            raise ValueError(
+                f"{out} was begun with another tokenizer. Choose another directory, or remove it."
+            )
+        return there
+    save_new(tokenizer, saved)
+    return tokenizer
+
+
+def _end_id(tokenizer: Tokenizer, text: str | None) -> int:
+    end = tokenizer.end_token if text is None else tokenizer.backend.token_to_id(text)
+    if end is None:
+        raise ValueError(
+            "the tokenizer has no end token. Name one of its tokens with --end-token, or pass "
+            "--no-end-token."
+            if text is None
+            else f"the tokenizer has no token {text!r} to end documents with."
+        )
+    return end
+
+
+def _read_progress(out: Path, job: dict[str, Any]) -> Progress:
+    path = out / "progress.json"
+    if path.exists():
+        progress = Progress(**read_json(path))
+        if progress.job != job:
+            raise ValueError(
+                f"{out} was begun with other inputs or options. Run the command that began it, "
+                "choose another directory, or remove it."
+            )
+        return progress
+    others = sorted(p.name for p in out.iterdir() if not p.name.startswith("tokenizer"))
+    if others not in ([], [f"{path.name}.new"]):
+        raise ValueError(f"{out} is not empty, it holds {', '.join(others)}. Choose another one.")
+    progress = Progress(job)
+    _replace(path, asdict(progress))  # from here on the files are ours
+    return progress
+
+
+def _write(
+    inputs: list[Path], out: Path, tokenizer: Tokenizer, end: int | None, progress: Progress
+) -> None:
+    """Everything that is not written yet."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    with (
+        _open(out / "tokens.npy", HEADER + progress.tokens * dtype.itemsize) as ids_file,
+        _open(out / "ends.npy", HEADER + progress.documents * 8) as ends_file,
+        _bar(sum(path.stat().st_size for path in inputs)) as bar,
+    ):
+        bar.update(sum(path.stat().st_size for path in inputs[: progress.input]) + progress.start)
+        for number in range(progress.input, len(inputs)):
+            for pieces in _steps(inputs[number], progress.start, progress.job["field"]):
+                ids, ends = _encode(tokenizer, pieces, end, progress, inputs[number])
+                data = ids.astype(dtype).tobytes()
+                ids_file.write(data)
+                ends_file.write(ends.astype("<i8").tobytes())
+                bar.update(pieces[-1].stop - progress.start)
+                progress.checksum = zlib.crc32(data, progress.checksum)
+                progress.start = pieces[-1].stop
+                _save_progress(out, progress, ids_file, ends_file)
+            progress.input, progress.start = number + 1, 0
+            _save_progress(out, progress, ids_file, ends_file)
+        if not progress.tokens:
+            raise ValueError(f"{', '.join(map(str, inputs))} hold no text that makes a token.")
+        for file, count, kind in (
+            (ids_file, progress.tokens, dtype),
+            (ends_file, progress.documents, np.dtype("<i8")),
+        ):
+            file.seek(0)
+            file.write(_header(count, kind))
+            _sync(file)
+    counts = {name: getattr(progress, name) for name in ("tokens", "documents", "empty")}
+    said = {"format": FORMAT, "vocab_size": tokenizer.vocab_size, "checksum": progress.checksum}
+    _replace(out / "tokens.json", said | counts | {"job": progress.job})
+    (out / "progress.json").unlink(missing_ok=True)
+
+
+def _steps(path: Path, start: int, field: str) -> Iterator[list[Piece]]:
+    """The pieces of a file, as many at a time as are encoded and written together."""
+    pieces, begun = [], start
+    for piece in read_pieces(path, start, field):
+        pieces.append(piece)
+        if piece.stop - begun >= STEP:
+            yield pieces
+            pieces, begun = [], piece.stop
+    if pieces:
+        yield pieces
+
+
+def _encode(
+    tokenizer: Tokenizer, pieces: list[Piece], end: int | None, progress: Progress, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of these pieces and where documents end, counted in `progress`."""
+    texts = [piece.text for piece in pieces]
+    try:
+        encodings = guarded(tokenizer.backend.encode_batch_fast, texts, add_special_tokens=False)
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer cannot encode a text of {path} before byte {pieces[-1].stop}: {error} "
+            "If it is one of characters, it does not know one of these."
+        ) from None
+    ids: list[int] = []
+    ends, first = [], progress.tokens
+    for piece, encoding in zip(pieces, encodings, strict=True):
+        ids.extend(encoding.ids)
+        if not piece.ends:
+            continue
+        if first + len(ids) == progress.begun:
+            progress.empty += 1
+            continue
+        if end is not None:
+            ids.append(end)
+        progress.begun = first + len(ids)
+        ends.append(progress.begun)
+    progress.tokens += len(ids)
+    progress.documents += len(ends)
+    return np.array(ids, np.int64), np.array(ends, np.int64)
+
+
+def _open(path: Path, size: int) -> BinaryIO:
+    """The file to append to, with just `size` bytes; the first of which are for its header."""
+    have = path.stat().st_size if path.exists() else 0
+    if size > HEADER and have < size:
+        raise ValueError(
+            f"{path} has {have} bytes, {size} were written. Remove {path.parent} and start again."
+        )
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _header(count: int, dtype: np.dtype) -> bytes:
+    buffer = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    if len(buffer.getvalue()) != HEADER:
+        raise ValueError(f"NumPy wrote a header of {len(buffer.getvalue())} bytes, not {HEADER}.")
+    return buffer.getvalue()
+
+
+def _save_progress(out: Path, progress: Progress, *files: BinaryIO) -> None:
+    for file in files:
+        _sync(file)
+    _replace(out / "progress.json", asdict(progress))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file such that there is the old one or the new one, whatever happens."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+        _sync(file)
+    os.replace(new, path)
+
+
+def _bar(total: int) -> Any:
+    """A progress bar if there is the package for it and someone to see it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _NoBar()
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+class _NoBar:
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        pass
