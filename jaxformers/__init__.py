@@ -1,6 +1,7 @@
 """Transformer models for JAX as Equinox modules."""
 
 from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
+from jaxformers.checkpoint import load, save
 from jaxformers.compilation_cache import keep_compiled_programs
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
@@ -74,6 +75,8 @@ from jaxformers.training import (
     sequence_to_sequence_loss,
     train_step,
 )
+from jaxformers.training_checkpoints import Checkpoints
+from jaxformers.training_state import digest
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM

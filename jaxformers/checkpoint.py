@@ -1,0 +1,189 @@
+"""Models in files: one safetensors file each, which is there whole or not at all.
+
+The file's header holds what its tensors belong to, as JSON, and a digest of every byte. Nothing in
+it is code, and nothing that it names is imported.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxformers.construction import Decoder, Encoder
+from jaxformers.hf.json_file import parse_json, shorten
+from jaxformers.hf.load import put
+from jaxformers.hf.safetensors_file import (
+    Stored,
+    Unsaved,
+    check_seal,
+    read_header_and_metadata,
+    read_tensor,
+    write_sealed_file,
+)
+
+_FORMAT = "jaxformers 1"
+
+
+def save(path: str | os.PathLike, model: Any) -> None:
+    """Write a model to one file, from which `load` makes it again without being told what it was.
+
+    The file is in the safetensors format, with the construction in its header. It gets its name
+    when it is complete, so that an earlier one stays until then.
+
+    Arguments:
+        path: the file, such as "model.safetensors"; its directory is made if it is not there.
+        model: a model, a layer, a module of your own, or tuples, lists and dicts of these, with
+            any arrays. An array that is at two places stays one.
+
+    Raises:
+        ValueError: naming the field that cannot be saved, such as a lambda.
+        OSError: if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> save(path, model)
+        >>> bool((load(path)(tokens) == model(tokens)).all())
+        True
+    """
+    path = check_path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory. Pass the file, such as {path}/model.safetensors.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_object(path, model)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    known: Iterable[Any] = (),
+    sharding: Sharding | Callable | None = None,
+) -> Any:
+    """The model in a file of `save`.
+
+    A file may name classes and functions of jaxformers, `equinox.nn` and `jax.nn`, and the
+    elementwise functions of `jax.numpy`. Anything else has to be handed in, and nothing is
+    imported: a file from a stranger can be loaded.
+
+    Arguments:
+        path: the file.
+        known: further classes and functions that it may name, such as `[MyNorm, my_activation]`.
+        sharding: where JAX's arrays go: a `jax.sharding.Sharding` for all, or a function
+            `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
+            "decoder.layers.0.self_attention.wq"; None is the default device.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it asks for what is not known or
+            was built otherwise in another version.
+        ImportError: if the `safetensors` package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/norms.safetensors"
+        >>> save(path, {"first": LayerNorm(16), "second": RMSNorm(16, eps=1e-5)})
+        >>> load(path)["second"].eps
+        1e-05
+    """
+    return read_object(check_path(path), known, sharding)
+
+
+def check_path(path: Any) -> Path:
+    """A path as a `Path`."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"path must be that of a file, got {path!r:.200}.")
+    return Path(path)
+
+
+def write_object(path: Path, x: Any) -> None:
+    """Write a file under another name, and give it its own when it is safe on the disk."""
+    encoder = Encoder()
+    construction = encoder.encode(x)
+    text = json.dumps(construction, separators=(",", ":"))
+    # What would be refused when it is read is refused now.
+    parse_json(json.dumps({"construction": construction}).encode(), "what is to be saved")
+    tensors = [
+        Unsaved(name, tuple(x.shape), np.dtype(x.dtype), partial(np.asarray, x))
+        for name, x in encoder.arrays.items()
+    ]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write_sealed_file(temporary, tensors, {"format": _FORMAT, "construction": text})
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} cannot be written: {error.strerror or error}. What was there before is as it "
+            "was; make room, or pass a place that can be written to",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """A new name is safe when its directory is."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> Any:
+    """What is in a file of `write_object`; arguments and errors as for `load`."""
+    tensors, metadata = read_header_and_metadata(path)
+    if metadata.get("format") != _FORMAT or "construction" not in metadata:
+        raise ValueError(
+            f"{path} is a safetensors file, but not one of jaxformers.save ({_FORMAT!r}): its "
+            f"metadata are {shorten(metadata)}. A checkpoint of Hugging Face is loaded by "
+            "from_pretrained(directory)."
+        )
+    check_seal(path)
+    text = '{"construction":' + metadata["construction"] + "}"
+    construction = parse_json(text.encode(), f"the construction in {path}")["construction"]
+    used: set[str] = set()
+
+    def read(name: str, kind: str) -> Any:
+        if name not in tensors:
+            raise ValueError(f"the tensor {shorten(name)} is missing")
+        used.add(name)
+        return _read_array(name, tensors[name], kind, sharding)
+
+    try:
+        made = Decoder(read, known).decode(construction)
+        surplus = sorted(tensors.keys() - used)
+        if surplus:
+            raise ValueError(f"the tensors {', '.join(map(shorten, surplus[:5]))} belong nowhere.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return made
+
+
+def _read_array(name: str, stored: Stored, kind: str, sharding: Any) -> Any:
+    if kind == "numpy":
+        return read_tensor(stored)
+    if kind == "scalar" and stored.shape == ():
+        return read_tensor(stored)[()]
+    if kind == "jax":
+        if jax.dtypes.canonicalize_dtype(stored.dtype) != stored.dtype:
+            raise ValueError(
+                f"{name} has the dtype {stored.dtype}, which needs "
+                "jax.config.update('jax_enable_x64', True)."
+            )
+        return put(name, read_tensor(stored), sharding)
+    if kind.startswith("key ") and stored.dtype == np.uint32:
+        try:
+            data = put(name, read_tensor(stored), sharding)
+            return jax.random.wrap_key_data(data, impl=kind.removeprefix("key "))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{shorten(name)} holds no PRNG keys: {error}") from error
+    raise ValueError(
+        f"{shorten(name)} is to be {shorten(kind)}, but it is {stored.dtype} {stored.shape}."
+    )

@@ -1,0 +1,330 @@
+"""Objects as JSON and arrays, and back: how a file says what a model is built of.
+
+Nothing that a file names is imported or run. A name in it is looked up among the objects that are
+known here, and objects are put together from their fields without calling `__init__`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.hf.json_file import shorten
+from jaxformers.hf.safetensors_file import DTYPES, NAMES
+
+# Modules of ours whose functions only compute: with another module's, a file could name one that
+# writes, for the model to call.
+_FUNCTIONS = (
+    *("activations", "attention", "initializers", "kernels", "losses", "optim"),
+    *("positional_encoding", "schedules"),
+)
+# Of jax.numpy and jax.lax, in which there are functions that read and write files as well.
+_ELEMENTWISE = (
+    *("abs", "arctan", "clip", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "logistic"),
+    *("max", "maximum", "min", "minimum", "negative", "rsqrt", "sign", "sin", "sinc", "sinh"),
+    *("sqrt", "square", "tan", "tanh", "where"),
+)
+_PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
+
+
+def known_objects() -> dict[str, Any]:
+    """What files may name, by its name there: of several for one object, the first is written."""
+    found: dict[str, Any] = {}
+    ours = [name for name in sys.modules if name.partition(".")[0] == "jaxformers"]
+    for name in sorted(ours):
+        for own, x in vars(sys.modules[name]).items():
+            if _is_ours(x):
+                found[f"{name}:{own}"] = x
+    found |= _members("jax.nn", jax.nn, lambda x: callable(x) and not isinstance(x, type))
+    scalars = {name: x for name, x in vars(jnp).items() if name in map(str, DTYPES.values())}
+    found |= {f"jax.numpy:{name}": x for name, x in scalars.items()}
+    for module in (jnp, jax.lax):
+        found |= {
+            f"{module.__name__}:{name}": getattr(module, name)
+            for name in _ELEMENTWISE
+            if hasattr(module, name)
+        }
+    found |= _members("equinox.nn", eqx.nn, is_record)
+    # The identity that ends a multilayer perceptron has no name of its own.
+    last = inspect.signature(eqx.nn.MLP.__init__).parameters["final_activation"].default
+    return found | {"equinox.nn:MLP.final_activation": last}
+
+
+def _members(name: str, module: ModuleType, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    return {
+        f"{name}:{own}": x
+        for own, x in vars(module).items()
+        if not own.startswith("_") and not isinstance(x, ModuleType) and wanted(x)
+    }
+
+
+def _is_ours(x: Any) -> bool:
+    package, _, module = (getattr(x, "__module__", None) or "").partition(".")
+    if package != "jaxformers":
+        return False
+    return is_record(x) or inspect.isfunction(x) and module.partition(".")[0] in _FUNCTIONS
+
+
+def is_record(x: Any) -> bool:
+    """Whether it is a class whose objects are their fields: a module, dataclass or NamedTuple."""
+    if not isinstance(x, type):
+        return False
+    return dataclasses.is_dataclass(x) or issubclass(x, tuple) and hasattr(x, "_fields")
+
+
+def field_names(x: Any) -> tuple[str, ...]:
+    """The fields of a record, or of its objects."""
+    return getattr(x, "_fields", None) or tuple(
+        field.name for field in (dataclasses.fields(x) if dataclasses.is_dataclass(x) else ())
+    )
+
+
+class Encoder:
+    """Writes objects down; what it finds in arrays is in `arrays` then, by path.
+
+    An array that is found at two places is kept once.
+    """
+
+    arrays: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.arrays = {}
+        self._names = {id(x): name for name, x in reversed(known_objects().items())}
+        self._found: dict[int, tuple[Any, dict]] = {}
+        self._inside: set[int] = set()
+
+    def encode(self, x: Any, path: str = "") -> Any:
+        """`x` in JSON.
+
+        Raises:
+            ValueError: naming the path to what cannot be written down.
+        """
+        if x is None or type(x) in (bool, int, str):
+            return x
+        if type(x) is float:
+            return x if math.isfinite(x) else {"float": repr(x)}
+        if isinstance(x, np.dtype):
+            return {"dtype": str(x)}
+        if id(x) in self._names:
+            return {"name": self._names[id(x)]}
+        if isinstance(x, jax.Array | np.ndarray | np.generic):
+            return self._array(x, path)
+        if id(x) in self._inside:
+            raise ValueError(f"{_at(path)} holds itself, so that it has no end.")
+        self._inside.add(id(x))
+        try:
+            return self._container(x, path)
+        finally:
+            self._inside.remove(id(x))
+
+    def _container(self, x: Any, path: str) -> dict | list:
+        inner = functools.partial(_join, path)
+        if type(x) in (list, tuple):
+            items = [self.encode(item, inner(i)) for i, item in enumerate(x)]
+            return items if type(x) is list else {"tuple": items}
+        if type(x) is dict:
+            pairs = [[self.encode(k, inner(k)), self.encode(v, inner(k))] for k, v in x.items()]
+            return {"dict": pairs}
+        if type(x) in _PARTIALS.values():
+            return {
+                "partial": self.encode(x.func, inner("func")),
+                "of": next(name for name, kind in _PARTIALS.items() if kind is type(x)),
+                "args": self.encode(list(x.args), inner("args")),
+                "keywords": self.encode(x.keywords, inner("keywords")),
+            }
+        if is_record(type(x)):
+            return self._record(x, path)
+        if callable(x) and hasattr(x, "__qualname__"):
+            return {"name": _importable_name(x, path)}
+        raise ValueError(
+            f"{_at(path)} is a {type(x).__module__}.{type(x).__qualname__}, which cannot be saved. "
+            "Modules, dataclasses, NamedTuples, arrays, numbers, texts, functions with a name, and "
+            "lists, tuples and dicts of these can."
+        )
+
+    def _record(self, x: Any, path: str) -> dict:
+        names = field_names(x)
+        surplus = sorted(getattr(x, "__dict__", {}).keys() - set(names))
+        if surplus:
+            raise ValueError(
+                f"{_at(path)} has the attributes {', '.join(surplus)} beside the fields of its "
+                f"class {type(x).__name__}: make them fields, or save what it was made of."
+            )
+        fields = {name: self.encode(getattr(x, name), _join(path, name)) for name in names}
+        name = self._names.get(id(type(x))) or _importable_name(type(x), path)
+        return {"class": name, "fields": fields}
+
+    def _array(self, x: Any, path: str) -> dict:
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"{_at(path)} has no numbers inside of jit, grad or vmap: save outside of it."
+            )
+        if id(x) in self._found:
+            return self._found[id(x)][1]
+        name = path or "array"
+        while name in self.arrays or name == "__metadata__":
+            name += "'"  # two paths may read alike, as those of {"a.b": x} and {"a": {"b": x}}
+        kind, data = "numpy", x
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            kind, data = f"key {jax.random.key_impl(x)}", jax.random.key_data(x)
+        elif isinstance(x, jax.Array):
+            kind = "jax"
+        elif isinstance(x, np.generic):
+            kind, data = "scalar", np.asarray(x)
+        if data.dtype not in NAMES:
+            raise ValueError(f"{_at(path)} has the dtype {x.dtype}, which a file cannot hold.")
+        if isinstance(data, jax.Array) and not data.is_fully_addressable:
+            raise ValueError(
+                f"{_at(path)} is spread over several hosts, and one file is written by one. Save "
+                "such state with OrbaxCheckpoints(directory)."
+            )
+        self.arrays[name] = data
+        entry = {"array": name, "as": kind}
+        self._found[id(x)] = x, entry  # which keeps it alive, and so its id its own
+        return entry
+
+
+def _importable_name(x: Any, path: str) -> str:
+    """The name of a class or function that another program can find it by."""
+    module, name = getattr(x, "__module__", None), x.__qualname__
+    found: Any = sys.modules.get(module or "")
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is not x:
+        raise ValueError(
+            f"{_at(path)} is made of {module}.{name}, which no other program finds by this name. A "
+            "lambda, a function or a class from inside of a function cannot be saved: define it at "
+            "the top level of a module, or make it an eqx.Module whose fields are what it needs."
+        )
+    return f"{module}:{name}"
+
+
+class Decoder:
+    """Puts objects together again.
+
+    Arguments:
+        read: function `(name, kind) -> array` for what the file holds as a tensor; the kinds are
+            "jax", "numpy", "scalar" (of NumPy) and "key <implementation>".
+        known: classes and functions that it may name beside those of `known_objects`.
+    """
+
+    def __init__(self, read: Callable[[str, str], Any], known: Iterable[Any] = ()):
+        self._read = read
+        self._objects = known_objects()
+        self._given: dict[str, Any] = {}
+        for x in known:
+            if not callable(x) or not hasattr(x, "__qualname__"):
+                raise ValueError(f"known must be classes and functions, got {x!r:.200}.")
+            if self._given.setdefault(x.__qualname__, x) is not x:
+                raise ValueError(f"known has two different objects named {x.__qualname__}.")
+        self._arrays: dict[tuple, Any] = {}
+
+    def decode(self, x: Any, path: str = "") -> Any:
+        """What JSON of an `Encoder` stands for.
+
+        Raises:
+            ValueError: naming the path to what is not understood, not known or does not fit.
+        """
+        if isinstance(x, list):
+            return [self.decode(item, _join(path, i)) for i, item in enumerate(x)]
+        if not isinstance(x, dict):
+            return x
+        match x:
+            case {"float": "inf" | "-inf" | "nan" as text} if len(x) == 1:
+                return float(text)
+            case {"dtype": str(name)} if len(x) == 1 and name in map(str, DTYPES.values()):
+                return jnp.dtype(name)
+            case {"name": str(name)} if len(x) == 1:
+                return self._find(name, path)
+            case {"tuple": list(items)} if len(x) == 1:
+                return tuple(self.decode(items, path))
+            case {"dict": list(pairs)} if len(x) == 1:
+                return self._dict(pairs, path)
+            case {"array": str(name), "as": str(kind)} if len(x) == 2:
+                return self._array(name, kind)
+            case {"partial": f, "of": str(of), "args": list(), "keywords": {"dict": list()}}:
+                return self._partial(x, f, of, path)
+            case {"class": str(name), "fields": dict(fields)} if len(x) == 2:
+                return self._record(name, fields, path)
+        raise ValueError(f"{_at(path)} is described by {shorten(x)}, which is not understood.")
+
+    def _array(self, name: str, kind: str) -> Any:
+        if (name, kind) not in self._arrays:
+            self._arrays[name, kind] = self._read(name, kind)
+        return self._arrays[name, kind]
+
+    def _dict(self, pairs: list, path: str) -> dict:
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"{_at(path)} must be a dict in pairs, got {shorten(pairs)}.")
+        try:
+            keys = [self.decode(key, path) for key, _ in pairs]
+            found = {
+                key: self.decode(value, _join(path, key))
+                for key, (_, value) in zip(keys, pairs, strict=True)
+            }
+        except TypeError as error:
+            raise ValueError(f"{_at(path)} has a key that no dict can have: {error}.") from error
+        return found
+
+    def _partial(self, x: dict, f: Any, of: str, path: str) -> Any:
+        function = self.decode(f, _join(path, "func"))
+        args = self.decode(x["args"], _join(path, "args"))
+        keywords = self.decode(x["keywords"], _join(path, "keywords"))
+        named = all(isinstance(name, str) for name in keywords)
+        if not callable(function) or of not in _PARTIALS or not named:
+            raise ValueError(f"{_at(path)} is no partial function: {shorten(x)}.")
+        return _PARTIALS[of](function, *args, **keywords)
+
+    def _record(self, name: str, fields: dict, path: str) -> Any:
+        cls = self._find(name, path)
+        if not is_record(cls):
+            raise ValueError(f"{_at(path)}: {name} is no class of modules or of fields alone.")
+        names = set(field_names(cls))
+        missing, surplus = sorted(names - fields.keys()), sorted(fields.keys() - names)
+        if missing or surplus:
+            raise ValueError(
+                f"{_at(path)} is a {name}, which has other fields here than in the file: missing "
+                f"there {', '.join(missing) or 'none'}; not known here "
+                f"{', '.join(map(shorten, surplus)) or 'none'}. The file is of another version: "
+                "load it with that one."
+            )
+        values = {k: self.decode(v, _join(path, k)) for k, v in fields.items()}
+        if issubclass(cls, tuple):
+            return tuple.__new__(cls, [values[k] for k in field_names(cls)])
+        try:
+            made = object.__new__(cls)
+        except TypeError as error:
+            raise ValueError(f"{_at(path)} cannot be a {name}: {error}.") from error
+        for k, value in values.items():
+            object.__setattr__(made, k, value)
+        return made
+
+    def _find(self, name: str, path: str) -> Any:
+        if name in self._objects:
+            return self._objects[name]
+        given = self._given.get(name.partition(":")[2])
+        if given is None:
+            raise ValueError(
+                f"{_at(path)} is or is made of {shorten(name)}, which is not looked for, since a "
+                "file could name anything. If you know and trust it, import it and pass it: "
+                "load(path, known=[...])."
+            )
+        return given
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _at(path: str) -> str:
+    """How an error names a place."""
+    return shorten(path) if path else "the whole"

@@ -1,0 +1,221 @@
+"""The state of a training in a directory: saved in the background, rotated, restored."""
+
+import os
+import re
+import threading
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxformers.checkpoint import check_path, read_object, write_object
+from jaxformers.checks import check_size
+from jaxformers.training_state import Tree, check_alike, placed_like, replaced, snapshot
+
+_NAME = re.compile(r"step-(\d{9,})\.safetensors")
+_LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.tmp")
+
+
+class Checkpoints:
+    """The last states of a training in a directory, one file each, written in the background.
+
+    `save` copies the state to the host, which is all that a step waits for; a thread writes it. At
+    any moment, killed processes and full disks included, the directory holds whole checkpoints:
+    one gets its name when it is safe on the disk, and only then an older one goes. What a state is
+    made of is not in the file: `restore` fills a skeleton.
+
+    Arguments:
+        directory: made if it is not there; one process writes to it at a time.
+        every: after how many steps `fit` saves, 500.
+        keep: how many checkpoints stay, 3.
+
+    Raises:
+        ValueError: if a number is not positive.
+        OSError: if the directory cannot be written to, or another process has it.
+
+    Example:
+        >>> import tempfile
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep=2)
+        >>> for step in (10, 20, 30):
+        ...     checkpoints.save({"w": jnp.full(3, step)}, step)
+        >>> checkpoints.wait()
+        >>> checkpoints.steps()
+        [20, 30]
+        >>> training, step = checkpoints.restore({"w": jnp.zeros(3, jnp.int32)})
+        >>> print(training["w"], step)
+        [30 30 30] 30
+    """
+
+    directory: Path
+    every: int
+    keep: int
+
+    def __init__(self, directory: str | os.PathLike, every: int = 500, keep: int = 3):
+        check_size(every=every, keep=keep)
+        self.directory, self.every, self.keep = check_path(directory), every, keep
+        self._claim = _claim(self.directory)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._broken: set[int] = set()  # found when restoring, gone after the next save
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, the newest last."""
+        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def save(self, training: Any, step: int) -> None:
+        """Copy a state to the host, and begin to write it.
+
+        It waits if the last one is still being written. Arrays may be donated afterwards.
+
+        Arguments:
+            training: any pytree; its arrays and Python numbers are kept.
+            step: how many steps it has behind it.
+
+        Raises:
+            ValueError: if there are later steps (of another training), or an array is spread over
+                several hosts.
+            OSError: if the last one could not be written.
+        """
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+            raise ValueError(f"step must be a whole number from 0, got {step!r}.")
+        self.wait()
+        later = [other for other in self.steps() if other > step and other not in self._broken]
+        if later:
+            raise ValueError(
+                f"{self.directory} has the later step {later[-1]}, so that step {step} would be "
+                "the first to go. Continue that training by restore(), or pass another directory."
+            )
+        leaves, step = snapshot(training), int(step)
+        # Not a daemon: a program that ends waits until it is written.
+        self._thread = threading.Thread(target=self._write, args=(leaves, step))
+        self._thread.start()
+
+    def _write(self, leaves: dict[str, Any], step: int) -> None:
+        try:
+            with self._claim.mutex:
+                write_object(self._path(step), {"step": step, "leaves": leaves})
+                self._broken.discard(step)
+                whole = [other for other in self.steps() if other not in self._broken]
+                for old in [*whole[: -self.keep], *self._broken]:
+                    self._path(old).unlink(missing_ok=True)
+                self._broken.clear()
+        except BaseException as error:
+            self._error = error  # for the next call
+
+    def wait(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            OSError: if it could not be; earlier checkpoints are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def restore(self, like: Tree) -> tuple[Tree, int] | None:
+        """The newest state that is whole, in the form of a skeleton, and its step.
+
+        Of one that is damaged a warning says what is wrong, and the one before is taken.
+
+        Arguments:
+            like: a tree like the one that was saved, whose arrays (or their `ShapeDtypeStruct`s)
+                say where the new ones go. Leaves that are neither arrays nor numbers are kept.
+
+        Returns:
+            The state and its step, or None if there are no checkpoints.
+
+        Raises:
+            ValueError: if the state is of another training, naming what differs, or all
+                checkpoints are damaged.
+        """
+        self.wait()
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                saved = read_object(self._path(step))
+                leaves = _leaves(self._path(step), saved, step)
+            except (OSError, ValueError) as error:
+                self._broken.add(step)
+                warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
+                continue
+            check_alike(leaves, like, str(self._path(step)))
+            return replaced(like, leaves, placed_like), step
+        if steps:
+            raise ValueError(
+                f"{self.directory} has checkpoints of the steps {', '.join(map(str, steps))}, and "
+                "all are damaged. Delete them to begin anew."
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:09}.safetensors"
+
+
+def _leaves(path: Path, saved: Any, step: int) -> dict[str, Any]:
+    if (
+        not isinstance(saved, dict)
+        or saved.keys() != {"step", "leaves"}
+        or saved["step"] != step
+        or not isinstance(saved["leaves"], dict)
+    ):
+        raise ValueError(f"{path} holds no state of a training at step {step}.")
+    return saved["leaves"]
+
+
+class _Claim:
+    """The right to write to a directory, which the system takes back when the process ends."""
+
+    def __init__(self, directory: Path):
+        self.mutex = threading.Lock()  # for threads of this process
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f"step-{0:09}.safetensors.{os.getpid()}.tmp"
+            probe.write_bytes(b"0")
+            probe.unlink()
+            descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"checkpoints cannot be written to {directory}: {error.strerror or error}. Pass a "
+                "directory that can be written to",
+            ) from error
+        weakref.finalize(self, os.close, descriptor)
+        _lock(descriptor, directory)
+        for path in directory.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):  # by a process that was killed
+                path.unlink()
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(descriptor, 20).decode(errors="replace").strip()
+        raise OSError(
+            error.errno,
+            f"{directory} is in use by another training (process {owner or 'unknown'}). Wait until "
+            "it ends, or pass another directory",
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+
+
+_CLAIMS: weakref.WeakValueDictionary[tuple, _Claim] = weakref.WeakValueDictionary()
+
+
+def _claim(directory: Path) -> _Claim:
+    """This process's claim: one, however many `Checkpoints` it makes of the directory."""
+    own = os.getpid(), os.path.realpath(directory)
+    claim = _CLAIMS.get(own) or _Claim(directory)
+    _CLAIMS[own] = claim
+    return claim

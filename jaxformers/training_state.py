@@ -1,0 +1,159 @@
+"""What is kept of a training: the arrays and numbers of any pytree by path, out of it and back."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+class HostKey(NamedTuple):
+    """PRNG keys as numbers on the host."""
+
+    impl: str
+    data: np.ndarray
+
+    @property
+    def dtype(self) -> Any:
+        return _key_type(self).dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _key_type(self).shape
+
+
+def _key_type(key: HostKey) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.wrap_key_data(jnp.asarray(key.data), impl=key.impl))
+
+
+def digest(tree: PyTree) -> str:
+    """The SHA-256 digest of all arrays of a tree with their paths, dtypes and shapes.
+
+    Two models have the same one exactly if their arrays are the same, bit for bit.
+
+    Arguments:
+        tree: any pytree; leaves that are no arrays do not count.
+
+    Raises:
+        ValueError: if an array is spread over several hosts.
+
+    Example:
+        >>> digest({"w": jnp.ones((2, 3))})[:8]
+        '2eee0fc0'
+        >>> digest(model) == digest(jax.tree.map(lambda x: x, model))
+        True
+    """
+    total = hashlib.sha256()
+    for path, x in sorted(named_leaves(tree).items()):
+        if _is_array(x):
+            host = to_host(path, x)
+            data = host.data if isinstance(host, HostKey) else host
+            total.update(f"{path} {x.dtype} {x.shape}\n".encode())
+            total.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves that are data, arrays and Python's numbers, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named: dict[str, Any] = {}
+    for path, x in leaves:
+        if _is_data(x):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if name in named:
+                raise ValueError(
+                    f"two leaves have the path {name!r}: give dicts keys without points."
+                )
+            named[name] = x
+    return named
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _is_data(x: Any) -> bool:
+    return _is_array(x) or isinstance(x, bool | int | float | jax.ShapeDtypeStruct)
+
+
+def to_host(path: str, x: Any) -> Any:
+    """A copy on the host, which stays what it is when `x` is donated or changed in place."""
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+        raise ValueError(f"{path} has no numbers here: save outside of jit, grad and vmap.")
+    if isinstance(x, jax.Array):
+        if not x.is_fully_addressable:
+            raise ValueError(
+                f"{path} is spread over several hosts, and one file is written by one. Save such "
+                "state with OrbaxCheckpoints(directory)."
+            )
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return HostKey(str(jax.random.key_impl(x)), np.array(jax.random.key_data(x)))
+        # NumPy looks at a CPU's array in place; from another device it has been copied already.
+        in_place = any(device.platform == "cpu" for device in x.devices())
+        return np.array(x, copy=True if in_place else None)
+    return np.array(x) if isinstance(x, np.ndarray) else x
+
+
+def snapshot(tree: PyTree) -> dict[str, Any]:
+    """The arrays and numbers of a tree by path, copied to the host."""
+    leaves = named_leaves(tree)
+    for x in leaves.values():
+        if isinstance(x, jax.Array) and x.is_fully_addressable:
+            x.copy_to_host_async()  # all of them at once, before the first is waited for
+    return {path: to_host(path, x) for path, x in leaves.items()}
+
+
+def check_alike(saved: Mapping[str, Any], like: PyTree, where: str) -> None:
+    """Raise unless `saved` has the paths, shapes and dtypes of a skeleton's arrays and numbers."""
+    have, want = ({p: _describe(x) for p, x in y.items()} for y in (saved, named_leaves(like)))
+    differing = [p for p in {**want, **have} if have.get(p) != want.get(p)]
+    if differing:
+        lines = [
+            f"{p or 'the whole'}: {have.get(p, 'nothing')} there, {want.get(p, 'nothing')} here"
+            for p in differing[:5]
+        ]
+        more = f"\nand {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(
+            f"{where} was begun with other settings, and does not fit this training: pass the "
+            "model, the optimiser and the options that it was begun with, or another directory.\n"
+            + "\n".join(lines)
+            + more
+        )
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, bool | int | float) and not isinstance(x, np.generic):
+        return type(x).__name__
+    return f"{x.dtype} {tuple(x.shape)}"
+
+
+def replaced(like: Tree, values: Mapping[str, Any], place: Callable[[Any, Any], Any]) -> Tree:
+    """The skeleton with each of its arrays and numbers replaced by `place(value, old)`."""
+
+    def replace(path: tuple, old: Any) -> Any:
+        if not _is_data(old):
+            return old
+        return place(values[jax.tree_util.keystr(path, simple=True, separator=".")], old)
+
+    return jax.tree_util.tree_map_with_path(replace, like)
+
+
+def placed_like(value: Any, like: Any) -> Any:
+    """What the host has, as the same kind of leaf and where `like` is."""
+    if isinstance(like, np.generic):
+        return np.asarray(value)[()]
+    if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        return value
+    committed = like.committed if isinstance(like, jax.Array) else True
+    where = like.sharding if committed else None
+    if isinstance(value, HostKey):
+        keys = jax.random.wrap_key_data(jnp.asarray(value.data), impl=value.impl)
+        return jax.device_put(keys, where)
+    x = jax.device_put(value, where)
+    # A type that gives way to others is that of a Python number, which a file does not tell.
+    return like.at[...].set(x) if isinstance(like, jax.Array) and like.weak_type else x
