@@ -98,7 +98,7 @@ class Adafactor(LeafwiseOptimizer):
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
         """The means of rows and columns of the squared gradients, or of each square, zeros."""
         layout = self.layout(path, p)
-        apart, rows, columns = layout.matrices(p).shape
+        apart, rows, columns = layout.sizes(p.shape)
         if layout.inputs == 0:
             return {"squares": jnp.zeros((apart, rows, columns), jnp.float32)}
         shapes = {"rows": (apart, rows), "columns": (apart, columns)}

@@ -20,11 +20,14 @@ class Layout(NamedTuple):
     apart: int
     inputs: int
 
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many matrices a leaf of this shape is, of how many inputs and outputs."""
+        split = self.apart + self.inputs
+        return prod(shape[: self.apart]), prod(shape[self.apart : split]), prod(shape[split:])
+
     def matrices(self, x: Float[Array, "..."]) -> Float[Array, "apart i o"]:
         """`x` as a stack of matrices; a vector has one row."""
-        split = self.apart + self.inputs
-        sizes = x.shape[: self.apart], x.shape[self.apart : split], x.shape[split:]
-        return x.reshape(*map(prod, sizes))
+        return x.reshape(self.sizes(x.shape))
 
 
 LayoutFunction = Callable[[str, Any], Layout]

@@ -8,9 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
-from jaxformers.checks import check_flag, check_rate
+from jaxformers.checks import check_callable, check_flag, check_rate
 from jaxformers.optim.adamw import AdamW
 from jaxformers.optim.decay import default_decay_mask
 from jaxformers.optim.groups import Groups, Predicate
@@ -86,8 +87,7 @@ def is_hidden_matrix(path: str, array: Any) -> bool:
     layout = default_layout(path, array)
     outside = re.search("embed|position|score_bias|output|classifier|head", path.lower())
     # Of a single row or column there is nothing to make orthogonal.
-    sizes = array.shape[layout.apart :]
-    return layout.inputs > 0 and min(sizes) > 1 and outside is None
+    return min(layout.sizes(array.shape)[1:]) > 1 and outside is None
 
 
 class OrthogonalMomentum(LeafwiseOptimizer):
@@ -113,6 +113,12 @@ class OrthogonalMomentum(LeafwiseOptimizer):
     def __check_init__(self) -> None:
         check_rate(momentum=self.momentum)
         check_flag(nesterov=self.nesterov)
+        check_callable(scale=self.scale, layout=self.layout)
+        if np.ndim(self.coefficients) != 2 or np.shape(self.coefficients)[1] != 3:
+            raise ValueError(
+                "coefficients must be triples (a, b, c), one for each step, got "
+                f"{self.coefficients!r}. One triple for 5 steps is ((a, b, c),) * 5."
+            )
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
         """The mean of gradients, zeros.
