@@ -4,21 +4,22 @@
     python train_example.py copy            a language model learns to repeat a sequence
     python train_example.py shakespeare     a language model writes, character by character
 
-Each prints what it learned and saves its loss curve. Ctrl-C stops early and still reports.
+Each prints what it learned and saves its loss curve. Ctrl-C stops early and still reports. With
+--checkpoint DIR a run that was stopped, or killed, goes on where it was when it is started again.
 """
 
 import argparse
 import hashlib
 import os
-import signal
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -27,25 +28,21 @@ import numpy as np
 
 from jaxformers import (
     AdamW,
+    Checkpoints,
     FeedForward,
     RotaryPositionalEncoding,
     Transformer,
     TransformerLM,
+    digest,
+    evaluate,
+    fit,
     keep_compiled_programs,
     language_model_loss,
     sequence_to_sequence_loss,
-    train_step,
     warmup_cosine,
 )
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from tqdm import tqdm
-except ImportError as error:
-    sys.exit(f"{error}. The progress bar and the plot need: pip install 'jaxformers[train]'")
+from jaxformers.data import Windows
+from jaxformers.plot import loss_curve
 
 PAD, START, END = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -64,17 +61,20 @@ class Task:
 
     model: eqx.Module
     loss: Callable
-    batches: Iterator[dict[str, np.ndarray]]
+    batches: Any
     report: Callable[[eqx.Module], None]
-    validate: Callable[[eqx.Module], float] | None = None
+    eval_batches: Windows | None = None
 
 
 @dataclass
-class History:
-    """Losses by step, in nats per token."""
+class Drawn:
+    """Batches by number, each drawn with a generator of its own: a run can go on anywhere."""
 
-    train: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
+    draw: Callable[[np.random.Generator], dict[str, np.ndarray]]
+    seed: int
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.draw(np.random.default_rng((self.seed, i)))
 
 
 # Sequences of letters, for the reverse and the copy task.
@@ -117,7 +117,6 @@ def until_end(row: np.ndarray) -> np.ndarray:
 
 def reverse_task(args: argparse.Namespace) -> Task:
     """Encoder-decoder: the target is the source backwards."""
-    rng = np.random.default_rng(args.seed)
     vocabulary = END + 1 + len(LETTERS)
     model = Transformer(
         vocabulary,
@@ -139,20 +138,19 @@ def reverse_task(args: argparse.Namespace) -> Task:
             PAD,
         )
 
-    def batches():
-        while True:
-            src, length = letters(rng, args.batch_size, held_out=False)
-            answer = np.pad(backwards(src, length), ((0, 0), (1, 1)))
-            answer[:, 0] = START
-            answer[np.arange(len(src)), length + 1] = END
-            real = np.arange(LONGEST + 1) <= length[:, None]
-            yield {
-                "src": src,
-                "src_padding_mask": src != PAD,
-                "tgt": np.where(real, answer[:, :-1], PAD),
-                "targets": answer[:, 1:],
-                "tgt_padding_mask": real,
-            }
+    def batch(rng):
+        src, length = letters(rng, args.batch_size, held_out=False)
+        answer = np.pad(backwards(src, length), ((0, 0), (1, 1)))
+        answer[:, 0] = START
+        answer[np.arange(len(src)), length + 1] = END
+        real = np.arange(LONGEST + 1) <= length[:, None]
+        return {
+            "src": src,
+            "src_padding_mask": src != PAD,
+            "tgt": np.where(real, answer[:, :-1], PAD),
+            "targets": answer[:, 1:],
+            "tgt_padding_mask": real,
+        }
 
     def report(model):
         src, length = letters(np.random.default_rng(args.seed + 1), HELD_OUT, held_out=True)
@@ -161,12 +159,11 @@ def reverse_task(args: argparse.Namespace) -> Task:
         wanted = [row[:n] for row, n in zip(backwards(src, length), length, strict=True)]
         report_exact_match("reverse", src, answers, wanted)
 
-    return Task(model, sequence_to_sequence_loss, batches(), report)
+    return Task(model, sequence_to_sequence_loss, Drawn(batch, args.seed), report)
 
 
 def copy_task(args: argparse.Namespace) -> Task:
     """Language model: after the separator, the sequence before it comes again."""
-    rng = np.random.default_rng(args.seed)
     model = TransformerLM(
         END + 1 + len(LETTERS),
         d_model=args.d_model,
@@ -178,21 +175,19 @@ def copy_task(args: argparse.Namespace) -> Task:
         key=jax.random.key(args.seed),
     )
 
-    def batches():
-        width = 2 * LONGEST + 2
-        while True:
-            rows, lengths = letters(rng, args.batch_size, held_out=False)
-            text = np.full((len(rows), width), PAD)
-            for row, n, out in zip(rows, lengths, text, strict=True):
-                out[: 2 * n + 2] = [*row[:n], START, *row[:n], END]
-            place = np.arange(width - 1)
-            yield {
-                "tokens": text[:, :-1],
-                "targets": text[:, 1:],
-                "padding_mask": place < 2 * lengths[:, None] + 1,
-                # Only the copy can be predicted; the sequence itself is random.
-                "loss_mask": (place >= lengths[:, None]) & (place < 2 * lengths[:, None] + 1),
-            }
+    def batch(rng):
+        rows, lengths = letters(rng, args.batch_size, held_out=False)
+        text = np.full((len(rows), 2 * LONGEST + 2), PAD)
+        for row, n, out in zip(rows, lengths, text, strict=True):
+            out[: 2 * n + 2] = [*row[:n], START, *row[:n], END]
+        place = np.arange(2 * LONGEST + 1)
+        return {
+            "tokens": text[:, :-1],
+            "targets": text[:, 1:],
+            "padding_mask": place < 2 * lengths[:, None] + 1,
+            # Only the copy can be predicted; the sequence itself is random.
+            "loss_mask": (place >= lengths[:, None]) & (place < 2 * lengths[:, None] + 1),
+        }
 
     def report(model):
         rows, lengths = letters(np.random.default_rng(args.seed + 1), HELD_OUT, held_out=True)
@@ -203,7 +198,7 @@ def copy_task(args: argparse.Namespace) -> Task:
         wanted = [row[:n] for row, n in zip(rows, lengths, strict=True)]
         report_exact_match("copy", rows, answers, wanted)
 
-    return Task(model, language_model_loss, batches(), report)
+    return Task(model, language_model_loss, Drawn(batch, args.seed), report)
 
 
 # Text, for the Shakespeare task.
@@ -212,7 +207,10 @@ def copy_task(args: argparse.Namespace) -> Task:
 def shakespeare_text(path: Path | None) -> str:
     """The given file, else the cached text, else the text downloaded, checked and cached."""
     if path is not None:
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            sys.exit(f"--data {path} is no UTF-8 text: {error}")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cached = Path(home) / "jaxformers" / "tinyshakespeare.txt"
     if not cached.exists():
@@ -246,7 +244,6 @@ def check_sha256(data: bytes, what: str) -> None:
 
 def shakespeare_task(args: argparse.Namespace) -> Task:
     """Language model over characters; the last tenth of the text validates."""
-    rng = np.random.default_rng(args.seed)
     text = shakespeare_text(args.data)
     characters = sorted(set(text))
     index = {character: i for i, character in enumerate(characters)}
@@ -272,106 +269,19 @@ def shakespeare_task(args: argparse.Namespace) -> Task:
         key=jax.random.key(args.seed),
     )
 
-    def windows(source, starts):
-        rows = source[starts[:, None] + np.arange(args.context + 1)]
-        return {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
-
-    def batches():
-        while True:
-            yield windows(train, rng.integers(0, len(train) - args.context, args.batch_size))
-
-    loss = eqx.filter_jit(language_model_loss)
-
-    def validate(model, every=8):
-        # Windows side by side over the held-out text: all of it at the end, an eighth on the way.
-        starts = np.arange(0, len(held_out) - args.context, args.context * every)
-        parts = [windows(held_out, part) for part in np.array_split(starts, -(-len(starts) // 64))]
-        sizes = [len(part["tokens"]) for part in parts]
-        return float(np.average([loss(model, part) for part in parts], weights=sizes))
+    # Windows side by side over the held-out text: every character counts once.
+    held_out_windows = Windows(held_out, args.context, batch_size=64)
 
     def report(model):
-        loss = validate(model, every=1)
+        loss = evaluate(model, held_out_windows, loss=language_model_loss)
         print(f"validation loss {loss:.4f} nats per character, perplexity {np.exp(loss):.3f}")
         prompt = jnp.array([[index.get("\n", 0)]])
         sample = model.generate(prompt, 500, temperature=0.8, key=jax.random.key(args.seed))
         print("sample at temperature 0.8:\n")
         print("".join(characters[i] for i in np.asarray(sample)[0]))
 
-    return Task(model, language_model_loss, batches(), report, validate)
-
-
-# The loop.
-
-
-class Stop:
-    """Ctrl-C asks the loop to end after the step; a second one ends the program at once."""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, *_):
-        self.asked = True
-        tqdm.write("\nstopping after this step; Ctrl-C again ends at once")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def make_optimizer(args: argparse.Namespace) -> AdamW:
-    """AdamW with warm-up and cosine decay."""
-    rate = warmup_cosine(args.learning_rate, args.warmup, args.steps, 0.05 * args.learning_rate)
-    return AdamW(rate, b2=0.99, weight_decay=args.weight_decay, max_grad_norm=1.0)
-
-
-def train(task: Task, optimizer: AdamW, args: argparse.Namespace) -> tuple[eqx.Module, History]:
-    """Trains under a progress bar."""
-    model, state = task.model, optimizer.init(task.model)
-    stop, history = Stop(), History()
-    keys = jax.random.key(args.seed)
-    losses, tokens, since = [], 0, time.perf_counter()
-    with tqdm(total=args.steps, unit="step", desc=args.task, file=sys.stdout) as bar:
-        for step, batch in zip(range(1, args.steps + 1), task.batches, strict=False):
-            key = jax.random.fold_in(keys, step)
-            model, state, loss = train_step(
-                model, state, batch, optimizer=optimizer, loss=task.loss, key=key
-            )
-            losses.append(loss)
-            tokens += batch["targets"].size
-            last = step == args.steps or stop.asked
-            if step % args.log_every == 0 or step == 1 or last:
-                # Reading a loss waits for the device, so it is done for many steps at once.
-                history.train += [float(loss) for loss in losses]
-                speed = tokens / (time.perf_counter() - since)
-                recent = np.mean(history.train[-len(losses) :])
-                bar.set_postfix_str(f"loss {recent:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update(len(losses))
-                losses, tokens, since = [], 0, time.perf_counter()
-            if task.validate and (step % args.eval_every == 0 or last):
-                history.validation.append((step, task.validate(model)))
-                bar.write(f"step {step:5}: validation loss {history.validation[-1][1]:.4f}")
-                since = time.perf_counter()
-            if stop.asked:
-                bar.write(f"stopped after step {step} of {args.steps}")
-                break
-    return model, history
-
-
-def save_curve(history: History, title: str, path: Path) -> None:
-    """The losses as a picture: every step faint, their running mean, and the validation points."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    train = np.array(history.train)
-    steps = np.arange(1, len(train) + 1)
-    axes.plot(steps, train, color="C0", alpha=0.25, linewidth=0.7, label="train, each step")
-    width = max(1, len(train) // 50)
-    smooth = np.convolve(train, np.ones(width) / width, "valid")
-    middle = steps[(width - 1) // 2 :][: len(smooth)]
-    axes.plot(middle, smooth, color="C0", label=f"train, mean of {width} steps")
-    if history.validation:
-        axes.plot(*zip(*history.validation, strict=True), "o-", color="C1", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    print(f"loss curve: {path}")
+    batches = Windows(train, args.context, args.batch_size, args.seed)
+    return Task(model, language_model_loss, batches, report, held_out_windows)
 
 
 # The command line. A task's own defaults stand beside the flag in --help.
@@ -412,7 +322,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument(
-        "--log-every", type=int, default=20, help="steps between updates of the bar"
+        "--checkpoint", type=Path, help="directory to save to, and to go on from if a run is there"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=500, help="steps between two checkpoints (%(default)s)"
     )
     parser.add_argument("--curve", type=Path, help="where the loss curve goes (runs/TASK.png)")
     shakespeare = parser.add_argument_group("shakespeare only")
@@ -428,11 +341,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(args, name, value)
         elif args.task != "shakespeare":
             parser.error(f"--{name.replace('_', '-')} goes with the task shakespeare")
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
     if args.data is not None and not args.data.is_file():
         parser.error(f"--data {args.data}: no such file")
     if args.curve is not None and args.curve.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--curve {args.curve}: must end in .png, .pdf or .svg")
-    for name in ("steps", "batch_size", "warmup", "log_every", "context", "eval_every"):
+    for name in ("steps", "batch_size", "warmup", "save_every", "context", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.warmup = min(args.warmup, args.steps)
@@ -444,24 +359,44 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def train(task: Task, args: argparse.Namespace) -> eqx.Module:
+    """AdamW with warm-up and cosine decay, and the loss curve."""
+    rate = warmup_cosine(args.learning_rate, args.warmup, args.steps, 0.05 * args.learning_rate)
+    begin = time.perf_counter()
+    training = fit(
+        task.model,
+        AdamW(rate, b2=0.99, weight_decay=args.weight_decay, max_grad_norm=1.0),
+        task.batches,
+        loss=task.loss,
+        steps=args.steps,
+        key=jax.random.key(args.seed),
+        eval_batches=task.eval_batches,
+        eval_every=args.eval_every,
+        checkpoint=args.checkpoint and Checkpoints(args.checkpoint, every=args.save_every),
+        log=args.checkpoint or args.curve.with_suffix(""),
+    )
+    loss_curve(args.checkpoint or args.curve.with_suffix(""), args.curve, title=args.task)
+    seconds = time.perf_counter() - begin
+    print(f"trained to step {training.step} of {args.steps} in {seconds:.0f} s")
+    print(f"loss curve: {args.curve}")
+    return training.model
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    begin = time.perf_counter()
     try:
         print(f"compiled programs are kept in {keep_compiled_programs()}")
     except ValueError as error:
         print(f"compiled programs are not kept: {error}")
     try:
         task = TASKS[args.task](args)
-        optimizer = make_optimizer(args)
-    except ValueError as error:
-        sys.exit(f"train_example.py: {error}")
-    count = sum(x.size for x in jax.tree.leaves(task.model))
-    print(f"{args.task}: a {type(task.model).__name__} with {count:,} parameters")
-    model, history = train(task, optimizer, args)
-    print(f"trained {len(history.train)} steps in {time.perf_counter() - begin:.0f} s")
+        count = sum(x.size for x in jax.tree.leaves(task.model))
+        print(f"{args.task}: a {type(task.model).__name__} with {count:,} parameters")
+        model = train(task, args)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit("\n".join([f"train_example.py: {error}", *getattr(error, "__notes__", [])]))
     task.report(model)
-    save_curve(history, args.task, args.curve)
+    print(f"weights sha256 {digest(model)}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,10 @@ from jaxformers.schedules import (
     warmup_stable_decay,
 )
 from jaxformers.training import (
+    BadSteps,
+    count_targets,
+    evaluate,
+    fit,
     language_model_loss,
     masked_language_model_loss,
     sequence_to_sequence_loss,

@@ -1,10 +1,12 @@
 """Training: what is minimised, one step, and the loop.
 
 Read `objectives` (the losses of the three models, and what a batch is), `step` (gradients, then the
-optimiser, as one compiled program), `fit` (the loop around it: resume, evaluation, curves).
-`evaluate` measures; `log` writes the figures down; `interrupt` ends a run between two steps.
+optimiser, as one compiled program), `loop` (what is around it: resume, evaluation, curves).
+`evaluation` measures; `log` writes figures down; `interrupt` ends a run between two steps.
 """
 
+from jaxformers.training.evaluation import evaluate
+from jaxformers.training.loop import Report, fit
 from jaxformers.training.objectives import (
     count_targets,
     language_model_loss,

@@ -13,10 +13,11 @@ from typing import Any
 
 FILE_NAME = "metrics.jsonl"
 REFRESH = 0.2  # seconds between two changes of the progress bar's text
+SMOOTHING = 0.95  # of the loss it shows
 
 
 class Log:
-    """Writes the figures of a run that begins after step `done`; enter it to open the files.
+    """Takes the figures of a run that goes on after step `done`; leave it to close the files.
 
     Arguments:
         directory: gets `metrics.jsonl` and, where the package tensorboard is installed, its event
@@ -27,95 +28,48 @@ class Log:
         progress: whether to show a progress bar, on standard error.
 
     Raises:
-        ValueError: if the directory cannot be written.
+        ValueError: if the directory cannot be written, or holds a damaged log.
         ImportError: if there is to be a progress bar and tqdm is missing.
     """
 
     def __init__(self, directory: str | os.PathLike | None, done: int, steps: int, progress: bool):
-        self.directory = None if directory is None else Path(directory)
-        self.done, self.steps = done, steps
-        self._bar = _bar(done, steps) if progress else None
-        self._file: FileIO | None = None
-        self._unwritten = b""
-        self._events: Any = None
+        self._bar = _Bar(done, steps) if progress else None
+        self._file = self._events = None
+        if directory is not None:
+            self._file = _File(Path(directory), done)
+            self._events = _events(Path(directory), done)
+        self._sinks = [x for x in (self._file, self._events, self._bar) if x is not None]
 
     def __enter__(self) -> "Log":
-        if self.directory is not None:
-            try:
-                self._file = _open(self.directory, self.done)
-            except OSError as error:
-                raise ValueError(
-                    f"the log needs a directory that can be written, got {self.directory}: {error}."
-                ) from error
-            self._events = _event_writer(self.directory, self.done)
-        self._since, self._tokens, self._loss = time.perf_counter(), 0.0, None
         return self
 
     def __exit__(self, *_: object) -> None:
-        for thing in (self._bar, self._file, self._events):
-            if thing is not None:
-                thing.close()
+        for sink in self._sinks:
+            sink.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Put down the figures of a step."""
-        if self._file is not None:
-            # Python writes the shortest text that gives the same number again. JSON has no NaN.
-            row = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-            self._unwritten += (json.dumps({"step": step, **row}) + "\n").encode()
-            self._flush()
-        if self._events is not None:
-            _add_event(self._events, step, metrics)
-        if self._bar is not None:
-            self._show(metrics)
-
-    def _flush(self) -> None:
-        """A full disk is no reason to stop: what did not fit is written with the next line."""
-        try:
-            written = self._file.write(self._unwritten) or 0
-        except OSError as error:
-            warnings.warn(f"{self.directory / FILE_NAME} cannot be written: {error}", stacklevel=2)
-            return
-        self._unwritten = self._unwritten[written:]
+        for sink in self._sinks:
+            sink.write(step, metrics)
 
     def say(self, text: str) -> None:
         """Show a line above the progress bar, if there is one."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.say(text)
 
     def sync(self) -> None:
-        """Have what was written on disk, before a checkpoint is that counts on it."""
+        """Have what was written on disk, before a checkpoint is there that relies on it."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def _show(self, metrics: Mapping[str, float]) -> None:
-        if "loss" not in metrics:
-            return
-        self._bar.update(1)
-        self._tokens += metrics["tokens"]
-        loss = metrics["loss"]
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        now = time.perf_counter()
-        if now - self._since < REFRESH and self._bar.n < self.steps:
-            return
-        rate = metrics.get("learning_rate")
-        self._bar.set_postfix_str(
-            f"loss {self._loss:.3f}, "
-            + ("" if rate is None else f"learning rate {rate:.1e}, ")
-            + f"gradient norm {metrics['gradient_norm']:.2g}, "
-            + f"{self._tokens / (now - self._since):,.0f} tokens/s"
-            + (f", {metrics['skipped']} skipped" if metrics["skipped"] else ""),
-            refresh=False,
-        )
-        self._since, self._tokens = now, 0.0
+            self._file.sync()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a log, `metrics.jsonl` or the directory it is in, as dicts.
 
-    A line that a killed run left unfinished at the end does not count.
+    What is not finite is None there. A line that a killed run left unfinished does not count.
 
     Raises:
-        ValueError: if there is no such file, or a line before its end is no JSON.
+        ValueError: if there is no such file, or a line before its end is no step's.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -135,49 +89,122 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def _open(directory: Path, done: int) -> FileIO:
-    """The file to append to, without the lines of steps that are made again."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / FILE_NAME
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= done]
-        new = path.with_suffix(".new")
-        with new.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    return FileIO(path, "a")
+class _File:
+    """`metrics.jsonl`, opened after what is kept of it."""
+
+    def __init__(self, directory: Path, done: int):
+        self.path, self.unwritten = directory / FILE_NAME, b""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                kept = [row for row in read_metrics(self.path) if row["step"] <= done]
+                new = self.path.with_suffix(".new")
+                with new.open("wb") as file:
+                    file.writelines(map(_line, kept))
+                    file.flush()
+                    os.fsync(file.fileno())
+                new.replace(self.path)
+            self.file = FileIO(self.path, "a")
+        except OSError as error:
+            raise ValueError(
+                f"the log needs a directory that can be written, got {directory}: {error}."
+            ) from error
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        # Python writes the shortest text that gives the same number again. JSON has no NaN.
+        figures = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self.unwritten += _line({"step": step, **figures})
+        try:
+            written = self.file.write(self.unwritten) or 0
+        except OSError as error:
+            # A full disk is no reason to stop: the line is tried again with the next.
+            warnings.warn(f"{self.path} cannot be written: {error}", stacklevel=2)
+            return
+        self.unwritten = self.unwritten[written:]
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
 
 
-def _bar(done: int, steps: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError(
-            "the progress bar needs tqdm: pip install 'jaxformers[train]', or pass progress=False."
-        ) from None
-    # A terminal is repainted, a file gets longer.
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(initial=done, total=steps, unit="step", file=sys.stderr, mininterval=interval)
+class _Bar:
+    """tqdm's bar with the latest figures."""
+
+    def __init__(self, done: int, steps: int):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            raise ImportError(
+                "the progress bar needs tqdm: pip install 'jaxformers[train]', or pass "
+                "progress=False."
+            ) from None
+        # A terminal is painted over, a file gets longer.
+        interval = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(
+            initial=done, total=steps, unit="step", mininterval=interval, dynamic_ncols=True
+        )
+        self.since, self.tokens, self.loss = time.perf_counter(), 0.0, math.nan
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss" not in metrics:
+            return
+        loss, now = metrics["loss"], time.perf_counter()
+        if math.isfinite(loss):
+            share = SMOOTHING if math.isfinite(self.loss) else 0.0
+            self.loss = (1 - share) * loss + (share * self.loss if share else 0.0)
+        self.tokens += metrics["tokens"]
+        if now - self.since >= REFRESH or step == self.bar.total:
+            rate, skipped = metrics.get("learning_rate"), metrics["skipped"]
+            parts = [
+                f"loss {self.loss:.3f}",
+                "" if rate is None else f"rate {rate:.1e}",
+                f"gradient {metrics['gradient_norm']:.2g}",
+                f"{self.tokens / (now - self.since):,.0f} tokens/s",
+                f"{skipped:.0f} skipped" if skipped else "",
+            ]
+            self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+            self.since, self.tokens = now, 0.0
+        self.bar.update(1)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
-def _event_writer(directory: Path, done: int) -> Any:
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+class _Events:
+    """TensorBoard's event file."""
+
+    def __init__(self, directory: Path, done: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        self.writer = EventFileWriter(str(directory))
+        # Has TensorBoard forget the steps from here on, which are made again.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.add(done + 1, session_log=start)
+
+    def add(self, step: int, **what: Any) -> None:
+        self.writer.add_event(self.event(wall_time=time.time(), step=step, **what))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [self.summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+        self.add(step, summary=self.summary(value=values))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _events(directory: Path, done: int) -> _Events | None:
+    try:
+        return _Events(directory, done)
     except ImportError:
         return None
-    writer = EventFileWriter(str(directory))
-    # Has TensorBoard forget the steps from here on, which are made again.
-    start = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
-    return writer
 
 
-def _add_event(writer: Any, step: int, metrics: Mapping[str, float]) -> None:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-    writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

@@ -73,8 +73,7 @@ def language_model_loss(
     mask = _packed_mask(positions, batch.get("segment_ids"))
     hidden, _ = model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)
     counted = batch.get("loss_mask", real)
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    return chunked_cross_entropy(model.project, hidden, batch["targets"], counted, **options)
+    return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
 
 
 def sequence_to_sequence_loss(
@@ -112,8 +111,7 @@ def sequence_to_sequence_loss(
     memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
     hidden = model.decode(batch["tgt"], memory, key=tgt_key, **padding)
     counted = batch.get("loss_mask", padding["tgt_padding_mask"])
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    return chunked_cross_entropy(model.project, hidden, batch["targets"], counted, **options)
+    return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
 
 
 def masked_language_model_loss(
@@ -146,9 +144,7 @@ def masked_language_model_loss(
     _check_batch(batch, needed, ("padding_mask", "token_types"), "a masked language model")
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
     hidden = model(batch["tokens"], None, key, **given)
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    loss_mask = batch["loss_mask"]
-    return chunked_cross_entropy(model.project, hidden, batch["targets"], loss_mask, **options)
+    return _mean(model, hidden, batch, batch["loss_mask"], label_smoothing, z_loss)
 
 
 OBJECTIVES = language_model_loss, sequence_to_sequence_loss, masked_language_model_loss
@@ -198,6 +194,19 @@ def check_ids(loss: Loss, model: Any, batch: Batch) -> None:
         fits = counted is None or np.shape(counted) == targets.shape
         if fits:  # otherwise the loss will say so
             check_targets(targets if counted is None else targets[counted], size)
+
+
+def _mean(
+    model: Any, hidden: Array, batch: Batch, counted: Any, label_smoothing: float, z_loss: float
+) -> Float[Array, ""]:
+    return chunked_cross_entropy(
+        model.project,
+        hidden,
+        batch["targets"],
+        counted,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
 
 
 def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:

@@ -168,8 +168,8 @@ class BadSteps(eqx.Module):
 
     def start(self) -> Guard:
         """What is remembered before the first step."""
-        zeros = (jnp.zeros((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32, jnp.bool_))
-        return Guard(*zeros)
+        usual, seen, in_a_row = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return Guard(usual, seen, in_a_row, jnp.zeros((), jnp.bool_))
 
     def judge(
         self, guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""]
@@ -207,8 +207,8 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
     """The state before the first step, in memory of its own: steps write over it."""
     model, key = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, (model, check_key(key)))
     model = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, model)
-    counts = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return Training(model, optimizer.init(model), key, *counts, bad_steps.start())
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return Training(model, optimizer.init(model), key, step, skipped, bad_steps.start())
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -225,10 +225,12 @@ def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]
     if rate is not None:
         metrics["learning_rate"] = rate
     new = optimizer.update(grads, training.optimizer_state, training.model)
-    new = jax.tree.map(lambda x, y: jnp.where(good, x, y) if eqx.is_array(x) else x, new, old)
+    model, state = jax.tree.map(
+        lambda x, y: jnp.where(good, x, y) if eqx.is_array(x) else x, new, old
+    )
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
-    training = Training(*new, training.key, step, skipped, guard)
+    training = Training(model, state, training.key, step, skipped, guard)
     return training, metrics | {"skipped": training.skipped, "failed": guard.failed}
 
 

@@ -1,6 +1,6 @@
 """The mean loss over given batches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 def evaluate(
     model: PyTree,
-    batches: Iterable[Batch],
+    batches: Any,
     *,
     loss: Loss,
     count: Callable[[Batch], Any] = count_targets,
@@ -49,7 +49,7 @@ def evaluate(
     return float(np.average([float(value) for value, _ in parts], weights=weights))
 
 
-def in_order(batches: Iterable[Batch]) -> Iterator[Batch]:
+def in_order(batches: Any) -> Iterator[Batch]:
     """What there is, once."""
     return batches.in_order() if hasattr(batches, "in_order") else iter(batches)
 

@@ -1,0 +1,64 @@
+"""Curves of a training, drawn by matplotlib from its log."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxformers.training.log import read_metrics
+
+
+def loss_curve(
+    path: str | os.PathLike, save: str | os.PathLike | None = None, *, title: str | None = None
+) -> Any:
+    """The losses of a run: every step faint, their running mean, and the evaluations.
+
+    Arguments:
+        path: `metrics.jsonl` as `fit` writes it, or the directory it is in.
+        save: file to write the picture to, of a kind that matplotlib knows (.png, .pdf, .svg);
+            None writes nothing.
+        title: what stands above the curves; None is the name of the directory.
+
+    Returns:
+        The `matplotlib.figure.Figure`; notebooks show it.
+
+    Raises:
+        ValueError: if there is no such log, or no step in it.
+        ImportError: if matplotlib is missing.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> options = {"steps": 2, "key": key, "log": directory, "progress": False}
+        >>> _ = fit(model, AdamW(1e-3), [batch], loss=language_model_loss, **options)
+        >>> figure = loss_curve(directory)
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("curves need matplotlib: pip install 'jaxformers[train]'.") from None
+    rows = read_metrics(path)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    evaluation = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if not train:
+        raise ValueError(f"the log {path} has no step in it yet: there is nothing to draw.")
+    steps, losses = np.array(train, float).T  # None, of a bad step, is NaN
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.7, label="training, each step")
+    width = max(1, len(steps) // 50)
+    good = np.isfinite(losses)
+    smooth = np.convolve(losses[good], np.ones(width) / width, "valid")
+    middle = steps[good][(width - 1) // 2 :][: len(smooth)]
+    axes.plot(middle, smooth, color="C0", label=f"training, mean of {width} steps")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), "o-", color="C1", label="evaluation")
+    name = Path(path) if Path(path).is_dir() else Path(path).parent
+    axes.set(xlabel="step", ylabel="loss", title=name.resolve().name if title is None else title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if save is not None:
+        Path(save).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(save, dpi=150)
+    return figure

@@ -1,0 +1,357 @@
+"""The loop: the same numbers as single steps, whatever happens around them."""
+
+import itertools
+import json
+import os
+import signal
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformers import (
+    AdamW,
+    Averaged,
+    BadSteps,
+    TransformerLM,
+    evaluate,
+    fit,
+    freeze,
+    language_model_loss,
+    train_step,
+)
+from jaxformers.data import Windows
+from jaxformers.plot import loss_curve
+from jaxformers.training.log import read_metrics
+
+VOCAB, T, B = 17, 6, 4
+TEXT = np.random.default_rng(5).integers(0, VOCAB, 301)
+KEY = jax.random.key(11)
+run = partial(fit, loss=language_model_loss, key=KEY, progress=False)
+
+
+def small_model(dropout=0.0):
+    # Without biases: the gradient of the keys' is rounding, of which Adam makes whole steps.
+    return TransformerLM(VOCAB, 12, 3, 1, 20, T, dropout, use_bias=False, key=jax.random.key(3))
+
+
+def batches(seed=0):
+    return Windows(TEXT, T, B, seed)
+
+
+def adamw():
+    return AdamW(3e-3, max_grad_norm=1.0)
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def poisoned_loss(model, batch, key=None):
+    """The loss, times `factor`, whose values make steps bad."""
+    rest = {name: x for name, x in batch.items() if name != "factor"}
+    return language_model_loss(model, rest, key) * batch["factor"].mean()
+
+
+def with_factors(factors):
+    rows = (float(x) * np.ones((B, 1), np.float32) for x in factors)
+    return [batches()[i] | {"factor": row} for i, row in enumerate(rows)]
+
+
+def test_fit_is_a_loop_of_steps():
+    """With dropout: each step has its own key, which depends on nothing but its number."""
+    model, optimizer = small_model(dropout=0.2), adamw()
+    training = run(model, optimizer, batches(), steps=7)
+    own, losses = jax.tree.map(lambda x: x.copy(), model), []
+    state = optimizer.init(own)
+    for i in range(7):
+        own, state, loss = train_step(
+            own,
+            state,
+            batches()[i],
+            optimizer=optimizer,
+            loss=language_model_loss,
+            key=jax.random.fold_in(KEY, i),
+        )
+        losses.append(loss)
+    for a, b in zip(jax.tree.leaves(training.model), jax.tree.leaves(own), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    assert training.step == 7 and training.optimizer_state.step == 7
+    assert not same(model, own)  # and the one that was passed in can still be read
+
+
+def test_a_run_in_parts_of_a_batch_in_sixteen_bits():
+    whole = run(small_model(), adamw(), batches(), steps=3)
+    parts = run(small_model(), adamw(), batches(), steps=3, accumulate=2)
+    halves = run(small_model(), adamw(), batches(), steps=3, compute_dtype=jnp.bfloat16)
+    for a, b in zip(jax.tree.leaves(whole.model), jax.tree.leaves(parts.model), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    assert halves.model.output.w.dtype == jnp.float32
+    assert not same(halves.model, whole.model)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_step_ends_the_run_with_the_weights_before_it(tmp_path, bad):
+    good = run(small_model(), adamw(), with_factors([1, 1]), loss=poisoned_loss, steps=2)
+    data = with_factors([1, 1, bad, 1, 1])
+    with pytest.raises(ValueError, match="step 3 is bad: its loss is (nan|inf)"):
+        run(small_model(), adamw(), data, loss=poisoned_loss, steps=5, log=tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    skipping = BadSteps(allowed=1)
+    training = run(
+        small_model(), adamw(), data[:3], loss=poisoned_loss, steps=3, bad_steps=skipping
+    )
+    assert same((good.model, good.optimizer_state), (training.model, training.optimizer_state))
+    assert training.skipped == 1 and training.step == 3
+
+
+def test_bad_steps_are_skipped_and_counted_up_to_a_limit(tmp_path):
+    options = {"loss": poisoned_loss, "bad_steps": BadSteps(allowed=2), "log": tmp_path}
+    data = with_factors([1, np.nan, np.nan, 1, np.nan, 1])
+    training = run(small_model(), adamw(), data, steps=6, **options)
+    assert training.skipped == 3 and training.optimizer_state.step == 3
+    rows = read_metrics(tmp_path)
+    assert [row["loss"] is None for row in rows] == [False, True, True, False, True, False]
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 3, 3]
+    data = with_factors([1, np.nan, np.nan, np.nan, 1])
+    with pytest.raises(ValueError, match="step 4 is bad"):
+        run(small_model(), adamw(), data, steps=5, **options)
+
+
+def test_spikes_are_bad_once_the_usual_is_known():
+    bad_steps = BadSteps(allowed=1, spike=30.0)
+    factors = [1.0] * 24
+    factors[5] = factors[22] = 1000.0  # the first one comes before 20 steps were seen
+    data = with_factors(factors)
+    training = run(small_model(), adamw(), data, loss=poisoned_loss, steps=24, bad_steps=bad_steps)
+    assert training.skipped == 0  # it had made large norms usual
+    factors[5] = 1.0
+    data = with_factors(factors)
+    training = run(small_model(), adamw(), data, loss=poisoned_loss, steps=24, bad_steps=bad_steps)
+    assert training.skipped == 1
+
+
+def test_what_is_frozen_stays_and_the_rest_moves():
+    optimizer = freeze(adamw(), lambda path, array: path.startswith("embedding"))
+    model = small_model()
+    training = run(model, optimizer, batches(), steps=3)
+    assert same(training.model.embedding, model.embedding)
+    assert not same(training.model.decoder, model.decoder)
+    assert len(jax.tree.leaves(training.optimizer_state)) < 2 * len(jax.tree.leaves(model))
+
+
+def test_the_average_is_evaluated_and_a_callback_ends_the_run(tmp_path):
+    reports = []
+
+    def look(report):
+        reports.append(report)
+        return len(reports) == 2
+
+    optimizer = Averaged(adamw(), decay=0.9)
+    held_out = Windows(TEXT[:40], T, 3)
+    training = run(
+        small_model(),
+        optimizer,
+        batches(),
+        steps=9,
+        eval_batches=held_out,
+        eval_every=2,
+        callbacks=[look],
+        log=tmp_path,
+    )
+    assert training.step == 4 and [report.step for report in reports] == [2, 4]
+    average = optimizer.averaged(training.model, training.optimizer_state)
+    assert same(reports[-1].model, average) and not same(average, training.model)
+    expected = evaluate(average, held_out, loss=language_model_loss)
+    assert reports[-1].metrics["eval_loss"] == expected
+    rows = [row for row in read_metrics(tmp_path) if "eval_loss" in row]
+    assert rows[-1] == {"step": 4, "eval_loss": expected}
+
+
+def test_evaluation_weighs_batches_by_what_counts():
+    model, held_out = small_model(), Windows(TEXT[:40], T, 4)
+    (whole,) = Windows(TEXT[:40], 39, 1).in_order()
+    parts = list(held_out.in_order())
+    assert len({part["tokens"].shape for part in parts}) == 3  # the last ones are smaller
+    sizes = [part["targets"].size for part in parts]
+    losses = [language_model_loss(model, jax.device_put(part)) for part in parts]
+    mean = evaluate(model, held_out, loss=language_model_loss)
+    np.testing.assert_allclose(mean, np.average(losses, weights=sizes), rtol=1e-6)
+    assert sum(sizes) == whole["targets"].size
+    with pytest.raises(ValueError, match="0 batches"):
+        evaluate(model, iter([]), loss=language_model_loss)
+
+
+class Loader:
+    """As torch's and Grain's: no length, no index, again at each `iter`."""
+
+    def __iter__(self):
+        return (batches()[i] for i in range(3))
+
+
+def test_batches_of_any_kind_are_the_same_batches():
+    expected = run(small_model(), adamw(), [batches()[i % 3] for i in range(7)], steps=7).model
+    for other in ([batches()[i] for i in range(3)], Loader(), itertools.cycle(Loader())):
+        assert same(run(small_model(), adamw(), other, steps=7).model, expected)
+    with pytest.warns(UserWarning, match="training ends after 3 steps"):
+        assert run(small_model(), adamw(), iter(Loader()), steps=7).step == 3
+
+
+def test_a_torch_loader():
+    torch = pytest.importorskip("torch", reason="see the extra `parity`")
+    rows = [{name: x[0] for name, x in batches()[i].items()} for i in range(8)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    stacked = {name: np.stack([row[name] for row in rows[:4]]) for name in rows[0]}
+    trained = run(small_model(), adamw(), loader, steps=1)
+    assert same(trained.model, run(small_model(), adamw(), [stacked], steps=1).model)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(number):
+    before = signal.getsignal(number)
+
+    class Struck:
+        def __getitem__(self, i):
+            if i == 3:
+                os.kill(os.getpid(), number)
+            return batches()[i]
+
+    training = run(small_model(), adamw(), Struck(), steps=100)
+    assert training.step == 3  # batch 3 is made while the third step is computed
+    assert same(training.model, run(small_model(), adamw(), batches(), steps=3).model)
+    assert signal.getsignal(number) is before
+
+
+def test_the_log_drops_what_is_made_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run(small_model(), adamw(), batches(), steps=2, log=tmp_path)
+    first = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "lo')  # killed while it wrote
+    assert len(read_metrics(tmp_path)) == 2
+    run(small_model(), adamw(), batches(), steps=2, log=tmp_path)
+    assert path.read_bytes() == first
+    row = json.loads(first.splitlines()[0])
+    assert list(row)[:2] == ["step", "loss"] and row["tokens"] == B * T
+    assert row["learning_rate"] == pytest.approx(3e-3)
+    path.write_text("no log\n")
+    with pytest.raises(ValueError, match="line 1: no JSON"):
+        run(small_model(), adamw(), batches(), steps=2, log=tmp_path)
+
+
+def test_a_full_disk_does_not_end_the_run_nor_lose_lines(tmp_path, monkeypatch):
+    from jaxformers.training import log
+
+    class Full(log.FileIO):
+        calls = 0
+
+        def write(self, data):
+            Full.calls += 1
+            if Full.calls == 2:
+                raise OSError(28, "No space left on device")
+            return super().write(data[:70] if Full.calls == 3 else data)
+
+    monkeypatch.setattr(log, "FileIO", Full)
+    with pytest.warns(UserWarning, match="No space left"):
+        run(small_model(), adamw(), batches(), steps=5, log=tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_the_curve(tmp_path):
+    pytest.importorskip("matplotlib", reason="see the extra `train`")
+    data = with_factors([1, np.nan, 1])
+    options = {"loss": poisoned_loss, "bad_steps": BadSteps(allowed=1)}
+    held_out = [data[0]]
+    run(small_model(), adamw(), data, steps=3, log=tmp_path, eval_batches=held_out, **options)
+    figure = loss_curve(tmp_path, save=tmp_path / "pictures" / "curve.png", title="a run")
+    (axes,) = figure.axes
+    assert axes.get_title() == "a run" and len(axes.lines) == 3
+    assert (tmp_path / "pictures" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no log to read"):
+        loss_curve(tmp_path / "elsewhere")
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="it is optional"
+    )
+    run(small_model(), adamw(), batches(), steps=3, log=tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    rows = read_metrics(tmp_path)
+    seen = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert seen == [(row["step"], row["loss"]) for row in rows]
+
+
+def test_a_bar_with_the_latest_figures(capsys):
+    pytest.importorskip("tqdm", reason="see the extra `train`")
+    held_out = [batches()[0]]
+    run(small_model(), adamw(), batches(), steps=2, progress=True, eval_batches=held_out)
+    errors = capsys.readouterr().err
+    assert "step 2: evaluation loss" in errors
+    for words in ("loss", "rate 3.0e-03", "gradient", "tokens/s", "2/2"):
+        assert words in errors
+
+
+def bad_ids(name):
+    batch = dict(batches()[0])
+    batch[name] = np.where(np.arange(T) == 2, VOCAB, batch[name])
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([bad_ids("tokens")], "tokens must be ids from 0 to 16"),
+        ([bad_ids("targets")], "targets must be ids from 0 to 16"),
+        ([batches()[0], bad_ids("tokens")], "tokens must be ids"),
+        ([{"tokens": batches()[0]["tokens"]}], "must have tokens, targets"),
+        ([{name: x.astype(float) for name, x in batches()[0].items()}], "must hold integer ids"),
+        ([[1, 2]], "batch 0 must be a dict of arrays"),
+        ([], "must not be empty"),
+        (Loader, "must give one dict of arrays a step"),
+        (batches()[0], "pass \\[batch\\]"),
+    ],
+)
+def test_bad_batches_are_refused(data, words):
+    with pytest.raises(ValueError, match=words):
+        run(small_model(), adamw(), data, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"eval_every": 0}, "eval_every"),
+        ({"accumulate": 3}, "accumulate=3 needs a batch"),
+        ({"compute_dtype": jnp.float16}, "float16 is refused"),
+        ({"eval_batches": iter([])}, "eval_batches must give its batches anew"),
+        ({"checkpoint": "runs/x"}, "checkpoint must be Checkpoints"),
+        ({"bad_steps": 3}, "bad_steps must be BadSteps"),
+        ({"callbacks": [3]}, "must be a function"),
+        ({"key": 0}, "key must be a JAX PRNG key"),
+        ({"loss": None}, "loss must be a function"),
+    ],
+)
+def test_bad_options_are_refused(options, words, no_shape_checker):
+    with pytest.raises(ValueError, match=words):
+        run(small_model(), adamw(), batches(), **{"steps": 2} | options)
+
+
+@pytest.mark.parametrize(("allowed", "spike"), [(-1, None), (1.5, None), (True, None), (0, 1.0)])
+def test_bad_limits_are_refused(allowed, spike, no_shape_checker):
+    with pytest.raises(ValueError, match="must be"):
+        BadSteps(allowed, spike)
+
+
+def test_one_program_for_all_steps():
+    from jaxformers.training.step import advance
+
+    run(small_model(), adamw(), batches(), steps=1)
+    compiled = advance._cached._cache_size()
+    run(small_model(), adamw(), batches(seed=4), steps=9)
+    assert advance._cached._cache_size() == compiled
+    assert eqx.is_array(run(small_model(), adamw(), batches(), steps=1).step)
