@@ -1,0 +1,220 @@
+"""Killed at any moment and started again is never killed: the same bits."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformers import AdamW, Checkpoints, TransformerLM, fit, language_model_loss
+from jaxformers.data import Windows
+from jaxformers.training.log import read_metrics
+
+pytest.importorskip("safetensors", reason="checkpoints need jaxformers[train]")
+
+PROGRAM = """
+import os, signal, sys
+import jax, numpy as np
+from jaxformers import *
+from jaxformers.data import PackedDocuments
+
+directory, programs, fatal = sys.argv[1], sys.argv[2], int(sys.argv[3])
+keep_compiled_programs(programs)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+synced = 0
+
+def fsync(file):  # the log's before a save, the checkpoint's, its directory's
+    global synced
+    synced += 1
+    if synced == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(file)
+
+real, os.fsync = os.fsync, fsync
+rng = np.random.default_rng(1)
+documents = [rng.integers(0, 23, n) for n in rng.integers(2, 30, 50)]
+model = TransformerLM(
+    23, 40, 4, 2, 60, 12, 0.1, position=RotaryPositionalEncoding(), key=jax.random.key(1)
+)
+optimizer = Averaged(AdamW(warmup_cosine(1e-2, 3, 30), max_grad_norm=1.0), 0.9)
+training = fit(
+    model,
+    optimizer,
+    PackedDocuments(documents, 12, 6, seed=4),
+    loss=language_model_loss,
+    steps=30,
+    key=jax.random.key(2),
+    eval_batches=PackedDocuments(documents[:9], 12, 4),
+    eval_every=7,
+    checkpoint=Checkpoints(directory, every=2, keep=2),
+    bad_steps=BadSteps(allowed=3, spike=5.0),
+    accumulate=2,
+    progress=False,
+)
+print(digest(training))
+"""
+
+
+def start(directory, programs, fatal=0):
+    command = [sys.executable, "-c", PROGRAM, directory, programs, fatal]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out.split()[-1]
+
+
+def count_lines(directory):
+    return len((directory / "metrics.jsonl").read_bytes().splitlines())
+
+
+def test_killed_and_resumed_is_never_killed(tmp_path):
+    programs, killed = tmp_path / "programs", tmp_path / "killed"
+    expected = finish(start(tmp_path / "whole", programs))
+    chance = random.Random(20)
+    # In a save: before the log is synced, before a checkpoint is, before its directory is.
+    for fatal in (chance.randrange(1, 10), chance.randrange(10, 20)):
+        process = start(killed, programs, fatal)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, errors
+    # And at any time, once it is under way again.
+    process, lines, more = start(killed, programs), count_lines(killed), chance.randrange(1, 9)
+    while process.poll() is None and count_lines(killed) < lines + more:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert finish(start(killed, programs)) == expected
+    log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (killed / "metrics.jsonl").read_bytes() == log
+
+
+def small_run(directory, **options):
+    model = TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3))
+    text = np.random.default_rng(5).integers(0, 17, 301)
+    options = {"steps": 6, "key": jax.random.key(0)} | options
+    return fit(
+        model,
+        AdamW(1e-2),
+        options.pop("batches", Windows(text, 6, 4)),
+        loss=language_model_loss,
+        checkpoint=Checkpoints(directory, every=2),
+        progress=False,
+        **options,
+    )
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a.model), jax.tree.leaves(b.model), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path):
+    whole = small_run(tmp_path)
+    newest = tmp_path / "step-000000006.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match="step-000000006"):
+        again = small_run(tmp_path)
+    assert same(again, whole)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_more_steps_go_on_and_fewer_are_there_already(tmp_path):
+    first = small_run(tmp_path, steps=4)
+    assert small_run(tmp_path, steps=2).step == 4  # nothing to do
+    more = small_run(tmp_path, steps=7)
+    assert more.step == 7 and not same(first, more)
+    assert same(small_run(tmp_path / "other", steps=7), more)
+
+
+def test_another_run_is_refused(tmp_path):
+    small_run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="begun with another key"):
+        small_run(tmp_path, key=jax.random.key(1))
+
+
+def test_bad_data_keeps_what_was_reached(tmp_path):
+    """The ids of batch 3 do not exist: three steps are saved, and a mended run goes on."""
+    text = np.random.default_rng(5).integers(0, 17, 301)
+    good = Windows(text, 6, 4)
+    rows = [good[i] for i in range(6)]
+    rows[3] = rows[3] | {"tokens": rows[3]["tokens"] + 17}
+    with pytest.raises(ValueError, match="tokens must be ids") as error:
+        small_run(tmp_path, batches=rows)
+    assert error.value.__notes__ == [f"Step 3 is saved in {tmp_path}."]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
+
+
+def test_a_bad_step_is_met_again_where_it_was(tmp_path):
+    def loss(model, batch, key=None):
+        rest = {name: x for name, x in batch.items() if name != "factor"}
+        return language_model_loss(model, rest, key) * batch["factor"].mean()
+
+    text = np.random.default_rng(5).integers(0, 17, 301)
+    rows = [Windows(text, 6, 4)[i] for i in range(6)]
+    for i, row in enumerate(rows):
+        row["factor"] = np.full((4, 1), np.nan if i == 4 else 1.0, np.float32)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="step 5 is bad") as error:
+            fit(
+                TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3)),
+                AdamW(1e-2),
+                rows,
+                loss=loss,
+                steps=6,
+                key=jax.random.key(0),
+                checkpoint=Checkpoints(tmp_path, every=3),
+                progress=False,
+            )
+        assert "Step 4 is saved" in error.value.__notes__[0]
+
+
+def test_a_save_that_fails_is_tried_again_and_the_last_one_must_succeed(tmp_path):
+    class Full(Checkpoints):
+        calls = 0
+
+        def save(self, training, step):
+            Full.calls += 1
+            if Full.calls in self.failing:
+                raise OSError(28, "No space left on device")
+            super().save(training, step)
+
+    def go(failing):
+        Full.calls, store = 0, Full(tmp_path / str(failing), every=2)
+        store.failing = failing
+        model = TransformerLM(17, 12, 3, 1, 20, 6, key=jax.random.key(3))
+        text = np.random.default_rng(5).integers(0, 17, 301)
+        fit(
+            model,
+            AdamW(1e-2),
+            Windows(text, 6, 4),
+            loss=language_model_loss,
+            steps=6,
+            key=jax.random.key(0),
+            checkpoint=store,
+            progress=False,
+        )
+        return store.steps()
+
+    with pytest.warns(UserWarning, match="a checkpoint is missing: .*No space left"):
+        assert go([2]) == [2, 6]
+    with pytest.raises(OSError, match="No space left") as error:
+        go([3, 4])
+    assert "could not be saved" in error.value.__notes__[0]
+
+
+def test_the_lines_of_the_log_are_json(tmp_path):
+    small_run(tmp_path, steps=2)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["skipped"] == 0
