@@ -103,10 +103,11 @@ def check_path(path: Any) -> Path:
 def write_object(path: Path, x: Any) -> None:
     """Write a file under another name, and give it its own when it is safe on the disk."""
     encoder = Encoder()
-    construction = encoder.encode(x)
-    text = json.dumps(construction, separators=(",", ":"))
-    # What would be refused when it is read is refused now.
-    parse_json(json.dumps({"construction": construction}).encode(), "what is to be saved")
+    try:
+        text = json.dumps({"object": encoder.encode(x)}, separators=(",", ":"))
+    except RecursionError as error:
+        raise ValueError("what is to be saved is nested too deeply.") from error
+    parse_json(text.encode(), "what is to be saved")  # what would be refused when it is read
     tensors = [
         Unsaved(name, tuple(x.shape), np.dtype(x.dtype), partial(np.asarray, x))
         for name, x in encoder.arrays.items()
@@ -146,8 +147,9 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
             "from_pretrained(directory)."
         )
     check_seal(path)
-    text = '{"construction":' + metadata["construction"] + "}"
-    construction = parse_json(text.encode(), f"the construction in {path}")["construction"]
+    construction = parse_json(metadata["construction"].encode(), f"the construction in {path}")
+    if construction.keys() != {"object"}:
+        raise ValueError(f"{path} must describe one object, got {shorten(construction)}.")
     used: set[str] = set()
 
     def read(name: str, kind: str) -> Any:
@@ -157,7 +159,7 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
         return _read_array(name, tensors[name], kind, sharding)
 
     try:
-        made = Decoder(read, known).decode(construction)
+        made = Decoder(read, known).decode(construction["object"])
         surplus = sorted(tensors.keys() - used)
         if surplus:
             raise ValueError(f"the tensors {', '.join(map(shorten, surplus[:5]))} belong nowhere.")

@@ -251,7 +251,9 @@ class Decoder:
                 return self._dict(pairs, path)
             case {"array": str(name), "as": str(kind)} if len(x) == 2:
                 return self._array(name, kind)
-            case {"partial": f, "of": str(of), "args": list(), "keywords": {"dict": list()}}:
+            case {"partial": f, "of": str(of), "args": list(), "keywords": {"dict": list()}} if (
+                len(x) == 4
+            ):
                 return self._partial(x, f, of, path)
             case {"class": str(name), "fields": dict(fields)} if len(x) == 2:
                 return self._record(name, fields, path)
