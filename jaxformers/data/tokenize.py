@@ -108,6 +108,7 @@ def tokenize(
     if (out / "tokens.json").exists():
         if read_json(out / "tokens.json").get("job") != job:
             raise ValueError(f"{out} holds another token file. Choose another directory.")
+        (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
         return open_tokens(out)
     progress = _read_progress(out, job)
     words.backend.encode_special_tokens = True  # what looks like one in a text is text

@@ -295,7 +295,7 @@ def _check_ids(ids: Any, name: str) -> np.ndarray:
     try:
         array = np.asanyarray(ids)
     except ValueError:  # rows of different lengths
-        array = np.empty(0, object)
+        array = np.array(None)
     if array.dtype.kind not in "iu" and array.size or array.ndim != 1:
         raise ValueError(
             f"{name} must hold integer ids in one row, got shape {array.shape} of dtype "
