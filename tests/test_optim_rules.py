@@ -14,6 +14,15 @@ from jaxformers.hf.plan import arrays_by_path
 from jaxformers.optim import Adafactor, Lion, Muon, OrthogonalMomentum, default_decay_mask
 from jaxformers.optim.muon import orthogonalise
 
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+    """Programs that run a few times on tiny arrays are not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
 STEPS = 40
 

@@ -48,10 +48,14 @@ class Groups(Optimizer):
 
     def __init__(
         self,
-        groups: Sequence[tuple[Predicate, Any]],
+        groups: Sequence[Any],
         rest: Any,
         max_grad_norm: float | None = None,
     ):
+        if not all(isinstance(group, tuple | list) and len(group) == 2 for group in groups):
+            raise ValueError(
+                f"groups must be pairs (predicate, optimizer or None), got {groups!r}."
+            )
         self.predicates = tuple(predicate for predicate, _ in groups)
         check_callable(**{f"predicate {i}": p for i, p in enumerate(self.predicates)})
         optimizers = (*(optimizer for _, optimizer in groups), rest)
