@@ -40,6 +40,7 @@ from jaxformers.optim import (
     freeze,
     global_norm,
 )
+from jaxformers.orbax_checkpoints import OrbaxCheckpoints
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces
 from jaxformers.positional_encoding import (

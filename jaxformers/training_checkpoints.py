@@ -8,11 +8,16 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxformers.checkpoint import check_path, read_object, write_object
 from jaxformers.checks import check_size
-from jaxformers.training_state import Tree, check_alike, placed_like, replaced, snapshot
+from jaxformers.training_state import (
+    Tree,
+    check_alike,
+    check_step,
+    describe,
+    replaced,
+    snapshot,
+)
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 _LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.tmp")
@@ -79,18 +84,11 @@ class Checkpoints:
                 several hosts.
             OSError: if the last one could not be written.
         """
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-            raise ValueError(f"step must be a whole number from 0, got {step!r}.")
         self.wait()
-        later = [other for other in self.steps() if other > step and other not in self._broken]
-        if later:
-            raise ValueError(
-                f"{self.directory} has the later step {later[-1]}, so that step {step} would be "
-                "the first to go. Continue that training by restore(), or pass another directory."
-            )
-        leaves, step = snapshot(training), int(step)
+        whole = [other for other in self.steps() if other not in self._broken]
+        step = check_step(step, whole, self.directory)
         # Not a daemon: a program that ends waits until it is written.
-        self._thread = threading.Thread(target=self._write, args=(leaves, step))
+        self._thread = threading.Thread(target=self._write, args=(snapshot(training), step))
         self._thread.start()
 
     def _write(self, leaves: dict[str, Any], step: int) -> None:
@@ -144,8 +142,8 @@ class Checkpoints:
                 self._broken.add(step)
                 warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
                 continue
-            check_alike(leaves, like, str(self._path(step)))
-            return replaced(like, leaves, placed_like), step
+            check_alike(describe(leaves), like, str(self._path(step)))
+            return replaced(like, leaves), step
         if steps:
             raise ValueError(
                 f"{self.directory} has checkpoints of the steps {', '.join(map(str, steps))}, and "

@@ -1,7 +1,7 @@
 """What is kept of a training: the arrays and numbers of any pytree by path, out of it and back."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,10 +13,10 @@ Tree = TypeVar("Tree", bound=PyTree)
 
 
 class HostKey(NamedTuple):
-    """PRNG keys as numbers on the host."""
+    """PRNG keys as numbers, on the host unless they are spread."""
 
     impl: str
-    data: np.ndarray
+    data: Any
 
     @property
     def dtype(self) -> Any:
@@ -108,9 +108,27 @@ def snapshot(tree: PyTree) -> dict[str, Any]:
     return {path: to_host(path, x) for path, x in leaves.items()}
 
 
-def check_alike(saved: Mapping[str, Any], like: PyTree, where: str) -> None:
-    """Raise unless `saved` has the paths, shapes and dtypes of a skeleton's arrays and numbers."""
-    have, want = ({p: _describe(x) for p, x in y.items()} for y in (saved, named_leaves(like)))
+def check_step(step: Any, steps: Sequence[int], directory: Any) -> int:
+    """The step of a state that is to be saved; raise if later ones are there already."""
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"step must be a whole number from 0, got {step!r}.")
+    if steps and steps[-1] > step:
+        raise ValueError(
+            f"{directory} has the later step {steps[-1]}, so that step {step} would be the first "
+            "to go. Continue that training by restore(), or pass another directory."
+        )
+    return int(step)
+
+
+def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
+    """Raise unless what is saved has the paths, shapes and dtypes of a skeleton's leaves.
+
+    Arguments:
+        have: what `describe` says of the arrays and numbers that are saved, by path.
+        like: the skeleton.
+        where: what an error calls the file.
+    """
+    want = describe(named_leaves(like))
     differing = [p for p in {**want, **have} if have.get(p) != want.get(p)]
     if differing:
         lines = [
@@ -126,19 +144,21 @@ def check_alike(saved: Mapping[str, Any], like: PyTree, where: str) -> None:
         )
 
 
-def _describe(x: Any) -> str:
-    if isinstance(x, bool | int | float) and not isinstance(x, np.generic):
-        return type(x).__name__
-    return f"{x.dtype} {tuple(x.shape)}"
+def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """The dtypes and shapes of arrays and the types of numbers."""
+    return {
+        path: f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
+        for path, x in leaves.items()
+    }
 
 
-def replaced(like: Tree, values: Mapping[str, Any], place: Callable[[Any, Any], Any]) -> Tree:
-    """The skeleton with each of its arrays and numbers replaced by `place(value, old)`."""
+def replaced(like: Tree, values: Mapping[str, Any]) -> Tree:
+    """The skeleton with new arrays and numbers, each where its old one is."""
 
     def replace(path: tuple, old: Any) -> Any:
         if not _is_data(old):
             return old
-        return place(values[jax.tree_util.keystr(path, simple=True, separator=".")], old)
+        return placed_like(values[jax.tree_util.keystr(path, simple=True, separator=".")], old)
 
     return jax.tree_util.tree_map_with_path(replace, like)
 

@@ -1,0 +1,192 @@
+"""The state of a training that is spread over hosts, through orbax."""
+
+import os
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.checkpoint import check_path
+from jaxformers.checks import check_size
+from jaxformers.training_state import (
+    HostKey,
+    Tree,
+    check_alike,
+    check_step,
+    describe,
+    named_leaves,
+    replaced,
+)
+
+
+class OrbaxCheckpoints:
+    """`Checkpoints` for arrays that are spread over several hosts, each of which writes its part.
+
+    All hosts make one of the same directory, which all of them see, and call the same methods. A
+    checkpoint is a directory in the format of https://orbax.readthedocs.io, which gets its name
+    when it is complete. Nothing guards it against a second training.
+
+    Arguments:
+        directory: made if it is not there.
+        every: after how many steps `fit` saves, 500.
+        keep: how many checkpoints stay, 3.
+
+    Raises:
+        ValueError: if a number is not positive.
+        OSError: if the directory cannot be written to.
+        ImportError: if the `orbax-checkpoint` package is missing.
+
+    Example:
+        >>> checkpoints = OrbaxCheckpoints("gs://bucket/run")  # doctest: +SKIP
+        >>> model, history = fit(..., checkpoint=checkpoints)  # doctest: +SKIP
+    """
+
+    directory: str
+    every: int
+    keep: int
+
+    def __init__(self, directory: str | os.PathLike, every: int = 500, keep: int = 3):
+        check_size(every=every, keep=keep)
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError:
+            raise ImportError(
+                "OrbaxCheckpoints needs the orbax-checkpoint package: pip install "
+                "'jaxformers[orbax]'."
+            ) from None
+        check_path(directory)
+        remote = "://" in os.fspath(directory)
+        # orbax takes no others
+        self.directory = os.fspath(directory) if remote else os.path.abspath(directory)
+        self.every, self.keep = every, keep
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+                item_names=("arrays", "rest"),
+            )
+        except OSError as error:
+            raise OSError(
+                error.errno, f"checkpoints cannot be written to {self.directory}: {error}"
+            ) from error
+        self._orbax = ocp
+        self._broken: set[int] = set()  # found when restoring, gone with the next save
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, the newest last."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, training: Any, step: int) -> None:
+        """Copy a state to the hosts, and begin to write it; see `Checkpoints.save`.
+
+        A step that is there already stays as it is.
+        """
+        self.wait()
+        for broken in self._broken:
+            self._manager.delete(broken)
+        self._broken.clear()
+        steps = self.steps()
+        step = check_step(step, steps, self.directory)
+        if step in steps:
+            return
+        leaves = named_leaves(training)
+        arrays = {path: _stored(x) for path, x in leaves.items() if _has_numbers(x)}
+        numbers = {path: x for path, x in leaves.items() if not hasattr(x, "dtype")}
+        rest = {"numbers": numbers, "described": describe(leaves)}
+        args = self._orbax.args
+        self._manager.save(
+            step,
+            args=args.Composite(arrays=args.StandardSave(arrays), rest=args.JsonSave(rest)),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            OSError: if it could not be; earlier checkpoints are as they were.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and its stores raise whatever there is
+            raise OSError(
+                f"a checkpoint cannot be written to {self.directory}, earlier ones are as they "
+                f"were: {error}"
+            ) from error
+
+    def restore(self, like: Tree) -> tuple[Tree, int] | None:
+        """The newest state that can be read, in the form of a skeleton; see `Checkpoints.restore`.
+
+        Each host reads its part of an array, as `like` is spread.
+        """
+        self.wait()
+        steps = self.steps()
+        leaves = named_leaves(like)
+        targets = {path: _target(x) for path, x in leaves.items() if _has_numbers(x)}
+        args = self._orbax.args
+        for step in reversed(steps):
+            rest = self._read(step, "rest", args.JsonRestore())
+            if rest is None:
+                continue
+            check_alike(rest["described"], like, f"step {step} in {self.directory}")
+            arrays = self._read(step, "arrays", args.StandardRestore(targets))
+            if arrays is None:
+                continue
+            found = rest["numbers"] | arrays
+            values = {path: _value(x, found.get(path)) for path, x in leaves.items()}
+            return replaced(like, values), step
+        if steps:
+            raise ValueError(
+                f"{self.directory} has checkpoints of the steps {', '.join(map(str, steps))}, and "
+                "none can be read. Delete them to begin anew."
+            )
+        return None
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        """A part of a checkpoint; None after a warning if it cannot be read."""
+        try:
+            return self._manager.restore(step, args=self._orbax.args.Composite(**{item: args}))[
+                item
+            ]
+        except Exception as error:
+            self._broken.add(step)
+            where = f"step {step} in {self.directory}"
+            warnings.warn(f"a checkpoint is skipped: {where}: {error}", stacklevel=3)
+            return None
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _has_numbers(x: Any) -> bool:
+    return hasattr(x, "dtype") and x.size > 0  # orbax keeps no empty arrays
+
+
+def _stored(x: Any) -> Any:
+    if not isinstance(x, jax.Array):
+        return np.array(x)  # a copy, since it may be changed in place while it is written
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _value(like: Any, found: Any) -> Any:
+    """What was found in place of a leaf, empty arrays and keys included."""
+    if not hasattr(like, "dtype"):
+        return found
+    if _is_key(like):
+        return HostKey(str(jax.random.key_impl(like)), found)
+    return found if _has_numbers(like) else np.zeros(like.shape, like.dtype)
+
+
+def _target(like: Any) -> Any:
+    """How an array is to be read: spread as it says, or to NumPy."""
+    x = like
+    if _is_key(like):
+        real = isinstance(like, jax.Array)
+        x = jax.random.key_data(like) if real else jax.eval_shape(jax.random.key_data, like)
+    committed = x.committed if isinstance(x, jax.Array) else getattr(x, "sharding", None)
+    if committed:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
