@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = "--steps 3 --batch-size 4 --d-model 16 --num-heads 2 --num-layers 1 --log-every 1".split()
+TINY = "--steps 3 --batch-size 4 --d-model 16 --num-heads 2 --num-layers 1".split()
 
 pytest.importorskip("tqdm", reason="the progress bar needs jaxformers[train]")
 pytest.importorskip("matplotlib", reason="the loss curve needs jaxformers[train]")
@@ -31,6 +33,7 @@ def test_the_letter_tasks(tmp_path, task):
     result = train(tmp_path, *task)
     assert result.returncode == 0, result.stderr
     assert "% of 2000 held-out sequences exactly right" in result.stdout
+    assert re.fullmatch("weights sha256 [0-9a-f]{64}", result.stdout.splitlines()[-1])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,14 +71,28 @@ def test_ctrl_c_stops_cleanly_and_still_reports(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    seen = ""
-    while "tokens/s" not in seen:  # the bar has moved: training is on
-        seen += process.stdout.read(1)
+    log = tmp_path / "curve" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "stopped after step" in rest and "held-out sequences" in rest
+    assert "stopped after step" in errors and "held-out sequences" in output
     assert (tmp_path / "curve.png").exists()
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    """Three steps at once are one step and, by another process, the other two."""
+    saving = "--checkpoint", tmp_path / "run", "--save-every", "1"
+    whole = train(tmp_path).stdout.splitlines()[-1]
+    # As after a kill: what a run of three steps had saved after its first.
+    train(tmp_path, *saving)
+    for step in (2, 3):
+        (tmp_path / "run" / f"step-{step:09}.safetensors").unlink()
+    again = train(tmp_path, *saving)
+    assert again.stdout.splitlines()[-1] == whole and again.returncode == 0
+    other = train(tmp_path, *saving, "--seed", "5")
+    assert other.returncode == 1 and "begun with another key" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -88,6 +105,8 @@ def test_ctrl_c_stops_cleanly_and_still_reports(tmp_path):
         (["--d-model", "30", "--num-heads", "4"], "divisible by num_heads"),
         (["--learning-rate", "-1"], "peak must be"),
         (["--curve", "picture.foo"], "must end in .png"),
+        (["--seed", "-1"], "at least 0"),
+        (["--checkpoint", __file__], "cannot be written"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, args, words):
