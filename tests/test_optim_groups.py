@@ -220,6 +220,17 @@ def test_gradients_and_averages_that_do_not_fit_are_refused():
         optimizer.update(weights, optimizer.init({"w": weights["w"]}), weights)
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    weights = draw(1)
+    optimizers = AdamW(0.1), freeze(AdamW(0.1), is_table), Averaged(AdamW(0.1))
+    for optimizer, other in zip(optimizers, (*optimizers[1:], optimizers[0]), strict=True):
+        with pytest.raises(ValueError, match="state must be that of this optimiser.*expected"):
+            optimizer.update(weights, other.init(weights), weights)
+    three = Groups([(is_table, None), (is_vector, Lion(0.1))], AdamW(0.1))
+    with pytest.raises(ValueError, match="expected tuple of 2, got"):
+        optimizers[1].update(weights, three.init(weights), weights)
+
+
 # Averages.
 
 

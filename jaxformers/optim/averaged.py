@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
 from jaxformers.checks import check_rate, is_known
 from jaxformers.layers import widened
-from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit, check_state
 
 
 class AveragedState(eqx.Module):
@@ -64,10 +64,9 @@ class Averaged(Optimizer):
         return AveragedState(step=step, average=average, inner=self.optimizer.init(model))
 
     @eqx.filter_jit
-    def update(
-        self, grads: PyTree, state: AveragedState, model: Model
-    ) -> tuple[Model, AveragedState]:
+    def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, AveragedState]:
         """The model after one update of the optimiser, and the average with it."""
+        check_state(state, AveragedState)
         check_fit(model, average=state.average)
         model, inner = self.optimizer.update(grads, state.inner, model)
         t = state.step + 1

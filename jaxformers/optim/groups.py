@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxformers.checks import check_callable, check_positive
 from jaxformers.hf.plan import array_name
 from jaxformers.optim.clipping import clip_by_global_norm
-from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit, check_state
 
 Predicate = Callable[[str, Any], Any]
 
@@ -75,9 +75,10 @@ class Groups(Optimizer):
 
     @eqx.filter_jit
     def update(
-        self, grads: PyTree, state: tuple[PyTree, ...], model: Model
+        self, grads: PyTree, state: PyTree, model: Model
     ) -> tuple[Model, tuple[PyTree, ...]]:
         """The model and the states after one update; gradients of frozen leaves do not count."""
+        check_state(state, tuple, len(self.optimizers))
         check_fit(model, grads=grads)
         grads = eqx.filter(grads, self.trains(model))
         if self.max_grad_norm is not None:

@@ -14,7 +14,7 @@ from jaxformers.checks import check_nonnegative, check_positive, is_known
 from jaxformers.hf.plan import array_name
 from jaxformers.layers import widened
 from jaxformers.optim.clipping import clip_by_global_norm
-from jaxformers.optim.optimizer import Model, Optimizer, check_fit
+from jaxformers.optim.optimizer import Model, Optimizer, check_fit, check_state
 
 Moments = dict[str, Array]
 
@@ -104,7 +104,7 @@ class LeafwiseOptimizer(Optimizer):
         return State(step=jnp.zeros((), jnp.int32), moments=moments)
 
     @eqx.filter_jit
-    def update(self, grads: PyTree, state: State, model: Model) -> tuple[Model, State]:
+    def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, State]:
         """The model and the state after one update.
 
         Compiled, and nothing is donated: the old model stays usable. Within a compiled function
@@ -118,6 +118,7 @@ class LeafwiseOptimizer(Optimizer):
         Raises:
             ValueError: if `grads`, `state` or the decay mask do not fit the model.
         """
+        check_state(state, State)
         decays = self.decay_mask(model)
         check_fit(model, decay_mask=decays, moments=state.moments, grads=grads)
         if self.max_grad_norm is not None:

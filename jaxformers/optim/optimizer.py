@@ -124,3 +124,14 @@ def check_fit(model: PyTree, **trees: PyTree) -> None:
                 f"{name} must have the model's structure and shapes: take gradients by "
                 f"eqx.filter_grad, the state by init, a mask by jax.tree.map. Got {misfits[0]}"
             )
+
+
+def check_state(state: Any, kind: type[Any], length: int | None = None) -> None:
+    """Raise unless a state is of the kind that `init` makes."""
+    fits = isinstance(state, kind) and (length is None or len(state) == length)
+    if not fits:
+        count = "" if length is None else f" of {length}"
+        raise ValueError(
+            "the state must be that of this optimiser, from init or the last update: expected "
+            f"{kind.__name__}{count}, got {eqx.tree_pformat(state):.200}"
+        )
