@@ -1,5 +1,6 @@
 """Transformer models for JAX as Equinox modules."""
 
+from jaxformers import data
 from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
 from jaxformers.checkpoint import load, save
 from jaxformers.compilation_cache import keep_compiled_programs
