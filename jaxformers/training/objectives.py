@@ -15,7 +15,7 @@ real input has padding for a target, so give both:
     batch = {"tokens": text[:, :-1], "targets": text[:, 1:],
              "padding_mask": real[:, :-1], "loss_mask": real[:, 1:]}
 
-Rows of a language model that hold several documents have, in place of a padding mask,
+Rows of either language model that hold several documents have, in place of a padding mask,
 `positions` (b, t), which start again at 0 with each document and are -1 for padding, and
 `segment_ids` (b, t), the number of the document: no token sees another document.
 """
@@ -141,9 +141,11 @@ def masked_language_model_loss(
         >>> loss = masked_language_model_loss(bert, batch)
     """
     needed = "tokens", "targets", "loss_mask"
-    _check_batch(batch, needed, ("padding_mask", "token_types"), "a masked language model")
+    optional = "padding_mask", "token_types", "positions", "segment_ids"
+    _check_batch(batch, needed, optional, "a masked language model")
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
-    hidden = model(batch["tokens"], None, key, **given)
+    mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
+    hidden = model(batch["tokens"], mask, key, **given)
     return _mean(model, hidden, batch, batch["loss_mask"], label_smoothing, z_loss)
 
 
