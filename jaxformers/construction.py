@@ -69,9 +69,10 @@ def _members(name: str, module: ModuleType, wanted: Callable[[Any], bool]) -> di
 
 def _is_ours(x: Any) -> bool:
     package, _, module = (getattr(x, "__module__", None) or "").partition(".")
-    if package != "jaxformers":
+    top = module.partition(".")[0]
+    if package != "jaxformers" or top in ("data", "generation", "hf"):  # no parts of a model
         return False
-    return is_record(x) or inspect.isfunction(x) and module.partition(".")[0] in _FUNCTIONS
+    return is_record(x) or inspect.isfunction(x) and top in _FUNCTIONS
 
 
 def is_record(x: Any) -> bool:

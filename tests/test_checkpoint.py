@@ -399,6 +399,29 @@ def test_one_process_has_a_directory(tmp_path):
         assert tries() == "opened\n"
 
 
+def test_one_process_writes_one_at_a_time(tmp_path, monkeypatch):
+    """However many objects it has for a directory."""
+    import threading
+
+    begun, go_on = [], threading.Event()
+    write = jaxformers.training_checkpoints.write_object
+
+    def slow(path, x):
+        begun.append(path)
+        go_on.wait(9)
+        write(path, x)
+
+    monkeypatch.setattr("jaxformers.training_checkpoints.write_object", slow)
+    first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    first.save({"x": np.ones(3)}, 1)
+    second.save({"x": np.ones(3)}, 2)
+    second._thread.join(0.1)
+    assert len(begun) == 1
+    go_on.set()
+    first.wait(), second.wait()
+    assert first.steps() == [1, 2]
+
+
 SAVING = """
 import sys, numpy as np
 from jaxformers import Checkpoints

@@ -403,6 +403,7 @@ def record(name, **fields):
         ({"name": "jax.numpy:load"}, "not looked for"),
         ({"name": "jaxformers:save"}, "not looked for"),
         ({"name": "jaxformers:from_pretrained"}, "not looked for"),
+        (record("jaxformers.hf.safetensors_file:Unsaved"), "not looked for"),
         ({"name": "jaxformers.checkpoint:os"}, "not looked for"),
         ({"name": "jaxformers:__builtins__"}, "not looked for"),
         ({"name": "antigravity"}, "not looked for"),

@@ -253,6 +253,7 @@ def _write(
             part = _made(tensor)
             see(part)
             file.write(part)
+            del part  # before the next is made
         file.flush()
         os.fsync(file.fileno())  # its name, which comes later, must not outlive its contents
     read_header(path)
