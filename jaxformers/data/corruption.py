@@ -16,7 +16,8 @@ class MaskedTokens(Changed):
     """Batches for a masked language model (Devlin et al. 2019), of another source's `tokens`.
 
     Of the tokens that are neither special nor padding, `rate` are to be guessed: 80 % of these
-    become the mask token, 10 % a random one, and 10 % stay.
+    become the mask token, 10 % a random one, and 10 % stay. The last token of a document or a
+    padded text, as a rule its end, is only a target for those sources, so it is not read here.
 
     Arguments:
         source: `Windows`, `PackedDocuments` or another source of `tokens`.

@@ -59,8 +59,9 @@ class PaddedPairs(Source):
     ):
         start, end = check_id(start_token=start_token), check_id(end_token=end_token)
         sources, targets = split_pairs("pairs", "(source, target)", pairs)
-        self.sources = named_documents("source", sources)
-        self.targets = named_documents("target", [[start, *ids, end] for ids in targets])
+        self.sources = open_tokens(check_rows("source", sources))
+        rows = check_rows("target", targets)
+        self.targets = open_tokens([np.concatenate([[start], row, [end]]) for row in rows])
         sizes = [self.sources.lengths, self.targets.lengths - 1]
         if (sizes[0] == 0).any():
             raise ValueError(
@@ -130,7 +131,7 @@ class PaddedTexts(Source):
         seed: int = 0,
     ):
         ids, counts = split_pairs("texts", "(ids, counts)", texts)
-        self.tokens = named_documents("text", ids)
+        self.tokens = open_tokens(check_rows("text", ids))
         masks = [_check_counts(k, *text) for k, text in enumerate(zip(ids, counts, strict=True))]
         self.counts = open_tokens(masks)
         sizes = self.tokens.lengths[:, None] - 1
@@ -173,13 +174,11 @@ def answer(prompt: Any, reply: Any, end_token: int) -> tuple[np.ndarray, np.ndar
         (array([5, 6, 7, 2]), array([False, False,  True,  True]))
     """
     end = check_id(end_token=end_token)
-    parts = [named_documents("prompt", [prompt]).ids] if np.size(prompt) else []
-    if not parts:
+    (first,), (second,) = check_rows("prompt", [prompt]), check_rows("reply", [reply])
+    if not len(first):
         raise ValueError("the prompt must have at least one token, got none. Begin with a start.")
-    if np.size(reply):
-        parts.append(named_documents("reply", [reply]).ids)
-    ids = np.concatenate([*parts, [end]])
-    return ids, np.arange(len(ids)) >= len(parts[0])
+    ids = np.concatenate([first, second, [end]])
+    return ids, np.arange(len(ids)) >= len(first)
 
 
 def chat(
@@ -265,19 +264,18 @@ def split_pairs(name: str, form: str, pairs: Any) -> tuple[list[Any], list[Any]]
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def named_documents(name: str, documents: list[Any]) -> Tokens:
-    """Documents in memory, whose ids are checked at once."""
-    arrays = []
+def check_rows(name: str, documents: list[Any]) -> list[np.ndarray]:
+    """Each document as an array of ids, or an error with its number."""
+    rows = []
     for k, ids in enumerate(documents):
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+        row = np.asarray(ids)
+        integers = row.dtype.kind in "iu" and (not row.size or 0 <= row.min() <= row.max() < 2**31)
+        if row.ndim != 1 or row.size and not integers:
             raise ValueError(
                 f"a {name} must be a row of ids, integers from 0 on; number {k} is {ids!r:.80}."
             )
-        arrays.append(array.astype(np.int64))
-    tokens = open_tokens(arrays)
-    tokens.verify()
-    return tokens
+        rows.append(row.astype(np.int64))
+    return rows
 
 
 def _check_counts(k: int, ids: Any, counts: Any) -> np.ndarray:

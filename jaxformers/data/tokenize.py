@@ -142,14 +142,18 @@ def add_tokenize(commands: "argparse._SubParsersAction") -> None:
 
 
 def run_tokenize(options: argparse.Namespace) -> int:
-    tokens = tokenize(
-        options.inputs,
-        options.out,
-        options.tokenizer,
-        field=options.field,
-        end_token=options.end_token,
-        add_end=not options.no_end_token,
-    )
+    try:
+        tokens = tokenize(
+            options.inputs,
+            options.out,
+            options.tokenizer,
+            field=options.field,
+            end_token=options.end_token,
+            add_end=not options.no_end_token,
+        )
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130  # as shells say it
     print(tokens)
     if empty := read_json(options.out / "tokens.json")["empty"]:
         print(f"note: {empty} documents without a token were left out", file=sys.stderr)
