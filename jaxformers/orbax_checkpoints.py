@@ -43,7 +43,7 @@ class OrbaxCheckpoints:
         >>> model, history = fit(..., checkpoint=checkpoints)  # doctest: +SKIP
     """
 
-    directory: str
+    directory: Any  # like a Path, also where it is remote
     every: int
     keep: int
 
@@ -57,20 +57,18 @@ class OrbaxCheckpoints:
                 "'jaxformers[orbax]'."
             ) from None
         check_path(directory)
-        remote = "://" in os.fspath(directory)
-        # orbax takes no others
-        self.directory = os.fspath(directory) if remote else os.path.abspath(directory)
-        self.every, self.keep = every, keep
+        local = "://" not in os.fspath(directory)
         try:
             self._manager = ocp.CheckpointManager(
-                self.directory,
+                os.path.abspath(directory) if local else os.fspath(directory),  # no relative ones
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep),
                 item_names=("arrays", "rest"),
             )
         except OSError as error:
             raise OSError(
-                error.errno, f"checkpoints cannot be written to {self.directory}: {error}"
+                error.errno, f"checkpoints cannot be written to {directory}: {error}"
             ) from error
+        self.directory, self.every, self.keep = self._manager.directory, every, keep
         self._orbax = ocp
         self._broken: set[int] = set()  # found when restoring, gone with the next save
 
@@ -83,14 +81,22 @@ class OrbaxCheckpoints:
 
         A step that is there already stays as it is.
         """
-        self.wait()
+        failed = None
+        try:
+            self.wait()
+        except OSError as error:
+            failed = error
         for broken in self._broken:
             self._manager.delete(broken)
         self._broken.clear()
         steps = self.steps()
         step = check_step(step, steps, self.directory)
-        if step in steps:
-            return
+        if step not in steps:
+            self._save(training, step)
+        if failed is not None:
+            raise failed
+
+    def _save(self, training: Any, step: int) -> None:
         leaves = named_leaves(training)
         arrays = {path: _stored(x) for path, x in leaves.items() if _has_numbers(x)}
         numbers = {path: x for path, x in leaves.items() if not hasattr(x, "dtype")}

@@ -73,7 +73,8 @@ class Checkpoints:
     def save(self, training: Any, step: int) -> None:
         """Copy a state to the host, and begin to write it.
 
-        It waits if the last one is still being written. Arrays may be donated afterwards.
+        It waits if the last one is still being written. Arrays may be donated afterwards. If the
+        last one could not be written, this one is tried all the same before the error is raised.
 
         Arguments:
             training: any pytree; its arrays and Python numbers are kept.
@@ -84,12 +85,14 @@ class Checkpoints:
                 several hosts.
             OSError: if the last one could not be written.
         """
-        self.wait()
+        failed = self._join()
         whole = [other for other in self.steps() if other not in self._broken]
         step = check_step(step, whole, self.directory)
         # Not a daemon: a program that ends waits until it is written.
         self._thread = threading.Thread(target=self._write, args=(snapshot(training), step))
         self._thread.start()
+        if failed is not None:
+            raise failed
 
     def _write(self, leaves: dict[str, Any], step: int) -> None:
         try:
@@ -109,12 +112,17 @@ class Checkpoints:
         Raises:
             OSError: if it could not be; earlier checkpoints are as they were.
         """
+        failed = self._join()
+        if failed is not None:
+            raise failed
+
+    def _join(self) -> BaseException | None:
+        """What went wrong with the last save, when it is over."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        failed, self._error = self._error, None
+        return failed
 
     def restore(self, like: Tree) -> tuple[Tree, int] | None:
         """The newest state that is whole, in the form of a skeleton, and its step.

@@ -120,19 +120,31 @@ def test_of_a_broken_one_the_one_before_is_taken(part, checkpoints):
         checkpoints.restore(like)
 
 
-def test_what_cannot_be_written_is_told_at_the_next_call(checkpoints):
-    checkpoints.save({"x": jnp.ones(3)}, 1)
+def test_what_cannot_be_written_is_told_at_the_next_call(checkpoints, monkeypatch):
+    import tensorstore
+
+    refused, write = [], tensorstore.TensorStore.write
+
+    def refuse_twice(*args, **options):
+        if len(refused) < 2:
+            refused.append(args)
+            raise ValueError("no space")
+        return write(*args, **options)
+
+    like = {"x": jnp.ones(3)}
+    checkpoints.save(like, 1)
     checkpoints.wait()
-
-    def refuse(*_, **__):
-        raise ValueError("no space")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tensorstore.TensorStore.write", refuse)
-        checkpoints.save({"x": jnp.ones(3)}, 2)
-        with pytest.raises(OSError, match="earlier ones are as they were: .*no space"):
-            checkpoints.wait()
-    assert checkpoints.steps() == [1] and checkpoints.restore({"x": jnp.zeros(3)})[1] == 1
+    monkeypatch.setattr("tensorstore.TensorStore.write", refuse_twice)
+    checkpoints.save(like, 2)
+    with pytest.raises(OSError, match="earlier ones are as they were: .*no space"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [1] and checkpoints.restore(like)[1] == 1
+    checkpoints.save(like, 3)
+    # There is room again: what is saved now must not be lost over what was not.
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save(like, 4)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 4]
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path):
