@@ -712,3 +712,7 @@ def test_changes_of_ones_own():
 
     windows = open_tokens(np.arange(20)), 3, 4
     assert (Upside(Windows(*windows))[1]["tokens"] == Windows(*windows)[1]["tokens"][:, ::-1]).all()
+    twice = Upside(Upside(Windows(*windows)))
+    assert (twice[1]["tokens"] == Windows(*windows)[1]["tokens"]).all()
+    assert (twice.shard(1, 2)[1]["tokens"] == twice[1]["tokens"][2:]).all()
+    assert len(list(twice.in_order())) == len(list(Windows(*windows).in_order()))

@@ -35,11 +35,15 @@ class Source(abc.ABC):
         """The batch of these examples."""
 
     def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
-        return self.collect(self.order[i])
+        return self.collect(self.pick(i))
 
     def in_order(self) -> Iterator[dict[str, np.ndarray]]:
         """Every example exactly once, for evaluation; the last batch may be smaller."""
         return map(self.collect, self.picks())
+
+    def pick(self, i: Any) -> Picked:
+        """The examples of batch i."""
+        return self.order[i]
 
     def picks(self) -> Iterator[Picked]:
         """What `in_order` collects, batch by batch."""
@@ -87,8 +91,8 @@ class Changed(Source):
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
         return self.change(self.source.collect(picked), picked.numbers)
 
-    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
-        return self.collect(self.source.order[i])
+    def pick(self, i: Any) -> Picked:
+        return self.source.pick(i)
 
     def picks(self) -> Iterator[Picked]:
         return self.source.picks()
