@@ -2,7 +2,7 @@
 
 from jaxformers import data
 from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
-from jaxformers.checkpoint import load, save
+from jaxformers.checkpoint import Checkpoints, OrbaxCheckpoints, digest, load, save
 from jaxformers.compilation_cache import keep_compiled_programs
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
@@ -41,7 +41,6 @@ from jaxformers.optim import (
     freeze,
     global_norm,
 )
-from jaxformers.orbax_checkpoints import OrbaxCheckpoints
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces
 from jaxformers.positional_encoding import (
@@ -81,8 +80,6 @@ from jaxformers.training import (
     sequence_to_sequence_loss,
     train_step,
 )
-from jaxformers.training_checkpoints import Checkpoints
-from jaxformers.training_state import digest
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM

@@ -162,9 +162,9 @@ def test_what_is_written_is_the_state_at_the_time_of_saving(tmp_path, monkeypatc
     import threading
 
     begin = threading.Event()
-    write = jaxformers.training_checkpoints.write_object
+    write = jaxformers.checkpoint.directory.write_object
     monkeypatch.setattr(
-        "jaxformers.training_checkpoints.write_object", lambda *x: (begin.wait(9), write(*x))
+        "jaxformers.checkpoint.directory.write_object", lambda *x: (begin.wait(9), write(*x))
     )
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     tree = {"a": jnp.arange(2.0**15) + 1, "b": jnp.arange(7) + 1}
@@ -406,14 +406,14 @@ def test_one_process_writes_one_at_a_time(tmp_path, monkeypatch):
     import threading
 
     begun, go_on = [], threading.Event()
-    write = jaxformers.training_checkpoints.write_object
+    write = jaxformers.checkpoint.directory.write_object
 
     def slow(path, x):
         begun.append(path)
         go_on.wait(9)
         write(path, x)
 
-    monkeypatch.setattr("jaxformers.training_checkpoints.write_object", slow)
+    monkeypatch.setattr("jaxformers.checkpoint.directory.write_object", slow)
     first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
     first.save({"x": np.ones(3)}, 1)
     second.save({"x": np.ones(3)}, 2)

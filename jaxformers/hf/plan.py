@@ -13,6 +13,7 @@ from jaxformers.hf.architecture import Architecture, build
 from jaxformers.hf.family import Family
 from jaxformers.hf.layouts import Rule, tensor_shapes
 from jaxformers.hf.tensors import FileTensors
+from jaxformers.paths import path_name
 from jaxformers.precision import FLOATS
 
 
@@ -95,11 +96,6 @@ def is_array(x: Any) -> bool:
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def array_name(path: tuple) -> str:
-    """A path into a model as text: `decoder.layers.0.self_attention.wq`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def abstract(a: Architecture, model: Any) -> Any:
     """The model without memory: shapes in place of arrays."""
 
@@ -112,4 +108,4 @@ def abstract(a: Architecture, model: Any) -> Any:
 def arrays_by_path(model: Any) -> dict[str, Any]:
     """The arrays of a model (or their shapes), by path and in the order of its leaves."""
     flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
-    return {array_name(path): array for path, array in flat}
+    return {path_name(path): array for path, array in flat}

@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from jaxformers.hf.plan import array_name
 from jaxformers.optim.layout import default_layout
+from jaxformers.paths import path_name
 
 
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
@@ -28,7 +28,7 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
-        name = array_name(path)
+        name = path_name(path)
         embedding = any(word in name.lower() for word in ("embed", "position"))
         spared = embedding and not decay_embeddings
         return eqx.is_inexact_array(leaf) and default_layout(name, leaf).inputs > 0 and not spared

@@ -8,9 +8,9 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from jaxformers.checks import check_callable, check_positive
-from jaxformers.hf.plan import array_name
 from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit, check_state
+from jaxformers.paths import path_name
 
 Predicate = Callable[[str, Any], Any]
 
@@ -116,7 +116,7 @@ class Groups(Optimizer):
         def owner(path: tuple, leaf: Any) -> int | None:
             if not eqx.is_inexact_array(leaf):
                 return None
-            seen = array_name(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            seen = path_name(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             holds = (i for i, predicate in enumerate(self.predicates) if predicate(*seen))
             return next(holds, len(self.predicates))
 
@@ -132,7 +132,7 @@ class Groups(Optimizer):
 
     def _check_groups(self, model: PyTree) -> None:
         owners = jax.tree_util.tree_leaves_with_path(self._owners(model))
-        paths = ", ".join(array_name(path) for path, _ in owners[:: len(owners) // 8 + 1])
+        paths = ", ".join(path_name(path) for path, _ in owners[:: len(owners) // 8 + 1])
         for i, predicate in enumerate(self.predicates):
             if i not in (owner for _, owner in owners):
                 raise ValueError(

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, PyTree
 
 from jaxformers.checks import check_nonnegative, check_positive, is_known
-from jaxformers.hf.plan import array_name
 from jaxformers.layers import widened
 from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.optimizer import Model, Optimizer, check_fit, check_state
+from jaxformers.paths import path_name
 
 Moments = dict[str, Array]
 
@@ -99,7 +99,7 @@ class LeafwiseOptimizer(Optimizer):
         trained = eqx.filter(model, eqx.is_inexact_array)
         # A set of buffers for each leaf: a function that donates the state must not get one twice.
         moments = jax.tree_util.tree_map_with_path(
-            lambda path, p: self.moments(array_name(path), p), trained
+            lambda path, p: self.moments(path_name(path), p), trained
         )
         return State(step=jnp.zeros((), jnp.int32), moments=moments)
 
@@ -128,7 +128,7 @@ class LeafwiseOptimizer(Optimizer):
         def change(path: tuple, p: Any, g: Any, moments: Any, decays: bool) -> tuple[Any, Any]:
             if g is None:
                 return p, moments
-            name = array_name(path)
+            name = path_name(path)
             self._check_moments(name, p, moments)
             wide, g = widened(p), g.astype(jnp.float32)
             step, moments = self.direction(name, wide.astype(jnp.float32), g, moments, state.step)

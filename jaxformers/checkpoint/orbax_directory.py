@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.checkpoint import check_path
-from jaxformers.checks import check_size
-from jaxformers.training_state import (
+from jaxformers.checkpoint.model_file import check_path
+from jaxformers.checkpoint.training_state import (
     HostKey,
     Tree,
     check_alike,
@@ -19,6 +18,7 @@ from jaxformers.training_state import (
     named_leaves,
     replaced,
 )
+from jaxformers.checks import check_size
 
 
 class OrbaxCheckpoints:

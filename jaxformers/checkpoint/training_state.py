@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxformers.paths import path_name
+
 Tree = TypeVar("Tree", bound=PyTree)
 
 
@@ -64,7 +66,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for path, x in leaves:
         if _is_data(x):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = path_name(path)
             if name in named:
                 raise ValueError(
                     f"two leaves have the path {name!r}: give dicts keys without points."
@@ -158,7 +160,7 @@ def replaced(like: Tree, values: Mapping[str, Any]) -> Tree:
     def replace(path: tuple, old: Any) -> Any:
         if not _is_data(old):
             return old
-        return placed_like(values[jax.tree_util.keystr(path, simple=True, separator=".")], old)
+        return placed_like(values[path_name(path)], old)
 
     return jax.tree_util.tree_map_with_path(replace, like)
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxformers.construction import Decoder, Encoder
+from jaxformers.checkpoint.construction import Decoder, Encoder
 from jaxformers.hf.json_file import parse_json, shorten
 from jaxformers.hf.load import put
 from jaxformers.hf.safetensors_file import (

@@ -8,9 +8,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from jaxformers.checkpoint import check_path, read_object, write_object
-from jaxformers.checks import check_size
-from jaxformers.training_state import (
+from jaxformers.checkpoint.model_file import check_path, read_object, write_object
+from jaxformers.checkpoint.training_state import (
     Tree,
     check_alike,
     check_step,
@@ -18,6 +17,7 @@ from jaxformers.training_state import (
     replaced,
     snapshot,
 )
+from jaxformers.checks import check_size
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 _LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.tmp")
