@@ -104,7 +104,8 @@ def test_words_with_several_pronunciations(tmp_path):
 def test_both_directions_choose(data):
     """The best is the best by both, whichever proposed it."""
     words = list(g2p.read_words(data / "toy_dev.tsv"))
-    spelling = g2p.Spelling(g2p.read_words(data / "toy_train.tsv"))
+    seen = g2p.read_words(data / "toy_train.tsv")
+    spelling = g2p.Spelling({word: [tuple(word.replace("c", "ts"))] for word in seen})
     args = g2p.parse(["--data", "", "--language", "", *SIZES, "--seed", "3"])
     model = g2p.build_model(spelling, args)
     # Louder than drawn, so that the two directions have opinions of their own.
@@ -121,7 +122,7 @@ def test_both_directions_choose(data):
         best = int(np.argmax(totals))
         assert predicted == tuple(spelling.phones[i - g2p.SPECIAL] for i in proposals[best])
         winners.add(best)
-    assert winners != {0}  # of the beam that alone would win
+    assert len(winners) > 3 and max(winners) >= g2p.BEAMS  # from either direction
 
 
 @pytest.mark.parametrize(
