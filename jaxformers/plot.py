@@ -46,12 +46,14 @@ def loss_curve(
     steps, losses = np.array(train, float).T  # None, of a bad step, is NaN
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.7, label="training, each step")
-    width = max(1, len(steps) // 50)
+    alpha, linewidth = (0.25, 0.7) if len(steps) >= 100 else (1.0, 1.5)
+    axes.plot(steps, losses, "C0", alpha=alpha, linewidth=linewidth, label="training, each step")
     good = np.isfinite(losses)
-    smooth = np.convolve(losses[good], np.ones(width) / width, "valid")
-    middle = steps[good][(width - 1) // 2 :][: len(smooth)]
-    axes.plot(middle, smooth, color="C0", label=f"training, mean of {width} steps")
+    width = good.sum() // 50
+    if width > 1:
+        smooth = np.convolve(losses[good], np.ones(width) / width, "valid")
+        middle = steps[good][(width - 1) // 2 :][: len(smooth)]
+        axes.plot(middle, smooth, color="C0", label=f"training, mean of {width} steps")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), "o-", color="C1", label="evaluation")
     name = Path(path) if Path(path).is_dir() else Path(path).parent

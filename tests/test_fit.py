@@ -20,8 +20,10 @@ from jaxformers import (
     evaluate,
     fit,
     freeze,
+    global_norm,
     language_model_loss,
     train_step,
+    warmup_cosine,
 )
 from jaxformers.data import Windows
 from jaxformers.plot import loss_curve
@@ -62,22 +64,22 @@ def with_factors(factors):
     return [batches()[i] | {"factor": row} for i, row in enumerate(rows)]
 
 
-def test_fit_is_a_loop_of_steps():
+def test_fit_is_a_loop_of_steps(tmp_path):
     """With dropout: each step has its own key, which depends on nothing but its number."""
-    model, optimizer = small_model(dropout=0.2), adamw()
-    training = run(model, optimizer, batches(), steps=7)
-    own, losses = jax.tree.map(lambda x: x.copy(), model), []
-    state = optimizer.init(own)
-    for i in range(7):
+    schedule = warmup_cosine(3e-3, 3, 9, 1e-3)
+    model, optimizer = small_model(dropout=0.2), AdamW(schedule, max_grad_norm=1.0)
+    training = run(model, optimizer, batches(), steps=7, log=tmp_path)
+    own, state = jax.tree.map(lambda x: x.copy(), model), optimizer.init(model)
+    for i, row in enumerate(read_metrics(tmp_path)):
+        key, batch = jax.random.fold_in(KEY, i), jax.device_put(batches()[i])
+        grads = eqx.filter_jit(eqx.filter_grad(language_model_loss))(own, batch, key)
         own, state, loss = train_step(
-            own,
-            state,
-            batches()[i],
-            optimizer=optimizer,
-            loss=language_model_loss,
-            key=jax.random.fold_in(KEY, i),
+            own, state, batch, optimizer=optimizer, loss=language_model_loss, key=key
         )
-        losses.append(loss)
+        figures = row["step"], row["loss"], row["gradient_norm"], row["learning_rate"]
+        expected = i + 1, loss, global_norm(grads), schedule(i)
+        np.testing.assert_allclose(figures, expected, rtol=1e-4)
+        assert row["tokens"] == B * T and row["skipped"] == 0
     for a, b in zip(jax.tree.leaves(training.model), jax.tree.leaves(own), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
     assert training.step == 7 and training.optimizer_state.step == 7
@@ -122,6 +124,14 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit(tmp_path):
         run(small_model(), adamw(), data, steps=5, **options)
 
 
+def test_a_mask_that_is_none_is_no_mask():
+    batch = dict(batches()[0]) | {"padding_mask": np.arange(T) < np.array([[6], [2], [3], [4]])}
+    model, batch = small_model(), jax.device_put(batch)
+    loss = language_model_loss(model, batch)
+    assert language_model_loss(model, batch | {"loss_mask": None}) == loss
+    assert loss != language_model_loss(model, batch | {"loss_mask": jnp.ones((B, T), jnp.bool_)})
+
+
 def test_spikes_are_bad_once_the_usual_is_known():
     bad_steps = BadSteps(allowed=1, spike=30.0)
     factors = [1.0] * 24
@@ -149,7 +159,7 @@ def test_the_average_is_evaluated_and_a_callback_ends_the_run(tmp_path):
 
     def look(report):
         reports.append(report)
-        return len(reports) == 2
+        return np.bool(len(reports) == 2)
 
     optimizer = Averaged(adamw(), decay=0.9)
     held_out = Windows(TEXT[:40], T, 3)
@@ -197,8 +207,12 @@ def test_batches_of_any_kind_are_the_same_batches():
     expected = run(small_model(), adamw(), [batches()[i % 3] for i in range(7)], steps=7).model
     for other in ([batches()[i] for i in range(3)], Loader(), itertools.cycle(Loader())):
         assert same(run(small_model(), adamw(), other, steps=7).model, expected)
+    reports = []
     with pytest.warns(UserWarning, match="training ends after 3 steps"):
-        assert run(small_model(), adamw(), iter(Loader()), steps=7).step == 3
+        ended = run(small_model(), adamw(), iter(Loader()), steps=7, callbacks=[reports.append])
+    assert ended.step == 3 and [report.step for report in reports] == [3]
+    with pytest.warns(UserWarning, match="training ends after 0 steps"):
+        assert run(small_model(), adamw(), iter([]), steps=7).step == 0
 
 
 def test_a_torch_loader():
@@ -206,7 +220,7 @@ def test_a_torch_loader():
     rows = [{name: x[0] for name, x in batches()[i].items()} for i in range(8)]
     loader = torch.utils.data.DataLoader(rows, batch_size=4)
     stacked = {name: np.stack([row[name] for row in rows[:4]]) for name in rows[0]}
-    trained = run(small_model(), adamw(), loader, steps=1)
+    trained = run(small_model(), adamw(), loader, steps=1, eval_batches=loader)
     assert same(trained.model, run(small_model(), adamw(), [stacked], steps=1).model)
 
 
@@ -220,7 +234,8 @@ def test_a_signal_ends_the_run_after_the_step(number):
                 os.kill(os.getpid(), number)
             return batches()[i]
 
-    training = run(small_model(), adamw(), Struck(), steps=100)
+    with pytest.warns(UserWarning, match=f"{number.name}: stopped after step 3 of 100"):
+        training = run(small_model(), adamw(), Struck(), steps=100)
     assert training.step == 3  # batch 3 is made while the third step is computed
     assert same(training.model, run(small_model(), adamw(), batches(), steps=3).model)
     assert signal.getsignal(number) is before
@@ -269,7 +284,7 @@ def test_the_curve(tmp_path):
     run(small_model(), adamw(), data, steps=3, log=tmp_path, eval_batches=held_out, **options)
     figure = loss_curve(tmp_path, save=tmp_path / "pictures" / "curve.png", title="a run")
     (axes,) = figure.axes
-    assert axes.get_title() == "a run" and len(axes.lines) == 3
+    assert axes.get_title() == "a run" and len(axes.lines) == 2
     assert (tmp_path / "pictures" / "curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no log to read"):
         loss_curve(tmp_path / "elsewhere")
@@ -329,6 +344,8 @@ def test_bad_batches_are_refused(data, words):
         ({"accumulate": 3}, "accumulate=3 needs a batch"),
         ({"compute_dtype": jnp.float16}, "float16 is refused"),
         ({"eval_batches": iter([])}, "eval_batches must give its batches anew"),
+        ({"eval_batches": []}, "the first of eval_batches must be a dict of arrays"),
+        ({"eval_batches": [{"tokens": np.full((2, 3), VOCAB)}]}, "tokens must be ids"),
         ({"checkpoint": "runs/x"}, "checkpoint must be Checkpoints"),
         ({"bad_steps": 3}, "bad_steps must be BadSteps"),
         ({"callbacks": [3]}, "must be a function"),

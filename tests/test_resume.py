@@ -1,6 +1,7 @@
 """Killed at any moment and started again is never killed: the same bits."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxformers import AdamW, Checkpoints, TransformerLM, fit, language_model_loss
+from jaxformers import AdamW, BadSteps, Checkpoints, TransformerLM, fit, language_model_loss
+from jaxformers.checkpoint import directory
 from jaxformers.data import Windows
 from jaxformers.training.log import read_metrics
 
@@ -91,22 +93,22 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
     while process.poll() is None and count_lines(killed) < lines + more:
         time.sleep(0.002)
     process.kill()
-    process.communicate()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
     assert finish(start(killed, programs)) == expected
     log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert (killed / "metrics.jsonl").read_bytes() == log
 
 
-def small_run(directory, **options):
+def small_run(where, **options):
     model = TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3))
     text = np.random.default_rng(5).integers(0, 17, 301)
-    options = {"steps": 6, "key": jax.random.key(0)} | options
+    options = {"steps": 6, "key": jax.random.key(0), "loss": language_model_loss} | options
     return fit(
         model,
         AdamW(1e-2),
         options.pop("batches", Windows(text, 6, 4)),
-        loss=language_model_loss,
-        checkpoint=Checkpoints(directory, every=2),
+        checkpoint=Checkpoints(where, every=2),
         progress=False,
         **options,
     )
@@ -167,51 +169,84 @@ def test_a_bad_step_is_met_again_where_it_was(tmp_path):
         row["factor"] = np.full((4, 1), np.nan if i == 4 else 1.0, np.float32)
     for _ in range(2):
         with pytest.raises(ValueError, match="step 5 is bad") as error:
-            fit(
-                TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3)),
-                AdamW(1e-2),
-                rows,
-                loss=loss,
-                steps=6,
-                key=jax.random.key(0),
-                checkpoint=Checkpoints(tmp_path, every=3),
-                progress=False,
-            )
+            small_run(tmp_path, batches=rows, loss=loss)
         assert "Step 4 is saved" in error.value.__notes__[0]
 
 
-def test_a_save_that_fails_is_tried_again_and_the_last_one_must_succeed(tmp_path):
-    class Full(Checkpoints):
-        calls = 0
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A set of steps whose checkpoints find no room."""
+    steps, write = set(), directory.write_object
 
-        def save(self, training, step):
-            Full.calls += 1
-            if Full.calls in self.failing:
-                raise OSError(28, "No space left on device")
-            super().save(training, step)
+    def fail(path, x):
+        if x["step"] in steps:
+            raise OSError(28, "No space left on device")
+        write(path, x)
 
-    def go(failing):
-        Full.calls, store = 0, Full(tmp_path / str(failing), every=2)
-        store.failing = failing
-        model = TransformerLM(17, 12, 3, 1, 20, 6, key=jax.random.key(3))
-        text = np.random.default_rng(5).integers(0, 17, 301)
-        fit(
-            model,
-            AdamW(1e-2),
-            Windows(text, 6, 4),
-            loss=language_model_loss,
-            steps=6,
-            key=jax.random.key(0),
-            checkpoint=store,
-            progress=False,
-        )
-        return store.steps()
+    monkeypatch.setattr(directory, "write_object", fail)
+    return steps
 
-    with pytest.warns(UserWarning, match="a checkpoint is missing: .*No space left"):
-        assert go([2]) == [2, 6]
+
+def test_a_save_that_fails_does_not_end_the_run(tmp_path, full_disk):
+    """Which one it was shows only when the next is made."""
+    full_disk |= {2, 4}
+    with pytest.warns(UserWarning, match="training goes on: .*No space left") as warned:
+        training = small_run(tmp_path)
+    assert training.step == 6 and len(warned) == 2
+    assert Checkpoints(tmp_path).steps() == [6]
+
+
+def test_the_last_save_must_succeed(tmp_path, full_disk):
+    full_disk |= {6}
     with pytest.raises(OSError, match="No space left") as error:
-        go([3, 4])
+        small_run(tmp_path)
     assert "could not be saved" in error.value.__notes__[0]
+    full_disk.clear()
+    assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
+
+
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    small_run(tmp_path)
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "read_object", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            small_run(tmp_path)
+    assert Checkpoints(tmp_path).steps() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, number):
+    text = np.random.default_rng(5).integers(0, 17, 301)
+
+    class Struck:
+        def __getitem__(self, i):
+            if i == 3:
+                os.kill(os.getpid(), number)
+            return Windows(text, 6, 4)[i]
+
+    with pytest.warns(UserWarning, match="stopped after step 3"):
+        stopped = small_run(tmp_path, batches=Struck())
+    assert stopped.step == 3 and Checkpoints(tmp_path).steps() == [2, 3]
+    assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_allowance_of_bad_steps_is_not_renewed(tmp_path):
+    def loss(model, batch, key=None):
+        rest = {name: x for name, x in batch.items() if name != "factor"}
+        return language_model_loss(model, rest, key) * batch["factor"].mean()
+
+    text = np.random.default_rng(5).integers(0, 17, 301)
+    rows = [Windows(text, 6, 4)[i] for i in range(6)]
+    for i, row in enumerate(rows):
+        row["factor"] = np.full((4, 1), np.nan if i in (1, 2, 3) else 1.0, np.float32)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="step 4 is bad"):
+            small_run(tmp_path, batches=rows, loss=loss, bad_steps=BadSteps(allowed=2))
 
 
 def test_the_lines_of_the_log_are_json(tmp_path):

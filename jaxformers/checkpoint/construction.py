@@ -39,13 +39,14 @@ _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
 def known_objects() -> dict[str, Any]:
     """What files may name, by its name there: of several for one object, the first is written."""
     found: dict[str, Any] = {}
-    ours = [name for name in sys.modules if name.partition(".")[0] == "jaxformers"]
+    # Lists: another thread may be importing.
+    ours = [name for name in list(sys.modules) if name.partition(".")[0] == "jaxformers"]
     for name in sorted(ours):
-        for own, x in vars(sys.modules[name]).items():
+        for own, x in list(vars(sys.modules[name]).items()):
             if _is_ours(x):
                 found[f"{name}:{own}"] = x
     found |= _members("jax.nn", jax.nn, lambda x: callable(x) and not isinstance(x, type))
-    scalars = {name: x for name, x in vars(jnp).items() if name in map(str, DTYPES.values())}
+    scalars = {name: x for name, x in list(vars(jnp).items()) if name in map(str, DTYPES.values())}
     found |= {f"jax.numpy:{name}": x for name, x in scalars.items()}
     for module in (jnp, jax.lax):
         found |= {
@@ -62,7 +63,7 @@ def known_objects() -> dict[str, Any]:
 def _members(name: str, module: ModuleType, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     return {
         f"{name}:{own}": x
-        for own, x in vars(module).items()
+        for own, x in list(vars(module).items())
         if not own.startswith("_") and not isinstance(x, ModuleType) and wanted(x)
     }
 

@@ -18,6 +18,7 @@ from jaxformers.checkpoint.training_state import (
     snapshot,
 )
 from jaxformers.checks import check_size
+from jaxformers.hf.safetensors_file import check_package
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 _LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.tmp")
@@ -39,6 +40,7 @@ class Checkpoints:
     Raises:
         ValueError: if a number is not positive.
         OSError: if the directory cannot be written to, or another process has it.
+        ImportError: if the `safetensors` package is missing.
 
     Example:
         >>> import tempfile
@@ -59,10 +61,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, every: int = 500, keep: int = 3):
         check_size(every=every, keep=keep)
+        check_package()
         self.directory, self.every, self.keep = check_path(directory), every, keep
         self._claim = _claim(self.directory)
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: OSError | None = None
         self._broken: set[int] = set()  # found when restoring, gone after the next save
 
     def steps(self) -> list[int]:
@@ -103,8 +106,10 @@ class Checkpoints:
                 for old in [*whole[: -self.keep], *self._broken]:
                     self._path(old).unlink(missing_ok=True)
                 self._broken.clear()
-        except BaseException as error:
+        except OSError as error:
             self._error = error  # for the next call
+        except Exception as error:
+            self._error = OSError(f"{self._path(step)} could not be written: {error!r}")
 
     def wait(self) -> None:
         """Wait until all is written.
@@ -116,7 +121,7 @@ class Checkpoints:
         if failed is not None:
             raise failed
 
-    def _join(self) -> BaseException | None:
+    def _join(self) -> OSError | None:
         """What went wrong with the last save, when it is over."""
         if self._thread is not None:
             self._thread.join()
@@ -139,6 +144,7 @@ class Checkpoints:
         Raises:
             ValueError: if the state is of another training, naming what differs, or all
                 checkpoints are damaged.
+            OSError: if one cannot be read.
         """
         self.wait()
         steps = self.steps()
@@ -146,7 +152,7 @@ class Checkpoints:
             try:
                 saved = read_object(self._path(step))
                 leaves = _leaves(self._path(step), saved, step)
-            except (OSError, ValueError) as error:
+            except ValueError as error:  # damaged; what cannot be read now may be read later
                 self._broken.add(step)
                 warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
                 continue
@@ -205,7 +211,10 @@ def _lock(descriptor: int, directory: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):  # a file system without locks
+            warnings.warn(f"{directory} has no guard against a second run: {error}", stacklevel=5)
+            return
         owner = os.read(descriptor, 20).decode(errors="replace").strip()
         raise OSError(
             error.errno,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxformers.checkpoint.model_file import check_path
 from jaxformers.checkpoint.training_state import (
@@ -40,7 +41,7 @@ class OrbaxCheckpoints:
 
     Example:
         >>> checkpoints = OrbaxCheckpoints("gs://bucket/run")  # doctest: +SKIP
-        >>> model, history = fit(..., checkpoint=checkpoints)  # doctest: +SKIP
+        >>> training = fit(..., checkpoint=checkpoints)  # doctest: +SKIP
     """
 
     directory: Any  # like a Path, also where it is remote
@@ -86,9 +87,9 @@ class OrbaxCheckpoints:
             self.wait()
         except OSError as error:
             failed = error
-        for broken in self._broken:
-            self._manager.delete(broken)
-        self._broken.clear()
+        for broken in [other for other in self._broken if other >= step]:
+            self._manager.delete(broken)  # it has the name, or would be taken for the newest
+            self._broken.discard(broken)
         steps = self.steps()
         step = check_step(step, steps, self.directory)
         if step not in steps:
@@ -142,6 +143,8 @@ class OrbaxCheckpoints:
                 continue
             found = rest["numbers"] | arrays
             values = {path: _value(x, found.get(path)) for path, x in leaves.items()}
+            if jax.process_count() > 1:
+                multihost_utils.assert_equal(step, "hosts restored different steps")
             return replaced(like, values), step
         if steps:
             raise ValueError(

@@ -168,14 +168,21 @@ def _check_layout(path: Path, tensors: list[tuple[str, Stored]], start: int, siz
         )
 
 
-def _check_with_package(path: Path) -> None:
-    """The reference reader looks too: it knows the rules, and newer ones than we do."""
+def check_package() -> None:
+    """Raise unless the `safetensors` package is there."""
     try:
-        from safetensors import SafetensorError, safe_open
+        import safetensors  # noqa: F401
     except ImportError:
         raise ImportError(
             "checkpoints need the safetensors package: pip install 'jaxformers[hf]'."
         ) from None
+
+
+def _check_with_package(path: Path) -> None:
+    """The reference reader looks too: it knows the rules, and newer ones than we do."""
+    check_package()
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -94,7 +94,7 @@ class Averaged(Optimizer):
         return self.optimizer.rate(state.inner)
 
     def averaged(self, model: Model, state: AveragedState) -> Model:
-        """The model with the average for weights, in their types; its arrays are copies."""
+        """The model with the average for weights, in their types."""
         return jax.tree.map(
             lambda p, mean: p if mean is None else jnp.array(mean, p.dtype), model, state.average
         )

@@ -1,6 +1,6 @@
 """The mean loss over given batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxformers.checks import check_callable
-from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
+from jaxformers.training.batches import in_order, prepared
+from jaxformers.training.objectives import Batch, Loss, count_targets
 
 
 def evaluate(
@@ -36,9 +37,8 @@ def evaluate(
     """
     check_callable(loss=loss, count=count)
     parts = []
-    for batch in in_order(batches):
-        check_ids(loss, model, batch)
-        batch = {name: x for name, x in batch.items() if x is not None}
+    for i, batch in enumerate(in_order(batches)):
+        batch = prepared(batch, f"evaluation batch {i}", loss, model)
         parts.append(_value((loss, count), model, batch))
     weights = np.array([float(weight) for _, weight in parts])
     if not weights.any():
@@ -47,11 +47,6 @@ def evaluate(
             "gives its batches once: pass a list, or a source of jaxformers.data."
         )
     return float(np.average([float(value) for value, _ in parts], weights=weights))
-
-
-def in_order(batches: Any) -> Iterator[Batch]:
-    """What there is, once."""
-    return batches.in_order() if hasattr(batches, "in_order") else iter(batches)
 
 
 @eqx.filter_jit

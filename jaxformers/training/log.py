@@ -11,6 +11,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import jax
+
 FILE_NAME = "metrics.jsonl"
 REFRESH = 0.2  # seconds between two changes of the progress bar's text
 SMOOTHING = 0.95  # of the loss it shows
@@ -33,9 +35,10 @@ class Log:
     """
 
     def __init__(self, directory: str | os.PathLike | None, done: int, steps: int, progress: bool):
-        self._bar = _Bar(done, steps) if progress else None
+        first = jax.process_index() == 0  # of many hosts, one tells
+        self._bar = _Bar(done, steps) if progress and first else None
         self._file = self._events = None
-        if directory is not None:
+        if directory is not None and first:
             self._file = _File(Path(directory), done)
             self._events = _events(Path(directory), done)
         self._sinks = [x for x in (self._file, self._events, self._bar) if x is not None]
@@ -56,6 +59,13 @@ class Log:
         """Show a line above the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.say(text)
+
+    def warn(self, text: str) -> None:
+        """Say it where it is seen, with or without a bar."""
+        if self._bar is not None:
+            self._bar.say(text)
+        else:
+            warnings.warn(text, stacklevel=3)
 
     def sync(self) -> None:
         """Have what was written on disk, before a checkpoint is there that relies on it."""
@@ -115,18 +125,26 @@ class _File:
         figures = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         self.unwritten += _line({"step": step, **figures})
         try:
-            written = self.file.write(self.unwritten) or 0
+            self._flush()
         except OSError as error:
             # A full disk is no reason to stop: the line is tried again with the next.
             warnings.warn(f"{self.path} cannot be written: {error}", stacklevel=2)
-            return
-        self.unwritten = self.unwritten[written:]
+
+    def _flush(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) or 0 :]
 
     def sync(self) -> None:
+        self._flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self._flush()
+        except OSError as error:
+            warnings.warn(f"{self.path} lacks its last lines: {error}", stacklevel=2)
+        finally:
+            self.file.close()
 
 
 class _Bar:

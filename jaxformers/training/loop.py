@@ -1,23 +1,26 @@
 """The loop around the training step."""
 
 import contextlib
+import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size
-from jaxformers.optim import as_optimizer
+from jaxformers.optim import Optimizer, as_optimizer
+from jaxformers.training.batches import Feed, in_order, prepared
 from jaxformers.training.evaluation import evaluate
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
-from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
+from jaxformers.training.objectives import Batch, Loss, count_targets
 from jaxformers.training.step import BadSteps, Gradients, Training, advance, begin
 
 IN_FLIGHT = 1  # steps that the device may be behind
@@ -32,7 +35,8 @@ class Report:
         step: how many steps were made.
         metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
             `skipped`), and `eval_loss` if there are batches to evaluate on.
-        model: the model, its averaged weights if the optimiser keeps an average.
+        model: the model, its averaged weights if the optimiser keeps an average; a copy, which
+            stays usable.
     """
 
     step: int
@@ -64,8 +68,9 @@ def fit(
 
     A run that was killed and is started again ends with the same weights and the same log, bit for
     bit on a CPU, as one that was not. Ctrl-C and SIGTERM end it after the step, with everything
-    saved; a second Ctrl-C at once. The step is one compiled program; while the device works on it,
-    the next batch is made. The model that is passed in stays usable: the run has a copy.
+    saved that is to be; a second Ctrl-C at once. The step is one compiled program; while the device
+    works on it, the next batch is made. The model that is passed in stays usable: the run has a
+    copy.
 
     Arguments:
         model: the model to train.
@@ -78,13 +83,15 @@ def fit(
         steps: how many there are to be in all, those of the runs before included.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
         eval_batches: what to evaluate on: a source of `jaxformers.data`, or a list of batches.
-        eval_loss: what to evaluate; None is `loss`.
+        eval_loss: what to evaluate, in the type of the weights; None is `loss`.
         eval_every: steps between evaluations, and calls of the callbacks; both also at the end.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
             `OrbaxCheckpoints`; None is nowhere.
-        callbacks: functions called with a `Report`; training ends early if one returns True.
+        callbacks: functions called with a `Report`; training ends early if one returns True. What
+            they remember themselves is not resumed.
         log: directory for `metrics.jsonl`, a line for each step, and for TensorBoard's events if
-            that package is installed; None is the checkpoints' directory, if there is one.
+            that package is installed; None is the checkpoints' directory, if there is one. Lines
+            there of steps that are made now, all of them without a checkpoint, are replaced.
         progress: whether to show a progress bar on standard error (needs tqdm).
         bad_steps: which steps are skipped, and how many; by default the first one whose loss or
             gradients are not finite ends the training with an error.
@@ -95,8 +102,9 @@ def fit(
 
     Raises:
         ValueError: if something does not fit, ids are not in the vocabulary, more steps in a row
-            are bad than allowed, or the checkpoint is of another run. What was reached is saved
-            first, if there is a checkpoint.
+            are bad than allowed, or the checkpoint is of another run. What was reached before an
+            error is saved, if there is a checkpoint.
+        OSError: if the last state cannot be saved. Before the end, that is a warning.
         ImportError: if tqdm is missing, or safetensors where there is a checkpoint.
 
     Example:
@@ -117,43 +125,62 @@ def fit(
     _check_pieces(bad_steps, checkpoint, eval_batches)
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
+    eval_loss = loss if eval_loss is None else eval_loss
+    if eval_batches is not None:  # what is wrong with them is known before the first step
+        prepared(next(in_order(eval_batches), None), "the first of eval_batches", eval_loss, model)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
-    del model  # if nobody else holds it, its memory is free
-    log = checkpoint.directory if log is None and checkpoint is not None else log
-    evaluation = eval_batches, loss if eval_loss is None else eval_loss, count
+    del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
-    with Interrupt() as interrupt, Log(log, done, steps, progress) as writer:
-        pieces = gradients, optimizer, bad_steps
-        run = _Run(training, pieces, evaluation, checkpoint, callbacks, writer)
+    with Interrupt() as interrupt, Log(_log(log, checkpoint), done, steps, progress) as writer:
+        evaluation = _Evaluation(eval_batches, eval_loss, count, callbacks)
+        run = _Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)
         del training
+        feed = Feed(
+            batches, done, lambda batch, name: prepared(batch, name, loss, run.training.model)
+        )
         try:
-            _loop(run, _Feed(batches, done), steps, eval_every, interrupt)
+            _loop(run, feed, steps, eval_every, interrupt)
         except Exception as error:
             run.rescue(error)
             raise
+        if interrupt.asked is not None and run.step < steps:
+            writer.warn(f"{interrupt.asked}: stopped after step {run.step} of {steps}")
     return run.training
 
 
-def _loop(run: "_Run", feed: "_Feed", steps: int, eval_every: int, interrupt: Interrupt) -> None:
+def _loop(run: "_Run", feed: Feed, steps: int, eval_every: int, interrupt: Interrupt) -> None:
     """All the steps that are left."""
-    save_every = run.checkpoint.every if run.checkpoint is not None else steps
+    save_every = steps if run.checkpoint is None else run.checkpoint.every
     end = run.step >= steps
     if not end:
-        feed.prepare(run)
+        feed.advance()
+        end = feed.ended
     while not end:
         run.advance(feed.batch)
         if run.step < steps:
-            feed.prepare(run)  # while the device works
-        end = run.step == steps or feed.ended or interrupt.asked is not None
-        report = run.step % eval_every == 0 or run.step == steps
+            feed.advance()  # while the device works
+        ended = run.step == steps or feed.ended
+        asked = interrupt.asked is not None
+        report = run.step % eval_every == 0 or ended
+        end = ended or asked
         save = run.step % save_every == 0 or end
         run.read(0 if report or save else IN_FLIGHT)
+        if asked:
+            run.save(end)  # at once: whoever asks may not wait for an evaluation
         if report and run.report():
             end = save = True
-        if save:
+        if save and not asked:
             run.save(end)
-    if interrupt.asked is not None:
-        run.log.say(f"{interrupt.asked}: stopped after step {run.step} of {steps}")
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is looked at between steps."""
+
+    batches: Any
+    loss: Loss
+    count: Callable[[Batch], Any]
+    callbacks: Sequence[Callable[[Report], Any]]
 
 
 class _Run:
@@ -162,21 +189,23 @@ class _Run:
     def __init__(
         self,
         training: Training,
-        pieces: tuple,
-        evaluation: tuple,
+        gradients: Gradients,
+        optimizer: Optimizer,
+        bad_steps: BadSteps,
+        evaluation: _Evaluation,
         checkpoint: Any,
-        callbacks: Sequence[Callable[[Report], Any]],
         log: Log,
     ):
         self.training, self.step = training, int(training.step)
-        self.pieces, self.evaluation, self.callbacks = pieces, evaluation, callbacks
-        self.checkpoint, self.log = checkpoint, log
+        self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
+        self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
         self.unread: deque[tuple[int, dict]] = deque()
         self.metrics: dict[str, float] = {}
 
     def advance(self, batch: dict[str, Any]) -> None:
         """Have the device make a step."""
-        self.training, metrics = advance((*self.pieces, batch), self.training)
+        kept = self.gradients, self.optimizer, self.bad_steps, batch
+        self.training, metrics = advance(kept, self.training)
         self.step += 1
         self.unread.append((self.step, metrics))
 
@@ -191,42 +220,46 @@ class _Run:
                 self.unread.clear()
                 raise ValueError(
                     f"step {step} is bad: its loss is {self.metrics['loss']}, the norm of its "
-                    f"gradients {self.metrics['gradient_norm']}. The weights are those before it. "
-                    "Look at the batch and the learning rate, or skip such steps: "
+                    f"gradients {self.metrics['gradient_norm']}. It changed no weights. Look at "
+                    "the batch and the learning rate, or have such steps skipped: "
                     "bad_steps=BadSteps(allowed=10)."
                 )
             self.log.write(step, self.metrics)
 
     def report(self) -> bool:
         """Evaluate, and call the callbacks; whether one of them wants to end the training."""
-        batches, loss, count = self.evaluation
-        if batches is None and not self.callbacks:
+        what = self.evaluation
+        if what.batches is None and not what.callbacks:
             return False
-        _, optimizer, _ = self.pieces
-        model = optimizer.averaged(self.training.model, self.training.optimizer_state)
-        if batches is not None:
-            value = evaluate(model, batches, loss=loss, count=count)
+        model = self.optimizer.averaged(self.training.model, self.training.optimizer_state)
+        if what.batches is not None:
+            value = evaluate(model, what.batches, loss=what.loss, count=what.count)
             self.log.write(self.step, {"eval_loss": value})
             self.log.say(f"step {self.step}: evaluation loss {value:.4f}")
             self.metrics["eval_loss"] = value
+        if what.callbacks:  # may keep it, while the next step writes over the weights
+            model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
         report = Report(self.step, dict(self.metrics), model)
-        # All are called, whatever the first one says.
-        return any([callback(report) is True for callback in self.callbacks])
+        answers = [callback(report) for callback in what.callbacks]  # all, whatever the first says
+        return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
 
     def save(self, end: bool) -> None:
         """Save in the background; at the end, wait until it is there."""
         if self.checkpoint is None:
             return
-        self.log.sync()
+        failed = None
         try:
+            self.log.sync()
             self.checkpoint.save(self.training, self.step)
-            if end:
-                self.checkpoint.wait()
-        except OSError as error:
-            if end:
-                raise
+        except OSError as error:  # of this one, or of the one before
+            failed = error
+        if end:
+            self.checkpoint.wait()
+            if self.step not in self.checkpoint.steps() and failed is not None:
+                raise failed
+        if failed is not None:
             # To stop would lose the steps since the last checkpoint; the next may succeed.
-            warnings.warn(f"training goes on, but a checkpoint is missing: {error}", stacklevel=2)
+            warnings.warn(f"a checkpoint is missing, training goes on: {failed}", stacklevel=4)
 
     def rescue(self, error: Exception) -> None:
         """Save what was reached before an error, if the device still has it."""
@@ -236,93 +269,51 @@ class _Run:
         try:
             with contextlib.suppress(ValueError):
                 self.read(0)
-            fresh = self.pieces[-1].start()._replace(usual=self.training.guard.usual)
-            fresh = fresh._replace(seen=self.training.guard.seen)
-            training = eqx.tree_at(lambda x: x.guard, self.training, fresh)
-            self.checkpoint.save(training, int(training.step))
-            self.checkpoint.wait()
-            error.add_note(f"Step {training.step} is saved in {self.checkpoint.directory}.")
+            # Whoever goes on is where this run was: one more bad step is too many again.
+            guard = self.training.guard
+            in_a_row = jnp.minimum(guard.in_a_row, self.bad_steps.allowed)
+            guard = guard._replace(failed=jnp.zeros_like(guard.failed), in_a_row=in_a_row)
+            self.training = eqx.tree_at(lambda x: x.guard, self.training, guard)
+            self.step = int(self.training.step)
+            self.save(end=True)
+            error.add_note(f"Step {self.step} is saved in {self.checkpoint.directory}.")
         except Exception as second:
             error.add_note(f"What was reached could not be saved: {second}")
 
 
-class _Feed:
-    """The batches from a step on, on the device, one ahead."""
-
-    def __init__(self, batches: Any, position: int):
-        self.batches, self.position, self.ended = batches, position, False
-        self.batch: dict[str, Any] = {}
-        self.iterator: Iterator[Any] | None = None
-        gives = hasattr(batches, "__getitem__") or hasattr(batches, "__iter__")
-        if not gives or isinstance(batches, Mapping | type):
-            raise ValueError(
-                "batches must give one dict of arrays a step, as a list, an iterable or a source "
-                f"with batches[i], got {batches!r:.80}. For one batch pass [batch]."
-            )
-        if not hasattr(batches, "__getitem__"):
-            self.iterator = self._iterate(position)
-
-    def prepare(self, run: _Run) -> None:
-        """Make the next batch, or know that there is none."""
-        try:
-            batch = self._at(self.position) if self.iterator is None else next(self.iterator)
-        except StopIteration:
-            self.ended = True
-            warnings.warn(
-                f"training ends after {self.position} steps: there are no more batches.",
-                stacklevel=2,
-            )
-            return
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"batch {self.position} must be a dict of arrays, got {type(batch).__name__}."
-            )
-        self.position += 1
-        batch = {name: _as_array(x) for name, x in batch.items() if x is not None}
-        check_ids(run.pieces[0].loss, run.training.model, batch)
-        self.batch = jax.device_put(batch)
-
-    def _at(self, position: int) -> Any:
-        size = len(self.batches) if hasattr(self.batches, "__len__") else None
-        if size == 0:
-            raise ValueError("batches must not be empty.")
-        return self.batches[position if size is None else position % size]
-
-    def _iterate(self, skip: int) -> Iterator[Any]:
-        """Again and again, unless it is an iterator; without the first `skip`."""
-        once = iter(self.batches) is self.batches
-        while True:
-            empty = True
-            for batch in self.batches:
-                empty = False
-                if skip:
-                    skip -= 1
-                else:
-                    yield batch
-            if once:
-                return
-            if empty:
-                raise ValueError("batches must not be empty.")
-
-
-def _as_array(x: Any) -> Any:
-    """A loader's array, with indices as JAX has them."""
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
-    return x.astype(np.int32) if x.dtype == np.int64 and abs(x).max(initial=0) < 2**31 else x
-
-
 def _resume(training: Training, checkpoint: Any) -> Training:
     """The state of the newest checkpoint, if there is one."""
-    found = None if checkpoint is None else checkpoint.restore(training)
-    if found is None:
+    if checkpoint is None or not checkpoint.steps():
         return training
-    key, begun = (jax.random.key_data(x.key).tolist() for x in (training, found[0]))
+    key = jax.random.key_data(training.key).tolist()
+    like = jax.tree.map(_outline, training)
+    del training  # the memory of two would be needed otherwise
+    found, _ = checkpoint.restore(like)
+    begun = jax.random.key_data(found.key).tolist()
     if key != begun:
         raise ValueError(
             f"the run in {checkpoint.directory} was begun with another key, {begun}, got {key}. "
             "Pass that key, or another directory."
         )
-    return found[0]
+    return found
+
+
+def _outline(x: Any) -> Any:
+    """An array without its memory; scalars, which may be keys or weakly typed, as they are."""
+    if not isinstance(x, jax.Array) or x.ndim == 0:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
+
+
+def _log(log: Any, checkpoint: Any) -> Any:
+    """Where figures are written to."""
+    if log is not None or checkpoint is None:
+        return log
+    if "://" in os.fspath(checkpoint.directory):
+        raise ValueError(
+            f"the log needs a local directory, and {checkpoint.directory} is none: pass log=."
+        )
+    return checkpoint.directory
 
 
 def _check_pieces(bad_steps: Any, checkpoint: Any, eval_batches: Any) -> None:

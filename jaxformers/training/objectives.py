@@ -72,7 +72,8 @@ def language_model_loss(
     real = padding_mask if positions is None else jnp.asarray(positions) >= 0
     mask = _packed_mask(positions, batch.get("segment_ids"))
     hidden, _ = model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)
-    counted = batch.get("loss_mask", real)
+    counted = batch.get("loss_mask")
+    counted = real if counted is None else counted
     return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
 
 
@@ -110,7 +111,8 @@ def sequence_to_sequence_loss(
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
     hidden = model.decode(batch["tgt"], memory, key=tgt_key, **padding)
-    counted = batch.get("loss_mask", padding["tgt_padding_mask"])
+    counted = batch.get("loss_mask")
+    counted = padding["tgt_padding_mask"] if counted is None else counted
     return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
 
 

@@ -1,0 +1,92 @@
+"""Batches on their way to the device: looked at, brought into shape, one ahead of the step."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformers.training.objectives import Batch, Loss, check_ids
+
+
+def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
+    """A batch of whatever loader as arrays on the device, once its ids are in the vocabulary."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
+    arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
+    check_ids(loss, model, arrays)
+    return jax.device_put(arrays)
+
+
+def in_order(batches: Any) -> Iterator[Batch]:
+    """What there is to evaluate on, once."""
+    own = getattr(batches, "in_order", None)
+    return own() if callable(own) else iter(batches)  # torch's loaders have a flag of that name
+
+
+class Feed:
+    """The batches from a position on.
+
+    Arguments:
+        batches: anything with `batches[i]`, or an iterable; both start again at their end.
+        position: the number of the first one that is wanted.
+        prepare: function `(batch, name) -> arrays` that makes it ready for the device.
+    """
+
+    def __init__(self, batches: Any, position: int, prepare: Callable[[Any, str], dict[str, Any]]):
+        gives = hasattr(batches, "__getitem__") or hasattr(batches, "__iter__")
+        if not gives or isinstance(batches, Mapping | type):
+            raise ValueError(
+                "batches must give one dict of arrays a step, as a list, an iterable or a source "
+                f"with batches[i], got {batches!r:.80}. For one batch pass [batch]."
+            )
+        self.batches, self.position, self.ended = batches, position, False
+        self._prepare = prepare
+        self.batch: dict[str, Any] = {}
+        by_index = hasattr(batches, "__getitem__")
+        self._iterator = None if by_index else self._iterate(position)
+
+    def advance(self) -> None:
+        """Make the next batch, or know that there is none."""
+        try:
+            batch = next(self._iterator) if self._iterator else self._at(self.position)
+        except StopIteration:
+            self.ended = True
+            warnings.warn(
+                f"training ends after {self.position} steps: there are no more batches.",
+                stacklevel=4,
+            )
+            return
+        self.batch = self._prepare(batch, f"batch {self.position}")
+        self.position += 1
+
+    def _at(self, position: int) -> Any:
+        size = len(self.batches) if hasattr(self.batches, "__len__") else None
+        if size == 0:
+            raise ValueError("batches must not be empty.")
+        return self.batches[position if size is None else position % size]
+
+    def _iterate(self, skip: int) -> Iterator[Any]:
+        """Again and again, unless it is an iterator; without the first `skip`."""
+        while True:
+            empty = True
+            for batch in self.batches:
+                empty = False
+                if skip:
+                    skip -= 1
+                else:
+                    yield batch
+            if isinstance(self.batches, Iterator):
+                return
+            if empty:
+                raise ValueError("batches must not be empty.")
+
+
+def _as_array(x: Any) -> Any:
+    """A loader's array, with integers as JAX has them."""
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x)
+    fits = x.dtype == np.int64 and abs(x).max(initial=0) < 2**31
+    return x.astype(np.int32) if fits else x
