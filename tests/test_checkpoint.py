@@ -457,8 +457,8 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 
 def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
-    kept = ["mine.tmp", "step-000000001.safetensors.x.tmp", "step-1.safetensors.7.tmp"]
-    for name in [*kept, "step-000000001.safetensors.7.tmp"]:
+    kept = ["mine.tmp", "step-000000001.safetensors.x.tmp", "step-1.safetensors.7.8.tmp"]
+    for name in [*kept, "step-000000001.safetensors.7.8.tmp"]:
         (tmp_path / name).write_text("")
     Checkpoints(tmp_path)
     assert files(tmp_path) == sorted([*kept, "lock"])

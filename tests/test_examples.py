@@ -81,6 +81,24 @@ def test_ctrl_c_stops_cleanly_and_still_reports(tmp_path):
     assert (tmp_path / "curve.png").exists()
 
 
+def test_sigterm_saves_and_reports_nothing(tmp_path):
+    saved = tmp_path / "saved"
+    command = [sys.executable, ROOT / "train_example.py", *TINY, "--steps", "1000000"]
+    command += ["--checkpoint", saved, "--curve", tmp_path / "curve.png"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (
+        (saved / "metrics.jsonl").exists() and (saved / "metrics.jsonl").stat().st_size
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 143 and "SIGTERM: stopped after step" in errors
+    assert "Traceback" not in errors and "weights" not in output
+    assert len(list(saved.glob("step-*.safetensors"))) >= 1
+
+
 def test_a_run_goes_on_where_it_was(tmp_path):
     """Three steps at once are one step and, by another process, the other two."""
     saving = "--checkpoint", tmp_path / "run", "--save-every", "1"

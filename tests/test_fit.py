@@ -224,21 +224,40 @@ def test_a_torch_loader():
     assert same(trained.model, run(small_model(), adamw(), [stacked], steps=1).model)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step(number):
-    before = signal.getsignal(number)
+class Struck:
+    """The signal comes while batch 3 is made, which is when the third step is computed."""
 
-    class Struck:
-        def __getitem__(self, i):
-            if i == 3:
-                os.kill(os.getpid(), number)
-            return batches()[i]
+    def __init__(self, number):
+        self.number = number
 
-    with pytest.warns(UserWarning, match=f"{number.name}: stopped after step 3 of 100"):
-        training = run(small_model(), adamw(), Struck(), steps=100)
-    assert training.step == 3  # batch 3 is made while the third step is computed
+    def __getitem__(self, i):
+        if i == 3:
+            os.kill(os.getpid(), self.number)
+        return batches()[i]
+
+
+def test_ctrl_c_ends_the_run_after_the_step():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.warns(UserWarning, match="SIGINT: stopped after step 3 of 100"):
+        training = run(small_model(), adamw(), Struck(signal.SIGINT), steps=100)
+    assert training.step == 3
     assert same(training.model, run(small_model(), adamw(), batches(), steps=3).model)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_ends_the_program_or_does_what_it_did():
+    with pytest.warns(UserWarning, match="SIGTERM: stopped after step 3"):
+        with pytest.raises(SystemExit) as exit:
+            run(small_model(), adamw(), Struck(signal.SIGTERM), steps=100)
+    assert exit.value.code == 143
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with pytest.warns(UserWarning, match="SIGTERM: stopped after step 3"):
+            training = run(small_model(), adamw(), Struck(signal.SIGTERM), steps=100)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert training.step == 3 and heard == [signal.SIGTERM]
 
 
 def test_the_log_drops_what_is_made_again(tmp_path):
@@ -253,9 +272,16 @@ def test_the_log_drops_what_is_made_again(tmp_path):
     row = json.loads(first.splitlines()[0])
     assert list(row)[:2] == ["step", "loss"] and row["tokens"] == B * T
     assert row["learning_rate"] == pytest.approx(3e-3)
-    path.write_text("no log\n")
-    with pytest.raises(ValueError, match="line 1: no JSON"):
+    path.write_bytes(b'{"step": 0}\nno log\n')
+    with pytest.raises(ValueError, match="line 2: no JSON"):
+        read_metrics(tmp_path)
+    with pytest.warns(UserWarning, match="line 2: no JSON"):
         run(small_model(), adamw(), batches(), steps=2, log=tmp_path)
+    assert path.read_bytes() == b'{"step": 0}\n' + first
+    assert path.with_suffix(".damaged").read_bytes() == b'{"step": 0}\nno log\n'
+    with path.open("ab") as file:
+        file.write(b"\xff\x00")  # unfinished, and no text at all
+    assert len(read_metrics(tmp_path)) == 3
 
 
 def test_a_full_disk_does_not_end_the_run_nor_lose_lines(tmp_path, monkeypatch):
@@ -274,6 +300,22 @@ def test_a_full_disk_does_not_end_the_run_nor_lose_lines(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="No space left"):
         run(small_model(), adamw(), batches(), steps=5, log=tmp_path)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_what_shows_the_run_does_not_end_it(tmp_path, monkeypatch):
+    pytest.importorskip("tqdm", reason="see the extra `train`")
+    from jaxformers.training import log
+
+    def fail(*_, **__):
+        raise OSError(32, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._Bar, "write", fail)
+        with pytest.warns(UserWarning, match="without its progress bar: .*Broken pipe"):
+            assert run(small_model(), adamw(), batches(), steps=2, progress=True).step == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", None)
+        assert run(small_model(), adamw(), batches(), steps=2, progress=True).step == 2
 
 
 def test_the_curve(tmp_path):
@@ -325,13 +367,14 @@ def bad_ids(name):
         ([batches()[0], bad_ids("tokens")], "tokens must be ids"),
         ([{"tokens": batches()[0]["tokens"]}], "must have tokens, targets"),
         ([{name: x.astype(float) for name, x in batches()[0].items()}], "must hold integer ids"),
+        ([dict(batches()[0]) | {"loss_mask": np.ones((B, T))}], "mask == 1"),
         ([[1, 2]], "batch 0 must be a dict of arrays"),
         ([], "must not be empty"),
         (Loader, "must give one dict of arrays a step"),
         (batches()[0], "pass \\[batch\\]"),
     ],
 )
-def test_bad_batches_are_refused(data, words):
+def test_bad_batches_are_refused(data, words, no_shape_checker):
     with pytest.raises(ValueError, match=words):
         run(small_model(), adamw(), data, steps=3)
 
@@ -344,6 +387,12 @@ def test_bad_batches_are_refused(data, words):
         ({"accumulate": 3}, "accumulate=3 needs a batch"),
         ({"compute_dtype": jnp.float16}, "float16 is refused"),
         ({"eval_batches": iter([])}, "eval_batches must give its batches anew"),
+        ({"eval_batches": batches()[0]}, "eval_batches must be a list"),
+        ({"eval_batches": batches}, "eval_batches must be a list"),
+        (
+            {"loss": lambda model, batch, key: (0.0, 1)},
+            "loss must return one floating-point number",
+        ),
         ({"eval_batches": []}, "the first of eval_batches must be a dict of arrays"),
         ({"eval_batches": [{"tokens": np.full((2, 3), VOCAB)}]}, "tokens must be ids"),
         ({"checkpoint": "runs/x"}, "checkpoint must be Checkpoints"),

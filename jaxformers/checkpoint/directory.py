@@ -21,7 +21,7 @@ from jaxformers.checks import check_size
 from jaxformers.hf.safetensors_file import check_package
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
-_LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.tmp")
+_LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.\d+\.tmp")
 
 
 class Checkpoints:
@@ -70,7 +70,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, the newest last."""
-        names = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        files = (path for path in self.directory.iterdir() if path.is_file())
+        names = (_NAME.fullmatch(path.name) for path in files)
         return sorted(int(match[1]) for match in names if match)
 
     def save(self, training: Any, step: int) -> None:
@@ -147,6 +148,10 @@ class Checkpoints:
             OSError: if one cannot be read.
         """
         self.wait()
+        with self._claim.mutex:  # another object of this directory may be writing
+            return self._restore(like)
+
+    def _restore(self, like: Tree) -> tuple[Tree, int] | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -187,7 +192,7 @@ class _Claim:
         self.mutex = threading.Lock()  # for threads of this process
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f"step-{0:09}.safetensors.{os.getpid()}.tmp"
+            probe = directory / f"step-{0:09}.safetensors.{os.getpid()}.0.tmp"
             probe.write_bytes(b"0")
             probe.unlink()
             descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -197,10 +202,10 @@ class _Claim:
                 f"checkpoints cannot be written to {directory}: {error.strerror or error}. Pass a "
                 "directory that can be written to",
             ) from error
-        weakref.finalize(self, os.close, descriptor)
+        self.let_go = weakref.finalize(self, os.close, descriptor)
         _lock(descriptor, directory)
         for path in directory.iterdir():
-            if _LEFT_OVER.fullmatch(path.name):  # by a process that was killed
+            if _LEFT_OVER.fullmatch(path.name) and path.is_file():  # by a process that was killed
                 path.unlink()
 
 
@@ -226,6 +231,16 @@ def _lock(descriptor: int, directory: Path) -> None:
 
 
 _CLAIMS: weakref.WeakValueDictionary[tuple, _Claim] = weakref.WeakValueDictionary()
+
+
+def _let_go() -> None:
+    """A forked child, such as a loader's worker, has no claim: it may live on when this is dead."""
+    for claim in list(_CLAIMS.values()):
+        claim.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _claim(directory: Path) -> _Claim:

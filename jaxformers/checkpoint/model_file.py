@@ -6,6 +6,7 @@ it is code, and nothing that it names is imported.
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,7 @@ def write_object(path: Path, x: Any) -> None:
         Unsaved(name, tuple(x.shape), np.dtype(x.dtype), partial(np.asarray, x))
         for name, x in encoder.arrays.items()
     ]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         write_sealed_file(temporary, tensors, {"format": _FORMAT, "construction": text})
         temporary.replace(path)

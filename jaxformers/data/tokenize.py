@@ -98,7 +98,7 @@ def tokenize(
     words = _saved_tokenizer(inputs, out, tokenizer, field)
     end = _end_id(words, end_token) if add_end else None
     job = {
-        "inputs": [[path.name, path.stat().st_size] for path in inputs],
+        "inputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in inputs],
         "tokenizer": hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest(),
         "characters": tokenizer == "characters",
         "vocab_size": words.vocab_size,
@@ -107,7 +107,10 @@ def tokenize(
     }
     if (out / "tokens.json").exists():
         if read_json(out / "tokens.json").get("job") != job:
-            raise ValueError(f"{out} holds another token file. Choose another directory.")
+            raise ValueError(
+                f"{out} holds the token file of other inputs or settings. Choose another "
+                "directory, or remove it."
+            )
         (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
         return open_tokens(out)
     progress = _read_progress(out, job)

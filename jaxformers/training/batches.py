@@ -16,7 +16,7 @@ def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
         raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
     check_ids(loss, model, arrays)
-    return jax.device_put(arrays)
+    return jax.device_put(arrays, may_alias=False)  # a loader may write the next one over it
 
 
 def in_order(batches: Any) -> Iterator[Batch]:

@@ -46,7 +46,8 @@ def evaluate(
             f"there must be targets that count, got {len(parts)} batches with none. An iterator "
             "gives its batches once: pass a list, or a source of jaxformers.data."
         )
-    return float(np.average([float(value) for value, _ in parts], weights=weights))
+    values = np.array([float(value) for value, _ in parts])
+    return float(np.average(values[weights > 0], weights=weights[weights > 0]))
 
 
 @eqx.filter_jit

@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM as a question that is answered between two steps."""
 
 import signal
+import sys
 import threading
 from types import FrameType
+from typing import Any
 
 
 class Interrupt:
@@ -12,8 +14,8 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-        self._before: dict[int, object] = {}
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
@@ -24,9 +26,16 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             # None is a handler that was not set from Python: there is no way to bring it back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
+    def pass_on(self) -> None:
+        """What SIGTERM was to do, once all is saved: end the program, unless others handle it."""
+        if self.asked == signal.SIGTERM:
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                sys.exit(128 + signal.SIGTERM)  # as a shell counts it, but with all cleaned up
+            signal.raise_signal(signal.SIGTERM)
+
     def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
+        self.asked = signal.Signals(number)
         self.__exit__()

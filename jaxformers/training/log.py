@@ -30,35 +30,43 @@ class Log:
         progress: whether to show a progress bar, on standard error.
 
     Raises:
-        ValueError: if the directory cannot be written, or holds a damaged log.
+        ValueError: if the directory cannot be written.
         ImportError: if there is to be a progress bar and tqdm is missing.
     """
 
     def __init__(self, directory: str | os.PathLike | None, done: int, steps: int, progress: bool):
         first = jax.process_index() == 0  # of many hosts, one tells
-        self._bar = _Bar(done, steps) if progress and first else None
+        self._bar = _Bar(done, steps) if progress and first and _can_show() else None
         self._file = self._events = None
         if directory is not None and first:
             self._file = _File(Path(directory), done)
             self._events = _events(Path(directory), done)
-        self._sinks = [x for x in (self._file, self._events, self._bar) if x is not None]
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._each("close")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Put down the figures of a step."""
-        for sink in self._sinks:
-            sink.write(step, metrics)
+        self._each("write", step, metrics)
 
     def say(self, text: str) -> None:
         """Show a line above the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.say(text)
+
+    def _each(self, what: str, *args: Any) -> None:
+        """Have each do something; whatever cannot any more is let go, since a run is worth more."""
+        for name in ("_file", "_events", "_bar"):
+            sink = getattr(self, name)
+            try:
+                if sink is not None:
+                    getattr(sink, what)(*args)
+            except (OSError, ValueError) as error:
+                setattr(self, name, None)
+                warnings.warn(f"the run goes on without its {sink.name}: {error}", stacklevel=4)
 
     def warn(self, text: str) -> None:
         """Say it where it is seen, with or without a bar."""
@@ -84,17 +92,19 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = path.read_text("utf-8").split("\n")[:-1]  # what ends in no newline is unfinished
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what ends in no newline is unfinished
+    except OSError as error:
         raise ValueError(f"there is no log to read at {path}: {error}.") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: no JSON: {error}.") from error
         if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
-            raise ValueError(f"{path}, line {number}: must be an object with a step, got {line}.")
+            raise ValueError(
+                f"{path}, line {number}: must be an object with a step, got {line!r:.80}."
+            )
         rows.append(row)
     return rows
 
@@ -102,12 +112,14 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 class _File:
     """`metrics.jsonl`, opened after what is kept of it."""
 
+    name = FILE_NAME
+
     def __init__(self, directory: Path, done: int):
         self.path, self.unwritten = directory / FILE_NAME, b""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                kept = [row for row in read_metrics(self.path) if row["step"] <= done]
+                kept = [row for row in _whole_rows(self.path) if row["step"] <= done]
                 new = self.path.with_suffix(".new")
                 with new.open("wb") as file:
                     file.writelines(map(_line, kept))
@@ -149,6 +161,8 @@ class _File:
 
 class _Bar:
     """tqdm's bar with the latest figures."""
+
+    name = "progress bar"
 
     def __init__(self, done: int, steps: int):
         try:
@@ -196,6 +210,8 @@ class _Bar:
 class _Events:
     """TensorBoard's event file."""
 
+    name = "TensorBoard events"
+
     def __init__(self, directory: Path, done: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -215,6 +231,29 @@ class _Events:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines there; of a damaged file, put aside, those before the damage."""
+    try:
+        return read_metrics(path)
+    except ValueError as error:
+        aside = path.with_suffix(".damaged")
+        path.replace(aside)
+        warnings.warn(f"the log is damaged, and put aside as {aside}: {error}", stacklevel=7)
+    whole = []
+    for line in aside.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+            whole += [row] if isinstance(row["step"], int) else []
+        except (ValueError, TypeError, KeyError):
+            break
+    return whole
+
+
+def _can_show() -> bool:
+    """Whether there is somebody to show a bar to: a daemon's standard error is closed, or None."""
+    return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
 
 
 def _events(directory: Path, done: int) -> _Events | None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,9 @@ def fit(
     """Train a model, from the beginning or from where a checkpoint of the same run left off.
 
     A run that was killed and is started again ends with the same weights and the same log, bit for
-    bit on a CPU, as one that was not. Ctrl-C and SIGTERM end it after the step, with everything
-    saved that is to be; a second Ctrl-C at once. The step is one compiled program; while the device
+    bit on a CPU, as one that was not. Ctrl-C ends it after the step: the state is saved and
+    returned; a second one ends it at once. SIGTERM saves, too, and then ends the program with
+    status 143, or does what you have it do. The step is one compiled program; while the device
     works on it, the next batch is made. The model that is passed in stays usable: the run has a
     copy.
 
@@ -140,11 +141,12 @@ def fit(
         )
         try:
             _loop(run, feed, steps, eval_every, interrupt)
-        except Exception as error:
-            run.rescue(error)
+        except (Exception, SystemExit) as error:
+            run.rescue(error, done)
             raise
         if interrupt.asked is not None and run.step < steps:
-            writer.warn(f"{interrupt.asked}: stopped after step {run.step} of {steps}")
+            writer.warn(f"{interrupt.asked.name}: stopped after step {run.step} of {steps}")
+    interrupt.pass_on()
     return run.training
 
 
@@ -261,10 +263,12 @@ class _Run:
             # To stop would lose the steps since the last checkpoint; the next may succeed.
             warnings.warn(f"a checkpoint is missing, training goes on: {failed}", stacklevel=4)
 
-    def rescue(self, error: Exception) -> None:
-        """Save what was reached before an error, if the device still has it."""
+    def rescue(self, error: BaseException, done: int) -> None:
+        """Save what was reached beyond step `done` before an error, if the device still has it."""
         arrays = jax.tree.leaves(eqx.filter(self.training, eqx.is_array))
         if self.checkpoint is None or any(x.is_deleted() for x in arrays):
+            return
+        if int(self.training.step) == done:
             return
         try:
             with contextlib.suppress(ValueError):
@@ -327,4 +331,10 @@ def _check_pieces(bad_steps: Any, checkpoint: Any, eval_batches: Any) -> None:
         raise ValueError(
             "eval_batches must give its batches anew each time, got an iterator, which gives them "
             "once. Pass a list, or a source of jaxformers.data."
+        )
+    gives = hasattr(eval_batches, "__iter__") or hasattr(eval_batches, "in_order")
+    if eval_batches is not None and (not gives or isinstance(eval_batches, Mapping | type)):
+        raise ValueError(
+            "eval_batches must be a list of dicts of arrays, or a source of jaxformers.data, got "
+            f"{eval_batches!r:.80}."
         )

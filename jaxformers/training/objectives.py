@@ -195,7 +195,7 @@ def check_ids(loss: Loss, model: Any, batch: Batch) -> None:
         size = model.vocab_size if "tokens" in batch else model.tgt_vocab_size
         if counted is None and batch.get("positions") is not None:
             counted = np.asarray(batch["positions"]) >= 0
-        fits = counted is None or np.shape(counted) == targets.shape
+        fits = counted is None or (counted.dtype, counted.shape) == (np.bool_, targets.shape)
         if fits:  # otherwise the loss will say so
             check_targets(targets if counted is None else targets[counted], size)
 

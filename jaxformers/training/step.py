@@ -41,7 +41,7 @@ class Gradients(eqx.Module):
             model = eqx.combine(trained, frozen)
             if self.compute_dtype is not None:
                 model = cast_floating(model, self.compute_dtype)
-            return self.loss(model, batch, key)
+            return _check_loss(self.loss(model, batch, key))
 
         if self.accumulate == 1:
             return value_and_grad(trained, batch, key)
@@ -49,7 +49,11 @@ class Gradients(eqx.Module):
         def add(sums, part):
             weight = jnp.asarray(self.count(part[0]), jnp.float32)
             new = *value_and_grad(trained, *part), jnp.ones(())
-            return jax.tree.map(lambda s, x: s + weight * x.astype(s.dtype), sums, new), None
+            # The loss of a part in which nothing counts may be anything.
+            new = jax.tree.map(
+                lambda x: jnp.where(weight == 0, 0, weight * x.astype(jnp.float32)), new
+            )
+            return jax.tree.map(jnp.add, sums, new), None
 
         shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
         parts = _split_rows(batch, self.accumulate), jax.random.split(key, self.accumulate)
@@ -250,6 +254,15 @@ def _split_rows(batch: Batch, parts: int) -> Batch:
         return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     return {name: split(x) for name, x in batch.items() if x is not None}
+
+
+def _check_loss(value: Any) -> Float[Array, ""]:
+    if not eqx.is_inexact_array(value) or value.shape != ():
+        raise ValueError(
+            "loss must return one floating-point number as an array of shape (), got "
+            f"{eqx.tree_pformat(value)}."
+        )
+    return value
 
 
 def _check_compute_dtype(dtype: Any) -> np.dtype:
