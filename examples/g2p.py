@@ -9,7 +9,8 @@ between them. A word with several pronunciations has several lines.
 
 One model reads a word and spells its phones from left to right or from right to left, as a tag
 before the word says. To predict, both directions propose their beams, and the proposal with the
-highest probability, both directions multiplied, wins.
+highest probability, both directions multiplied, wins. It learns from the train words alone; the dev
+words are there to choose settings by.
 """
 
 import argparse

@@ -326,9 +326,9 @@ def test_a_directory_is_of_one_job(tmp_path, tokenizer, capsys):
     assert run("tokenize", a, *command, "bytes") == 0  # is done already
     capsys.readouterr()
     for again, message in [
-        ((b, *command, "bytes"), "holds another token file"),
-        ((a, *command, "bytes", "--no-end-token"), "holds another token file"),
-        ((a, *command, "characters"), "holds another token file"),
+        ((b, *command, "bytes"), "of other inputs or settings"),
+        ((a, *command, "bytes", "--no-end-token"), "of other inputs or settings"),
+        ((a, *command, "characters"), "of other inputs or settings"),
         ((a, *command, tokenizer), "was begun with another tokenizer"),
         ((a, *command, tmp_path / "none"), "none"),
     ]:
