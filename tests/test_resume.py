@@ -120,6 +120,20 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
+def poisoned(bad):
+    """A loss and its batches, of which some make it NaN."""
+
+    def loss(model, batch, key=None):
+        rest = {name: x for name, x in batch.items() if name != "factor"}
+        return language_model_loss(model, rest, key) * batch["factor"].mean()
+
+    text = np.random.default_rng(5).integers(0, 17, 301)
+    rows = [Windows(text, 6, 4)[i] for i in range(6)]
+    for i, row in enumerate(rows):
+        row["factor"] = np.full((4, 1), np.nan if i in bad else 1.0, np.float32)
+    return loss, rows
+
+
 def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path):
     whole = small_run(tmp_path)
     newest = tmp_path / "step-000000006.safetensors"
@@ -160,14 +174,7 @@ def test_bad_data_keeps_what_was_reached(tmp_path):
 
 
 def test_a_bad_step_is_met_again_where_it_was(tmp_path):
-    def loss(model, batch, key=None):
-        rest = {name: x for name, x in batch.items() if name != "factor"}
-        return language_model_loss(model, rest, key) * batch["factor"].mean()
-
-    text = np.random.default_rng(5).integers(0, 17, 301)
-    rows = [Windows(text, 6, 4)[i] for i in range(6)]
-    for i, row in enumerate(rows):
-        row["factor"] = np.full((4, 1), np.nan if i == 4 else 1.0, np.float32)
+    loss, rows = poisoned({4})
     with pytest.raises(ValueError, match="step 5 is bad") as error:
         small_run(tmp_path, batches=rows, loss=loss)
     assert "Step 4 is saved" in error.value.__notes__[0]
@@ -251,14 +258,7 @@ def test_a_callback_that_exits_is_no_loss(tmp_path):
 
 
 def test_the_allowance_of_bad_steps_is_not_renewed(tmp_path):
-    def loss(model, batch, key=None):
-        rest = {name: x for name, x in batch.items() if name != "factor"}
-        return language_model_loss(model, rest, key) * batch["factor"].mean()
-
-    text = np.random.default_rng(5).integers(0, 17, 301)
-    rows = [Windows(text, 6, 4)[i] for i in range(6)]
-    for i, row in enumerate(rows):
-        row["factor"] = np.full((4, 1), np.nan if i in (1, 2, 3) else 1.0, np.float32)
+    loss, rows = poisoned({1, 2, 3})
     for _ in range(2):
         with pytest.raises(ValueError, match="step 4 is bad"):
             small_run(tmp_path, batches=rows, loss=loss, bad_steps=BadSteps(allowed=2))
