@@ -252,7 +252,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("learning-rate", 2e-3, "highest learning rate, after the warm-up"),
         ("d-model", 128, "width of the residual stream"),
         ("num-layers", 3, "layers of the encoder and of the decoder"),
-        ("dropout", 0.2, "dropout rate; half of it on attention weights"),
+        ("dropout", 0.3, "dropout rate; half of it on attention weights"),
     ):
         parser.add_argument(
             f"--{name}", type=type(value), default=value, help=f"{text} (%(default)s)"
