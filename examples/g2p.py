@@ -42,6 +42,7 @@ START, END, UNKNOWN, FORWARDS, BACKWARDS = 1, 2, 3, 4, 5
 SPECIAL = 6  # ids below are these and padding, 0
 DIRECTIONS = (FORWARDS, 1), (BACKWARDS, -1)
 BEAMS, AT_ONCE = 5, 150  # hypotheses, and words that are looked up together
+FORMS = "NFC", "NFD"  # of Unicode: composed letters; letters and their marks
 
 Phones = tuple[str, ...]
 Words = dict[str, list[Phones]]  # each word with its pronunciations
@@ -75,7 +76,11 @@ class Spelling:
 
     def __init__(self, words: Words):
         pronunciations = [phones for each in words.values() for phones in each]
-        self.letters = sorted(set("".join(words)))
+        forms = {form: sorted(set(unicodedata.normalize(form, "".join(words)))) for form in FORMS}
+        # Vietnamese puts any tone on any vowel: as letters and marks they are half as many symbols,
+        # and a pair that never occurred can be read. Elsewhere that only makes the words longer.
+        self.form = "NFD" if 2 * len(forms["NFD"]) <= len(forms["NFC"]) else "NFC"
+        self.letters = forms[self.form]
         self.phones = sorted({phone for phones in pronunciations for phone in phones})
         self.letter_ids = {x: SPECIAL + i for i, x in enumerate(self.letters)}
         self.phone_ids = {x: SPECIAL + i for i, x in enumerate(self.phones)}
@@ -83,7 +88,8 @@ class Spelling:
 
     def read(self, word: str, direction: int) -> list[int]:
         """A word as the encoder reads it; letters that never occurred are unknown."""
-        return [direction, *(self.letter_ids.get(letter, UNKNOWN) for letter in word)]
+        letters = unicodedata.normalize(self.form, word)
+        return [direction, *(self.letter_ids.get(letter, UNKNOWN) for letter in letters)]
 
     def pairs(self, words: Words) -> list[tuple[list[int], list[int]]]:
         """Source and target of each pronunciation in both directions."""

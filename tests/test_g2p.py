@@ -101,6 +101,16 @@ def test_words_with_several_pronunciations(tmp_path):
     assert spelling.read("uz", g2p.FORWARDS)[2] == g2p.UNKNOWN
 
 
+def test_letters_and_marks_are_apart_where_that_halves_them():
+    spelling = g2p.Spelling({word: [("a",)] for word in ("áàâãa", "íìîĩi", "úùûũu", "é")})
+    assert spelling.letters == [*"aeiu", "\u0300", "\u0301", "\u0302", "\u0303"]
+    e, tilde = (spelling.letter_ids[x] for x in ("e", "\u0303"))
+    assert spelling.read("ẽ", g2p.BACKWARDS) == [g2p.BACKWARDS, e, tilde]  # a new pair
+    spelling = g2p.Spelling({"éóa": [("a",)]})
+    assert spelling.letters == ["a", "é", "ó"]
+    assert spelling.read("e", g2p.FORWARDS) == [g2p.FORWARDS, g2p.UNKNOWN]
+
+
 def test_both_directions_choose(data):
     """The best is the best by both, whichever proposed it."""
     words = list(g2p.read_words(data / "toy_dev.tsv"))
