@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -42,8 +43,9 @@ START, END, UNKNOWN, FORWARDS, BACKWARDS = 1, 2, 3, 4, 5
 SPECIAL = 6  # ids below are these and padding, 0
 DIRECTIONS = (FORWARDS, 1), (BACKWARDS, -1)
 BEAMS, AT_ONCE = 5, 150  # hypotheses, and words that are looked up together
-FORMS = "NFC", "NFD"  # of Unicode: composed letters; letters and their marks
 
+Form = Literal["NFC", "NFD"]  # of Unicode: composed letters; letters and their marks
+FORMS: tuple[Form, ...] = "NFC", "NFD"
 Phones = tuple[str, ...]
 Words = dict[str, list[Phones]]  # each word with its pronunciations
 
@@ -79,7 +81,7 @@ class Spelling:
         forms = {form: sorted(set(unicodedata.normalize(form, "".join(words)))) for form in FORMS}
         # Vietnamese puts any tone on any vowel: as letters and marks they are half as many symbols,
         # and a pair that never occurred can be read. Elsewhere that only makes the words longer.
-        self.form = "NFD" if 2 * len(forms["NFD"]) <= len(forms["NFC"]) else "NFC"
+        self.form: Form = "NFD" if 2 * len(forms["NFD"]) <= len(forms["NFC"]) else "NFC"
         self.letters = forms[self.form]
         self.phones = sorted({phone for phones in pronunciations for phone in phones})
         self.letter_ids = {x: SPECIAL + i for i, x in enumerate(self.letters)}
