@@ -33,7 +33,7 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
         >>> half.logits(tokens).dtype, half.generate(prompt, 5).shape
         (dtype('float32'), (1, 9))
     """
-    dtype = check_float_dtype(dtype)
+    dtype = check_float_dtype(dtype=dtype)
     floats, rest = eqx.partition(model, _is_float)
     return eqx.combine(jax.tree.map(lambda x: x.astype(dtype), floats), rest)
 
@@ -42,14 +42,15 @@ def _is_float(x: Any) -> bool:
     return eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def check_float_dtype(dtype: Any) -> np.dtype:
-    """`dtype` as a NumPy dtype, one of `FLOATS` that JAX is set up to hold."""
+def check_float_dtype(**named: Any) -> np.dtype:
+    """The one type as a NumPy dtype, one of `FLOATS` that JAX is set up to hold."""
+    ((name, given),) = named.items()
     try:
-        given, dtype = dtype, jnp.dtype(dtype)
+        dtype = jnp.dtype(given)
     except TypeError:
-        raise ValueError(f"dtype must be a type such as jnp.bfloat16, got {dtype!r}.") from None
+        raise ValueError(f"{name} must be a type such as jnp.bfloat16, got {given!r}.") from None
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be a floating-point type of 16 bits or more, got {given!r}.")
+        raise ValueError(f"{name} must be a floating-point type of 16 bits or more, got {given!r}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"dtype {dtype} needs jax.config.update('jax_enable_x64', True).")
+        raise ValueError(f"{name} {dtype} needs jax.config.update('jax_enable_x64', True).")
     return dtype

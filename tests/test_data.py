@@ -716,3 +716,11 @@ def test_changes_of_ones_own():
     assert (twice[1]["tokens"] == Windows(*windows)[1]["tokens"]).all()
     assert (twice.shard(1, 2)[1]["tokens"] == twice[1]["tokens"][2:]).all()
     assert len(list(twice.in_order())) == len(list(Windows(*windows).in_order()))
+
+
+def test_one_example_fills_a_batch_as_far_as_it_goes():
+    pairs = PaddedPairs([([5, 6], [7])], 3, start_token=1, end_token=2)
+    assert pairs[4]["src"].tolist().count([5, 6]) == 1
+    assert pairs[4]["tgt_padding_mask"].sum() == 2
+    texts = PaddedTexts([answer([5, 6], [7, 8], end_token=2)], 2)
+    assert texts[0]["loss_mask"].sum() == 3

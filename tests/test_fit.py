@@ -22,6 +22,7 @@ from jaxformers import (
     freeze,
     global_norm,
     language_model_loss,
+    sequence_to_sequence_loss,
     train_step,
     warmup_cosine,
 )
@@ -343,8 +344,9 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     assert seen == [(row["step"], row["loss"]) for row in rows]
 
 
-def test_a_bar_with_the_latest_figures(capsys):
+def test_a_bar_with_the_latest_figures(capsys, monkeypatch):
     pytest.importorskip("tqdm", reason="see the extra `train`")
+    monkeypatch.setattr("jaxformers.training.log.REFRESH", 0.0)  # a speed after one step
     held_out = [batches()[0]]
     run(small_model(), adamw(), batches(), steps=2, progress=True, eval_batches=held_out)
     errors = capsys.readouterr().err
@@ -393,11 +395,15 @@ def test_bad_batches_are_refused(data, words, no_shape_checker):
             {"loss": lambda model, batch, key: (0.0, 1)},
             "loss must return one floating-point number",
         ),
-        ({"eval_batches": []}, "the first of eval_batches must be a dict of arrays"),
+        ({"eval_batches": []}, "eval_batches must not be empty"),
+        ({"eval_batches": [3]}, "the first of eval_batches must be a dict of arrays"),
+        ({"loss": sequence_to_sequence_loss}, "is for a Transformer, got a TransformerLM"),
+        ({"compute_dtype": "bf16"}, "compute_dtype must be a type"),
         ({"eval_batches": [{"tokens": np.full((2, 3), VOCAB)}]}, "tokens must be ids"),
         ({"checkpoint": "runs/x"}, "checkpoint must be Checkpoints"),
         ({"bad_steps": 3}, "bad_steps must be BadSteps"),
         ({"callbacks": [3]}, "must be a function"),
+        ({"callbacks": print}, "callbacks must be a list of functions"),
         ({"key": 0}, "key must be a JAX PRNG key"),
         ({"loss": None}, "loss must be a function"),
     ],

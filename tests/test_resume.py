@@ -8,12 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from jaxformers import AdamW, BadSteps, Checkpoints, TransformerLM, fit, language_model_loss
+from jaxformers import (
+    AdamW,
+    BadSteps,
+    Checkpoints,
+    TransformerLM,
+    fit,
+    language_model_loss,
+    load,
+)
 from jaxformers.checkpoint import directory
 from jaxformers.data import Windows
 from jaxformers.training.log import read_metrics
@@ -102,6 +111,13 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
 
 
 def small_run(where, **options):
+    """What it says about going on is not of interest here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(going on|nothing is left)")
+        return noted_run(where, **options)
+
+
+def noted_run(where, **options):
     model = TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3))
     text = np.random.default_rng(5).integers(0, 17, 301)
     options = {"steps": 6, "key": jax.random.key(0), "loss": language_model_loss} | options
@@ -148,7 +164,10 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path):
 
 def test_more_steps_go_on_and_fewer_are_there_already(tmp_path):
     first = small_run(tmp_path, steps=4)
-    assert small_run(tmp_path, steps=2).step == 4  # nothing to do
+    with pytest.warns(UserWarning, match="nothing is left of 2 steps to make: .* is at step 4"):
+        assert noted_run(tmp_path, steps=2).step == 4
+    with pytest.warns(UserWarning, match="going on: .* is at step 4"):
+        assert noted_run(tmp_path, steps=5).step == 5
     more = small_run(tmp_path, steps=7)
     assert more.step == 7 and not same(first, more)
     assert same(small_run(tmp_path / "other", steps=7), more)
@@ -243,6 +262,12 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, number):
     assert Checkpoints(tmp_path).steps() == [2, 3]
     assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_state_of_a_training_is_no_model(tmp_path):
+    small_run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="a state of a training"):
+        load(tmp_path / "step-000000002.safetensors")
 
 
 def test_what_ends_the_first_step_leaves_nothing_to_resume(tmp_path):

@@ -91,7 +91,13 @@ def load(
         >>> load(path)["second"].eps
         1e-05
     """
-    return read_object(check_path(path), known, sharding)
+    found = read_object(check_path(path), known, sharding)
+    if isinstance(found, dict) and found.keys() == {"step", "leaves"}:
+        raise ValueError(
+            f"{path} is a state of a training, without what it is built of: "
+            "Checkpoints(directory).restore(like), or fit, goes on with it."
+        )
+    return found
 
 
 def check_path(path: Any) -> Path:

@@ -56,8 +56,9 @@ class MaskedTokens(Changed):
         check_positive(rate=rate)
         self.mask_token, self.vocab_size, self.rate = mask_token, vocab_size, rate
         self.special_tokens = list(special_tokens)
-        for token in (mask_token, *self.special_tokens):
-            check_id(token=token, below=vocab_size)
+        check_id(mask_token=mask_token, below=vocab_size)
+        for token in self.special_tokens:
+            check_id(special_token=token, below=vocab_size)
 
     def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
         tokens = batch["tokens"]

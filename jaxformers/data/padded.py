@@ -249,8 +249,9 @@ def chat(
 def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """These documents side by side, and which tokens are real; nothing for the document -1."""
     ends = documents.documents()
-    starts = np.where(examples > 0, ends[examples - 1], 0)
-    lengths = np.where(examples >= 0, ends[examples] - starts, 0)
+    there = np.maximum(examples, 0)  # an index that exists
+    starts = np.where(there > 0, ends[there - 1], 0)
+    lengths = np.where(examples >= 0, ends[there] - starts, 0)
     return documents.rows(starts, lengths, width)
 
 

@@ -263,7 +263,9 @@ def _open_directory(path: Path, vocab_size: int | None) -> Tokens:
 def _open_npy(path: Path) -> np.ndarray:
     """The array of a `.npy` file, mapped."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing.")
+        raise ValueError(
+            f"{path} is missing. python -m jaxformers tokenize makes a directory of tokens."
+        )
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)

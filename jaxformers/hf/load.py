@@ -167,7 +167,7 @@ def put(path: str, x: np.ndarray, sharding: Any) -> jax.Array:
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
     """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
     if dtype is not None:
-        return check_float_dtype(dtype)
+        return check_float_dtype(dtype=dtype)
     widest = jnp.float32 if len(stored) > 1 else next(iter(stored))
     return jax.dtypes.canonicalize_dtype(widest)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 FILE_NAME = "metrics.jsonl"
-REFRESH = 0.2  # seconds between two changes of the progress bar's text
+REFRESH = 1.0  # seconds over which the speed is taken
 SMOOTHING = 0.95  # of the loss it shows
 
 
@@ -177,7 +177,8 @@ class _Bar:
         self.bar = tqdm(
             initial=done, total=steps, unit="step", mininterval=interval, dynamic_ncols=True
         )
-        self.since, self.tokens, self.loss = time.perf_counter(), 0.0, math.nan
+        self.since, self.tokens, self.speed = time.perf_counter(), 0.0, math.nan
+        self.loss, self.first = math.nan, True
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if "loss" not in metrics:
@@ -187,17 +188,20 @@ class _Bar:
             share = SMOOTHING if math.isfinite(self.loss) else 0.0
             self.loss = (1 - share) * loss + (share * self.loss if share else 0.0)
         self.tokens += metrics["tokens"]
-        if now - self.since >= REFRESH or step == self.bar.total:
-            rate, skipped = metrics.get("learning_rate"), metrics["skipped"]
-            parts = [
-                f"loss {self.loss:.3f}",
-                "" if rate is None else f"rate {rate:.1e}",
-                f"gradient {metrics['gradient_norm']:.2g}",
-                f"{self.tokens / (now - self.since):,.0f} tokens/s",
-                f"{skipped:.0f} skipped" if skipped else "",
-            ]
-            self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+        if self.first:  # what compiling took says nothing about the steps to come
+            self.since, self.tokens, self.first = now, 0.0, False
+        elif now - self.since >= REFRESH:
+            self.speed = self.tokens / (now - self.since)
             self.since, self.tokens = now, 0.0
+        rate, skipped = metrics.get("learning_rate"), metrics["skipped"]
+        parts = [
+            f"loss {self.loss:.3f}",
+            "" if rate is None else f"rate {rate:.1e}",
+            f"gradient {metrics['gradient_norm']:.2g}",
+            f"{self.speed:,.0f} tokens/s" if math.isfinite(self.speed) else "",
+            f"{skipped:.0f} skipped" if skipped else "",
+        ]
+        self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
         self.bar.update(1)
 
     def say(self, text: str) -> None:

@@ -98,8 +98,13 @@ def fit(
             gradients are not finite ends the training with an error.
         compute_dtype, accumulate, count: as for `train_step`.
 
+    Of what a run was begun with, the shapes of the weights, the kind of optimiser and the key are
+    held against the checkpoint. Other settings, data and learning rates among them, may be changed;
+    the steps from there on are made with them.
+
     Returns:
-        The state at the end: `model`, `optimizer_state`, `step`, `skipped`, `key`.
+        The state at the end: `model`, `optimizer_state`, `step`, `skipped`, `key`. If the optimiser
+        keeps an average of the weights, `optimizer.averaged(model, optimizer_state)` has it.
 
     Raises:
         ValueError: if something does not fit, ids are not in the vocabulary, more steps in a row
@@ -122,13 +127,18 @@ def fit(
         3
     """
     check_size(steps=steps, eval_every=eval_every)
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks must be a list of functions, got {callbacks!r}. Pass [it].")
     check_callable(**{f"callbacks[{i}]": callback for i, callback in enumerate(callbacks)})
     _check_pieces(bad_steps, checkpoint, eval_batches)
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
     if eval_batches is not None:  # what is wrong with them is known before the first step
-        prepared(next(in_order(eval_batches), None), "the first of eval_batches", eval_loss, model)
+        first = next(in_order(eval_batches), None)
+        if first is None:
+            raise ValueError("eval_batches must not be empty.")
+        prepared(first, "the first of eval_batches", eval_loss, model)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
@@ -136,6 +146,9 @@ def fit(
         evaluation = _Evaluation(eval_batches, eval_loss, count, callbacks)
         run = _Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)
         del training
+        if done:
+            what = "going on" if done < steps else f"nothing is left of {steps} steps to make"
+            writer.warn(f"{what}: {checkpoint.directory} is at step {done}")
         feed = Feed(
             batches, done, lambda batch, name: prepared(batch, name, loss, run.training.model)
         )

@@ -67,6 +67,7 @@ def language_model_loss(
         >>> loss = language_model_loss(model, {"tokens": text[:, :-1], "targets": text[:, 1:]})
     """
     optional = "padding_mask", "loss_mask", "positions", "segment_ids"
+    _check_model(model, "forward", "language_model_loss", "TransformerLM")
     _check_batch(batch, ("tokens", "targets"), optional, "a language model")
     padding_mask, positions = batch.get("padding_mask"), batch.get("positions")
     real = padding_mask if positions is None else jnp.asarray(positions) >= 0
@@ -106,6 +107,7 @@ def sequence_to_sequence_loss(
         >>> loss = sequence_to_sequence_loss(model, batch)
     """
     optional = "src_padding_mask", "tgt_padding_mask", "loss_mask"
+    _check_model(model, "decode", "sequence_to_sequence_loss", "Transformer")
     _check_batch(batch, ("src", "tgt", "targets"), optional, "an encoder-decoder")
     src_key, tgt_key = split_key(key, 2)
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
@@ -144,6 +146,7 @@ def masked_language_model_loss(
     """
     needed = "tokens", "targets", "loss_mask"
     optional = "padding_mask", "token_types", "positions", "segment_ids"
+    _check_model(model, "embed", "masked_language_model_loss", "TransformerEncoder")
     _check_batch(batch, needed, optional, "a masked language model")
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
@@ -222,6 +225,13 @@ def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:
         return None
     positions, segments = jnp.asarray(positions), jnp.asarray(segments)
     return AttentionMask(q_positions=positions, q_segments=segments, k_segments=segments)
+
+
+def _check_model(model: Any, method: str, loss: str, of: str) -> None:
+    # By its methods: a model of the user's own may have them, too.
+    if not hasattr(model, method):
+        losses = ", ".join(f.__name__ for f in OBJECTIVES)
+        raise ValueError(f"{loss} is for a {of}, got a {type(model).__name__}. There are {losses}.")
 
 
 def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...], of: str) -> None:

@@ -266,7 +266,7 @@ def _check_loss(value: Any) -> Float[Array, ""]:
 
 
 def _check_compute_dtype(dtype: Any) -> np.dtype:
-    dtype = check_float_dtype(dtype)
+    dtype = check_float_dtype(compute_dtype=dtype)
     if dtype == jnp.float16:
         raise ValueError(
             "compute_dtype float16 is refused: gradients below 6e-8 would be zero unless the loss "
