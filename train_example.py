@@ -44,6 +44,11 @@ from jaxformers import (
 from jaxformers.data import Windows
 from jaxformers.plot import loss_curve
 
+try:
+    import matplotlib  # noqa: F401  # what is missing is said before the training
+except ImportError as error:
+    sys.exit(f"{error}. The loss curve needs: pip install 'jaxformers[train]'")
+
 PAD, START, END = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHORTEST, LONGEST = 4, 16

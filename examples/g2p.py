@@ -149,7 +149,8 @@ def train(spelling: Spelling, words: Words, args: argparse.Namespace) -> Transfo
         key=jax.random.key(args.seed + 1),
         checkpoint=args.checkpoint and Checkpoints(args.checkpoint / args.language),
     )
-    print(f"trained to step {training.step} of {args.steps}", flush=True)
+    if training.step < args.steps:
+        sys.exit(f"stopped at step {training.step}: nothing is reported of half a training")
     return optimizer.averaged(training.model, training.optimizer_state)
 
 
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"g2p.py: {error}")
+        sys.exit("\n".join([f"g2p.py: {error}", *getattr(error, "__notes__", [])]))
     seconds = time.process_time()
     print(f"{seconds / 60:.1f} minutes of CPU time")
 
