@@ -1,6 +1,11 @@
 """The strict world of the tests: no silent promotion of types, and two devices."""
 
 import itertools
+import os
+
+# Most programs here run once: compiled with less optimising, the tests take three quarters of the
+# time. Read when the first device starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import jaxtyping
