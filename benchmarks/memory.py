@@ -11,7 +11,10 @@ Each row of ours has what the rows above it have:
     again      computes layers again in the backward pass (`rematerialise`)
     scanned    does so in a loop (`scan_layers`): no layer's buffers are made before its turn
     bfloat16   computes in 16 bits on weights in 32
-    parts      passes the rows through the model one after another (`accumulate`)
+
+and apart from that row of rows,
+
+    parts      as `chunks`, with the rows of the batch one after another (`accumulate`)
 
 Every row is measured in a process of its own: what the compiled program says it needs (arguments
 and temporary buffers), and the most memory that the process had, or the accelerator, beyond what it
@@ -104,6 +107,7 @@ def torch_eager(config, again=False):
 
 
 def parts(config, **options):
+    """Each row of the batch by itself."""
     return ours(config, parts=config["batch"], **options)
 
 
@@ -114,7 +118,7 @@ CONTENDERS = {
     "again": partial(ours, chunks=True, again=True),
     "scanned": partial(ours, chunks=True, again=True, scanned=True),
     "bfloat16": partial(ours, chunks=True, again=True, scanned=True, dtype="bfloat16"),
-    "parts": partial(parts, chunks=True, again=True, scanned=True, dtype="bfloat16"),
+    "parts": partial(parts, chunks=True),
 }
 if contest.installed("torch"):
     CONTENDERS |= {"torch": torch_eager, "torch again": partial(torch_eager, again=True)}
