@@ -1,7 +1,9 @@
 """The strict world of the tests: no silent promotion of types, and two devices."""
 
+import collections
 import itertools
 import os
+from pathlib import Path
 
 # Most programs here run once: compiled with less optimising, the tests take three quarters of the
 # time. Read when the first device starts.
@@ -37,3 +39,21 @@ def no_shape_checker():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--list-skipped", metavar="FILE", help="write the skipped tests to FILE")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says once for each reason how many tests were skipped, and lists the tests on request."""
+    # A module that is skipped as a whole is one report of its collection.
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in skipped
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count} skipped: {reason}")
+    if path := config.getoption("--list-skipped"):
+        names = sorted({report.nodeid for report in skipped})
+        Path(path).write_text("".join(f"{name}\n" for name in names))
