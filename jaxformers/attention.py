@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers import layers
 from jaxformers.checks import (
+    check_accepts,
     check_activations,
     check_flag,
     check_key,
@@ -196,6 +197,9 @@ class MultiHeadAttention(eqx.Module):
             jax.eval_shape(
                 position.rotate, jnp.zeros((1, 1, h), jnp.float32), jnp.zeros(1, jnp.int32)
             )
+        options = {"softcap": softcap is not None, "dropout": attention_dropout_rate > 0}
+        needed = [name for name, is_needed in options.items() if is_needed]
+        check_accepts("attention_fn", attention_fn, ["q", "k", "v", "mask"], needed)
         q_key, k_key, v_key, o_key = split_key(check_key(key), 4)
         self.wq = init(q_key, (d_model, n, h), d_model, n * h)
         self.wk = init(k_key, (d_model, g, h), d_model, g * h)

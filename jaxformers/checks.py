@@ -6,8 +6,9 @@ checked where they are known.
 """
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +52,28 @@ def check_callable(**functions: Any) -> None:
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(f"{name} must be a function or a class to call, got {function!r}.")
+
+
+def check_accepts(
+    name: str, function: Callable, arguments: Sequence[str], options: Sequence[str] = ()
+) -> None:
+    """Checks that a function takes these arguments by position and these options by name.
+
+    Raises:
+        ValueError: if it cannot be called like that.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C do not tell
+        return
+    try:
+        signature.bind(*arguments, **dict.fromkeys(options))
+    except TypeError as error:
+        call = ", ".join([*arguments, *(f"{option}=..." for option in options)])
+        raise ValueError(
+            f"{name} must be a function that can be called as {name}({call}), got "
+            f"{getattr(function, '__name__', function)!s:.80}{signature}: {error}."
+        ) from None
 
 
 def check_rate(**rates: Any) -> None:

@@ -18,7 +18,7 @@ from jaxformers.checks import (
     is_known,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import Dense, add, as_module, dropout, lookup, split_key
+from jaxformers.layers import Dense, add, as_module, construct, dropout, lookup, split_key
 from jaxformers.positional_encoding import (
     AbsolutePosition,
     LearnablePositionalEncoding,
@@ -145,7 +145,7 @@ class TransformerEmbedding(eqx.Module):
         if num_token_types is not None:
             check_size(num_token_types=num_token_types)
             self.type_embedding = TokenEmbedding(num_token_types, width, init=init, key=type_key)
-        self.norm = None if norm is None else as_module(norm(width))
+        self.norm = None if norm is None else as_module(construct("norm", norm, {"d_model": width}))
         self.project_tokens = project_tokens
         if isinstance(position, type):
             name = position.__name__

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import check_choice, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import Dense, as_module, split_key
+from jaxformers.layers import Dense, as_module, construct, split_key
 
 POOLINGS = ("first", "mean", "late", "pooler", "none")
 
@@ -78,7 +78,8 @@ class Classifier(eqx.Module):
         transform_key, out_key = split_key(check_key(key), 2)
         self.transform = None
         if transform is not None:
-            self.transform = as_module(transform(d_model, d_model, key=transform_key))
+            sizes = {"d_in": d_model, "d_out": d_model}
+            self.transform = as_module(construct("transform", transform, sizes, key=transform_key))
         self.out = Dense(d_model, num_labels, init=init, key=out_key)
         self.pooling = pooling
 

@@ -1,14 +1,33 @@
 """How weights are drawn: functions `(key, shape, fan_in, fan_out) -> array`."""
 
+import inspect
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_positive, check_size
+from jaxformers.checks import check_accepts, check_positive, check_size
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...], int, int], Float[Array, "..."]]
+
+
+def check_initializer(**initializers: Callable | None) -> None:
+    """Checks that initializers take `(key, shape, fan_in, fan_out)`; None is not looked at.
+
+    Raises:
+        ValueError: if one takes other arguments, as those of `jax.nn.initializers` do.
+    """
+    for name, init in initializers.items():
+        if init is None:
+            continue
+        check_accepts(name, init, ["key", "shape", "fan_in", "fan_out"])
+        if "dtype" in inspect.signature(init).parameters:
+            raise ValueError(
+                f"{name} must be a function (key, shape, fan_in, fan_out) -> array, got one that "
+                "takes a dtype, as the functions of jax.nn.initializers do. Write "
+                f"{name}=lambda key, shape, fan_in, fan_out: theirs(key, shape)."
+            )
 
 
 def xavier_uniform(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.activations import relu, silu
 from jaxformers.checks import (
+    check_accepts,
     check_choice,
     check_flag,
     check_key,
@@ -106,6 +107,36 @@ def as_module(function: Callable) -> Callable:
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"expected a function or a module to call, got {function!r}.")
     return function if isinstance(function, eqx.Module) else Function(function)
+
+
+def construct(name: str, constructor: Callable, sizes: dict[str, Any], **options: Any) -> Any:
+    """Returns what the constructor that was passed as the piece `name` makes.
+
+    Arguments:
+        name: the name of the piece, for errors.
+        constructor: a class or a function, called `constructor(*sizes, **options)`.
+        sizes: what it is called with by position, and the names of these for errors.
+        **options: what it is called with by name.
+
+    Raises:
+        ValueError: if it is a module that is built already, cannot be called like that, or does not
+            return a module or function.
+    """
+    if isinstance(constructor, eqx.Module) and not isinstance(constructor, eqx.Partial):
+        kind = type(constructor).__name__
+        raise ValueError(
+            f"{name} must be a constructor, which is called as {name}({', '.join(sizes)}) for each "
+            f"place that needs one, got an instance of {kind}, which is built already. Pass {kind} "
+            f"itself, or partial({kind}, ...) with its options."
+        )
+    check_accepts(name, constructor, list(sizes), list(options))
+    made = constructor(*sizes.values(), **options)
+    if not callable(made):
+        raise ValueError(
+            f"{name} must be a constructor, which returns a module or a function, got "
+            f"{constructor!r:.80}, which returned {made!r:.80}."
+        )
+    return made
 
 
 class FeedForward(eqx.Module):
@@ -255,7 +286,7 @@ class Dense(eqx.Module):
         self.w = init(check_key(key), (d_in, d_out), d_in, d_out)
         self.b = jnp.zeros(d_out, jnp.float32) if use_bias else None
         self.activation = None if activation is None else as_module(activation)
-        self.norm = None if norm is None else as_module(norm(d_out))
+        self.norm = None if norm is None else as_module(construct("norm", norm, {"d_out": d_out}))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = linear(x, self.w, self.b)
@@ -312,8 +343,11 @@ class Residual(eqx.Module):
         check_choice(PLACEMENTS, norm_placement=placement)
         check_positive(residual_scale=scale)
         around = placement in ("pre", "post", "sandwich")
-        self.norm = as_module(norm(d_model)) if around else None
-        self.output_norm = as_module(norm(d_model)) if placement in ("sandwich", "output") else None
+        after = placement in ("sandwich", "output")
+        self.norm = as_module(construct("norm", norm, {"d_model": d_model})) if around else None
+        self.output_norm = (
+            as_module(construct("norm", norm, {"d_model": d_model})) if after else None
+        )
         self.placement = placement
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformers.checks import check_flag, check_nonnegative, check_positive, check_size
-from jaxformers.layers import as_module
+from jaxformers.layers import as_module, construct
 
 
 class LayerNorm(eqx.Module):
@@ -148,6 +148,7 @@ def build_head_norm(norm: Callable | None, head_dim: int, num_heads: int) -> Cal
     """A norm on queries or keys; a constructor with a parameter `num_heads` is told how many."""
     if norm is None:
         return None
-    if "num_heads" in inspect.signature(norm).parameters:
-        return as_module(norm(head_dim=head_dim, num_heads=num_heads))
-    return as_module(norm(head_dim))
+    sizes = {"head_dim": head_dim}
+    if callable(norm) and "num_heads" in inspect.signature(norm).parameters:
+        return as_module(construct("qk_norm", norm, {}, **sizes, num_heads=num_heads))
+    return as_module(construct("qk_norm", norm, sizes))

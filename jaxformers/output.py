@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import as_module, linear
+from jaxformers.layers import as_module, construct, linear
 
 
 class OutputLayer(eqx.Module):
@@ -69,8 +69,9 @@ class OutputLayer(eqx.Module):
         self.b = jnp.zeros(vocab_size, jnp.float32) if use_bias else None
         self.transform = None
         if transform is not None:
+            sizes = {"d_model": d_model, "embedding_dim": width}
             transform_key = jax.random.fold_in(check_key(key), 1)
-            self.transform = as_module(transform(d_model, width, key=transform_key))
+            self.transform = as_module(construct("transform", transform, sizes, key=transform_key))
         self.scale = float(scale)
         self.softcap = None if softcap is None else float(softcap)
 

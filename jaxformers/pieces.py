@@ -13,9 +13,9 @@ from jaxtyping import PRNGKeyArray
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_callable, check_choice, check_flag, check_options
 from jaxformers.embedding import TransformerEmbedding
-from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.initializers import Initializer, check_initializer, xavier_uniform
 from jaxformers.kernels.plain import AttentionFunction
-from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, split_key
+from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, construct, split_key
 from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
 from jaxformers.positional_encoding import BiasPosition, PositionScheme, acts_as
@@ -127,6 +127,7 @@ def check_pieces(pieces: Pieces, owner: type, without: Set[str] = frozenset()) -
     )
     optional = _only(pieces, ("qk_norm", "residual_init"))
     check_callable(**functions, **{k: x for k, x in optional.items() if x is not None})
+    check_initializer(init=pieces.get("init"), residual_init=pieces.get("residual_init"))
 
 
 def build_self_attention(
@@ -149,7 +150,9 @@ def build_feed_forward(
 ) -> Callable:
     """The feed-forward of a layer."""
     constructor = pieces.get("feed_forward", FeedForward)
-    return constructor(d_model, d_ff, key=key, **_only(pieces, FEED_FORWARD_PIECES))
+    options = _only(pieces, FEED_FORWARD_PIECES)
+    sizes = {"d_model": d_model, "d_ff": d_ff}
+    return construct("feed_forward", constructor, sizes, key=key, **options)
 
 
 def build_residual(d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]) -> Residual:
@@ -214,7 +217,8 @@ def build_final_norm(d_model: int, final_norm: bool | None, **pieces: Unpack[Pie
     """The norm at the end of a stack, by default there unless the layers are post-norm."""
     wanted = norm_placement(pieces) not in ("post", "none") if final_norm is None else final_norm
     check_flag(final_norm=wanted)
-    return as_module(pieces.get("norm", LayerNorm)(d_model)) if wanted else None
+    norm = pieces.get("norm", LayerNorm)
+    return as_module(construct("norm", norm, {"d_model": d_model})) if wanted else None
 
 
 def build_embedding(
@@ -235,12 +239,17 @@ def build_embedding(
         if not acts_as(position, PositionScheme):
             raise ValueError(f"position, a function, must return a scheme, got {position!r}.")
     constructor = pieces.get("embedding", TransformerEmbedding)
-    embedding = constructor(
-        vocab_size,
-        d_model,
-        max_seq_length,
-        learnable_pos,
-        dropout_rate,
+    sizes = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "max_seq_length": max_seq_length,
+        "learnable_pos": learnable_pos,
+        "dropout_rate": dropout_rate,
+    }
+    embedding = construct(
+        "embedding",
+        constructor,
+        sizes,
         position=position,
         scale=scale,
         init=pieces.get("init", xavier_uniform),
@@ -267,7 +276,8 @@ def build_output(
     options: dict[str, Any] = {} if width == d_model else {"embedding_dim": width}
     init = pieces.get("init", xavier_uniform)
     constructor = pieces.get("output", OutputLayer)
-    return constructor(d_model, vocab_size, use_bias, tied, init=init, key=key, **options)
+    sizes = {"d_model": d_model, "vocab_size": vocab_size, "use_bias": use_bias, "tied": tied}
+    return construct("output", constructor, sizes, init=init, key=key, **options)
 
 
 def take_score_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:

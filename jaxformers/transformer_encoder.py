@@ -16,7 +16,7 @@ from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
-from jaxformers.layers import as_module, split_key
+from jaxformers.layers import as_module, construct, split_key
 from jaxformers.masks import Mask, as_mask, place
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
@@ -114,9 +114,11 @@ class TransformerEncoder(eqx.Module):
         check_callable(**{name: x for name, x in heads.items() if x is not None})
         pooler_key, classifier_key = split_key(head_key, 2)
         if pooler is not None:
-            self.pooler = as_module(pooler(d_model, d_model, key=pooler_key))
+            widths = {"d_in": d_model, "d_out": d_model}
+            self.pooler = as_module(construct("pooler", pooler, widths, key=pooler_key))
         if classifier is not None:
-            self.classifier = classifier(d_model, key=classifier_key)
+            width = {"d_model": d_model}
+            self.classifier = construct("classifier", classifier, width, key=classifier_key)
             if not isinstance(self.classifier, Classifier):
                 raise ValueError(
                     "classifier must be a constructor of a Classifier, such as "

@@ -11,8 +11,10 @@ import pytest
 from jaxformers import (
     ALiBi,
     AttentionMask,
+    Classifier,
     Decoder,
     DecoderLayer,
+    Dense,
     Encoder,
     EncoderLayer,
     FeedForward,
@@ -41,6 +43,7 @@ from jaxformers import (
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 
 SRC_VOCAB, VOCAB, D, N, F, MAX = 11, 13, 8, 2, 12, 9
+H = D // N
 B, T, S = 2, 5, 7
 LM_SIZES = (VOCAB, D, N, 1, F, MAX)
 SEQ2SEQ_SIZES = (SRC_VOCAB, VOCAB, D, N, 1, 1, F, MAX)
@@ -669,3 +672,62 @@ def test_messages_hold_with_the_model_as_argument():
     """Not only where the model is known: `eqx.filter_jit` hands its arrays in as unknowns."""
     with raises("ids from 0 to", f"got {VOCAB}"):
         eqx.filter_jit(lambda model: model(np.full((B, T), VOCAB)))(language_model())
+
+
+@takes_pieces
+def test_what_is_built_already_is_no_constructor(constructor):
+    """`norm=RMSNorm(8)` is one norm, and each layer needs its own."""
+    key = jax.random.key(0)
+    built = {
+        "norm": RMSNorm(D),
+        "qk_norm": RMSNorm(H),
+        "feed_forward": FeedForward(D, F, key=key),
+    }
+    for piece, module in built.items():
+        kind = type(module).__name__
+        with raises(
+            rf"{piece} must be a constructor", f"instance of {kind}", f"Pass {kind} itself"
+        ):
+            constructor(**CONSTRUCTORS[constructor], **{piece: module}, key=key)
+
+
+def test_what_is_built_already_is_no_constructor_of_a_models_parts():
+    key = jax.random.key(0)
+    sizes = CONSTRUCTORS[TransformerLM]
+    model = TransformerLM(**sizes, key=key)
+    for piece in ("embedding", "output"):
+        with raises(f"{piece} must be a constructor", "which is built already"):
+            TransformerLM(**sizes, **{piece: getattr(model, piece)}, key=key)
+    sizes = CONSTRUCTORS[TransformerEncoder]
+    with raises("pooler must be a constructor", "instance of Dense"):
+        TransformerEncoder(**sizes, pooler=Dense(D, D, key=key), key=key)
+    with raises("classifier must be a constructor", "instance of Classifier"):
+        TransformerEncoder(**sizes, classifier=Classifier(D, 3, key=key), key=key)
+    with raises("norm must be a constructor", "instance of RMSNorm"):
+        Dense(D, D, norm=RMSNorm(D), key=key)
+    with raises("transform must be a constructor", "instance of Dense"):
+        OutputLayer(D, 7, transform=Dense(D, D, key=key), key=key)
+
+
+@takes_pieces
+def test_pieces_that_are_called_otherwise(constructor):
+    """A function with other arguments is refused where it is passed, not where it is called."""
+    sizes, key = CONSTRUCTORS[constructor], jax.random.key(0)
+    with raises(r"feed_forward must be .* feed_forward\(d_model, d_ff, key=...\)", "got gelu"):
+        constructor(**sizes, feed_forward=jax.nn.gelu, key=key)
+    with raises("norm must be a constructor", "which returned 4"):
+        constructor(**sizes, norm=lambda d_model: 4, key=key)
+    with raises(r"norm must be .* norm\(d_model\)"):
+        constructor(**sizes, norm=lambda: RMSNorm(D), key=key)
+    with raises(r"attention_fn\(q, k, v, mask\), got <lambda>\(q, k, v\)"):
+        constructor(**sizes, attention_fn=lambda q, k, v: v, key=key)
+    with raises(r"attention_fn\(q, k, v, mask, softcap=...\), got <lambda>\(q, k, v, mask\)"):
+        constructor(**sizes, attention_fn=lambda q, k, v, mask: v, softcap=3.0, key=key)
+    with raises(r"attention_fn\(q, k, v, mask, dropout=...\)"):
+        options = {"attention_dropout_rate": 0.5}
+        constructor(**sizes, attention_fn=lambda q, k, v, mask: v, **options, key=key)
+    for init in ("init", "residual_init"):
+        with raises(f"{init} must be a function .key, shape, fan_in, fan_out", "takes a dtype"):
+            constructor(**sizes, **{init: jax.nn.initializers.normal()}, key=key)
+        with raises(rf"{init}\(key, shape, fan_in, fan_out\), got <lambda>\(key, shape\)"):
+            constructor(**sizes, **{init: lambda key, shape: jnp.zeros(shape)}, key=key)
