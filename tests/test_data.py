@@ -520,6 +520,11 @@ def test_chats_that_cannot_be_masked(chatty, no_shape_checker):
     with pytest.raises(ValueError, match="must write message 2 in the same way whatever follows"):
         chat(tokenizer, TALK)
     assert chat(tokenizer, TALK[:3])[1].any()
+    for name in ("add_generation_prompt", "continue_final_message"):
+        with pytest.raises(ValueError, match=f"{name} is for a text that the model goes on with"):
+            chat(tokenizer, TALK, **{name: False})
+    with pytest.raises(ValueError, match="has no option 'documnts'"):
+        chat(tokenizer, TALK, documnts=[])
 
 
 @pytest.mark.parametrize(

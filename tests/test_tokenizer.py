@@ -1,6 +1,7 @@
 """Tokenizers: the same ids and texts as transformers gives, and clear errors for what is broken."""
 
 import copy
+import itertools
 import json
 import pickle
 import random
@@ -401,8 +402,37 @@ def test_ids_that_the_vocabulary_leaves_out():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9}))
     holes = Tokenizer({"tokenizer.json": backend.to_str().encode()})
     assert holes.vocab_size == 10
-    with pytest.raises(ValueError, match="ids of this tokenizer.* got 4"):
-        holes.decode([0, 4])
+    assert holes.decode([0, 4]) == "a"
+
+
+def test_ids_that_pad_a_vocabulary_decode_to_nothing(both):
+    """Models have up to some hundred rows more than their tokenizer has tokens."""
+    ours, reference = both
+    size, ids = ours.vocab_size, ours.encode(TEXTS[0])[0].tolist()
+    rows = [
+        [*ids[:3], size, *ids[3:], size + 300],
+        [size + 5, *ids],
+        [size] * 3,
+        [*ids[:2], 2**31 - 1],
+    ]
+    for skip in (True, False):
+        expected = [reference.decode(row, skip_special_tokens=skip) for row in rows]
+        assert ours.decode(rows, skip) == expected
+        assert ours.decode([np.array(row) for row in rows], skip) == expected
+        assert ours.decode([jnp.array(row) for row in rows], skip) == expected
+        assert [ours.decode([np.int32(i) for i in row], skip) for row in rows] == expected
+        whole = np.array([rows[0], rows[0][::-1]], np.uint32)
+        reverse = reference.decode(rows[0][::-1], skip_special_tokens=skip)
+        assert ours.decode(jnp.asarray(whole), skip) == [expected[0], reverse]
+        # One token at a time, as they are streamed.
+        alone = [reference.decode([i], skip_special_tokens=skip) for i in rows[0]]
+        assert [ours.decode(jnp.array([i]), skip) for i in rows[0]] == alone
+    assert ours.decode([size] * 3) == ""
+    for wrong in (-1, -100, 2**31, 2**40):
+        with pytest.raises(ValueError, match=f"ids of this tokenizer.* got {wrong}"):
+            ours.decode([ids, [*ids, wrong]])
+    with pytest.raises(OverflowError):
+        reference.decode([-100])
 
 
 def test_threads_do_not_disturb_each_other(bert):
@@ -658,7 +688,150 @@ def test_wrong_chats(chat_both, messages, variables, match, no_shape_checker):
 def test_messages_are_not_changed(chat_both):
     before = copy.deepcopy(TURNS)
     chat_both[0].apply_chat_template(TURNS, template="chatml")
+    chat_both[0].apply_chat_template(TURNS[:2], template="chatml", continue_final_message=True)
     assert before == TURNS
+
+
+THINKS = """{% for m in messages %}<{{ m.role }}>
+{% if loop.last and enable_thinking is defined and not enable_thinking %}<no thoughts>{% endif %}
+{{ m.content.split('</think>')[-1].lstrip('\n') | tojson }}<end>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+PARTS = [{"text": "one"}, {"text": " two "}, {"image": "a picture"}]
+FINALS = {
+    "plain": "Paris, of course",
+    "spaces": "Paris, of \n ",
+    "odd": 'tag <|im_end|> "quoted" é MARK',
+    "start": "  It",
+    "parts": PARTS,
+}
+
+
+@pytest.mark.parametrize(
+    "final, template",
+    [*itertools.product(("plain", "spaces", "odd", "start"), ("chatml", "llama", "gemma", THINKS)),
+     ("parts", "gemma")],
+)  # fmt: skip
+def test_continued_messages_are_those_of_transformers(chat_both, final, template):
+    """The same text, or an error from both."""
+    ours, reference = chat_both
+    role = "user" if template == "gemma" else "assistant"
+    for before in ([], TURNS[:2]):
+        messages = [*before, {"role": role, "content": FINALS[final]}]
+        options = {"continue_final_message": True, "tokenize": False}
+        if final == "odd" and template == THINKS:  # whose quotes it writes in another way
+            with pytest.raises(ValueError, match="does not appear in the chat"):
+                reference.apply_chat_template(messages, chat_template=template, **options)
+            with pytest.raises(ValueError, match="writes all of it"):
+                ours.apply_chat_template(messages, template=template, continue_final_message=True)
+            continue
+        expected = reference.apply_chat_template(messages, chat_template=template, **options)
+        got = ours.apply_chat_template(messages, template=template, continue_final_message=True)
+        assert got == expected
+        text = "one &  two" if final == "parts" else FINALS[final]
+        text = json.dumps(text, ensure_ascii=False)[1:-1] if template == THINKS else text
+        assert got.rstrip().endswith(text.strip())
+        assert got.endswith(text) or template in ("llama", "gemma")
+
+
+def test_an_empty_answer_is_continued_after_its_opening(chat_both):
+    """Nothing of the template's own white space is taken away."""
+    ours, _ = chat_both
+    for final in ("", "  "):
+        messages = [TURNS[0], {"role": "assistant", "content": final}]
+        stripped = "{% for m in messages %}<{{ m.role }}>\n\n{{ m.content | trim }}<e>{% endfor %}"
+        text = ours.apply_chat_template(messages, template=stripped, continue_final_message=True)
+        assert text.endswith("<e><assistant>\n\n")
+        opened = ours.apply_chat_template(messages[:1], template="llama", date="1 May 2026")
+        text = ours.apply_chat_template(
+            messages[:1] + [{"role": "assistant", "content": ""}],
+            template="llama",
+            date="1 May 2026",
+            continue_final_message=True,
+        )
+        assert text.endswith("<|start|>assistant<|end|>\n\n") and text[-20:] == opened[-20:]
+
+
+@pytest.mark.parametrize(
+    "final, template, match",
+    [
+        ({"role": "assistant"}, "chatml", "no text that could be continued"),
+        ({"role": "assistant", "content": None}, "chatml", "no text that could be continued"),
+        ({"role": "assistant", "content": [{"image": 1}]}, "gemma", "no text that could be conti"),
+        ({"role": "assistant", "content": "a"}, "{{ messages[0].content }}", "writes all of it"),
+        (
+            {"role": "assistant", "content": "<think>a</think>b"},
+            "{{ messages[-1].content.split('</think>')[-1] }}",
+            "writes all of it, got 'b' for '<think>a</think>b'",
+        ),
+    ],
+)
+def test_messages_that_cannot_be_continued(chat_both, final, template, match, no_shape_checker):
+    with pytest.raises(ValueError, match=match):
+        chat_both[0].apply_chat_template(
+            [TURNS[0], final], template=template, continue_final_message=True
+        )
+
+
+def test_a_template_of_ones_own_and_what_it_reads(chat_both):
+    """By name or as text, with the variables that transformers would hand it."""
+    ours, reference = chat_both
+    variables = {"enable_thinking": False, "bos_token": "<start>"}
+    text = "{{ bos_token }}{{ documents | length }}{{ tools }}" + THINKS
+    expected = reference.apply_chat_template(
+        TURNS, chat_template=text, documents=[{"title": "a"}], tools=None,
+        add_generation_prompt=True, tokenize=False, **variables,
+    )  # fmt: skip
+    got = ours.apply_chat_template(TURNS, template=text, documents=[{"title": "a"}], **variables)
+    assert got == expected and got.startswith("<start>1None<user>") and "<no thoughts>" in got
+    assert "<no thoughts>" not in ours.apply_chat_template(TURNS, template=THINKS)
+
+
+@pytest.mark.parametrize(
+    "variables, match",
+    [
+        (
+            {"template": THINKS, "enable_thinkng": False},
+            "'enable_thinkng'. Did you mean 'enable_th",
+        ),
+        ({"enable_thinking": False}, "no option 'enable_thinking'. Its options are: .*date"),
+        ({"add_generation_promt": False}, "Did you mean 'add_generation_prompt'"),
+        ({"continue_final_mesage": True}, "Did you mean 'continue_final_message'"),
+        ({"tool": []}, "Did you mean 'tools'"),
+        ({"documents": [{"title": "a"}]}, "no option 'documents'"),
+        ({"chat_template": "chatml"}, "no option 'chat_template'. Pass template="),
+        ({"tokenize": False}, "no option 'tokenize'. It returns text always: encode"),
+        ({"return_dict": True}, "no option 'return_dict'. It returns text always"),
+        ({"return_tensors": "np"}, "It returns text always"),
+        ({"max_length": 5}, "It returns text always"),
+        ({"return_assistant_tokens_mask": True}, "jaxformers.data.chat says which"),
+        ({"conversation": TURNS}, "first argument, messages"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "got both"),
+        ({"continue_final_message": "content"}, "continue_final_message must be True or False"),
+        ({"template": 5}, "no chat template 5"),
+        ({"template": "{% if %}"}, "template is broken"),
+    ],
+)
+def test_no_variable_is_swallowed(chat_both, variables, match, no_shape_checker):
+    options = {"template": "chatml"} | variables
+    with pytest.raises(ValueError, match=match):
+        chat_both[0].apply_chat_template(TURNS, **options)
+
+
+def test_what_any_template_of_the_tokenizer_reads_may_be_given():
+    pytest.importorskip("jinja2")
+    files = {
+        "tokenizer.json": gpt2_style()[0].to_str().encode(),
+        "chat_template.jinja": b"{{ messages | length }}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}{{ style }}",
+        "additional_chat_templates/broken.jinja": b"{% if %}",
+    }
+    ours = Tokenizer(files)
+    assert ours.apply_chat_template(TURNS, style="brief", tools=[]) == "[]brief"
+    assert ours.apply_chat_template(TURNS, style="brief", documents=None) == "3"
+    with pytest.raises(ValueError, match="no option 'styl'. Did you mean 'style'"):
+        ours.apply_chat_template(TURNS, styl="brief")
+    with pytest.raises(ValueError, match="template is broken"):
+        ours.apply_chat_template(TURNS, template="broken")
 
 
 # Files.
@@ -893,8 +1066,9 @@ def wrong_calls():
             lambda t: t.decode([[[1]]]),
         ],
         "ids of this tokenizer": [
-            lambda t: t.decode([t.vocab_size]),
             lambda t: t.decode([[1], [-1]]),
+            lambda t: t.decode(jnp.array([[1, 2], [3, -100]])),
+            lambda t: t.decode([2**31]),
             lambda t: t.decode([2**40]),
             lambda t: t.decode([2**63]),
         ],

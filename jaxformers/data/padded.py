@@ -192,14 +192,15 @@ def chat(
     Arguments:
         tokenizer: a `jaxformers.Tokenizer` with a chat template.
         messages: such as `{"role": "user", "content": "Hello"}`, at least one of "assistant".
-        variables: what else the template reads: see `Tokenizer.apply_chat_template`.
+        variables: `template=`, and what else the template reads: see
+            `Tokenizer.apply_chat_template`.
 
     Returns:
         `(ids, counts)`
 
     Raises:
-        ValueError: if the assistant says nothing, or the template writes earlier messages in
-            another way once later ones are there.
+        ValueError: if the assistant says nothing, the template writes earlier messages in another
+            way once later ones are there, or it reads no such variable.
 
     Example:
         >>> import tokenizers
@@ -219,6 +220,12 @@ def chat(
         >>> chat(tokenizer, [question, reply])
         (array([0, 2, 4, 1, 3, 4]), array([False, False, False, False,  True,  True]))
     """
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if name in variables:
+            raise ValueError(
+                f"{name} is for a text that the model goes on with, got it for a conversation to "
+                "learn. Leave it out."
+            )
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **variables)
     spans = []
     for k, message in enumerate(messages):

@@ -10,6 +10,52 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxformers.checks import OptionError, check_options
+
+# Arguments of `apply_chat_template` in transformers that have another name or place here.
+ELSEWHERE = {
+    "conversation": "The conversation is the first argument, messages.",
+    "chat_template": "Pass template=, the name or the text of one.",
+    "return_assistant_tokens_mask": "jaxformers.data.chat says which tokens are the assistant's.",
+} | dict.fromkeys(
+    ("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length",
+     "tokenizer_kwargs"),
+    "It returns text always: encode(text, add_special_tokens=False) makes token ids of it.",
+)  # fmt: skip
+
+
+def choose_template(
+    templates: Mapping[str, str], template: str | None, variables: Mapping[str, Any]
+) -> str:
+    """The text of the template to use, after a check that the variables are read.
+
+    Arguments:
+        templates: the tokenizer's templates by name.
+        template: the name of one, the text of another one, or None for the usual one.
+        variables: what the user gave for a template to read.
+
+    Raises:
+        ValueError: if there is no such template, or neither it nor one of the tokenizer's reads a
+            variable.
+        ImportError: if the `jinja2` package is missing.
+
+    Example:
+        >>> choose_template({"default": "{{ messages }}"}, None, {})
+        '{{ messages }}'
+    """
+    if template is None:
+        for_tools = variables.get("tools") is not None and "tool_use" in templates
+        template = "tool_use" if for_tools else "default"
+    if template not in templates and not (isinstance(template, str) and "{" in template):
+        raise ValueError(
+            f"this tokenizer has no chat template {template!r}, it has "
+            f"{sorted(templates) or 'none'}. Base models have none; one can be put "
+            "beside tokenizer.json as chat_template.jinja, or its text passed as template=."
+        )
+    chosen = templates.get(template, template)
+    _check_variables(variables, chosen, templates)
+    return chosen
+
 
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
@@ -30,15 +76,7 @@ def render_chat(
         ...             [{"role": "user", "content": "there"}], {"greeting": "Hello"})
         'Hello there'
     """
-    if not (
-        isinstance(messages, Sequence)
-        and messages
-        and all(isinstance(message, Mapping) for message in messages)
-    ):
-        raise ValueError(
-            'messages must be a list like [{"role": "user", "content": "Hello"}], '
-            f"got {messages!r:.200}."
-        )
+    _check_messages(messages)
     # Templates ask whether a key is there, not whether it is None.
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
@@ -48,18 +86,121 @@ def render_chat(
             f"a chat template takes plain data (strings, numbers, lists, dicts), got what is not: "
             f"{error}. Pass tools as JSON schemas, and pictures as their place in the text."
         ) from None
-    compiled = _compile(template)
+    compiled, _ = _compile(template)
     try:
         return compiled.render(plain)
     except Exception as error:  # whatever a program that nobody has read may raise
         raise ValueError(f"the chat template could not write these messages: {error}") from error
 
 
+def continue_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str:
+    """The text that a chat template makes of messages, up to the end of the final one's own text.
+
+    The final message is marked at its end, and what is written from the mark on is left out. Where
+    the template strips messages, the final one ends without its last white space too.
+
+    Raises:
+        ValueError: if the final message has no text, or the template does not write all of it; and
+            as `render_chat` does.
+        ImportError: if the `jinja2` package is missing.
+
+    Example:
+        >>> continue_chat("{% for m in messages %}<{{ m.content }}>{% endfor %}",
+        ...               [{"role": "user", "content": "Hi"},
+        ...                {"role": "assistant", "content": "You"}], {})
+        '<Hi><You'
+    """
+    _check_messages(messages)
+    mark = "MARK"
+    while mark in str(messages) + str(variables) + template:
+        mark += "S"
+    final, said = _marked(messages[-1], f"{mark} ")  # the space is gone if messages are stripped
+    text = render_chat(template, [*messages[:-1], final], variables)
+    before, found, after = text.rpartition(mark)
+    if not found or said.strip() not in before:
+        raise ValueError(
+            "the final message can be continued only if the chat template writes all of it, got "
+            f"{text.replace(mark, '')!r:.200} for {said!r:.200}. Leave out "
+            "continue_final_message, or what the template drops."
+        )
+    if after.startswith(" "):
+        return before
+    # Of a message of white space alone the template has left nothing.
+    spaces = len(said) - len(said.rstrip()) if said.strip() else 0
+    return before[: len(before) - spaces]
+
+
+def _check_variables(
+    variables: Mapping[str, Any], chosen: str, templates: Mapping[str, str]
+) -> None:
+    """Raise if neither this template nor another one of the tokenizer reads a variable."""
+    given = {
+        name
+        for name, value in variables.items()
+        # Every template has these two, as None where there are none.
+        if name not in ("tools", "documents") or not (value is None or value in ([], ()))
+    }
+    unread = sorted(given - _read_names(chosen))
+    if not unread:
+        return
+    known = _read_names(chosen)
+    for other in templates.values():
+        try:
+            known |= _read_names(other)
+        except ValueError:  # broken, and not asked for
+            continue
+    for name in unread:
+        if name in ELSEWHERE and name not in known:
+            raise OptionError(f"apply_chat_template has no option {name!r}. {ELSEWHERE[name]}")
+    check_options(
+        unread,
+        known - {"messages"} | {"add_generation_prompt", "continue_final_message", "template"},
+        "apply_chat_template with the chat templates of this tokenizer",
+    )
+
+
+def _read_names(template: str) -> frozenset[str]:
+    """The variables that a template reads."""
+    return _compile(template)[1]
+
+
+def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], str]:
+    """A message with a mark at the end of its text, and that text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + mark}, content
+    parts = list(content) if isinstance(content, Sequence) else []
+    for k in reversed(range(len(parts))):
+        if isinstance(parts[k], Mapping) and isinstance(parts[k].get("text"), str):
+            text = parts[k]["text"]
+            parts[k] = {**parts[k], "text": text + mark}
+            return {**message, "content": parts}, text
+    raise ValueError(
+        f"the final message has no text that could be continued, got {message!r:.200}. Pass one "
+        "whose content is a string, or a list with a part that has a text."
+    )
+
+
+def _check_messages(messages: Any) -> None:
+    if not (
+        isinstance(messages, Sequence)
+        and messages
+        and all(isinstance(message, Mapping) for message in messages)
+    ):
+        raise ValueError(
+            'messages must be a list like [{"role": "user", "content": "Hello"}], '
+            f"got {messages!r:.200}."
+        )
+
+
 @functools.lru_cache(maxsize=16)
-def _compile(template: str) -> Any:
-    """The program of a template, in an environment as templates for `transformers` expect it."""
+def _compile(template: str) -> tuple[Any, frozenset[str]]:
+    """The program of a template, in an environment as transformers has it, and what it reads."""
     try:
         import jinja2.ext
+        import jinja2.meta
         import jinja2.nodes
         import jinja2.sandbox
     except ImportError:
@@ -87,7 +228,8 @@ def _compile(template: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(template)
+        names = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        return environment.from_string(template), frozenset(names)
     except Exception as error:  # a syntax error, or one of Python's compiler
         raise ValueError(f"the chat template is broken: {error}") from error
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxformers.checks import check_flag, check_size
-from jaxformers.hf.chat import render_chat
+from jaxformers.hf.chat import choose_template, continue_chat, render_chat
 from jaxformers.hf.files import locate
 from jaxformers.hf.json_file import shorten
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES, guarded, read_files, read_parts
@@ -172,13 +172,15 @@ class Tokenizer:
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> str | list[str]:
         """The text of token ids, or a list of texts for a batch.
 
+        Ids without a token, such as those that pad the vocabulary of a model, decode to nothing.
+
         Arguments:
             tokens: an array or a list of shape `(t,)` or `(b, t)`; the rows of a list may differ
                 in length.
             skip_special_tokens: whether to leave special tokens out, padding among them.
 
         Raises:
-            ValueError: if these are no ids of this tokenizer.
+            ValueError: if these are no ids: integers from 0 to 2^31 - 1.
         """
         check_flag(skip_special_tokens=skip_special_tokens)
         if hasattr(tokens, "shape"):
@@ -198,8 +200,9 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
+        continue_final_message: bool = False,
         template: str | None = None,
         **variables: Any,
     ) -> str:
@@ -209,28 +212,34 @@ class Tokenizer:
 
         Arguments:
             messages: such as `{"role": "user", "content": "Hello"}`, in order.
-            add_generation_prompt: whether to end with the opening of the model's answer.
-            template: which of `chat_templates`; by default "default", or with `tools=` "tool_use"
-                where there is one.
-            variables: what else the template reads (`tools=`, `documents=`, ...), plain data.
+            add_generation_prompt: whether to end with the opening of the model's answer; by default
+                True, unless the final message is to be continued.
+            continue_final_message: whether to end within the final message, for the model to write
+                its rest.
+            template: the name of one of `chat_templates`, or the text of another one; by default
+                "default", or with `tools=` "tool_use" where there is one.
+            variables: what else the template reads (`tools=`, `documents=`, `enable_thinking=`,
+                ...), plain data. A name that none of the tokenizer's templates reads is refused.
 
         Raises:
-            ValueError: if there is no such template, it refuses the messages, or it is broken.
+            ValueError: if there is no such template or variable, the template refuses the messages
+                or is broken, or the final message has no text that can be continued.
             ImportError: if the `jinja2` package is missing.
         """
+        check_flag(continue_final_message=continue_final_message)
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         check_flag(add_generation_prompt=add_generation_prompt)
-        if template is None:
-            for_tools = variables.get("tools") is not None and "tool_use" in self.chat_templates
-            template = "tool_use" if for_tools else "default"
-        if template not in self.chat_templates:
+        if add_generation_prompt and continue_final_message:
             raise ValueError(
-                f"this tokenizer has no chat template {template!r}, it has "
-                f"{sorted(self.chat_templates) or 'none'}. Base models have none; one can be put "
-                "beside tokenizer.json as chat_template.jinja."
+                "add_generation_prompt opens a new answer and continue_final_message goes on with "
+                "the last one, got both. Pass one of them."
             )
+        text = choose_template(self.chat_templates, template, variables)
         known = {"tools": None, "documents": None} | self.special_tokens | variables
         known["add_generation_prompt"] = add_generation_prompt
-        return render_chat(self.chat_templates[template], messages, known)
+        render = continue_chat if continue_final_message else render_chat
+        return render(text, messages, known)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the files that this tokenizer was made from, unchanged.
@@ -321,12 +330,14 @@ class Tokenizer:
                 "tokens must be integer ids of shape (t,) or (batch, t), got a row of dtype "
                 f"{ids.dtype} and shape {ids.shape}."
             )
-        for i in np.unique(ids).tolist() if ids.size else []:
-            if not 0 <= i < self.vocab_size or self.backend.id_to_token(i) is None:
-                raise ValueError(
-                    f"tokens must be ids of this tokenizer, from 0 to {self.vocab_size - 1}, got "
-                    f"{i}. It may belong to another model, whose vocabulary is larger."
-                )
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**31:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(
+                f"tokens must be ids of this tokenizer, from 0 to {self.vocab_size - 1}, or of the "
+                f"padding of its model's vocabulary, got {wrong}. Leave out what is no token, such "
+                "as -100 at a target that does not count."
+            )
+        # An id that the tokenizer lacks decodes to nothing.
         text = guarded(self.backend.decode, ids.astype(int).tolist(), skip_special_tokens)
         for before, after in self._clean_up:
             text = text.replace(before, after)
