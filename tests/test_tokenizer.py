@@ -761,7 +761,7 @@ def test_an_empty_answer_is_continued_after_its_opening(chat_both):
         (
             {"role": "assistant", "content": "<think>a</think>b"},
             "{{ messages[-1].content.split('</think>')[-1] }}",
-            "writes all of it, got 'b' for '<think>a</think>b'",
+            "writes all of it, got 'b ' for '<think>a</think>b'",
         ),
     ],
 )
