@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxformers import Tokenizer, TransformerLM, language_model_loss
@@ -650,11 +650,64 @@ def test_spans_are_t5s(length, density, mean):
 def fill_in(src, targets):
     """The text of a source and its target, and which of its tokens were hidden."""
     starts = np.flatnonzero(targets > 31999)
+    assert len(starts) or not len(targets)
     spans = {targets[a]: targets[a + 1 : b].tolist()
-             for a, b in zip(starts, [*starts[1:], len(targets)], strict=True)}  # fmt: skip
+             for a, b in zip(starts, [*starts, len(targets)][1:], strict=True)}  # fmt: skip
     assert all(spans.values())
     parts = [(spans[t], True) if t > 31999 else ([t], False) for t in src.tolist()]
     return sum((p for p, _ in parts), []), [h for p, h in parts for _ in p]
+
+
+@quick
+@given(
+    st.integers(3, 300),
+    st.integers(2, 40),
+    st.integers(1, 7),
+    st.floats(0.01, 0.99),
+    st.floats(1, 12),
+    st.integers(0, 2**40),
+)
+@example(11, 5, 3, 0.15, 3.0, 0)  # ten targets after 5 and 5 tokens: nothing is left
+@example(12, 5, 3, 0.15, 3.0, 0)  # a last window of one token
+@example(7, 2, 1, 0.15, 3.0, 0)
+def test_no_row_asks_for_what_its_source_does_not_show(
+    tokens, length, batch_size, density, mean, seed
+):
+    """Each sentinel of a target is in its source, in order, and the gaps filled make the text."""
+    length = min(length, tokens - 1)
+    windows = Windows(np.arange(3, 3 + tokens), length, batch_size, seed)
+    options = dict(end_token=1, noise_density=density, mean_span=mean)
+    source = SpanCorruption(windows, SENTINELS, **options)
+    batches = list(source.in_order())
+    for batch, plain in [
+        *zip(batches, windows.in_order(), strict=True),
+        *((source[i], windows[i]) for i in range(3)),
+    ]:
+        for src, tgt, targets, text in zip(
+            batch["src"], batch["tgt"], batch["targets"], plain["tokens"], strict=True
+        ):
+            used = src[src > 31999].tolist()
+            assert used == targets[targets > 31999].tolist() == list(SENTINELS[: len(used)])
+            assert bool(used) == (len(text) > 1) and src[0] == text[0]
+            assert src[-1] == targets[-1] == 1 and tgt.tolist() == [0, *targets[:-1]]
+            assert fill_in(src[:-1], targets[:-1])[0] == text.tolist()
+    read = sum((plain["tokens"].ravel().tolist() for plain in windows.in_order()), [])
+    assert read == list(range(3, 2 + tokens))
+    if batch_size % 2 == 0:  # the same rows, whichever process makes them
+        parts = [list(source.shard(k, 2).in_order()) for k in range(2)]
+        rows = Counter(str(row) for part in parts for batch in part for row in batch["targets"])
+        assert rows == Counter(str(row) for batch in batches for row in batch["targets"])
+
+
+def test_the_rest_of_a_text_may_be_a_single_token():
+    """By hand: of 12 tokens, windows of 5 leave one before the last target."""
+    source = SpanCorruption(Windows(np.arange(3, 15), 5, 2), SENTINELS, end_token=1)
+    (*_, last) = source.in_order()
+    assert {name: array.tolist() for name, array in last.items()} == {
+        "src": [[13, 1]],
+        "tgt": [[0]],
+        "targets": [[1]],
+    }
 
 
 def test_lengths_are_those_of_the_flax_example():
@@ -701,7 +754,9 @@ def test_all_places_of_spans_are_equally_likely():
         (lambda w: SpanCorruption(w, [9, 9], end_token=1), "need 2 sentinels, all different; got"),
         (lambda w: SpanCorruption(w, [9, 8], end_token=None), "must be the id of a token"),
         (lambda w: SpanCorruption(PaddedTexts(TEXTS, 2), [9], end_token=1), "must be Windows"),
+        (lambda w: SpanCorruption(Windows(np.arange(9), 1, 2), [9], end_token=1), "at least 2 tok"),
         (lambda w: SpanCorruption.text_length(0), "src_length must be"),
+        (lambda w: SpanCorruption.text_length(2), "src_length must be at least 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_hide_is_refused(make, message, no_shape_checker):

@@ -76,10 +76,12 @@ class SpanCorruption(Changed):
 
     Spans of the text, at random places, are each replaced by a sentinel; the target is each
     sentinel with what it replaced. All rows have the same lengths, so nothing is padded: of n
-    tokens, `round(n * noise_density)` are hidden in `round(hidden / mean_span)` spans.
+    tokens, `round(n * noise_density)` are hidden in `round(hidden / mean_span)` spans, but at
+    least one token is hidden and one is not. `in_order()` may end with a window of a single token,
+    in which nothing is hidden: its target is the end alone.
 
     Arguments:
-        source: `Windows`.
+        source: `Windows` of at least 2 tokens.
         sentinels: ids in order of their use; T5's are `range(32099, 31999, -1)`.
         end_token: ends sources and targets.
         start_token: what the decoder reads first; T5's is its padding, 0.
@@ -119,6 +121,11 @@ class SpanCorruption(Changed):
         _check_noise(noise_density, mean_span)
         for token in (*sentinels, end_token, start_token):
             check_id(token=token)
+        if source.length < 2:
+            raise ValueError(
+                "windows must have at least 2 tokens, one to read and one to hide, got a length of "
+                f"{source.length}. Choose a larger length."
+            )
         _, spans = _count(source.length, noise_density, mean_span)
         if len(set(sentinels)) < len(sentinels) or len(sentinels) < spans:
             raise ValueError(
@@ -137,21 +144,40 @@ class SpanCorruption(Changed):
             ValueError: if a number is out of range.
         """
         check_size(src_length=src_length)
+        if src_length < 3:
+            raise ValueError(
+                "src_length must be at least 3, for a token, a sentinel and the end, got "
+                f"{src_length}."
+            )
         _check_noise(noise_density, mean_span)
 
         def source_of(length: int) -> int:
             noise, spans = _count(length, noise_density, mean_span)
             return length - noise + spans + 1
 
-        length = 1
+        length = 2
         while source_of(length + 1) <= src_length:
             length += 1
         return length
 
     def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
-        tokens = batch["tokens"]
+        src, targets = self._hide(batch["tokens"], numbers)
+        end, start = (
+            np.full((len(src), 1), i, np.int32) for i in (self.end_token, self.start_token)
+        )
+        targets = np.concatenate([targets, end], axis=1)
+        return {
+            "src": np.concatenate([src, end], axis=1),
+            "tgt": np.concatenate([start, targets[:, :-1]], axis=1),
+            "targets": targets,
+        }
+
+    def _hide(self, tokens: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and targets, without their ends."""
         b, length = tokens.shape
         noise, spans = _count(length, self.noise_density, self.mean_span)
+        if not spans:
+            return tokens, tokens[:, :0]
         kept = _segments(uniform(numbers, max(length - noise - 1, 0), 0), length - noise, spans)
         hidden = _segments(uniform(numbers, max(noise - 1, 0), 1), noise, spans)
         # Kept and hidden segments take turns, kept ones first.
@@ -167,20 +193,17 @@ class SpanCorruption(Changed):
             np.where(gone, sentinels, tokens)[~gone | is_begin].reshape(b, -1)
             for gone in (is_hidden, ~is_hidden)
         )
-        end, start = (np.full((b, 1), i, np.int32) for i in (self.end_token, self.start_token))
-        targets = np.concatenate([targets, end], axis=1)
-        return {
-            "src": np.concatenate([src, end], axis=1),
-            "tgt": np.concatenate([start, targets[:, :-1]], axis=1),
-            "targets": targets,
-        }
+        return src, targets
 
 
 def _count(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
-    """How many tokens to hide, and in how many spans: as T5 does, at least one of each."""
+    """How many tokens to hide, and in how many spans: as T5 does, at least one of each.
+
+    Of a single token none is hidden, since there would be nothing to read.
+    """
     noise = min(max(round(length * noise_density), 1), length - 1)
     # Between two spans there is something to read.
-    return noise, max(1, min(round(noise / mean_span), length - noise))
+    return noise, max(min(1, noise), min(round(noise / mean_span), length - noise))
 
 
 def _segments(random: np.ndarray, items: int, count: int) -> np.ndarray:
