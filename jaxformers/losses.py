@@ -18,6 +18,8 @@ CHUNK_LOGITS = {"cpu": 2**25}
 CHUNK_LOGITS_ELSEWHERE = 2**28
 CHUNK_ROWS = 512
 
+IGNORED = -100  # what the field writes for a target that does not count
+
 
 def cross_entropy(
     logits: Float[ArrayLike, "*n v"],
@@ -26,7 +28,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    ignore_index: int | None = None,
+    ignore_index: int | None = IGNORED,
 ) -> Float[Array, ""]:
     """The mean over counted tokens of `-log p(target)`, in nats, float32.
 
@@ -43,18 +45,19 @@ def cross_entropy(
             vocabulary, in [0, 1] (Szegedy et al. 2016), 0.
         z_loss: coefficient of the mean of `logsumexp(logits) ** 2`, which keeps logits from
             drifting (1e-4 in Chowdhery et al. 2022, PaLM), 0.
-        ignore_index: targets equal to it do not count, whatever the mask says (torch has -100).
+        ignore_index: targets equal to it do not count, whatever the mask says, -100 as in torch;
+            None is no such target.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, a coefficient is out of range, or a target that
             counts is not in `[0, v)`. Under `jit`, where values cannot be looked at, such a target
-            makes the loss NaN.
+            makes the loss NaN and its gradient, too.
 
     Example:
         >>> logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
         >>> print(cross_entropy(logits, jnp.asarray([0, 2])).round(4))
         0.4581
-        >>> print(cross_entropy(logits, jnp.asarray([0, -1]), ignore_index=-1).round(4))
+        >>> print(cross_entropy(logits, jnp.asarray([0, -100])).round(4))
         0.6931
     """
     _check_coefficients(label_smoothing, z_loss)
@@ -72,7 +75,7 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    ignore_index: int | None = None,
+    ignore_index: int | None = IGNORED,
 ) -> Float[Array, ""]:
     """`cross_entropy(project(hidden), targets, mask)` without all logits at once.
 
@@ -198,7 +201,9 @@ def _picked(logits: Float[Array, "*n v"], targets: Integer[Array, "*n"]) -> Floa
     """The logit of each target, NaN where there is none (JAX would read a neighbour's)."""
     # Clipping and a small select: filling inside the gather costs a third more on CPU.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-    return jnp.where((targets >= 0) & (targets < logits.shape[-1]), picked, jnp.nan)
+    # A factor, not a choice: the gradient has to be NaN as well, or a step would apply it.
+    exists = (targets >= 0) & (targets < logits.shape[-1])
+    return picked * jnp.where(exists, jnp.float32(1), jnp.nan)
 
 
 def _counted(
@@ -208,10 +213,23 @@ def _counted(
     _check_shapes(logits, targets, mask)
     counted = jnp.ones(np.shape(targets), jnp.bool_) if mask is None else jnp.asarray(mask)
     if ignore_index is not None:
-        counted &= jnp.asarray(targets, jnp.int32) != ignore_index
+        counted &= differ(targets, ignore_index)
     if is_known(targets) and is_known(counted):
         check_targets(np.asarray(targets)[np.asarray(counted)], np.shape(logits)[-1])
     return counted
+
+
+def differ(targets: Any, ignore_index: int = IGNORED) -> Any:
+    """Returns where targets are not `ignore_index`, compared in their type: casts make ids equal.
+
+    Example:
+        >>> print(differ(np.asarray([3, -100, 0])))
+        [ True False  True]
+    """
+    numbers = jnp.iinfo(targets.dtype)
+    if numbers.min <= ignore_index <= numbers.max:
+        return targets != targets.dtype.type(ignore_index)
+    return np.ones(targets.shape, np.bool_)
 
 
 def _check_coefficients(label_smoothing: float, z_loss: float) -> None:
@@ -253,6 +271,6 @@ def check_targets(targets: np.ndarray, vocab_size: int) -> None:
     if wrong.size:
         raise ValueError(
             f"targets must be ids from 0 to {vocab_size - 1} (the last axis of the logits has "
-            f"{vocab_size}), got {wrong[0]}. Tokens that should not count are left out by mask= "
-            "or ignore_index=."
+            f"{vocab_size}), got {wrong[0]}. Write -100 for a target that does not count, or leave "
+            "it out by loss_mask in the batch, which is mask= of cross_entropy."
         )

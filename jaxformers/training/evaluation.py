@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxformers.checks import check_callable
 from jaxformers.training.batches import in_order, prepared
-from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 
 def evaluate(
@@ -39,6 +39,7 @@ def evaluate(
     parts = []
     for i, batch in enumerate(in_order(batches)):
         batch = prepared(batch, f"evaluation batch {i}", loss, model)
+        check_ids(loss, model, batch, wait=True)  # a mean of NaN would say nothing
         parts.append(_value((loss, count), model, batch))
     weights = np.array([float(weight) for _, weight in parts])
     if not weights.any():

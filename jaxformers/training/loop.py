@@ -20,7 +20,7 @@ from jaxformers.training.batches import Feed, in_order, prepared
 from jaxformers.training.evaluation import evaluate
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
-from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 from jaxformers.training.step import BadSteps, Gradients, Training, advance, begin
 
 IN_FLIGHT = 1  # steps that the device may be behind
@@ -214,7 +214,7 @@ class _Run:
         self.training, self.step = training, int(training.step)
         self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
         self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
-        self.unread: deque[tuple[int, dict]] = deque()
+        self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics: dict[str, float] = {}
 
     def advance(self, batch: dict[str, Any]) -> None:
@@ -222,17 +222,19 @@ class _Run:
         kept = self.gradients, self.optimizer, self.bad_steps, batch
         self.training, metrics = advance(kept, self.training)
         self.step += 1
-        self.unread.append((self.step, metrics))
+        self.unread.append((self.step, metrics, batch))
 
     def read(self, in_flight: int) -> None:
         """Put down the figures of all steps but the last few, which the device may be at."""
         while len(self.unread) > in_flight:
-            step, metrics = self.unread.popleft()
+            step, metrics, batch = self.unread.popleft()
             metrics = jax.device_get(metrics)
             order = ("loss", *(name for name in metrics if name != "loss"))
             self.metrics = {name: metrics[name].item() for name in order}
             if self.metrics.pop("failed"):
                 self.unread.clear()
+                # Ids on an accelerator are looked at only now.
+                check_ids(self.gradients.loss, self.training.model, batch, wait=True)
                 raise ValueError(
                     f"step {step} is bad: its loss is {self.metrics['loss']}, the norm of its "
                     f"gradients {self.metrics['gradient_norm']}. It changed no weights. Look at "

@@ -8,8 +8,8 @@ A batch is a dict of arrays:
 
 and where there is padding, boolean masks of the same shapes, True where an input token is real:
 `padding_mask`; `src_padding_mask`, `tgt_padding_mask`. `loss_mask` marks the targets that count;
-without it those of real inputs do. Where a padded text is cut into inputs and targets, the last
-real input has padding for a target, so give both:
+without it those of real inputs do. A target of -100 never counts. Where a padded text is cut into
+inputs and targets, the last real input has padding for a target, so give both:
 
     real = text != PAD
     batch = {"tokens": text[:, :-1], "targets": text[:, 1:],
@@ -20,16 +20,19 @@ Rows of either language model that hold several documents have, in place of a pa
 `segment_ids` (b, t), the number of the document: no token sees another document.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxformers.checks import check_options, check_tokens
+from jaxformers.checks import check_options, check_tokens, is_known
 from jaxformers.layers import split_key
-from jaxformers.losses import check_targets, chunked_cross_entropy
+from jaxformers.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.masks import AttentionMask
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
@@ -69,13 +72,10 @@ def language_model_loss(
     optional = "padding_mask", "loss_mask", "positions", "segment_ids"
     _check_model(model, "forward", "language_model_loss", "TransformerLM")
     _check_batch(batch, ("tokens", "targets"), optional, "a language model")
-    padding_mask, positions = batch.get("padding_mask"), batch.get("positions")
-    real = padding_mask if positions is None else jnp.asarray(positions) >= 0
-    mask = _packed_mask(positions, batch.get("segment_ids"))
+    mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
+    padding_mask = batch.get("padding_mask")
     hidden, _ = model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)
-    counted = batch.get("loss_mask")
-    counted = real if counted is None else counted
-    return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
+    return _mean(model, hidden, batch, label_smoothing, z_loss)
 
 
 def sequence_to_sequence_loss(
@@ -113,9 +113,7 @@ def sequence_to_sequence_loss(
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
     hidden = model.decode(batch["tgt"], memory, key=tgt_key, **padding)
-    counted = batch.get("loss_mask")
-    counted = padding["tgt_padding_mask"] if counted is None else counted
-    return _mean(model, hidden, batch, counted, label_smoothing, z_loss)
+    return _mean(model, hidden, batch, label_smoothing, z_loss)
 
 
 def masked_language_model_loss(
@@ -151,7 +149,7 @@ def masked_language_model_loss(
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
     hidden = model(batch["tokens"], mask, key, **given)
-    return _mean(model, hidden, batch, batch["loss_mask"], label_smoothing, z_loss)
+    return _mean(model, hidden, batch, label_smoothing, z_loss)
 
 
 OBJECTIVES = language_model_loss, sequence_to_sequence_loss, masked_language_model_loss
@@ -161,7 +159,8 @@ def count_targets(batch: Batch) -> Any:
     """How many targets count: the weight of a batch where a mean over several is taken.
 
     Those that `loss_mask` marks, or else those of real inputs (`padding_mask`, `tgt_padding_mask`,
-    `positions`), or else all; without `targets`, the number of rows.
+    `positions`), or else all, without those that are -100. Without `targets` it is the number of
+    rows.
 
     Arguments:
         batch: a dict of arrays, see this module.
@@ -170,50 +169,90 @@ def count_targets(batch: Batch) -> Any:
         >>> print(count_targets({"tokens": tokens, "targets": tokens, "loss_mask": tokens > 2}))
         2
     """
-    for name in ("loss_mask", "padding_mask", "tgt_padding_mask"):
-        if batch.get(name) is not None:
-            return batch[name].sum()
-    if batch.get("positions") is not None:
-        return (batch["positions"] >= 0).sum()
-    rows = batch.get("targets")
-    return len(next(iter(batch.values()))) if rows is None else np.size(rows)
+    targets, mask = batch.get("targets"), _mask(batch)
+    if targets is None:
+        return len(next(iter(batch.values()))) if mask is None else mask.sum()
+    counted = None
+    if jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+        counted = differ(targets if hasattr(targets, "dtype") else np.asarray(targets))
+    if mask is None:
+        return np.size(targets) if counted is None else counted.sum()
+    # What a loss of the user's own does with a mask of another kind is not known here.
+    alike = counted is not None and (mask.dtype, mask.shape) == (np.bool_, counted.shape)
+    return (mask & counted if alike else mask).sum()
 
 
-def check_ids(loss: Loss, model: Any, batch: Batch) -> None:
-    """Raise if ids are not in the model's vocabulary: under `jit` nobody can see.
+def check_ids(loss: Loss, model: Any, batch: Batch, *, wait: bool = False) -> None:
+    """Raises if ids are not in the model's vocabulary; under `jit` nobody can see.
 
-    Only for the losses here, and only for NumPy's arrays: to look at those on a device would wait
-    for it.
+    Arguments:
+        loss: only the batches of the losses here are known.
+        model: the model.
+        batch: its arrays, of NumPy or on a CPU, are looked at.
+        wait: whether arrays on accelerators are looked at, too, which waits for them.
     """
-    if getattr(loss, "func", loss) not in OBJECTIVES:
+    if getattr(loss, "func", loss) not in OBJECTIVES or not isinstance(batch, Mapping):
         return
-    for name in ("tokens", "src", "tgt"):
-        if isinstance(batch.get(name), np.ndarray):
-            size = model.vocab_size if name == "tokens" else getattr(model, f"{name}_vocab_size")
-            check_tokens(batch[name], size, name)
-    targets, counted = batch.get("targets"), None
-    for name in ("loss_mask", "padding_mask", "tgt_padding_mask"):
-        counted = batch.get(name) if counted is None else counted
-    if isinstance(targets, np.ndarray) and isinstance(counted, np.ndarray | None):
-        size = model.vocab_size if "tokens" in batch else model.tgt_vocab_size
-        if counted is None and batch.get("positions") is not None:
-            counted = np.asarray(batch["positions"]) >= 0
-        fits = counted is None or (counted.dtype, counted.shape) == (np.bool_, targets.shape)
-        if fits:  # otherwise the loss will say so
-            check_targets(targets if counted is None else targets[counted], size)
+    for name, size in _vocabularies(model, batch).items():
+        ids = _values(batch[name], wait)
+        if ids is not None and np.issubdtype(ids.dtype, np.integer):  # else the loss will say so
+            check_tokens(ids, size, name)
+    width = getattr(model, "vocab_size" if "tokens" in batch else "tgt_vocab_size", None)
+    given, targets = _mask(batch), _values(batch.get("targets"), wait)
+    mask = None if given is None else _values(given, wait)
+    if width is None or targets is None or (mask is None) != (given is None):
+        return
+    fits = mask is None or (mask.dtype, mask.shape) == (np.bool_, targets.shape)
+    if fits and np.issubdtype(targets.dtype, np.integer):
+        counted = differ(targets) if mask is None else mask & differ(targets)
+        check_targets(targets[counted], width)
+
+
+def _values(x: Any, wait: bool) -> np.ndarray | None:
+    """Returns the values of an array if they can be looked at, on accelerators only to wait."""
+    if isinstance(x, jax.Array) and is_known(x) and x.is_fully_addressable:
+        here = wait or all(device.platform == "cpu" for device in x.devices())
+        return np.asarray(x) if here else None
+    return x if isinstance(x, np.ndarray) else None
+
+
+def _mask(batch: Batch) -> Any:
+    """Returns which targets count, except for those of -100: an array, or None where all do."""
+    if batch.get("loss_mask") is not None:
+        return batch["loss_mask"]
+    real = [batch[x] for x in ("padding_mask", "tgt_padding_mask") if batch.get(x) is not None]
+    if batch.get("positions") is not None:
+        positions = batch["positions"]
+        real.append((positions if hasattr(positions, "dtype") else np.asarray(positions)) >= 0)
+    return functools.reduce(operator.and_, real) if real else None
+
+
+def _vocabularies(model: Any, batch: Batch) -> dict[str, int]:
+    """Returns the size of the vocabulary of each array of input ids that a batch has."""
+    sizes = {"tokens": "vocab_size", "src": "src_vocab_size", "tgt": "tgt_vocab_size"}
+    known = {name: getattr(model, size, None) for name, size in sizes.items()}
+    return {name: x for name, x in known.items() if x is not None and batch.get(name) is not None}
 
 
 def _mean(
-    model: Any, hidden: Array, batch: Batch, counted: Any, label_smoothing: float, z_loss: float
+    model: Any, hidden: Array, batch: Batch, label_smoothing: float, z_loss: float
 ) -> Float[Array, ""]:
-    return chunked_cross_entropy(
+    loss = chunked_cross_entropy(
         model.project,
         hidden,
         batch["targets"],
-        counted,
+        _mask(batch),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+    # Ids that could be looked at are in the vocabulary. Others read anything: the loss and its
+    # gradient are NaN then.
+    for name, size in _vocabularies(model, batch).items():
+        if not is_known(batch[name]):
+            ids = batch[name].astype(jnp.int32)
+            exist = jnp.all((ids >= 0) & (ids < size))
+            loss *= jnp.where(exist, jnp.float32(1), jnp.nan)
+    return loss
 
 
 def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:
@@ -240,6 +279,8 @@ def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...
     check_options(batch, needed + optional, f"the batch of {of}")
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
+        hint = " Of targets that are -100 elsewhere it is targets != -100."
         raise ValueError(
             f"the batch of {of} must have {', '.join(needed)}, got {', '.join(batch) or 'nothing'}."
+            + (hint if "loss_mask" in missing else "")
         )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 from jaxformers.checks import check_callable, check_key, check_positive, check_size
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.precision import cast_floating, check_float_dtype
-from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 MEMORY, LONGEST_START = 0.98, 20  # of the usual norm of gradients, in steps
 
@@ -85,6 +85,9 @@ def train_step(
     what is updated stays in 32 (Micikevicius et al. 2018): small updates are not rounded away.
     Sums over tokens, softmax, norms and the loss are computed in float32 either way.
 
+    A loss that is not finite changes neither the weights nor the state. Ids beyond the vocabulary
+    give NaN on an accelerator; in NumPy's arrays and on a CPU they are refused beforehand.
+
     Arguments:
         model: the model to train.
         state: `optimizer.init(model)`, or what the last step returned.
@@ -104,9 +107,10 @@ def train_step(
         The model and the state after the update, and the loss before it.
 
     Raises:
-        ValueError: if there is no key, a piece does not fit another, the rows cannot be divided
-            into `accumulate` parts, or `compute_dtype` is no floating-point type, or float16, whose
-            range is too small for gradients.
+        ValueError: if there is no key, a piece does not fit another, ids are not in the
+            vocabulary, the rows cannot be divided into `accumulate` parts, or
+            `compute_dtype` is no floating-point type, or float16, whose range is too small for
+            gradients.
 
     Example:
         >>> optimizer = AdamW(1e-3)
@@ -116,6 +120,7 @@ def train_step(
         ... )
     """
     gradients = Gradients(loss, compute_dtype, accumulate, count)
+    check_ids(loss, model, batch)
     return _train_step((gradients, as_optimizer(optimizer), batch, check_key(key)), model, state)
 
 
@@ -123,8 +128,15 @@ def train_step(
 def _train_step(kept, model, state):
     gradients, optimizer, batch, key = kept
     value, grads = gradients(optimizer, model, batch, key)
-    model, state = optimizer.update(grads, state, model)
+    new = optimizer.update(grads, state, model)
+    # Not by the norm of the gradients: all would have to be there before the first is applied.
+    model, state = _new_if(jnp.isfinite(value), new, (model, state))
     return model, state, value
+
+
+def _new_if(good: Bool[Array, ""], new: Model, old: Model) -> Model:
+    """Returns a new tree after a good step, else the old one."""
+    return jax.tree.map(lambda x, y: jnp.where(good, x, y) if eqx.is_array(x) else x, new, old)
 
 
 class Guard(NamedTuple):
@@ -229,9 +241,7 @@ def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]
     if rate is not None:
         metrics["learning_rate"] = rate
     new = optimizer.update(grads, training.optimizer_state, training.model)
-    model, state = jax.tree.map(
-        lambda x, y: jnp.where(good, x, y) if eqx.is_array(x) else x, new, old
-    )
+    model, state = _new_if(good, new, old)
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
     training = Training(model, state, training.key, step, skipped, guard)
