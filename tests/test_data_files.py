@@ -1,5 +1,6 @@
 """Token files: written by a command that can be killed at any moment, and read with care."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from jaxformers.__main__ import main
 from jaxformers.data import PackedDocuments, Windows, open_tokens
 from jaxformers.data import text_files as text_files_module
 from jaxformers.data.text_files import read_pieces
+from jaxformers.data.tokenize import tokenize
 from jaxformers.data.tokens import token_dtype
 
 pytest.importorskip("tokenizers")
@@ -213,6 +217,129 @@ def test_killed_at_any_moment_it_goes_on(tokenizer, tmp_path, monkeypatch):
     open_tokens(out).verify()
 
 
+# In the middle it waits until it is told to go on.
+HELD = """
+import os, sys
+from jaxformers.data import tokenize, text_files
+tokenize.STEP, text_files.PIECE = 1500, 256
+real, calls = os.fsync, []
+def fsync(number):
+    calls.append(number)
+    if len(calls) == 20:
+        print("held", flush=True)
+        input()
+    real(number)
+os.fsync = fsync
+from jaxformers.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_one_process_writes_to_a_directory(tokenizer, tmp_path, monkeypatch, capsys):
+    """Another one is refused by name and changes nothing; the lock goes with the process."""
+    monkeypatch.setattr(text_files_module, "PIECE", 256)
+    (tmp_path / "a.txt").write_text(text(4000))
+    command = ["tokenize", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), "--out"]
+    assert run(*command, tmp_path / "whole") == 0
+    out, pipes = tmp_path / "out", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+    def refused(process):
+        assert process.stdout.readline() == "held\n"
+        before = files(out)
+        for _ in range(2):
+            assert run(*command, out) == 1
+            error = f"{out} is in use by another tokenize (process {process.pid}). Wait until it"
+            assert error in capsys.readouterr().err
+        assert files(out) == before
+        with pytest.raises(ValueError, match="a token file that is not finished"):
+            open_tokens(out)
+
+    arguments = [sys.executable, "-c", HELD, *command, str(out)]
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as first:
+        refused(first)
+        first.kill()
+    assert (out / "lock").read_text() == str(first.pid)  # stale, and no obstacle
+    (out / "tokenizer.1.unfinished").mkdir()  # as a process leaves that was killed at its start
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as second:
+        refused(second)
+        second.communicate("\n")
+    assert second.returncode == 0
+    assert files(out) == files(tmp_path / "whole")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "ends.npy", "lock", "tokenizer", "tokens.json", "tokens.npy",
+    ]  # fmt: skip
+    assert (out / "lock").read_bytes() == b""
+    assert run(*command, out) == 0  # is done already
+
+
+def test_many_that_begin_at_once_make_one_file(tokenizer, tmp_path, monkeypatch):
+    """As threads of one process and as processes: one writes, the others are refused."""
+    (tmp_path / "a.txt").write_text(text(3000))
+    monkeypatch.setattr(text_files_module, "PIECE", 256)
+    inputs, kind = [tmp_path / "a.txt"], str(tokenizer)
+    whole = files(Path(tokenize(inputs, tmp_path / "whole", kind).name))
+
+    def outcome(k):
+        try:
+            tokenize(inputs, tmp_path / f"threads{k // 8}", kind)
+        except OSError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(outcome, range(32)))
+    assert all(text == "done" or "is in use by another tokenize" in text for text in said)
+    for k in range(4):
+        assert "done" in said[8 * k : 8 * k + 8]
+        assert files(tmp_path / f"threads{k}") == whole
+
+    options = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    arguments = [sys.executable, "-c", SLOW, "tokenize", *map(str, inputs), "--tokenizer", kind]
+    out = tmp_path / "processes"
+    processes = [subprocess.Popen([*arguments, "--out", str(out)], **options) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0 or f"{out} is in use by another tokenize" in error
+    assert any(process.returncode == 0 for process in processes)
+    assert files(out) == whole
+
+
+def test_directories_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("ab")
+    command = ("tokenize", tmp_path / "a.txt", "--tokenizer", "bytes", "--out")
+    assert run(*command, tmp_path / "done") == 0
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert run(*command, tmp_path / "out") == 1
+    assert f"tokens cannot be written to {tmp_path / 'out'}: Read-only" in capsys.readouterr().err
+    assert run(*command, tmp_path / "done") == 0  # which writes nothing
+
+
+def test_two_tokenizers_are_not_mixed(tmp_path, monkeypatch):
+    """Of two that are saved to one directory at once, one is there and the other an error."""
+    from jaxformers.data.train_tokenizer import save_new, train_bpe
+
+    made = [train_bpe([word * 9], 270 + k) for k, word in enumerate(("abcd", "efgh"))]
+    wait, save = Barrier(2), type(made[0]).save
+
+    def slow(self, directory):
+        wait.wait(9)
+        save(self, directory)
+        wait.wait(9)
+
+    monkeypatch.setattr(type(made[0]), "save", slow)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(save_new, tokenizer, tmp_path / "out") for tokenizer in made]
+    (failed,) = (job.exception() for job in jobs if job.exception())
+    assert isinstance(failed, ValueError) and "is not empty" in str(failed)
+    there = load_tokenizer(tmp_path / "out").backend.to_str()
+    assert there in [tokenizer.backend.to_str() for tokenizer in made]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_stopped_after_each_step_it_goes_on(tmp_path, monkeypatch):
     """Every place where the command writes something, in one process."""
     from jaxformers.data import tokenize
@@ -340,7 +467,8 @@ def test_a_directory_is_of_one_job(tmp_path, tokenizer, capsys):
     (mine / "tokens.npy").write_bytes(b"something else")
     assert run("tokenize", a, "--out", mine, "--tokenizer", "bytes") == 1
     assert "is not empty, it holds tokens.npy" in capsys.readouterr().err
-    assert (mine / "tokens.npy").read_bytes() == b"something else"
+    assert files(mine) == {Path("tokens.npy"): b"something else"}
+    assert [path.name for path in mine.iterdir()] == ["tokens.npy"]
     (out / "tokens.json").unlink()
     shutil.move(out / "tokens.npy", out / "x")
     (out / "progress.json").write_text(json.dumps({"job": {}}))

@@ -4,7 +4,6 @@ import os
 import re
 import threading
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxformers.checkpoint.training_state import (
     snapshot,
 )
 from jaxformers.checks import check_size
+from jaxformers.directory_claim import claim
 from jaxformers.hf.safetensors_file import check_package
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
@@ -63,7 +63,7 @@ class Checkpoints:
         check_size(every=every, keep=keep)
         check_package()
         self.directory, self.every, self.keep = check_path(directory), every, keep
-        self._claim = _claim(self.directory)
+        self._claim = claim(self.directory, "checkpoints", "another training", _clean)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self._broken: set[int] = set()  # found when restoring, gone after the next save
@@ -185,67 +185,8 @@ def _leaves(path: Path, saved: Any, step: int) -> dict[str, Any]:
     return saved["leaves"]
 
 
-class _Claim:
-    """The right to write to a directory, which the system takes back when the process ends."""
-
-    def __init__(self, directory: Path):
-        self.mutex = threading.Lock()  # for threads of this process
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f"step-{0:09}.safetensors.{os.getpid()}.0.tmp"
-            probe.write_bytes(b"0")
-            probe.unlink()
-            descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"checkpoints cannot be written to {directory}: {error.strerror or error}. Pass a "
-                "directory that can be written to",
-            ) from error
-        self.let_go = weakref.finalize(self, os.close, descriptor)
-        _lock(descriptor, directory)
-        for path in directory.iterdir():
-            if _LEFT_OVER.fullmatch(path.name) and path.is_file():  # by a process that was killed
-                path.unlink()
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if not isinstance(error, BlockingIOError):  # a file system without locks
-            warnings.warn(f"{directory} has no guard against a second run: {error}", stacklevel=5)
-            return
-        owner = os.read(descriptor, 20).decode(errors="replace").strip()
-        raise OSError(
-            error.errno,
-            f"{directory} is in use by another training (process {owner or 'unknown'}). Wait until "
-            "it ends, or pass another directory",
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-
-
-_CLAIMS: weakref.WeakValueDictionary[tuple, _Claim] = weakref.WeakValueDictionary()
-
-
-def _let_go() -> None:
-    """A forked child, such as a loader's worker, has no claim: it may live on when this is dead."""
-    for claim in list(_CLAIMS.values()):
-        claim.let_go()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
-def _claim(directory: Path) -> _Claim:
-    """This process's claim: one, however many `Checkpoints` it makes of the directory."""
-    own = os.getpid(), os.path.realpath(directory)
-    claim = _CLAIMS.get(own) or _Claim(directory)
-    _CLAIMS[own] = claim
-    return claim
+def _clean(directory: Path) -> None:
+    """Removes what a process that was killed has left."""
+    for path in directory.iterdir():
+        if _LEFT_OVER.fullmatch(path.name) and path.is_file():
+            path.unlink()

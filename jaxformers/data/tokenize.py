@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from jaxformers.data.train_tokenizer import (
     save_new,
     texts_of,
 )
+from jaxformers.directory_claim import LOCK, alone
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.hf.tokenizer_files import guarded
@@ -83,6 +85,7 @@ def tokenize(
     Raises:
         ValueError: if an input is missing, empty or broken (the place is named), or `out` holds
             something else.
+        OSError: if `out` cannot be written to, or another `tokenize` is writing to it.
         ImportError: if the `tokenizers` package is missing.
 
     Example:
@@ -94,29 +97,12 @@ def tokenize(
         [97, 98, 256]
     """
     check_inputs(inputs)
-    out.mkdir(parents=True, exist_ok=True)
-    words = _saved_tokenizer(inputs, out, tokenizer, field)
-    end = _end_id(words, end_token) if add_end else None
-    job = {
-        "inputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in inputs],
-        "tokenizer": hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest(),
-        "characters": tokenizer == "characters",
-        "vocab_size": words.vocab_size,
-        "field": field,
-        "end_token": end,
-    }
-    if (out / "tokens.json").exists():
-        if read_json(out / "tokens.json").get("job") != job:
-            raise ValueError(
-                f"{out} holds the token file of other inputs or settings. Choose another "
-                "directory, or remove it."
-            )
-        (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
-        return open_tokens(out)
-    progress = _read_progress(out, job)
-    words.backend.encode_special_tokens = True  # what looks like one in a text is text
-    _write(inputs, out, words, end, progress)
-    return open_tokens(out)
+    _check_place(out)
+    options = (inputs, out, tokenizer, field, end_token, add_end)
+    if (out / "tokens.json").exists():  # nobody writes any more, and perhaps nobody can
+        return _tokenize(*options)
+    with alone(out, "tokens", "another tokenize", _clean):
+        return _tokenize(*options)
 
 
 def add_tokenize(commands: "argparse._SubParsersAction") -> None:
@@ -161,6 +147,58 @@ def run_tokenize(options: argparse.Namespace) -> int:
     if empty := read_json(options.out / "tokens.json")["empty"]:
         print(f"note: {empty} documents without a token were left out", file=sys.stderr)
     return 0
+
+
+def _check_place(out: Path) -> None:
+    """Raise if a directory holds something that is no token file, finished or not."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names & {"tokens.json", "progress.json"}:
+        return
+    others = sorted(
+        name
+        for name in names - {"progress.json.new", LOCK}
+        if not name.startswith(("tokenizer", f"{LOCK}."))
+    )
+    if others:
+        raise ValueError(f"{out} is not empty, it holds {', '.join(others)}. Choose another one.")
+
+
+def _clean(out: Path) -> None:
+    """Removes what a process that was killed has left."""
+    for path in out.glob("tokenizer*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _tokenize(
+    inputs: list[Path],
+    out: Path,
+    tokenizer: str,
+    field: str,
+    end_token: str | None,
+    add_end: bool,
+) -> Tokens:
+    words = _saved_tokenizer(inputs, out, tokenizer, field)
+    end = _end_id(words, end_token) if add_end else None
+    job = {
+        "inputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in inputs],
+        "tokenizer": hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest(),
+        "characters": tokenizer == "characters",
+        "vocab_size": words.vocab_size,
+        "field": field,
+        "end_token": end,
+    }
+    if (out / "tokens.json").exists():
+        if read_json(out / "tokens.json").get("job") != job:
+            raise ValueError(
+                f"{out} holds the token file of other inputs or settings. Choose another "
+                "directory, or remove it."
+            )
+        (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
+        return open_tokens(out)
+    progress = _read_progress(out, job)
+    words.backend.encode_special_tokens = True  # what looks like one in a text is text
+    _write(inputs, out, words, end, progress)
+    return open_tokens(out)
 
 
 def _saved_tokenizer(inputs: list[Path], out: Path, name: str, field: str) -> Tokenizer:
@@ -208,9 +246,6 @@ def _read_progress(out: Path, job: dict[str, Any]) -> Progress:
                 "choose another directory, or remove it."
             )
         return progress
-    others = sorted(p.name for p in out.iterdir() if not p.name.startswith("tokenizer"))
-    if others not in ([], [f"{path.name}.new"]):
-        raise ValueError(f"{out} is not empty, it holds {', '.join(others)}. Choose another one.")
     progress = Progress(job)
     _replace(path, asdict(progress))  # from here on the files are ours
     return progress

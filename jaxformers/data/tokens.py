@@ -6,6 +6,7 @@ A token file is a directory that `python -m jaxformers tokenize` writes:
     ends.npy     where each document ends, int64
     tokens.json  counts, the size of the vocabulary, checksums; written last
     tokenizer/   the tokenizer
+    lock         empty; locked by the command that writes the others
 
 Everything is read through a memory map, so its size does not matter.
 """

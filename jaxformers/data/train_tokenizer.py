@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,24 @@ def save_new(tokenizer: Tokenizer, directory: Path) -> None:
     Raises:
         ValueError: if there is something already.
     """
+    check_new(directory)
+    # A name that no other process has: two that write at once do not mix their files.
+    unfinished = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        tokenizer.save(unfinished)
+        os.replace(unfinished, directory)
+    except OSError:
+        check_new(directory)  # another process may have been first
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new(directory: Path) -> None:
+    """Raise if there is something in a directory."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty. Choose another directory, or remove it.")
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tokenizer.save(unfinished)
-    os.replace(unfinished, directory)
 
 
 def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
@@ -165,6 +177,7 @@ def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
 
 def run_train_tokenizer(options: argparse.Namespace) -> int:
     check_inputs(options.inputs)
+    check_new(options.out)  # before the work
     given = {NAMES[role]: getattr(options, f"{role}_token") for role in ROLES}
     tokenizer = train_bpe(
         texts_of(options.inputs, options.field),
