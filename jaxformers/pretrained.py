@@ -21,14 +21,15 @@ def from_pretrained(
     """The model of a Hugging Face checkpoint, in our class for its shape.
 
     Tensors are read from safetensors one at a time and put where they belong, so that loading
-    needs the memory of the model and of one tensor. Pickled weights are refused: unpickling runs
-    whatever code the file holds. Of generation_config.json `generate` uses the special tokens where
+    needs the memory of the model and of one tensor. Where there are no safetensors, they are read
+    from pytorch_model.bin in the same way: without PyTorch, and without running any code that this
+    pickle may hold. Of generation_config.json `generate` uses the special tokens where
     it is told no others; beams, temperatures and penalties are yours to choose.
 
     Arguments:
-        path_or_hub_name: a directory with config.json and model.safetensors (or shards and their
-            index), or a name on the hub such as "openai-community/gpt2", which needs the
-            `huggingface_hub` package.
+        path_or_hub_name: a directory with config.json and model.safetensors or pytorch_model.bin
+            (or shards and their index), or a name on the hub such as "openai-community/gpt2",
+            which needs the `huggingface_hub` package.
         dtype: type of the weights, such as `jnp.bfloat16`; None is that of the file.
         sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as

@@ -1,16 +1,17 @@
 """The files of a checkpoint: where they are, and their tensors, read and written one by one.
 
 A directory has model.safetensors, or several such files, the shards, and an index that says which
-tensor is in which. Pickles, which can run any code, are not opened.
+tensor is in which. Where it has neither, pytorch_model.bin is read, or its shards with their index:
+a pickle, of which the tensors are read and no code is run.
 """
 
 import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,23 +23,24 @@ from jaxformers.hf.safetensors_file import (
     Stored,
     Unsaved,
     read_header,
-    read_tensor,
     write_file,
 )
+from jaxformers.hf.torch_file import TorchTensor, read_torch_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_SHARD_NAME = re.compile(r"\w[\w .+-]*\.safetensors")
+_SHARD_NAME = r"\w[\w .+-]*"
 _WRITTEN_HERE = re.compile(
     r"model(-b)?-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors(\.index\.json)?"
 )
 
 _PICKLE = (
-    "A pickle is refused: opening it can run any code. If you trust it, convert it once: load it "
-    "in transformers with the class that config.json names under 'architectures', and call its "
-    "save_pretrained(directory), which writes safetensors."
+    f"A pickle is read only as {TORCH_SINGLE}, or as shards with {TORCH_INDEX}: rename the file, "
+    "if it holds the tensors of the whole model."
 )
 _OTHER_FRAMEWORK = (
     "Weights of Flax and TensorFlow are not read. transformers 4 converts them once: "
@@ -48,6 +50,8 @@ _OTHER_NAME = (
     "A file of all weights must have the first of these names, shards need their index, and an "
     "adapter has to be merged into its model."
 )
+_T = TypeVar("_T", Stored, TorchTensor)
+
 # What to say of weights that are there instead, by the ending of their names.
 _REASONS = {
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
@@ -62,7 +66,7 @@ def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path
     Arguments:
         path_or_hub_name: a directory, or "owner/name". A directory of that name comes first; what
             can only be a path (a `Path`, "./name", "a/b/c") is not looked up on the hub.
-        patterns: what to fetch, such as `["*.json", "model*.safetensors"]`.
+        patterns: which files to fetch, such as `["*.json", "model*.safetensors"]`.
 
     Raises:
         ValueError: if there is no such directory, or the hub does not give it.
@@ -108,14 +112,21 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether the tensors of a checkpoint are there as safetensors."""
+    return (directory / SINGLE).exists() or (directory / INDEX).exists()
+
+
 class TensorFiles:
     """The tensors of a checkpoint; opening it reads and checks the headers only.
 
     Arguments:
-        directory: has model.safetensors, or model.safetensors.index.json and its shards.
+        directory: has model.safetensors, or model.safetensors.index.json and its shards; or else
+            pytorch_model.bin, or pytorch_model.bin.index.json and its shards.
 
     Raises:
-        ValueError: if a file is missing, damaged or a pickle, or the files contradict each other.
+        ValueError: if a file is missing or damaged, a pickle holds more than tensors, or the files
+            contradict each other.
         ImportError: if the `safetensors` package is missing.
 
     Example:
@@ -131,7 +142,7 @@ class TensorFiles:
     """
 
     directory: Path
-    _tensors: dict[str, Stored]
+    _tensors: Mapping[str, Stored | TorchTensor]
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
@@ -141,7 +152,11 @@ class TensorFiles:
         if (self.directory / SINGLE).exists():
             self._tensors = read_header(self.directory / SINGLE)
         elif (self.directory / INDEX).exists():
-            self._tensors = _read_shards(self.directory)
+            self._tensors = _read_shards(self.directory, INDEX, ".safetensors", read_header)
+        elif (self.directory / TORCH_SINGLE).exists():
+            self._tensors = read_torch_file(self.directory / TORCH_SINGLE)
+        elif (self.directory / TORCH_INDEX).exists():
+            self._tensors = _read_shards(self.directory, TORCH_INDEX, ".bin", read_torch_file)
         else:
             raise ValueError(_why_not(self.directory))
 
@@ -160,9 +175,9 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
-        return read_tensor(self._find(name))
+        return self._find(name).read()
 
-    def _find(self, name: str) -> Stored:
+    def _find(self, name: str) -> Stored | TorchTensor:
         if name not in self._tensors:
             close = difflib.get_close_matches(name, self._tensors, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -170,27 +185,29 @@ class TensorFiles:
         return self._tensors[name]
 
 
-def _read_shards(directory: Path) -> dict[str, Stored]:
+def _read_shards(
+    directory: Path, index: str, ending: str, read: Callable[[Path], dict[str, _T]]
+) -> dict[str, _T]:
     """The tensors of all shards, each of which must hold exactly what the index says."""
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(directory / index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise ValueError(f"{directory / INDEX} must have a 'weight_map', from tensors to files.")
+        raise ValueError(f"{directory / index} must have a 'weight_map', from tensors to files.")
     names: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         # Links are followed, the hub's cache is made of them; paths are not.
-        if not (isinstance(shard, str) and _SHARD_NAME.fullmatch(shard)):
+        if not (isinstance(shard, str) and re.fullmatch(_SHARD_NAME + re.escape(ending), shard)):
             raise ValueError(
-                f"{directory / INDEX}: tensor {shorten(name)} must be in a .safetensors file "
+                f"{directory / index}: tensor {shorten(name)} must be in a {ending} file "
                 f"beside the index, named without a folder, got {shorten(shard)}."
             )
         names.setdefault(shard, set()).add(name)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, _T] = {}
     for shard in sorted(names):
-        found = read_header(directory / shard)
+        found = read(directory / shard)
         missing, surplus = names[shard] - found.keys(), found.keys() - names[shard]
         if missing or surplus:
             raise ValueError(
-                f"{directory / shard} does not hold what {INDEX} says: missing "
+                f"{directory / shard} does not hold what {index} says: missing "
                 f"{_some(missing)}; not listed as in this file {_some(surplus)}."
             )
         tensors |= found

@@ -26,7 +26,7 @@ shorten = _REPR.repr  # for what an error message shows of a file
 # What may lie where a checkpoint's file should be, by its first bytes.
 _SIGNATURES = {
     rb"version https://git-lfs": "It is a git-lfs pointer, not the file: run `git lfs pull`.",
-    rb"PK\x03\x04|\x80[\x02-\x05]": "It is a pickle under another name, which can run any code.",
+    rb"PK\x03\x04|\x80[\x02-\x05]": "It is a pickle under another name.",
     rb"\x89HDF": "It is an HDF5 file under another name.",
     rb"GGUF": "It is a GGUF file under another name.",
     rb"\s*<": "It is a web page, of an error or a login perhaps: download the file again.",

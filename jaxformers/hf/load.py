@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import TensorFiles, locate
+from jaxformers.hf.files import TensorFiles, has_safetensors, locate
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.plan import WeightPlan, abstract
@@ -30,11 +30,15 @@ PATTERNS = (
     "model*.safetensors",
     "*.safetensors.index.json",
 )
+# What is fetched only where there are no safetensors.
+TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
 def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
     """The model of a checkpoint; `classes` are ours by shape. See `jaxformers.from_pretrained`."""
     directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
+    if not has_safetensors(directory):
+        directory = locate(path, [*PATTERNS, *TORCH_PATTERNS, *TOKENIZER_FILES])
     config = read_json(directory / "config.json")
     family = family_of(config)
     if family.shape not in classes:

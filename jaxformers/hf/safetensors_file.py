@@ -58,6 +58,10 @@ class Stored(NamedTuple):
     begin: int
     end: int
 
+    def read(self) -> np.ndarray:
+        """Returns the tensor itself, in memory from `allocate`."""
+        return read_tensor(self)
+
 
 class Unsaved(NamedTuple):
     """A tensor to be written, and the function that makes it when its turn comes."""

@@ -8,6 +8,11 @@ import numpy as np
 from jaxformers.hf.family import Family
 from jaxformers.hf.files import TensorFiles
 
+# Files that began in TensorFlow have its names for the two halves of a norm.
+OLDER_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+# Constants that files of any family may hold: older versions of transformers wrote them.
+CONSTANTS = (r"(^|\.)position_ids$", r"\.inv_freq$", r"\.masked_bias$")
+
 
 class FileTensors:
     """A checkpoint's tensors under the names of its family's table.
@@ -24,11 +29,11 @@ class FileTensors:
         known = re.compile("|".join(dict.fromkeys(map(_pattern, expected))))
         for name in files.names:
             new = name
-            for old, replacement in family.aliases:
+            for old, replacement in (*family.aliases, *OLDER_NAMES):
                 new = re.sub(old, replacement, new)
             candidates = (new, f"{family.prefix}{new}", new.removeprefix(family.prefix))
             ours = [x for x in candidates if known.fullmatch(x)]
-            if not ours and any(re.search(p, new) for p in family.ignored):
+            if not ours and any(re.search(p, new) for p in (*family.ignored, *CONSTANTS)):
                 continue
             canonical = ours[0] if ours else new
             if canonical in self.names:

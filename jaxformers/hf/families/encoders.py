@@ -18,8 +18,6 @@ LAYER = "encoder.layers.{i}"
 ATTENTION = f"{LAYER}.attention"
 TABLE = "embedding.token_embedding.weight"
 IGNORED = (r"\.position_ids$",)
-# Older files have TensorFlow's names for the two halves of a norm.
-ALIASES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 # Classifiers by pooling: of sequences by BERT's pooler, of sequences by their first token after a
 # dense layer, and of tokens.
@@ -166,7 +164,6 @@ BERT = Family(
     prefix="bert.",
     ignored=IGNORED,
     special={"pad_token_id": 0},
-    aliases=ALIASES,
 )
 
 
@@ -199,7 +196,6 @@ def roberta(model_type: str, name: str, vocab_size: int) -> Family:
         prefix="roberta.",
         ignored=IGNORED,
         special={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-        aliases=ALIASES,
     )
 
 

@@ -2,7 +2,6 @@
 
 from jaxformers.hf.encoder_settings import AfterPadding, EmbeddingSize, Heads, SharedLayers
 from jaxformers.hf.families.encoders import (
-    ALIASES,
     ATTENTION,
     BERT_LIKE,
     DENSE_CLASSIFIER,
@@ -63,7 +62,6 @@ ELECTRA = Family(
     prefix="electra.",
     ignored=IGNORED,
     special={"pad_token_id": 0},
-    aliases=ALIASES,
 )
 
 A = "albert.encoder.albert_layer_groups.{i}.albert_layers.0"
@@ -117,7 +115,6 @@ ALBERT = Family(
     prefix="albert.",
     ignored=IGNORED,
     special={"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
-    aliases=ALIASES,
 )
 
 MP = "mpnet.encoder.layer.{i}"
@@ -156,7 +153,6 @@ MPNET = Family(
     prefix="mpnet.",
     ignored=IGNORED,
     special={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    aliases=ALIASES,
 )
 
 LATER_ENCODERS = (ELECTRA, ALBERT, MPNET)

@@ -1,0 +1,216 @@
+"""One file of PyTorch, `pytorch_model.bin`: its tensors listed, and read one by one.
+
+`torch.save` writes a pickle that describes the tensors and, beside it, the numbers. Since PyTorch
+1.6 both are entries of a zip file, before they came one after the other. The pickle is read as data
+(`torch_pickle`), and nothing it says is believed before it is held against the file's real size.
+The numbers are read from the file when a tensor is asked for.
+"""
+
+import math
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxformers.hf.json_file import regular_file, shorten, what_it_is
+from jaxformers.hf.safetensors_file import allocate
+from jaxformers.hf.torch_names import Storage, Tensor
+from jaxformers.hf.torch_pickle import load_pickle
+from jaxformers.hf.zip_file import Entry, read_entries
+
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
+# Tensors may share numbers, as tied ones do, or repeat them, but not without end.
+_MAX_COPIES, _SMALL = 16, 64 * 2**20
+_BLOCK = 2**20
+
+
+class TorchTensor(NamedTuple):
+    """A tensor in a file; the first of its numbers is at the byte `begin`."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    begin: int
+    big_endian: bool
+
+    def read(self) -> np.ndarray:
+        """The tensor itself, in memory from `allocate`."""
+        array = allocate(self.shape, self.dtype)
+        if array.size:
+            # Axes of one number have no say in where numbers lie.
+            strides = [x for n, x in zip(self.shape, self.strides, strict=True) if n > 1]
+            order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+            target = np.atleast_1d(array.squeeze().transpose(order))
+            apart = [strides[axis] * self.dtype.itemsize for axis in order]
+            with self.path.open("rb") as file:
+                _fill(target, file, self.begin, apart or [self.dtype.itemsize], self.path)
+        if self.big_endian and self.dtype.itemsize > 1:
+            part = self.dtype.itemsize // (2 if self.dtype.kind == "c" else 1)
+            array.reshape(-1).view(f"u{part}").byteswap(inplace=True)
+        return array
+
+
+def read_torch_file(path: Path) -> dict[str, TorchTensor]:
+    """The tensors of a file by name.
+
+    The file holds a dictionary of tensors, a model's `state_dict`, or a dictionary with one such
+    dictionary in it, as trainings save them. The names lose the "module." that all of them have
+    where a model was trained in `DataParallel`.
+
+    Raises:
+        ValueError: if the file is damaged, or holds anything but tensors, texts and numbers.
+    """
+    size = regular_file(path).stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        try:
+            read = _read_zip if start.startswith(b"PK\3\4") else _read_sequence
+            named, places, big_endian = read(file, size)
+            tensors = {
+                name: _place(path, tensor, places, big_endian) for name, tensor in named.items()
+            }
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no file of tensors by torch.save, or a damaged one: {error}."
+                f"{'' if start.startswith((b'PK', bytes([128]))) else what_it_is(start)}"
+            ) from error
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    if total > _MAX_COPIES * size + _SMALL:
+        raise ValueError(f"{path} has {size} bytes, and its tensors would have {total}.")
+    return tensors
+
+
+def _read_zip(file: BufferedReader, size: int) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
+    """The tensors, where their storages are, and whether these are big-endian."""
+    entries = read_entries(file, size)
+    folders = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl")]
+    if len(folders) != 1:
+        raise ValueError(f"it must have one entry data.pkl in a folder, it has {len(folders)}")
+    [folder] = folders
+    if f"{folder}/constants.pkl" in entries:
+        raise ValueError(
+            "it is a program in TorchScript. Save the tensors alone: "
+            "torch.save(model.state_dict(), path)"
+        )
+    pickle = entries[f"{folder}/data.pkl"]
+    file.seek(pickle.begin)
+    tensors = find_tensors(load_pickle(file, pickle.end - pickle.begin)[0])
+    if file.tell() != pickle.end:
+        raise ValueError("its pickle does not end where its entry does")
+    order = b"little"
+    if f"{folder}/byteorder" in entries:
+        entry = entries[f"{folder}/byteorder"]
+        file.seek(entry.begin)
+        order = file.read(min(entry.end - entry.begin, 16))
+    if order not in (b"little", b"big"):
+        raise ValueError(f"its byteorder must be little or big, got {order!r}")
+    begin = f"{folder}/data/"
+    places = {name.removeprefix(begin): e for name, e in entries.items() if name.startswith(begin)}
+    return tensors, places, order == b"big"
+
+
+def _read_sequence(
+    file: BufferedReader, size: int
+) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
+    """The same of the older format: pickles one after another, then storages in their order.
+
+    These are little-endian whatever wrote them.
+    """
+    file.seek(0)
+    for number in (_MAGIC, _VERSION):
+        if load_pickle(file)[0] != number:
+            raise ValueError(f"it does not begin with the numbers {_MAGIC} and {_VERSION}")
+    load_pickle(file)  # about the machine that wrote it
+    content, dtypes = load_pickle(file)
+    keys, _ = load_pickle(file)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"it must list its storages, got {shorten(keys)}")
+    places: dict[str, Entry] = {}
+    at = file.tell()
+    for key in keys:
+        if key in places or key not in dtypes:
+            raise ValueError(f"it lists the storage {shorten(key)} twice, or without a tensor")
+        file.seek(at)
+        count = file.read(8)
+        at += 8
+        end = at + int.from_bytes(count, "little") * dtypes[key].itemsize
+        if len(count) < 8 or end > size:
+            raise ValueError(f"it is truncated, in its storage {shorten(key)}")
+        places[key] = Entry(at - 8, at, end)
+        at = end
+    if at != size:
+        raise ValueError(f"it has {size - at} bytes left over")
+    return find_tensors(content), places, False
+
+
+def find_tensors(content: Any) -> dict[str, Tensor]:
+    """Returns the dictionary of tensors that a file is or has in it, without what else is there."""
+    if not isinstance(content, dict):
+        raise ValueError("it must hold a dictionary of tensors, such as model.state_dict()")
+    found = {"(the whole)": content, **content}
+    found = {str(key): value for key, value in found.items() if _has_tensors(value)}
+    if len(found) != 1:
+        raise ValueError(
+            "it must hold one dictionary of tensors, such as model.state_dict(), it has "
+            f"{len(found)}{': ' if found else ''}{', '.join(map(shorten, [*found][:5]))}. Save the "
+            "one that you mean alone: torch.save(model.state_dict(), path)"
+        )
+    [names] = found.values()
+    tensors = {name: tensor for name, tensor in names.items() if isinstance(tensor, Tensor)}
+    if not all(isinstance(name, str) for name in tensors):
+        raise ValueError("its tensors must have names")
+    parallel = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if parallel else name: x for name, x in tensors.items()}
+
+
+def _has_tensors(x: Any) -> bool:
+    return isinstance(x, dict) and any(isinstance(value, Tensor) for value in x.values())
+
+
+def _place(path: Path, tensor: Tensor, places: dict[str, Entry], big_endian: bool) -> TorchTensor:
+    """A tensor whose storage has been found, and found to be of the size that it should be."""
+    storage: Storage = tensor.storage
+    if storage.key not in places:
+        raise ValueError(f"the storage {shorten(storage.key)} is missing")
+    begin, end = places[storage.key][1:]
+    width = storage.dtype.itemsize
+    if (storage.start + storage.size) * width > end - begin:
+        raise ValueError(
+            f"the storage {shorten(storage.key)} should have {storage.size} numbers of {width} "
+            f"bytes, it has {end - begin} bytes"
+        )
+    first = begin + storage.start * width + tensor.offset * tensor.dtype.itemsize
+    return TorchTensor(path, tensor.dtype, tensor.shape, tensor.strides, first, big_endian)
+
+
+def _fill(
+    target: np.ndarray, file: BufferedReader, at: int, strides: Sequence[int], path: Path
+) -> None:
+    """Read numbers that begin at the byte `at` and lie `strides` bytes apart along each axis.
+
+    The strides fall. What lies in the file as in the array is read in place, all else in blocks.
+    """
+    width = target.dtype.itemsize
+    row = width + sum((n - 1) * x for n, x in zip(target.shape[1:], strides[1:], strict=True))
+    if target.flags.c_contiguous and tuple(strides) == target.strides:
+        file.seek(at)
+        _read_into(file, target.reshape(-1), path)
+    elif row > _BLOCK:
+        for i, part in enumerate(target):
+            _fill(part, file, at + i * strides[0], strides[1:], path)
+    else:
+        step = max(1, _BLOCK // max(1, strides[0]))
+        for i in range(0, len(target), step):
+            part = target[i : i + step]
+            block = np.empty((len(part) - 1) * strides[0] + row, np.uint8)
+            file.seek(at + i * strides[0])
+            _read_into(file, block, path)
+            part[...] = np.ndarray(part.shape, target.dtype, block, 0, strides)
+
+
+def _read_into(file: BufferedReader, array: np.ndarray, path: Path) -> None:
+    if file.readinto(array.view(np.uint8).data) != array.nbytes:
+        raise ValueError(f"{path} has become shorter since it was opened.")
