@@ -237,9 +237,11 @@ class TransformerLM(eqx.Module):
             max_new_tokens: how many tokens to add.
             end_token: a row ends with this token (one or several ids); None is that of the
                 checkpoint the model came from, `[]` is none.
-            temperature: what logits are divided by before sampling, above 0.
+            temperature: what logits are divided by before sampling, above 0. Near 0 the most
+                probable token is certain; for 0 itself leave out `key`.
             top_k: sample from the k most probable tokens.
-            top_p: sample from the fewest tokens that hold this much probability, in (0, 1].
+            top_p: sample from the fewest tokens that hold this much probability, in (0, 1]. Tokens
+                tied with the last one are kept as well; transformers keeps some of those.
             padding_mask: shape of `prompt`, True where a token is real; padding may be anywhere.
             key: PRNG key to sample with, or one per row; None takes the most probable token.
                 A row's tokens depend on its key (of one key: on `fold_in(key, row)`), never on

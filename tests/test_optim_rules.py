@@ -277,6 +277,28 @@ def test_muon_equals_optax(consistent_rms, scale):
     assert_same(train(ours, names), train(theirs, names, flat=True))
 
 
+def test_nesterov_in_muon_is_torch_s_and_not_optax_s():
+    """What the docstring says of both, by their formulas."""
+    optax = pytest.importorskip("optax", reason="optax is the other rule")
+    gradients = np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
+    weight = {"w": jnp.zeros((6, 5))}
+    ours = Muon(1.0, 0.9, 0.0, scale=lambda inputs, outputs: 1.0)
+    theirs = optax.contrib.muon(1.0, beta=0.9)  # a matrix of 6 inputs and 5 outputs is not scaled
+    our_state, their_state = ours.init(weight), theirs.init(weight)
+    momentum = np.zeros((6, 5))
+    for t, g in enumerate(gradients, start=1):
+        momentum = 0.9 * momentum + 0.1 * g
+        moved, our_state = ours.update({"w": jnp.asarray(g)}, our_state, weight)
+        with jax.numpy_dtype_promotion("standard"):
+            direction, their_state = theirs.update({"w": jnp.asarray(g)}, their_state, weight)
+        plain = 0.9 * momentum + 0.1 * g
+        corrected = 0.9 * momentum / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
+        for wanted, got in ((plain, -moved["w"]), (corrected, -direction["w"])):
+            wanted = orthogonalise(jnp.asarray(wanted, jnp.float32))
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    assert np.abs(moved["w"] - direction["w"]).max() > 1e-2
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (13, 4)])
 def test_orthogonalise_changes_singular_values_alone(shape):
     """Each by the polynomial, computed in float64; and as optax does it."""

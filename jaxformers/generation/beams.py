@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformers.generation.loop import prefill, repeat_while
 from jaxformers.generation.plan import Plan
 
-# What keeps a sequence out of a choice of the best: far below any sum of log-probabilities, and
-# finite, so that sequences kept out for the same reason still have an order.
-OUT = -1.0e9
+# What keeps a sequence out of a choice of the best: far below any sum of log-probabilities, also
+# of logits divided by a low temperature, and below any score that a length penalty makes of one.
+OUT = -1.0e30
 
 
 class Beams(eqx.Module):

@@ -88,7 +88,7 @@ class Constraints(eqx.Module):
         if self.forced_last_token is not None:
             logits = force(logits, self.forced_last_token, history.length == limit - 1)
         if self.logits_fn is not None:
-            logits = self.logits_fn(logits, history.tokens, history.real)
+            logits = self.logits_fn(logits, history.tokens, history.real).astype(jnp.float32)
         return logits
 
     def repeat(self, times: int) -> "Constraints":
@@ -108,8 +108,10 @@ def penalise_repetition(
 
     Keskar et al. 2019 (CTRL), section 4.1.
     """
-    penalty = penalty[:, None]
+    penalty, limits = penalty[:, None], jnp.finfo(logits.dtype)
     lower = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    # Of two infinite logits there would be no difference, and no distribution.
+    lower = jnp.where(jnp.isfinite(logits), jnp.clip(lower, limits.min, limits.max), lower)
     return jnp.where(counts(history, history.real, logits) > 0, lower, logits)
 
 

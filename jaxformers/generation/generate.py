@@ -14,7 +14,7 @@ from jaxformers.cache import SPARE, Cache
 from jaxformers.checks import check_options, check_size, is_known
 from jaxformers.generation.beams import Beams, best_of, run_beams
 from jaxformers.generation.loop import State, advance_stream, run, start_stream
-from jaxformers.generation.plan import ANY, AllOptions, Plan, make_plan
+from jaxformers.generation.plan import AllOptions, Plan, make_plan
 from jaxformers.generation.prompts import (
     Prompt,
     Tokens,
@@ -123,7 +123,8 @@ def generate(
 
 def decode(step: Any, request: Request, options: dict[str, Any]) -> Generation:
     """The loop that the options ask for, and what it found."""
-    beams = read_beams(options, request.prompt.tokens.shape[0])
+    new = request.stop - request.start
+    beams = read_beams(options, request.prompt.tokens.shape[0], new)
     if beams is not None:
         return search(step, request, *beams)
     draft, count = read_draft(step, options, request), read_draft_length(options)
@@ -258,7 +259,9 @@ def generate_from_source(
     return decode(step, prompt, max_length - 1, vocab_size=vocab_size, **rest)
 
 
-def read_beams(options: dict[str, Any], batch_size: int) -> tuple[Beams, int] | None:
+def read_beams(
+    options: dict[str, Any], batch_size: int, max_new_tokens: int
+) -> tuple[Beams, int] | None:
     """How to search and how many sequences to return, or None without beam search."""
     num_beams, count = options.get("num_beams", 1), options.get("num_return_sequences", 1)
     check_size(num_beams=num_beams, num_return_sequences=count)
@@ -279,7 +282,14 @@ def read_beams(options: dict[str, Any], batch_size: int) -> tuple[Beams, int] | 
     early_stopping = options.get("early_stopping", False)
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}.')
-    penalty = per_row("length_penalty", options.get("length_penalty", 1.0), batch_size, *ANY)
+    # Scores are divided by a length to this power, which must not leave what float32 holds.
+    least, most = (power / np.log(max(max_new_tokens, 2)) for power in (-60, 80))
+    range_ = (
+        np.float32,
+        lambda x: (least <= x) & (x <= most),
+        f"a number from {least:.1f} to {most:.1f} where max_new_tokens is {max_new_tokens}",
+    )
+    penalty = per_row("length_penalty", options.get("length_penalty", 1.0), batch_size, *range_)
     return Beams(jnp.asarray(penalty), num_beams, early_stopping), count
 
 

@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
         stop_sequences: token sequences; a row ends once its new tokens end with one of them.
         min_p: sample from tokens at least this times as probable as the likeliest one, in [0, 1].
         typical_p: sample from the tokens whose surprise is nearest to the entropy, this much
-            probability of them, in (0, 1].
+            probability of them, in (0, 1]; those tied with the last one as well, as transformers.
         repetition_penalty: logits of tokens in the row are divided by it if positive, else times
             it; above 1 discourages.
         frequency_penalty: taken off a logit for each time its token was generated.
@@ -149,8 +149,13 @@ POSITIVE = np.float32, lambda x: x > 0, "a number above 0"
 FRACTION = np.float32, lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"
 ANY = np.float32, lambda x: x == x, "a number"
 COUNT = np.int32, lambda x: x >= 1, "an integer of at least 1"
+# The limit of the temperature is no division.
+LIMIT = (
+    " Its limit at 0 is greedy decoding: leave out key, or pass top_k=1 (for some rows of several "
+    "an array, as top_k=[1, 50])."
+)
 SAMPLING = {
-    "temperature": POSITIVE,
+    "temperature": (*POSITIVE, LIMIT),
     "top_k": COUNT,
     "top_p": FRACTION,
     "min_p": (np.float32, lambda x: (x >= 0) & (x <= 1), "a number in [0, 1]"),

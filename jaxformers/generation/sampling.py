@@ -1,8 +1,12 @@
 """From logits to a token: the distribution that is sampled from, and the draw.
 
 The order of the steps and their arithmetic are those of Hugging Face transformers
-(`generation/logits_process.py`), so that the same settings give the same distribution. Every number
+(`generation/logits_process.py`), so that the same settings give the same distribution. Where tokens
+are tied at the border of a cut, what is kept differs: see `cut_top` and `cut_typical`. Every number
 is an array with one entry per row: rows may differ, and a new number compiles nothing.
+
+Tokens are compared by their logits. Probabilities underflow: in float32 all tokens whose logit is
+more than 103 below the highest have the same one, 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +23,11 @@ from jaxformers.checks import check_key, is_known
 Numbers = ArrayLike | Sequence[int] | Sequence[float]
 # One key, or one per row.
 Keys = Key[Array, "..."] | UInt32[Array, "..."]
+
+
+# Below this the likeliest token is certain: one rounding step between two logits, divided by it, is
+# far above any noise. Sums of log-probabilities divided by it are still numbers.
+COLDEST = 1e-25
 
 
 class Warper(eqx.Module):
@@ -38,8 +47,9 @@ class Warper(eqx.Module):
     def __call__(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
         """The logits that are sampled from, -inf for tokens that were cut."""
         keep = min(self.keep, logits.shape[-1])
+        logits = logits.astype(jnp.float32)
         if self.temperature is not None:
-            logits = logits / self.temperature[:, None]
+            logits = divide(logits, self.temperature)
         if self.top_k is not None or self.top_p is not None:
             logits = cut_top(logits, self.top_k, self.top_p, keep)
         if self.min_p is not None:
@@ -47,6 +57,21 @@ class Warper(eqx.Module):
         if self.typical_p is not None:
             logits = cut_typical(logits, self.typical_p, keep)
         return logits
+
+
+def divide(logits: Float[Array, "b v"], temperature: Float[Array, " b"]) -> Float[Array, "b v"]:
+    """The logits divided by the temperature, however near to 0 it is.
+
+    Temperatures below `COLDEST` are taken for it. Where a quotient is beyond float32 nevertheless,
+    the row's highest logit is taken off before the division, which leaves the distribution the
+    same.
+    """
+    warm = jnp.maximum(temperature, COLDEST)[:, None]
+    divided = logits / warm
+    overflows = (jnp.isinf(divided) & jnp.isfinite(logits)).any(-1, keepdims=True)
+    best = logits.max(-1, keepdims=True)
+    below = jnp.where((logits == best) & (best > -jnp.inf), 0.0, logits - best) / warm
+    return jnp.where(overflows, below, divided)
 
 
 def cut_top(
@@ -58,8 +83,11 @@ def cut_top(
     """The `top_k` most probable tokens, of these the fewest that hold `top_p` of the probability.
 
     Fan et al. 2018 and Holtzman et al. 2020. Both cuts are read off one sort, as thresholds: for
-    large vocabularies the sort costs more than everything else here. Tokens tied with the last
-    one kept are kept as well.
+    large vocabularies the sort costs more than everything else here.
+
+    Tokens tied with the last one kept are kept as well. For `top_k` transformers does the same.
+    For `top_p` it keeps as many of the tied ones as are needed, those with the highest ids, so that
+    there a row of equal logits and `top_p` 0.5 leaves half of the tokens, and here all of them.
     """
     v = logits.shape[-1]
     ascending = jnp.sort(logits, axis=-1)
@@ -69,6 +97,7 @@ def cut_top(
         ascending = jnp.where(ascending < lowest, -jnp.inf, ascending)
     if top_p is not None:
         below = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - top_p[:, None]
+        below &= top_p[:, None] < 1  # tokens whose probability underflows are not cut by 1
         ascending = jnp.where(below & (jnp.arange(v) < v - keep), jnp.inf, ascending)
         lowest = ascending.min(-1, keepdims=True)
     return jnp.where(logits < lowest, -jnp.inf, logits)
@@ -78,9 +107,8 @@ def cut_min_p(
     logits: Float[Array, "b v"], min_p: Float[Array, " b"], keep: int = 1
 ) -> Float[Array, "b v"]:
     """The tokens at least `min_p` times as probable as the likeliest one (Nguyen et al. 2024)."""
-    probs = jax.nn.softmax(logits)
-    cut = probs < min_p[:, None] * probs.max(-1, keepdims=True)
-    return jnp.where(cut & ~_best(probs, keep), -jnp.inf, logits)
+    cut = jnp.exp(logits - logits.max(-1, keepdims=True)) < min_p[:, None]
+    return jnp.where(cut & ~_best(logits, keep), -jnp.inf, logits)
 
 
 def cut_typical(
@@ -88,7 +116,8 @@ def cut_typical(
 ) -> Float[Array, "b v"]:
     """The tokens whose surprise is nearest to the entropy, `typical_p` of them by probability.
 
-    Meister et al. 2023, "Locally typical sampling".
+    Meister et al. 2023, "Locally typical sampling". Tokens tied with the last one kept are kept as
+    well, as transformers does; only where `keep` decides (beams), it keeps that many of them.
     """
     log_probs = jax.nn.log_softmax(logits)
     probs = jnp.exp(log_probs)
@@ -100,7 +129,9 @@ def cut_typical(
     mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
     last = (mass < typical_p[:, None]).sum(-1, keepdims=True)
     last = jnp.clip(last, keep - 1, logits.shape[-1] - 1)
-    return jnp.where(distance > jnp.take_along_axis(nearest_first, last, axis=-1), -jnp.inf, logits)
+    cut = distance > jnp.take_along_axis(nearest_first, last, axis=-1)
+    cut &= typical_p[:, None] < 1  # which the sum of the probabilities may reach before its end
+    return jnp.where(cut, -jnp.inf, logits)
 
 
 def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
@@ -147,6 +178,7 @@ def per_row(
     dtype: type,
     inside: Callable[[np.ndarray], np.ndarray],
     wanted: str,
+    advice: str = "",
 ) -> Array | None:
     """An option as an array of one entry per row, checked where it is known; None stays None."""
     if value is None:
@@ -155,12 +187,17 @@ def per_row(
         return jnp.broadcast_to(jnp.asarray(value).astype(dtype), (batch_size,))
     array = np.asarray(value)
     kind = np.integer if dtype is np.int32 else np.number
-    fits = np.issubdtype(array.dtype, kind) and array.shape in ((), (batch_size,))
+    fits = jnp.issubdtype(array.dtype, kind) and array.shape in ((), (batch_size,))
     if not fits or not (np.isfinite(array) & inside(array)).all():
         raise ValueError(
             f"{name} must be {wanted}, or an array of that, one per row, shape ({batch_size},), "
-            f"got {value!r}."
+            f"got {value!r}.{advice}"
         )
-    if dtype is np.int32:  # larger numbers mean the same as the largest
+    # Numbers beyond what the type holds mean the same as the last one that it does.
+    if dtype is np.int32:
         array = np.minimum(array, np.iinfo(np.int32).max)
+    else:
+        wide, limits = array.astype(np.float64), np.finfo(dtype)
+        size = np.clip(np.abs(wide), limits.tiny, limits.max)
+        array = np.where(wide == 0, 0.0, np.sign(wide) * size)
     return jax.device_put(np.broadcast_to(array.astype(dtype), (batch_size,)))

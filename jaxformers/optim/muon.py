@@ -158,7 +158,10 @@ class Muon(Optimizer):
         p <- p - rate (scale(inputs, outputs) orthogonalise(m momentum + (1 - m) g)
                        + weight_decay p)
 
-    as in `torch.optim.Muon`, and in float32 where that computes in bfloat16. Embeddings, the output
+    as in `torch.optim.Muon`, and in float32 where that computes in bfloat16. optax's `muon` differs
+    where `nesterov` is True: in update t (the first is 1) it divides `m momentum` by
+    `1 - m^(t + 1)` and `(1 - m) g` by `1 - m^t`, so that the newest gradient weighs more at first;
+    where it is False, both are the same. Embeddings, the output
     layer, norms and biases are trained by another optimiser. Heads of attention are one matrix
     together; layers and experts are matrices of their own.
 

@@ -1,0 +1,186 @@
+"""From logits to a token where numbers are extreme: nothing underflows, nothing overflows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_generation import KEY, make_lm, prompt_of
+
+from jaxformers import RotaryPositionalEncoding
+from jaxformers.generation.constraints import History, penalise_repetition
+from jaxformers.generation.plan import SAMPLING
+from jaxformers.generation.sampling import Warper, draw, per_row, row_keys
+
+FAR = np.array([[0.0, -200.0, -150.0, -120.0, -300.0]], np.float32)
+
+
+def warp(logits, keep=1, **numbers):
+    """The logits after the steps named, whose numbers are read as those of `generate` are."""
+    logits = jnp.asarray(logits)
+    arrays = {
+        name: per_row(name, number, len(logits), *SAMPLING[name])
+        for name, number in numbers.items()
+    }
+    return np.asarray(Warper(**arrays, keep=keep)(logits))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"min_p": 0.1},
+        {"top_p": 0.9},
+        {"typical_p": 0.9},
+        {"top_k": 1},
+        {"min_p": 1.0, "top_p": 0.5, "temperature": 1e-3},
+        {"min_p": 1e-30, "typical_p": 0.01, "top_k": 1, "temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_what_has_to_be_kept_is_ranked_by_logits(numbers):
+    """All probabilities but one are 0 in float32."""
+    for keep, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (9, [0, 1, 2, 3, 4])):
+        got = warp(FAR, keep, **numbers)
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(got[0])), kept)
+
+
+@pytest.mark.parametrize("name", ["top_p", "typical_p"])
+def test_all_of_the_probability_is_every_token(name):
+    """For some rows, and for all; sums of probabilities reach 1 before the last token."""
+    logits = np.tile(np.r_[FAR[0], np.zeros(5000)], (2, 1)).astype(np.float32)
+    np.testing.assert_array_equal(warp(logits, **{name: 1.0}), logits)
+    got = np.isfinite(warp(logits, **{name: [1.0, 0.3]}))
+    assert got[0].all() and not got[1, :5][np.argmin(FAR)]
+
+
+def test_a_small_min_p_cuts_what_is_less_probable():
+    logits = np.array([[0.0, -60.0, -80.0, -100.0]], np.float32)
+    np.testing.assert_array_equal(np.isfinite(warp(logits, min_p=1e-30)), [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(np.isfinite(warp(logits, min_p=0.0)), [[1, 1, 1, 1]])
+
+
+STEEP = np.array(
+    [
+        [-3.0, 4.9, np.nextafter(np.float32(5), np.float32(4)), 5.0, -np.inf, 0.0],
+        [-9.0, -4.0, -3.0, -5.0, -np.inf, -np.inf],
+        [0.0, 1e30, 3e30, -3e38, 2e30, 2.9e30],
+        [-3.4e38, -1e5, -2e5, -3e5, -np.inf, -1e6],
+    ],
+    np.float32,
+)
+
+
+@pytest.mark.parametrize("temperature", [1e-12, 1e-25, 1e-38, 1e-42, 1e-300, jnp.bfloat16(1e-38)])
+def test_a_temperature_near_0_takes_the_most_probable_token(temperature):
+    for others in ({}, {"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.1, "top_k": 3}):
+        warped = warp(STEEP, temperature=temperature, **others)
+        assert not np.isnan(warped).any()
+        for seed in range(3):
+            tokens = draw(jnp.asarray(warped), row_keys(jax.random.key(seed), 4), jnp.asarray(0))
+            np.testing.assert_array_equal(tokens, [3, 2, 2, 1])
+
+
+def test_each_row_has_its_own_temperature():
+    """A cold row changes nothing in the others, and what is not known yet may be 0."""
+    logits = STEEP[[0, 0, 0]]
+    warped = warp(logits, temperature=[1.0, 1e-38, 2.0])
+    np.testing.assert_array_equal(warped[[0, 2]], logits[[0, 2]] / np.float32([[1], [2]]))
+    assert np.argmax(warped[1]) == 3
+    traced = jax.jit(lambda t: Warper(temperature=t)(jnp.asarray(logits)))
+    np.testing.assert_array_equal(traced(jnp.array([1.0, 0.0, 1e-40])).argmax(-1), [3, 3, 3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_logits_of_16_bits(dtype):
+    logits = jnp.asarray([[1.0, 4.0, 3.0]], dtype)
+    got = warp(logits, temperature=1e-38, top_p=0.9)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(np.isfinite(got), [[0, 1, 0]])
+    np.testing.assert_array_equal(warp(logits, temperature=dtype(0.5)), [[2.0, 8.0, 6.0]])
+
+
+def test_numbers_beyond_float32_mean_the_last_one_within():
+    np.testing.assert_allclose(warp(FAR, temperature=1e300), 0 * FAR, atol=1e-30)
+    np.testing.assert_array_equal(np.isfinite(warp(FAR, top_p=1e-60)), [[1, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("given", [0, 0.0, [0.5, 0.0], -1, np.array([1, np.inf])])
+def test_a_temperature_of_0_says_what_to_do(given):
+    with pytest.raises(ValueError, match="temperature must be a number above 0.*top_k=1"):
+        per_row("temperature", given, 2, *SAMPLING["temperature"])
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e38])
+def test_an_extreme_penalty_gives_numbers(penalty):
+    history = History(jnp.array([[1, 2, 0]]), jnp.array([0]), jnp.asarray(1), jnp.asarray(2))
+    logits = jnp.asarray([[3.0, 4.0, -5.0, -jnp.inf]])
+    got = np.asarray(penalise_repetition(logits, history, jnp.full(1, penalty, jnp.float32)))
+    assert np.isfinite(got[0, :3]).all() and got[0, 3] == -np.inf
+    assert np.argmax(got) == (1 if penalty < 1 else 0)
+
+
+# Beams.
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm(position=RotaryPositionalEncoding())
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-38])
+def test_beams_drawn_at_a_low_temperature_are_those_of_beam_search(lm, temperature):
+    """Sums of log-probabilities that are divided by it lie far below any of plain ones."""
+    search = {"num_beams": 3, "num_return_sequences": 2}
+    wanted = lm.generate(prompt_of(4, 2), 6, **search)
+    got = lm.generate(prompt_of(4, 2), 6, **search, temperature=temperature, key=KEY)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("length_penalty", [-12.0, 20.0])
+def test_sequences_of_one_length_have_one_order_whatever_the_penalty(lm, length_penalty):
+    search = {"num_beams": 3, "num_return_sequences": 2, "return_scores": True}
+    wanted = lm.generate(prompt_of(4, 2), 12, **search, length_penalty=0.0)
+    got = lm.generate(prompt_of(4, 2), 12, **search, length_penalty=length_penalty)
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    scale = np.float64(12) ** length_penalty
+    np.testing.assert_allclose(got.scores, np.asarray(wanted.scores) / scale, rtol=1e-5)
+
+
+def test_a_length_penalty_beyond_float32_is_refused(lm, no_shape_checker):
+    for penalty in (-80.0, 80.0, [1.0, 50.0]):
+        with pytest.raises(ValueError, match="length_penalty must be a number from -24.1 to 32.2"):
+            lm.generate(prompt_of(4, 2), 12, num_beams=2, length_penalty=penalty)
+
+
+# Tokens tied at the border of a cut, where the docs say what holds.
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_ties_as_in_transformers_but_for_top_p(keep):
+    pytest.importorskip("torch", reason="torch is what the cuts are compared with")
+    pytest.importorskip("transformers", reason="transformers is what the cuts are compared with")
+    import torch
+    import transformers.generation.logits_process as hf
+
+    rng = np.random.default_rng(0)
+    cuts = {
+        "top_k": (7, hf.TopKLogitsWarper),
+        "min_p": (0.2, hf.MinPLogitsWarper),
+        "top_p": (0.6, hf.TopPLogitsWarper),
+        "typical_p": (0.6, hf.TypicalLogitsWarper),
+    }
+    logits = rng.integers(-3, 4, (40, 19)).astype(np.float32)
+    logits[:3] = 0  # all tokens are tied
+    for name, (number, make) in cuts.items():
+        cut = make(number, min_tokens_to_keep=keep)
+        wanted = np.isfinite(cut(None, torch.tensor(logits)).numpy())
+        got = np.isfinite(warp(logits, keep, **{name: number}))
+        if name == "top_p":  # all that are tied with one that is kept, and no others
+            lowest = np.where(wanted, logits, np.inf).min(-1, keepdims=True)
+            np.testing.assert_array_equal(got, logits >= lowest)
+            assert (got.sum(-1) > wanted.sum(-1)).any()
+        elif name == "typical_p" and keep > 1:
+            assert (got | ~wanted).all()
+        elif name == "min_p":
+            np.testing.assert_array_equal(got.sum(-1), wanted.sum(-1))
+        else:
+            np.testing.assert_array_equal(got, wanted)
