@@ -1,93 +1,32 @@
 """Objects as JSON and arrays, and back: how a file says what a model is built of.
 
-Nothing that a file names is imported or run. A name in it is looked up among the objects that are
-known here, and objects are put together from their fields without calling `__init__`.
+Nothing that a file names is imported or run. A name in it is looked up in the table of `names`, and
+objects are put together from their fields without calling `__init__`. What an earlier version wrote
+is brought into the form of this one by `migration`.
 """
 
-import dataclasses
 import functools
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformers.checkpoint.migration import (
+    MISSING,
+    REMOVED,
+    check_removed,
+    default_of,
+    rename_fields,
+)
+from jaxformers.checkpoint.names import field_names, is_record, known_objects, public_name
 from jaxformers.hf.json_file import shorten
 from jaxformers.hf.safetensors_file import DTYPES, NAMES
 
-# Modules of ours whose functions only compute: with another module's, a file could name one that
-# writes, for the model to call.
-_FUNCTIONS = (
-    *("activations", "attention", "initializers", "kernels", "losses", "optim"),
-    *("positional_encoding", "schedules"),
-)
-# Of jax.numpy and jax.lax, in which there are functions that read and write files as well.
-_ELEMENTWISE = (
-    *("abs", "arctan", "clip", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "logistic"),
-    *("max", "maximum", "min", "minimum", "negative", "rsqrt", "sign", "sin", "sinc", "sinh"),
-    *("sqrt", "square", "tan", "tanh", "where"),
-)
 _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
-
-
-def known_objects() -> dict[str, Any]:
-    """What files may name, by its name there: of several for one object, the first is written."""
-    found: dict[str, Any] = {}
-    # Lists: another thread may be importing.
-    ours = [name for name in list(sys.modules) if name.partition(".")[0] == "jaxformers"]
-    for name in sorted(ours):
-        for own, x in list(vars(sys.modules[name]).items()):
-            if _is_ours(x):
-                found[f"{name}:{own}"] = x
-    found |= _members("jax.nn", jax.nn, lambda x: callable(x) and not isinstance(x, type))
-    scalars = {name: x for name, x in list(vars(jnp).items()) if name in map(str, DTYPES.values())}
-    found |= {f"jax.numpy:{name}": x for name, x in scalars.items()}
-    for module in (jnp, jax.lax):
-        found |= {
-            f"{module.__name__}:{name}": getattr(module, name)
-            for name in _ELEMENTWISE
-            if hasattr(module, name)
-        }
-    found |= _members("equinox.nn", eqx.nn, is_record)
-    # The identity that ends a multilayer perceptron has no name of its own.
-    last = inspect.signature(eqx.nn.MLP.__init__).parameters["final_activation"].default
-    return found | {"equinox.nn:MLP.final_activation": last}
-
-
-def _members(name: str, module: ModuleType, wanted: Callable[[Any], bool]) -> dict[str, Any]:
-    return {
-        f"{name}:{own}": x
-        for own, x in list(vars(module).items())
-        if not own.startswith("_") and not isinstance(x, ModuleType) and wanted(x)
-    }
-
-
-def _is_ours(x: Any) -> bool:
-    package, _, module = (getattr(x, "__module__", None) or "").partition(".")
-    top = module.partition(".")[0]
-    if package != "jaxformers" or top in ("data", "generation", "hf"):  # no parts of a model
-        return False
-    return is_record(x) or inspect.isfunction(x) and top in _FUNCTIONS
-
-
-def is_record(x: Any) -> bool:
-    """Whether it is a class whose objects are their fields: a module, dataclass or NamedTuple."""
-    if not isinstance(x, type):
-        return False
-    return dataclasses.is_dataclass(x) or issubclass(x, tuple) and hasattr(x, "_fields")
-
-
-def field_names(x: Any) -> tuple[str, ...]:
-    """The fields of a record, or of its objects."""
-    return getattr(x, "_fields", None) or tuple(
-        field.name for field in (dataclasses.fields(x) if dataclasses.is_dataclass(x) else ())
-    )
 
 
 class Encoder:
@@ -292,16 +231,10 @@ class Decoder:
         cls = self._find(name, path)
         if not is_record(cls):
             raise ValueError(f"{_at(path)}: {name} is no class of modules or of fields alone.")
-        names = set(field_names(cls))
-        missing, surplus = sorted(names - fields.keys()), sorted(fields.keys() - names)
-        if missing or surplus:
-            raise ValueError(
-                f"{_at(path)} is a {name}, which has other fields here than in the file: missing "
-                f"there {', '.join(missing) or 'none'}; not known here "
-                f"{', '.join(map(shorten, surplus)) or 'none'}. The file is of another version: "
-                "load it with that one."
-            )
-        values = {k: self.decode(v, _join(path, k)) for k, v in fields.items()}
+        owner = public_name(name) if self._objects.get(public_name(name)) is cls else None
+        if owner is not None:
+            rename_fields(owner, fields)
+        values = self._fields(name, owner, cls, fields, path)
         if issubclass(cls, tuple):
             return tuple.__new__(cls, [values[k] for k in field_names(cls)])
         try:
@@ -312,10 +245,37 @@ class Decoder:
             object.__setattr__(made, k, value)
         return made
 
+    def _fields(
+        self, name: str, owner: str | None, cls: type, fields: dict, path: str
+    ) -> dict[str, Any]:
+        """Returns the value of each field of a record, whichever version wrote it."""
+        own = field_names(cls)
+        gone = REMOVED.get(owner or "", {})
+        new = {k: default_of(owner, cls, k) for k in own if k not in fields}
+        missing = sorted(k for k, value in new.items() if value is MISSING)
+        surplus = sorted(fields.keys() - set(own) - gone.keys())
+        if missing or surplus:
+            raise ValueError(
+                f"{_at(path)} is a {name}, which has other fields here than in the file: missing "
+                f"there {', '.join(missing) or 'none'}; not known here "
+                f"{', '.join(map(shorten, surplus)) or 'none'}. The file is of another version: "
+                "load it with that one."
+            )
+        values = {k: self.decode(v, _join(path, k)) for k, v in fields.items()}
+        for k in values.keys() - set(own):
+            check_removed(values[k], gone[k], f"the field {k} of the {name} at {_at(path)}")
+        return {k: values[k] if k in values else new[k] for k in own}
+
     def _find(self, name: str, path: str) -> Any:
-        if name in self._objects:
-            return self._objects[name]
+        known = self._objects.get(public_name(name))
+        if known is not None:
+            return known
         given = self._given.get(name.partition(":")[2])
+        if given is None and ":" not in name:
+            raise ValueError(
+                f"{_at(path)} is or is made of {shorten(name)}, which is not looked for: this "
+                "version of jaxformers has no such name. The file may be of a newer one."
+            )
         if given is None:
             raise ValueError(
                 f"{_at(path)} is or is made of {shorten(name)}, which is not looked for, since a "

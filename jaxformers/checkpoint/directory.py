@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jaxformers.checkpoint.migration import check_removed, match
 from jaxformers.checkpoint.model_file import check_path, read_object, write_object
 from jaxformers.checkpoint.training_state import (
     Tree,
@@ -161,6 +162,7 @@ class Checkpoints:
                 self._broken.add(step)
                 warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
                 continue
+            leaves = _current(leaves, like, str(self._path(step)))
             check_alike(describe(leaves), like, str(self._path(step)))
             return replaced(like, leaves), step
         if steps:
@@ -183,6 +185,14 @@ def _leaves(path: Path, saved: Any, step: int) -> dict[str, Any]:
     ):
         raise ValueError(f"{path} holds no state of a training at step {step}.")
     return saved["leaves"]
+
+
+def _current(leaves: dict[str, Any], like: Any, where: str) -> dict[str, Any]:
+    """Returns what any version saved by the paths that a skeleton has now."""
+    found = match(leaves, like)
+    for path, neutral in found.removed.items():
+        check_removed(leaves[path], neutral, f"{path} in {where}")
+    return found.renamed(leaves) | found.added
 
 
 def _clean(directory: Path) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxformers.checkpoint.migration import Match, check_removed, match
 from jaxformers.checkpoint.model_file import check_path
 from jaxformers.checkpoint.training_state import (
     HostKey,
@@ -131,17 +132,20 @@ class OrbaxCheckpoints:
         self.wait()
         steps = self.steps()
         leaves = named_leaves(like)
-        targets = {path: _target(x) for path, x in leaves.items() if _has_numbers(x)}
-        args = self._orbax.args
         for step in reversed(steps):
-            rest = self._read(step, "rest", args.JsonRestore())
+            rest = self._read(step, "rest", self._orbax.args.JsonRestore())
             if rest is None:
                 continue
-            check_alike(rest["described"], like, f"step {step} in {self.directory}")
-            arrays = self._read(step, "arrays", args.StandardRestore(targets))
+            where = f"step {step} in {self.directory}"
+            fit = match(rest["described"], like)
+            check_alike(fit.renamed(rest["described"]) | describe(fit.added), like, where)
+            arrays = self._read_arrays(step, rest["described"], fit, leaves)
             if arrays is None:
                 continue
-            found = rest["numbers"] | arrays
+            saved = rest["numbers"] | arrays
+            for path, neutral in fit.removed.items():
+                check_removed(saved.get(path, neutral), neutral, f"{path} in {where}")
+            found = fit.renamed(saved) | fit.added
             values = {path: _value(x, found.get(path)) for path, x in leaves.items()}
             if jax.process_count() > 1:
                 multihost_utils.assert_equal(step, "hosts restored different steps")
@@ -152,6 +156,17 @@ class OrbaxCheckpoints:
                 "none can be read. Delete them to begin anew."
             )
         return None
+
+    def _read_arrays(
+        self, step: int, described: dict[str, str], fit: Match, leaves: dict[str, Any]
+    ) -> Any:
+        """The arrays of a checkpoint by the paths that they were saved with, spread as wanted."""
+        targets = {}
+        for path, text in described.items():
+            like = leaves.get(fit.current.get(path, path), _described(text))
+            if _has_numbers(like):
+                targets[path] = _target(like)
+        return self._read(step, "arrays", self._orbax.args.StandardRestore(targets))
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         """A part of a checkpoint; None after a warning if it cannot be read."""
@@ -172,6 +187,17 @@ def _is_key(x: Any) -> bool:
 
 def _has_numbers(x: Any) -> bool:
     return hasattr(x, "dtype") and x.size > 0  # orbax keeps no empty arrays
+
+
+def _described(text: str) -> Any:
+    """Returns the shape that `describe` has in words, such as "float32 (3, 5)"; None of numbers."""
+    kind, _, shape = text.partition(" ")
+    if not shape:
+        return None
+    sizes = tuple(int(size) for size in shape.strip("()").split(",") if size.strip())
+    keys = (jax.random.key(0, impl=name).dtype for name in ("threefry2x32", "rbg", "unsafe_rbg"))
+    dtype = next((key for key in keys if str(key) == kind), None)
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(kind) if dtype is None else dtype)
 
 
 def _stored(x: Any) -> Any:

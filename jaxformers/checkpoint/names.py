@@ -1,0 +1,254 @@
+"""What files name: every object that a file may hold has one public name, which never changes.
+
+A class or function may move to another module and be called otherwise in Python; its name in files
+stays. Objects of other packages are named by module and name, as in `jax.nn:gelu`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jaxformers import (
+    activations,
+    attention,
+    cache,
+    decoder,
+    embedding,
+    encoder,
+    heads,
+    initializers,
+    layer_stack,
+    layers,
+    losses,
+    masks,
+    mixture_of_experts,
+    norms,
+    optim,
+    origin,
+    output,
+    positional_encoding,
+    rotary_scaling,
+    schedules,
+    training,
+    transformer,
+    transformer_encoder,
+    transformer_lm,
+)
+from jaxformers.checkpoint import training_state
+from jaxformers.hf.safetensors_file import DTYPES
+from jaxformers.kernels import blockwise, choice, flash, plain
+from jaxformers.optim import adafactor, averaged, leafwise, optimizer
+from jaxformers.training import loop, step
+
+# A new class or function that a model, an optimizer or a state of a training may hold gets a line
+# here. A line's object may change, its name may not. Functions only compute: one that writes, a
+# file could have the model call.
+OURS: dict[str, Any] = {
+    # Models.
+    "TransformerLM": transformer_lm.TransformerLM,
+    "Transformer": transformer.Transformer,
+    "TransformerEncoder": transformer_encoder.TransformerEncoder,
+    "Origin": origin.Origin,
+    "SpecialTokens": origin.SpecialTokens,
+    # Their parts.
+    "Encoder": encoder.Encoder,
+    "EncoderLayer": encoder.EncoderLayer,
+    "Decoder": decoder.Decoder,
+    "DecoderLayer": decoder.DecoderLayer,
+    "ScannedLayers": layer_stack.ScannedLayers,
+    "Rematerialization": layer_stack.Rematerialisation,
+    "TokenEmbedding": embedding.TokenEmbedding,
+    "TransformerEmbedding": embedding.TransformerEmbedding,
+    "OutputLayer": output.OutputLayer,
+    "Classifier": heads.Classifier,
+    "MultiHeadAttention": attention.MultiHeadAttention,
+    "Residual": layers.Residual,
+    "FeedForward": layers.FeedForward,
+    "GatedFeedForward": layers.GatedFeedForward,
+    "MixtureOfExperts": mixture_of_experts.MixtureOfExperts,
+    "Dense": layers.Dense,
+    "Function": layers.Function,
+    "LayerNorm": norms.LayerNorm,
+    "RMSNorm": norms.RMSNorm,
+    "PerHeadNorm": norms.PerHeadNorm,
+    "AllHeadsNorm": norms.AllHeadsNorm,
+    # Positions.
+    "SinusoidalPositionalEncoding": positional_encoding.SinusoidalPositionalEncoding,
+    "LearnablePositionalEncoding": positional_encoding.LearnablePositionalEncoding,
+    "RotaryPositionalEncoding": positional_encoding.RotaryPositionalEncoding,
+    "ALiBi": positional_encoding.ALiBi,
+    "T5PositionBias": positional_encoding.T5PositionBias,
+    "LinearScaling": rotary_scaling.LinearScaling,
+    "ProportionalScaling": rotary_scaling.ProportionalScaling,
+    "Llama3Scaling": rotary_scaling.Llama3Scaling,
+    "YarnScaling": rotary_scaling.YarnScaling,
+    "DynamicScaling": rotary_scaling.DynamicScaling,
+    "LongScaling": rotary_scaling.LongScaling,
+    "sinusoid": positional_encoding.sinusoid,
+    "positional_encoding": positional_encoding.positional_encoding,
+    "alibi_slopes": positional_encoding.alibi_slopes,
+    "t5_buckets": positional_encoding.t5_buckets,
+    # Masks and caches.
+    "AttentionMask": masks.AttentionMask,
+    "KV": attention.KV,
+    "Cache": cache.Cache,
+    "LayerCache": cache.LayerCache,
+    # Activations.
+    "relu": activations.relu,
+    "relu_squared": activations.relu_squared,
+    "silu": activations.silu,
+    "gelu": activations.gelu,
+    "gelu_tanh": activations.gelu_tanh,
+    "quick_gelu": activations.quick_gelu,
+    "tanh": activations.tanh,
+    # Kernels of attention.
+    "fast_attention": choice.fast_attention,
+    "dot_product_attention": plain.dot_product_attention,
+    "blockwise_attention": blockwise.blockwise_attention,
+    "flash_attention": flash.flash_attention,
+    "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "attention_scores": plain.attention_scores,
+    "attention_weights": plain.attention_weights,
+    "choose_attention": choice.choose_attention,
+    "Choice": choice.Choice,
+    "Blocks": flash.Blocks,
+    # Initializers and losses.
+    "xavier_uniform": initializers.xavier_uniform,
+    "normal": initializers.normal,
+    "depth_scaled": initializers.depth_scaled,
+    "cross_entropy": losses.cross_entropy,
+    "chunked_cross_entropy": losses.chunked_cross_entropy,
+    # Optimizers, what they are given, and their states.
+    "Optimizer": optimizer.Optimizer,
+    "LeafwiseOptimizer": leafwise.LeafwiseOptimizer,
+    "AdamW": optim.AdamW,
+    "Lion": optim.Lion,
+    "Adafactor": optim.Adafactor,
+    "Muon": optim.Muon,
+    "OrthogonalMomentum": optim.OrthogonalMomentum,
+    "Groups": optim.Groups,
+    "Averaged": optim.Averaged,
+    "Optax": optimizer._Optax,
+    "as_optimizer": optim.as_optimizer,
+    "freeze": optim.freeze,
+    "State": leafwise.State,
+    "AveragedState": averaged.AveragedState,
+    "Layout": optim.Layout,
+    "default_layout": optim.default_layout,
+    "default_decay_mask": optim.default_decay_mask,
+    "is_hidden_matrix": optim.is_hidden_matrix,
+    "match_adamw": optim.match_adamw,
+    "match_width": optim.match_width,
+    "global_norm": optim.global_norm,
+    "clip_by_global_norm": optim.clip_by_global_norm,
+    # Schedules, and the formulas that they hold.
+    "Schedule": schedules.Schedule,
+    "warmup_cosine": schedules.warmup_cosine,
+    "warmup_linear": schedules.warmup_linear,
+    "warmup_stable_decay": schedules.warmup_stable_decay,
+    "inverse_square_root": schedules.inverse_square_root,
+    "relative_step": optim.relative_step,
+    "schedules.constant": schedules.constant,
+    "schedules.linear": schedules.linear,
+    "schedules.cosine": schedules.cosine,
+    "schedules.join": schedules.join,
+    "formulas.ramp": schedules._ramp,
+    "formulas.cosine_ramp": schedules._cosine_ramp,
+    "formulas.inverse_root": schedules._inverse_root,
+    "formulas.joined": schedules._joined,
+    "formulas.relative_step": adafactor._relative_step,
+    # States of a training.
+    "Training": training.Training,
+    "BadSteps": training.BadSteps,
+    "Guard": step.Guard,
+    "Gradients": step.Gradients,
+    "Report": loop.Report,
+    "HostKey": training_state.HostKey,
+}
+
+# Files that are older than these names have the module in which Python found an object, and its
+# name there. Where that name is the one above, it needs no line.
+OLDER: dict[str, str] = {
+    "Rematerialisation": "Rematerialization",
+    "_Optax": "Optax",
+    "jaxformers.schedules:constant": "schedules.constant",
+    "jaxformers.schedules:linear": "schedules.linear",
+    "jaxformers.schedules:cosine": "schedules.cosine",
+    "jaxformers.schedules:join": "schedules.join",
+    "jaxformers.schedules:_ramp": "formulas.ramp",
+    "jaxformers.schedules:_cosine_ramp": "formulas.cosine_ramp",
+    "jaxformers.schedules:_inverse_root": "formulas.inverse_root",
+    "jaxformers.schedules:_joined": "formulas.joined",
+    "jaxformers.optim.adafactor:_relative_step": "formulas.relative_step",
+}
+
+# Of jax.numpy and jax.lax, in which there are functions that read and write files as well.
+_ELEMENTWISE = (
+    *("abs", "arctan", "clip", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "logistic"),
+    *("max", "maximum", "min", "minimum", "negative", "rsqrt", "sign", "sin", "sinc", "sinh"),
+    *("sqrt", "square", "tan", "tanh", "where"),
+)
+
+
+def known_objects() -> dict[str, Any]:
+    """Returns what files may name, by its name there; of several, the first is written."""
+    return OURS | _theirs()
+
+
+def public_name(name: str) -> str:
+    """Returns the name that an object has now, by one that it has in a file of any version."""
+    module, _, own = name.partition(":")
+    if module.partition(".")[0] != "jaxformers":
+        return name
+    current = OLDER.get(name, OLDER.get(own, own))
+    return current if current in OURS else name
+
+
+@functools.cache
+def _theirs() -> dict[str, Any]:
+    """Returns what files may name of other packages."""
+    found = _members("jax.nn", jax.nn, lambda x: callable(x) and not isinstance(x, type))
+    scalars = {name: x for name, x in list(vars(jnp).items()) if name in map(str, DTYPES.values())}
+    found |= {f"jax.numpy:{name}": x for name, x in scalars.items()}
+    for module in (jnp, jax.lax):
+        found |= {
+            f"{module.__name__}:{name}": getattr(module, name)
+            for name in _ELEMENTWISE
+            if hasattr(module, name)
+        }
+    found |= _members("equinox.nn", eqx.nn, is_record)
+    # The identity that ends a multilayer perceptron has no name of its own.
+    last = inspect.signature(eqx.nn.MLP.__init__).parameters["final_activation"].default
+    return found | {"equinox.nn:MLP.final_activation": last}
+
+
+def is_record(x: Any) -> bool:
+    """Returns whether it is a class whose objects are their fields.
+
+    Modules, dataclasses and NamedTuples are.
+    """
+    if not isinstance(x, type):
+        return False
+    return dataclasses.is_dataclass(x) or issubclass(x, tuple) and hasattr(x, "_fields")
+
+
+def field_names(x: Any) -> tuple[str, ...]:
+    """Returns the fields of a record, or of its objects."""
+    return getattr(x, "_fields", None) or tuple(
+        field.name for field in (dataclasses.fields(x) if dataclasses.is_dataclass(x) else ())
+    )
+
+
+def _members(name: str, module: ModuleType, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    return {
+        f"{name}:{own}": x
+        for own, x in list(vars(module).items())
+        if not own.startswith("_") and not isinstance(x, ModuleType) and wanted(x)
+    }
