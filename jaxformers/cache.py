@@ -1,5 +1,6 @@
 """The cache: what a decoder remembers of the tokens it has seen."""
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,21 +31,23 @@ class LayerCache(NamedTuple):
 
 
 class Cache(eqx.Module):
-    """Keys and values of the tokens decoded so far; it goes into `forward` and comes out extended.
+    """The tokens decoded so far with their keys and values; `forward` takes it and extends it.
 
     All layers share the slots: the next token of every sequence is written to slot `length`.
     Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
     padding, so that nobody attends to it. (Layers with a sliding window keep their own slots.)
+    `tokens` are the ids, which mean nothing where the position is -1.
 
     Example:
         >>> cache = model.init_cache(batch_size=1, slots=8)
         >>> hidden, cache = model.forward(jnp.array([[1, 2, 3]]), cache=cache)
         >>> hidden, cache = model.forward(jnp.array([[4]]), cache=cache)
-        >>> print(cache.length, cache.positions)
-        4 [[ 0  1  2  3 -1 -1 -1 -1]]
+        >>> print(cache.length, cache.positions, cache.tokens)
+        4 [[ 0  1  2  3 -1 -1 -1 -1]] [[1 2 3 4 0 0 0 0]]
     """
 
     layers: tuple[LayerCache, ...]
+    tokens: Int[Array, "b s"]
     positions: Int[Array, "b s"]
     length: Int[Array, ""]
 
@@ -57,8 +60,12 @@ class Cache(eqx.Module):
         """How many real tokens each sequence has so far, which is its next position."""
         return jnp.max(self.positions, axis=1) + 1
 
-    def extend(self, positions: Int[Array, "b t"]) -> "Cache":
-        """The cache with the positions of t more tokens; layers write theirs with `remember`.
+    def extend(
+        self, positions: Int[Array, "b t"], tokens: Int[Array, "b t"] | None = None
+    ) -> "Cache":
+        """The cache with t more tokens and their positions; layers write theirs with `remember`.
+
+        A decoder that is used without a model knows no ids, and writes none.
 
         Raises:
             ValueError: if fewer than t slots are left (JAX would overwrite the last ones).
@@ -69,8 +76,12 @@ class Cache(eqx.Module):
                 f"the cache has {self.slots} slots, {int(self.length)} of them in use, and cannot "
                 f"take {t} more tokens. Make it with more slots."
             )
-        written = lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
-        return type(self)(self.layers, written, self.length + t)
+        tokens = jnp.zeros_like(positions) if tokens is None else tokens
+        kept_tokens, kept_positions = (
+            lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
+            for old, new in ((self.tokens, tokens), (self.positions, positions))
+        )
+        return Cache(self.layers, kept_tokens, kept_positions, self.length + t)
 
     def rewind(self, columns: Int[Array, ""]) -> "Cache":
         """The cache without its last `columns` slots (at most `SPARE` of them real tokens)."""
@@ -84,7 +95,8 @@ class Cache(eqx.Module):
             positions = jnp.where(layer.positions < counts, layer.positions, -1)
             return layer._replace(positions=positions)
 
-        return Cache(tuple(map(forget, self.layers)), kept, length)
+        layers = tuple(map(forget, self.layers))
+        return dataclasses.replace(self, layers=layers, positions=kept, length=length)
 
     def resize(self, slots: int) -> "Cache":
         """The cache with `slots` slots: more, or fewer if those are not in use."""
@@ -97,16 +109,21 @@ class Cache(eqx.Module):
             own = (lax.pad(x, jnp.zeros((), x.dtype), width) for x in layer.own)
             return layer._replace(own=KV(*own))
 
-        positions = lax.pad(self.positions, jnp.int32(-1), ((0, 0, 0), (0, more, 0)))
-        return Cache(tuple(map(resize, self.layers)), positions, self.length)
+        width = ((0, 0, 0), (0, more, 0))
+        return dataclasses.replace(
+            self,
+            layers=tuple(map(resize, self.layers)),
+            tokens=lax.pad(self.tokens, jnp.int32(0), width),
+            positions=lax.pad(self.positions, jnp.int32(-1), width),
+        )
 
     def take(self, rows: Int[Array, " r"]) -> "Cache":
         """The cache with the rows that `rows` names, in place of rows with the same source."""
         # The source's keys and values, which can be most of the cache, stay where they are.
         own = [layer._replace(cross=None) for layer in self.layers]
-        own, positions = jax.tree.map(lambda x: x[rows], (own, self.positions))
+        own, tokens, positions = jax.tree.map(lambda x: x[rows], (own, self.tokens, self.positions))
         layers = [new._replace(cross=old.cross) for new, old in zip(own, self.layers, strict=True)]
-        return Cache(tuple(layers), positions, self.length)
+        return Cache(tuple(layers), tokens, positions, self.length)
 
 
 def empty_layer(

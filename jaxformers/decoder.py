@@ -1,5 +1,6 @@
 """The decoder, with or without cross-attention."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Unpack
 
@@ -243,18 +244,20 @@ class Decoder(eqx.Module):
         cross_mask: AttentionMask,
         key: PRNGKeyArray | None = None,
         cache: Cache | None = None,
+        tokens: Int[Array, "*b t"] | None = None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         """The one body for training, prefill and decoding: a cache goes in and comes out.
 
         With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
         given, and the encoder's output is not needed: its keys and values are in the cache.
+        `tokens` are the ids that `x` was made from, which only the cache keeps.
         """
         mask = mask.biased_by(self.score_bias)
         slot: Int[Array, ""] | int = 0
         caches: tuple[LayerCache, ...] | None = None
         if cache is not None:
             slot, caches = cache.length, cache.layers
-            cache = cache.extend(mask.query_positions(x.shape[-2]))
+            cache = cache.extend(mask.query_positions(x.shape[-2]), tokens)
             mask = mask.replace(k_positions=cache.positions)
 
         def step(layer, x, key, layer_cache):
@@ -263,7 +266,7 @@ class Decoder(eqx.Module):
         x, written = run_layers(self.layers, step, x, key, caches, self.rematerialisation)
         x = x if self.norm is None else self.norm(x)
         if cache is not None and written is not None:
-            cache = Cache(written, cache.positions, cache.length)
+            cache = dataclasses.replace(cache, layers=written)
         return x, cache
 
     def init_cache(
@@ -287,5 +290,9 @@ class Decoder(eqx.Module):
             cache = empty_layer(*sizes, heads.wk.dtype, heads.window)
             return cache._replace(cross=layer.project_cross(encoder_output))
 
-        positions = jnp.full((batch_size, slots), -1, jnp.int32)
-        return Cache(tuple(map(empty, self.layers)), positions, jnp.zeros((), jnp.int32))
+        return Cache(
+            layers=tuple(map(empty, self.layers)),
+            tokens=jnp.zeros((batch_size, slots), jnp.int32),
+            positions=jnp.full((batch_size, slots), -1, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )

@@ -293,7 +293,7 @@ class Transformer(eqx.Module):
         embedding_key, decoder_key = split_key(key, 2)
         x = self.tgt_embedding(tgt, embedding_key, positions=mask.q_positions)
         mask = mask.replace(causal=True)
-        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache)
+        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tgt)
 
     def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Logits from hidden states."""

@@ -172,7 +172,7 @@ class TransformerLM(eqx.Module):
         mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)
         embedding_key, decoder_key = split_key(key, 2)
         x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
-        return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache)
+        return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
 
     def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Logits from hidden states."""

@@ -2,7 +2,8 @@
 
 It is handed an adapter (`steps.py`) and knows no model. Rows of different length are moved to the
 right, so that in every row the prompt's last token stands in column `start - 1` and new ones from
-column `start` on. Each column of the tokens takes one of the cache.
+column `start` on. Each column of the tokens takes one of the cache. Where a cache is continued, the
+tokens that it holds come before the prompt's.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformers.cache import Cache
 from jaxformers.generation.plan import Plan
 
 # A long prompt goes through the model in so many columns at a time, so that its activations take
@@ -44,17 +46,24 @@ def prefill(
 ) -> tuple[State, Float[Array, "b v"]]:
     """The state with the prompt in it, and the logits of the first new token."""
     b, t = tokens.shape
-    tokens, real = to_the_right(plan, tokens, real)
-    fresh = cache is None
-    if fresh:  # the prompt need not attend to slots that are still empty
+    if cache is None:  # the prompt need not attend to slots that are still empty
+        tokens, real = to_the_right(tokens, real, plan.start, plan.pad_token)
         cache = step.resize(step.start(b, slots), t)
-    last, cache = read(step, plan, tokens, real, cache)
-    cache = step.resize(cache, slots) if fresh else cache
-    filling = jnp.broadcast_to(plan.pad_token, (b, slots))
+        last, cache = read(step, tokens, real, plan.start, cache)
+        cache = step.resize(cache, slots)
+        filling = jnp.broadcast_to(plan.pad_token, (b, slots))
+        row = lax.dynamic_update_slice(filling, tokens, (0, 0))
+    else:
+        row, row_real = append(step.held(cache), tokens, real)
+        columns = plan.start - step.held(cache).length
+        last, cache = read(
+            step, *to_the_right(tokens, real, columns, plan.pad_token), columns, cache
+        )
+        row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
     none = jnp.zeros(b, jnp.bool_)
     state = State(
-        tokens=lax.dynamic_update_slice(filling, tokens, (0, 0)),
-        log_probs=jnp.zeros((b, slots), jnp.float32),
+        tokens=row,
+        log_probs=jnp.zeros(row.shape, jnp.float32),
         length=plan.start,
         first=jnp.argmax(real, axis=1).astype(jnp.int32),
         done=none,
@@ -65,18 +74,33 @@ def prefill(
     return state, step.project(last)[:, 0]
 
 
+def append(
+    held: Cache, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
+) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+    """The tokens that a cache holds with these after them, in its slots, and which are real."""
+    row, row_real = (
+        lax.dynamic_update_slice_in_dim(old, new, held.length, axis=1)
+        for old, new in ((held.tokens, tokens), (held.positions >= 0, real))
+    )
+    return row, row_real
+
+
 def read(
-    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], cache: Any
+    step: Any,
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    columns: Int[Array, ""],
+    cache: Any,
 ) -> tuple[Float[Array, "b 1 d"], Any]:
-    """The hidden state of the prompt's last column, and the cache with the prompt."""
+    """The hidden state of the prompt's last column, and the cache with its first `columns`."""
     t = tokens.shape[1]
 
     def chunk(begin: Any, size: int, cache: Any) -> tuple[Any, Any, Any]:
         """Where the next chunk begins, the hidden state of the prompt's last column, the cache."""
-        columns = (lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (tokens, real))
-        hidden, cache = step(*columns, cache)
+        parts = (lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (tokens, real))
+        hidden, cache = step(*parts, cache)
         # A chunk in the middle of the prompt gives its own last column, which nobody reads.
-        last = jnp.clip(plan.start - 1 - begin, 0, size - 1)
+        last = jnp.clip(columns - 1 - begin, 0, size - 1)
         last = lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
         return jnp.asarray(begin + size), last, cache
 
@@ -85,23 +109,26 @@ def read(
     state = chunk(0, t % size or min(t, size), cache)
     if t > size:  # all others have one size, and so one body
         state = repeat_while(
-            lambda state: state[0] < plan.start,
+            lambda state: state[0] < columns,
             lambda state: chunk(state[0], CHUNK, state[2]),
             state,
         )
     end, last, cache = state
     # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
-    return last, step.rewind(cache, end - plan.start)
+    return last, step.rewind(cache, end - columns)
 
 
 def to_the_right(
-    plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    columns: Int[Array, ""],
+    pad_token: Int[Array, ""],
 ) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
-    """Each row's tokens moved together to the end of the prompt's columns, filling before them."""
-    beyond = jnp.arange(tokens.shape[1]) >= plan.start
+    """Each row's tokens moved together to the end of the first `columns`, filling before them."""
+    beyond = jnp.arange(tokens.shape[1]) >= columns
     order = jnp.argsort(jnp.where(beyond, 2, real.astype(jnp.int32)), axis=1, stable=True)
     tokens, real = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, real))
-    return jnp.where(real, tokens, plan.pad_token), real
+    return jnp.where(real, tokens, pad_token), real
 
 
 def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
@@ -176,13 +203,24 @@ def run(
     cache: Any = None,
     keep_cache: bool = False,
 ) -> State:
-    """The whole of decoding in one program; the cache that remains is given if it is to be kept."""
+    """The whole of decoding in one program; the cache that remains is given if it is to be kept.
+
+    The tokens that a given cache holds are no part of the result.
+    """
+    begin = None if cache is None else step.held(cache).length
+    plan = plan if begin is None else plan.after(begin)
     state = emit(plan, *prefill(step, plan, tokens, real, slots, cache))
     state = repeat_while(
         lambda state: unfinished(plan, state), lambda state: advance(step, plan, state), state
     )
     # New columns that no row got to stay what they began as, the filling.
-    return feed(step, plan, state)[0] if keep_cache else state._replace(cache=None)
+    state = feed(step, plan, state)[0] if keep_cache else state._replace(cache=None)
+    if begin is None:
+        return state
+    tokens, log_probs = (
+        lax.dynamic_slice_in_dim(x, begin, slots, axis=1) for x in (state.tokens, state.log_probs)
+    )
+    return state._replace(tokens=tokens, log_probs=log_probs)
 
 
 @eqx.filter_jit

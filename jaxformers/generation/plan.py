@@ -55,7 +55,10 @@ class Options(TypedDict, total=False):
             before; this is the largest n tried.
         draft_length: how many tokens are guessed at a time; default 4.
         return_scores: True returns a `Generation` with log-probabilities beside the tokens.
-        cache: the `cache` of an earlier `Generation`: the prompt continues those rows.
+        cache: the `cache` of an earlier `Generation`, or of `model.forward`: the prompt continues
+            those rows. The new tokens are those for the prompt with the cache's tokens before it:
+            penalties, bans and `logits_fn` see them all, while "generated" and "new" mean the
+            tokens of this call.
         return_cache: True returns a `Generation` with the cache, to be continued by a later call.
     """
 
@@ -132,6 +135,10 @@ class Plan(eqx.Module):
             new = history._replace(first=jnp.maximum(history.first, self.start))
             ends = ends | new.ends_with(self.stop_sequences).any(-1)
         return ends
+
+    def after(self, columns: Int[Array, ""]) -> "Plan":
+        """The same for tokens that follow so many columns."""
+        return dataclasses.replace(self, start=self.start + columns, limit=self.limit + columns)
 
     def repeat(self, times: int) -> "Plan":
         """The same for each row `times` times over; keys stay one per row."""

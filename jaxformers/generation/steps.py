@@ -1,8 +1,8 @@
 """How the decoding loop drives a model: one small adapter per shape of model.
 
-The loop (`generation.py`) knows no model. It asks an adapter for an empty cache, hands it tokens,
-and gets hidden states and the longer cache back. A cache is any pytree whose arrays, where they
-have axes, have the rows as the first one.
+The loop (`loop.py`) knows no model. It asks an adapter for an empty cache, hands it tokens, and
+gets hidden states and the longer cache back. A cache is any pytree whose arrays, where they have
+axes, have the rows as the first one; `held` gives the `Cache` in it, which knows its tokens.
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +38,10 @@ class LMStep(eqx.Module):
         """An empty cache of `slots` columns."""
         # Not the model's own init_cache: columns of padding do not count against its context.
         return self.model.decoder.init_cache(batch_size, slots)
+
+    def held(self, cache: Cache) -> Cache:
+        """What the cache holds of the tokens so far."""
+        return cache
 
     def __call__(
         self, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], cache: Cache
@@ -102,6 +106,10 @@ class Seq2SeqStep(eqx.Module):
         memory = self.model.encode(self.src, src_padding_mask=self.src_padding_mask)
         target = self.model.decoder.init_cache(batch_size, slots, memory)
         return Seq2SeqCache(target, self.src_padding_mask)
+
+    def held(self, cache: Seq2SeqCache) -> Cache:
+        """What the cache holds of the target's tokens so far."""
+        return cache.target
 
     def __call__(
         self, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], cache: Seq2SeqCache
