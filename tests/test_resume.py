@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import jax
 import numpy as np
@@ -111,13 +110,6 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
 
 
 def small_run(where, **options):
-    """What it says about going on is not of interest here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(going on|nothing is left)")
-        return noted_run(where, **options)
-
-
-def noted_run(where, **options):
     model = TransformerLM(17, 12, 3, 1, 20, 6, use_bias=False, key=jax.random.key(3))
     text = np.random.default_rng(5).integers(0, 17, 301)
     options = {"steps": 6, "key": jax.random.key(0), "loss": language_model_loss} | options
@@ -162,12 +154,13 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_more_steps_go_on_and_fewer_are_there_already(tmp_path):
+def test_more_steps_go_on_and_fewer_are_there_already(tmp_path, caplog):
+    """Both are said by `logging`: warnings are errors here."""
     first = small_run(tmp_path, steps=4)
-    with pytest.warns(UserWarning, match="nothing is left of 2 steps to make: .* is at step 4"):
-        assert noted_run(tmp_path, steps=2).step == 4
-    with pytest.warns(UserWarning, match="going on: .* is at step 4"):
-        assert noted_run(tmp_path, steps=5).step == 5
+    assert small_run(tmp_path, steps=2).step == 4
+    assert f"nothing is left of 2 steps to make: {tmp_path} is at step 4" in caplog.messages
+    assert small_run(tmp_path, steps=5).step == 5
+    assert f"going on: {tmp_path} is at step 4" in caplog.messages
     more = small_run(tmp_path, steps=7)
     assert more.step == 7 and not same(first, more)
     assert same(small_run(tmp_path / "other", steps=7), more)

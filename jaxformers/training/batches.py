@@ -1,12 +1,12 @@
 """Batches on their way to the device: looked at, brought into shape, one ahead of the step."""
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxformers.training.interrupt import Stopped
 from jaxformers.training.objectives import Batch, Loss, check_ids
 
 
@@ -32,9 +32,16 @@ class Feed:
         batches: anything with `batches[i]`, or an iterable; both start again at their end.
         position: the number of the first one that is wanted.
         prepare: function `(batch, name) -> arrays` that makes it ready for the device.
+        fetch: function that calls the one it is given; it raises `Stopped` once the run is to end.
     """
 
-    def __init__(self, batches: Any, position: int, prepare: Callable[[Any, str], dict[str, Any]]):
+    def __init__(
+        self,
+        batches: Any,
+        position: int,
+        prepare: Callable[[Any, str], dict[str, Any]],
+        fetch: Callable[[Callable[[], Any]], Any],
+    ):
         gives = hasattr(batches, "__getitem__") or hasattr(batches, "__iter__")
         if not gives or isinstance(batches, Mapping | type):
             raise ValueError(
@@ -42,24 +49,32 @@ class Feed:
                 f"with batches[i], got {batches!r:.80}. For one batch pass [batch]."
             )
         self.batches, self.position, self.ended = batches, position, False
-        self._prepare = prepare
+        self._prepare, self._fetch = prepare, fetch
         self.batch: dict[str, Any] = {}
         by_index = hasattr(batches, "__getitem__")
         self._iterator = None if by_index else self._iterate(position)
 
-    def advance(self) -> None:
-        """Make the next batch, or know that there is none."""
+    def advance(self) -> bool:
+        """Make the next batch; False if there is none, or the run is to end."""
+        iterator = self._iterator
         try:
-            batch = next(self._iterator) if self._iterator else self._at(self.position)
+            batch = self._fetch(lambda: next(iterator) if iterator else self._at(self.position))
         except StopIteration:
             self.ended = True
-            warnings.warn(
-                f"training ends after {self.position} steps: there are no more batches.",
-                stacklevel=4,
-            )
-            return
+            return False
+        except Stopped:
+            return False
+        except Exception as error:
+            error.add_note(f"This is what batch {self.position} raised when it was fetched.")
+            raise
         self.batch = self._prepare(batch, f"batch {self.position}")
         self.position += 1
+        return True
+
+    def close(self) -> None:
+        """Let go of an iterator, and so of its worker processes."""
+        if self._iterator is not None:
+            self._iterator.close()
 
     def _at(self, position: int) -> Any:
         size = len(self.batches) if hasattr(self.batches, "__len__") else None
@@ -67,7 +82,7 @@ class Feed:
             raise ValueError("batches must not be empty.")
         return self.batches[position if size is None else position % size]
 
-    def _iterate(self, skip: int) -> Iterator[Any]:
+    def _iterate(self, skip: int) -> Generator[Any, None, None]:
         """Again and again, unless it is an iterator; without the first `skip`."""
         while True:
             empty = True

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -11,6 +12,8 @@ from jaxtyping import PyTree
 from jaxformers.checks import check_callable
 from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
+
+IN_FLIGHT = 1  # batches that the device may be behind
 
 
 def evaluate(
@@ -41,6 +44,7 @@ def evaluate(
         batch = prepared(batch, f"evaluation batch {i}", loss, model)
         check_ids(loss, model, batch, wait=True)  # a mean of NaN would say nothing
         parts.append(_value((loss, count), model, batch))
+        jax.block_until_ready(parts[-1 - IN_FLIGHT :][0])  # few batches at a time are in memory
     weights = np.array([float(weight) for _, weight in parts])
     if not weights.any():
         raise ValueError(

@@ -1,19 +1,23 @@
 """What a run tells: a line of JSON for each step, TensorBoard's curves, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxformers.training.events import Events
+from jaxformers.training.notices import LOGGER, warn_and_go_on
+
 FILE_NAME = "metrics.jsonl"
+REPORTED = "reported"  # a file with the last step whose evaluation and callbacks were completed
 REFRESH = 1.0  # seconds over which the speed is taken
 SMOOTHING = 0.95  # of the loss it shows
 
@@ -27,20 +31,37 @@ class Log:
             are made again.
         done: the steps made before.
         steps: those there will be in all.
-        progress: whether to show a progress bar, on standard error.
+        progress: whether to show a progress bar, on standard error, if tqdm is installed.
+        due: whether step `done` is one to report on. `due` of the log says whether the run before
+            did not come to the end of that: its evaluation, if there is a line of it, is dropped.
+
+    `metrics` are the figures of step `done`, as far as they are known.
 
     Raises:
         ValueError: if the directory cannot be written.
-        ImportError: if there is to be a progress bar and tqdm is missing.
     """
 
-    def __init__(self, directory: str | os.PathLike | None, done: int, steps: int, progress: bool):
+    def __init__(
+        self,
+        directory: str | os.PathLike | None,
+        done: int,
+        steps: int,
+        progress: bool,
+        due: bool = False,
+    ):
         first = jax.process_index() == 0  # of many hosts, one tells
-        self._bar = _Bar(done, steps) if progress and first and _can_show() else None
-        self._file = self._events = None
+        self.due, self.metrics = due, dict[str, float]()
+        self._bar = _Bar.opened(done, steps) if progress and first and _can_show() else None
+        self._file = self._events = self._reported = None
         if directory is not None and first:
-            self._file = _File(Path(directory), done)
-            self._events = _events(Path(directory), done)
+            self._reported = Path(directory, REPORTED)
+            before = _read_step(self._reported)
+            self.due = due and before < done
+            if before > done:  # steps that are made again are reported on again
+                self.reported(done)
+            self._file = _File(Path(directory), done, self.due)
+            self.metrics = self._file.last
+            self._events = Events.opened(Path(directory), done)
 
     def __enter__(self) -> "Log":
         return self
@@ -55,25 +76,42 @@ class Log:
     def say(self, text: str) -> None:
         """Show a line above the progress bar, if there is one."""
         if self._bar is not None:
-            self._bar.say(text)
+            self._each("say", text)
+
+    def tell(self, text: str) -> None:
+        """Say it where it is seen, with or without a bar. It is no warning: nothing is wrong."""
+        if self._bar is not None:
+            self._each("say", text)
+        else:  # Python shows this level on standard error where nobody has set up `logging`
+            LOGGER.warning(text)
+
+    def warn(self, text: str) -> None:
+        """Say what the caller has to know of, above the bar or as a warning."""
+        if self._bar is not None:
+            self._each("say", text)
+        else:
+            warn_and_go_on(text, 4)
+
+    def compiling(self) -> None:
+        """Say that the first step takes longer."""
+        self._each("compiling")
+
+    def reported(self, step: int) -> None:
+        """Remember that the evaluation and the callbacks of a step are complete."""
+        if self._reported is not None:
+            with contextlib.suppress(OSError):  # then they are called again if the run is resumed
+                self._reported.write_text(f"{step}\n")
 
     def _each(self, what: str, *args: Any) -> None:
         """Have each do something; whatever cannot any more is let go, since a run is worth more."""
         for name in ("_file", "_events", "_bar"):
             sink = getattr(self, name)
             try:
-                if sink is not None:
+                if hasattr(sink, what):
                     getattr(sink, what)(*args)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 setattr(self, name, None)
-                warnings.warn(f"the run goes on without its {sink.name}: {error}", stacklevel=4)
-
-    def warn(self, text: str) -> None:
-        """Say it where it is seen, with or without a bar."""
-        if self._bar is not None:
-            self._bar.say(text)
-        else:
-            warnings.warn(text, stacklevel=3)
+                warn_and_go_on(f"the run goes on without its {sink.name}: {error}", 5)
 
     def sync(self) -> None:
         """Have what was written on disk, before a checkpoint is there that relies on it."""
@@ -110,16 +148,25 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class _File:
-    """`metrics.jsonl`, opened after what is kept of it."""
+    """`metrics.jsonl`, opened after what is kept of it.
+
+    Arguments:
+        directory: where it is.
+        done: the last step whose lines are kept.
+        again: whether that step is evaluated again, so that its line of that is not kept.
+    """
 
     name = FILE_NAME
 
-    def __init__(self, directory: Path, done: int):
+    def __init__(self, directory: Path, done: int, again: bool):
         self.path, self.unwritten = directory / FILE_NAME, b""
+        self.last: dict[str, float] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 kept = [row for row in _whole_rows(self.path) if row["step"] <= done]
+                kept = [row for row in kept if row["step"] < done or "loss" in row or not again]
+                self.last = _figures(row for row in kept if row["step"] == done)
                 new = self.path.with_suffix(".new")
                 with new.open("wb") as file:
                     file.writelines(map(_line, kept))
@@ -140,7 +187,7 @@ class _File:
             self._flush()
         except OSError as error:
             # A full disk is no reason to stop: the line is tried again with the next.
-            warnings.warn(f"{self.path} cannot be written: {error}", stacklevel=2)
+            warn_and_go_on(f"{self.path} cannot be written: {error}", 3)
 
     def _flush(self) -> None:
         while self.unwritten:
@@ -154,7 +201,7 @@ class _File:
         try:
             self._flush()
         except OSError as error:
-            warnings.warn(f"{self.path} lacks its last lines: {error}", stacklevel=2)
+            warn_and_go_on(f"{self.path} lacks its last lines: {error}", 3)
         finally:
             self.file.close()
 
@@ -164,14 +211,20 @@ class _Bar:
 
     name = "progress bar"
 
-    def __init__(self, done: int, steps: int):
+    @classmethod
+    def opened(cls, done: int, steps: int) -> "_Bar | None":
+        """A bar, or None where it cannot be had: a run is worth more."""
         try:
-            from tqdm import tqdm
+            return cls(done, steps)
         except ImportError:
-            raise ImportError(
-                "the progress bar needs tqdm: pip install 'jaxformers[train]', or pass "
-                "progress=False."
-            ) from None
+            LOGGER.warning("There is no progress bar without tqdm: pip install 'jaxformers[train]'")
+        except Exception as error:
+            LOGGER.warning("There is no progress bar: %r", error)
+        return None
+
+    def __init__(self, done: int, steps: int):
+        from tqdm import tqdm
+
         # A terminal is painted over, a file gets longer.
         interval = 0.1 if sys.stderr.isatty() else 10
         self.bar = tqdm(
@@ -179,6 +232,9 @@ class _Bar:
         )
         self.since, self.tokens, self.speed = time.perf_counter(), 0.0, math.nan
         self.loss, self.first = math.nan, True
+
+    def compiling(self) -> None:
+        self.bar.set_postfix_str("compiling")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if "loss" not in metrics:
@@ -189,7 +245,7 @@ class _Bar:
             self.loss = (1 - share) * loss + (share * self.loss if share else 0.0)
         self.tokens += metrics["tokens"]
         if self.first:  # what compiling took says nothing about the steps to come
-            self.since, self.tokens, self.first = now, 0.0, False
+            self.since, self.tokens = now, 0.0
         elif now - self.since >= REFRESH:
             self.speed = self.tokens / (now - self.since)
             self.since, self.tokens = now, 0.0
@@ -202,39 +258,19 @@ class _Bar:
             f"{skipped:.0f} skipped" if skipped else "",
         ]
         self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
-        self.bar.update(1)
+        if self.first:  # counts as made before, so that it is not part of tqdm's rate either
+            self.first = False
+            self.bar.n = self.bar.initial = self.bar.last_print_n = self.bar.n + 1
+            self.bar.unpause()  # its clock starts here
+            self.bar.refresh()
+        else:
+            self.bar.update(1)
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
-
-
-class _Events:
-    """TensorBoard's event file."""
-
-    name = "TensorBoard events"
-
-    def __init__(self, directory: Path, done: int):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
-        self.writer = EventFileWriter(str(directory))
-        # Has TensorBoard forget the steps from here on, which are made again.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self.add(done + 1, session_log=start)
-
-    def add(self, step: int, **what: Any) -> None:
-        self.writer.add_event(self.event(wall_time=time.time(), step=step, **what))
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [self.summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-        self.add(step, summary=self.summary(value=values))
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
@@ -244,7 +280,7 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         aside = path.with_suffix(".damaged")
         path.replace(aside)
-        warnings.warn(f"the log is damaged, and put aside as {aside}: {error}", stacklevel=7)
+        warn_and_go_on(f"the log is damaged, and put aside as {aside}: {error}", 8)
     whole = []
     for line in aside.read_bytes().split(b"\n"):
         try:
@@ -260,11 +296,19 @@ def _can_show() -> bool:
     return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
 
 
-def _events(directory: Path, done: int) -> _Events | None:
+def _read_step(path: Path) -> int:
+    """The step in a file; -1 if there is none."""
     try:
-        return _Events(directory, done)
-    except ImportError:
-        return None
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def _figures(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of the lines of one step; None there was not finite."""
+    found = {name: math.nan if x is None else x for row in rows for name, x in row.items()}
+    found.pop("step", None)
+    return {name: float(x) for name, x in found.items() if isinstance(x, int | float)}
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -1,47 +1,26 @@
 """The loop around the training step."""
 
-import contextlib
 import os
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size
-from jaxformers.optim import Optimizer, as_optimizer
+from jaxformers.optim import as_optimizer
 from jaxformers.training.batches import Feed, in_order, prepared
-from jaxformers.training.evaluation import evaluate
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
-from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
-from jaxformers.training.step import BadSteps, Gradients, Training, advance, begin
+from jaxformers.training.notices import warn_and_go_on
+from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.run import Evaluation, Report, Run
+from jaxformers.training.step import BadSteps, Gradients, Training, begin
 
 IN_FLIGHT = 1  # steps that the device may be behind
 NONE_BAD = BadSteps()
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a callback of `fit` is given.
-
-    Arguments:
-        step: how many steps were made.
-        metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
-            `skipped`), and `eval_loss` if there are batches to evaluate on.
-        model: the model, its averaged weights if the optimiser keeps an average; a copy, which
-            stays usable.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    model: Any
 
 
 def fit(
@@ -142,162 +121,71 @@ def fit(
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
-    with Interrupt() as interrupt, Log(_log(log, checkpoint), done, steps, progress) as writer:
-        evaluation = _Evaluation(eval_batches, eval_loss, count, callbacks)
-        run = _Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)
+    evaluation = Evaluation(eval_batches, eval_loss, count, callbacks)
+    due = evaluation.wanted and done > 0 and (done == steps or done % eval_every == 0)
+    with Log(_log(log, checkpoint), done, steps, progress, due) as writer:
+        run = Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)
         del training
         if done:
             what = "going on" if done < steps else f"nothing is left of {steps} steps to make"
-            writer.warn(f"{what}: {checkpoint.directory} is at step {done}")
-        feed = Feed(
-            batches, done, lambda batch, name: prepared(batch, name, loss, run.training.model)
-        )
-        try:
-            _loop(run, feed, steps, eval_every, interrupt)
-        except (Exception, SystemExit) as error:
-            run.rescue(error, done)
-            raise
+            writer.tell(f"{what}: {checkpoint.directory} is at step {done}")
+        with Interrupt(_saver(run)) as interrupt:
+            feed = Feed(
+                batches,
+                done,
+                lambda batch, name: prepared(batch, name, loss, run.training.model),
+                interrupt.fetch,
+            )
+            try:
+                _loop(run, feed, steps, eval_every, interrupt)
+            except BaseException as error:
+                run.rescue(error)
+                raise
+            finally:
+                feed.close()
         if interrupt.asked is not None and run.step < steps:
             writer.warn(f"{interrupt.asked.name}: stopped after step {run.step} of {steps}")
+        elif feed.ended:
+            text = f"training ends after {run.step} steps: there are no more batches."
+            warn_and_go_on(text, 4)
     interrupt.pass_on()
     return run.training
 
 
-def _loop(run: "_Run", feed: Feed, steps: int, eval_every: int, interrupt: Interrupt) -> None:
+def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrupt) -> None:
     """All the steps that are left."""
     save_every = steps if run.checkpoint is None else run.checkpoint.every
-    end = run.step >= steps
-    if not end:
-        feed.advance()
-        end = feed.ended
-    while not end:
+
+    def advance_feed() -> bool:
+        with interrupt.elsewhere():
+            return run.step < steps and feed.advance()
+
+    # First what a run before had still to do after its last step.
+    more = not (_agreed(run.log.due) and run.report(interrupt)) and advance_feed()
+    while more:
         run.advance(feed.batch)
-        if run.step < steps:
-            feed.advance()  # while the device works
-        ended = run.step == steps or feed.ended
-        asked = interrupt.asked is not None
-        report = run.step % eval_every == 0 or ended
-        end = ended or asked
-        save = run.step % save_every == 0 or end
+        more = advance_feed()  # while the device works
+        report = run.step == steps or feed.ended or run.step % eval_every == 0
+        save = not more or run.step % save_every == 0
         run.read(0 if report or save else IN_FLIGHT)
-        if asked:
-            run.save(end)  # at once: whoever asks may not wait for an evaluation
-        if report and run.report():
-            end = save = True
-        if save and not asked:
-            run.save(end)
+        if save:
+            run.save()  # before an evaluation, which may take long
+        if report and run.report(interrupt):
+            more = False
+        more = more and interrupt.asked is None
+    run.finish()
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is looked at between steps."""
-
-    batches: Any
-    loss: Loss
-    count: Callable[[Batch], Any]
-    callbacks: Sequence[Callable[[Report], Any]]
+def _saver(run: Run) -> Callable[[], None]:
+    """What saves a run after a signal: hosts cannot save apart from each other."""
+    return run.save if jax.process_count() == 1 else lambda: None
 
 
-class _Run:
-    """The state of a run, and what is done with it."""
-
-    def __init__(
-        self,
-        training: Training,
-        gradients: Gradients,
-        optimizer: Optimizer,
-        bad_steps: BadSteps,
-        evaluation: _Evaluation,
-        checkpoint: Any,
-        log: Log,
-    ):
-        self.training, self.step = training, int(training.step)
-        self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
-        self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
-        self.unread: deque[tuple[int, dict, Batch]] = deque()
-        self.metrics: dict[str, float] = {}
-
-    def advance(self, batch: dict[str, Any]) -> None:
-        """Have the device make a step."""
-        kept = self.gradients, self.optimizer, self.bad_steps, batch
-        self.training, metrics = advance(kept, self.training)
-        self.step += 1
-        self.unread.append((self.step, metrics, batch))
-
-    def read(self, in_flight: int) -> None:
-        """Put down the figures of all steps but the last few, which the device may be at."""
-        while len(self.unread) > in_flight:
-            step, metrics, batch = self.unread.popleft()
-            metrics = jax.device_get(metrics)
-            order = ("loss", *(name for name in metrics if name != "loss"))
-            self.metrics = {name: metrics[name].item() for name in order}
-            if self.metrics.pop("failed"):
-                self.unread.clear()
-                # Ids on an accelerator are looked at only now.
-                check_ids(self.gradients.loss, self.training.model, batch, wait=True)
-                raise ValueError(
-                    f"step {step} is bad: its loss is {self.metrics['loss']}, the norm of its "
-                    f"gradients {self.metrics['gradient_norm']}. It changed no weights. Look at "
-                    "the batch and the learning rate, or have such steps skipped: "
-                    "bad_steps=BadSteps(allowed=10)."
-                )
-            self.log.write(step, self.metrics)
-
-    def report(self) -> bool:
-        """Evaluate, and call the callbacks; whether one of them wants to end the training."""
-        what = self.evaluation
-        if what.batches is None and not what.callbacks:
-            return False
-        model = self.optimizer.averaged(self.training.model, self.training.optimizer_state)
-        if what.batches is not None:
-            value = evaluate(model, what.batches, loss=what.loss, count=what.count)
-            self.log.write(self.step, {"eval_loss": value})
-            self.log.say(f"step {self.step}: evaluation loss {value:.4f}")
-            self.metrics["eval_loss"] = value
-        if what.callbacks:  # may keep it, while the next step writes over the weights
-            model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
-        report = Report(self.step, dict(self.metrics), model)
-        answers = [callback(report) for callback in what.callbacks]  # all, whatever the first says
-        return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
-
-    def save(self, end: bool) -> None:
-        """Save in the background; at the end, wait until it is there."""
-        if self.checkpoint is None:
-            return
-        failed = None
-        try:
-            self.log.sync()
-            self.checkpoint.save(self.training, self.step)
-        except OSError as error:  # of this one, or of the one before
-            failed = error
-        if end:
-            self.checkpoint.wait()
-            if self.step not in self.checkpoint.steps() and failed is not None:
-                raise failed
-        if failed is not None:
-            # To stop would lose the steps since the last checkpoint; the next may succeed.
-            warnings.warn(f"a checkpoint is missing, training goes on: {failed}", stacklevel=4)
-
-    def rescue(self, error: BaseException, done: int) -> None:
-        """Save what was reached beyond step `done` before an error, if the device still has it."""
-        arrays = jax.tree.leaves(eqx.filter(self.training, eqx.is_array))
-        if self.checkpoint is None or any(x.is_deleted() for x in arrays):
-            return
-        if int(self.training.step) == done:
-            return
-        try:
-            with contextlib.suppress(ValueError):
-                self.read(0)
-            # Whoever goes on is where this run was: one more bad step is too many again.
-            guard = self.training.guard
-            in_a_row = jnp.minimum(guard.in_a_row, self.bad_steps.allowed)
-            guard = guard._replace(failed=jnp.zeros_like(guard.failed), in_a_row=in_a_row)
-            self.training = eqx.tree_at(lambda x: x.guard, self.training, guard)
-            self.step = int(self.training.step)
-            self.save(end=True)
-            error.add_note(f"Step {self.step} is saved in {self.checkpoint.directory}.")
-        except Exception as second:
-            error.add_note(f"What was reached could not be saved: {second}")
+def _agreed(due: bool) -> bool:
+    """What the first of many hosts, which has the log, says of it."""
+    if jax.process_count() == 1:
+        return due
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
 
 def _resume(training: Training, checkpoint: Any) -> Training:
