@@ -222,13 +222,6 @@ def of_training(training: Any) -> dict[str, Any]:
     return of_model(training.model)
 
 
-def of_cache(saved: dict[str, Any]) -> dict[str, Any]:
-    """The tokens after those that a cache holds."""
-    model, cache = saved["model"], saved["cache"]
-    hidden, _ = model.forward(jnp.asarray([[6, 7], [8, 3]]), cache=cache)
-    return {"hidden": hidden}
-
-
 def of_mask(saved: dict[str, Any]) -> dict[str, Any]:
     x = vectors(2, 5, 6)
     return {"attended": saved["attention"](x, mask=saved["mask"])}
@@ -246,7 +239,6 @@ OUTPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "functions": of_functions,
     "optimizers": of_optimizers,
     "training": of_training,
-    "cache": of_cache,
     "mask": of_mask,
 }
 NOT_COMPILED = ("numbers", "functions", "schedules")

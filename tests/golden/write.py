@@ -606,15 +606,6 @@ def training() -> Any:
     return train("averaged", SAVED, None)
 
 
-def cache() -> Any:
-    """Tokens that were seen: of a model with slots that are used again, and padding."""
-    model = lm(max_seq_length=40, per_layer=lambda i: Pieces(window=3 if i else None))
-    padding = jnp.asarray(golden_cases.REAL)
-    start = model.init_cache(2, 24)
-    _, written = model.forward(jnp.asarray(TOKENS), cache=start, padding_mask=padding)
-    return {"model": model, "cache": written}
-
-
 def mask() -> Any:
     return {
         "attention": MultiHeadAttention(6, 3, head_dim=4, key=KEY),
@@ -663,7 +654,6 @@ OBJECTS = {
     "schedules": all_schedules,
     "optimizers": optimizers,
     "training": training,
-    "cache": cache,
     "mask": mask,
 }
 
