@@ -6,15 +6,19 @@ checked where they are known.
 """
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class OptionError(ValueError, TypeError):
@@ -100,16 +104,69 @@ def check_nonnegative(**values: Any) -> None:
             )
 
 
+# What the options are called in Hugging Face's and PyTorch's libraries.
+ELSEWHERE = {
+    "input_ids": ("tokens", "src"),
+    "attention_mask": ("padding_mask", "src_padding_mask"),
+    "src_key_padding_mask": ("padding_mask", "src_padding_mask"),
+    "tgt_key_padding_mask": ("tgt_padding_mask",),
+    "decoder_input_ids": ("tgt",),
+    "decoder_attention_mask": ("tgt_padding_mask",),
+    "labels": ("targets",),
+    "position_ids": ("positions",),
+    "token_type_ids": ("token_types",),
+    "past_key_values": ("cache",),
+    "max_length": ("max_new_tokens",),
+    "max_tokens": ("max_new_tokens", "max_length"),
+    "do_sample": ("key",),
+    "seed": ("key",),
+    "rng": ("key",),
+    "decoder_start_token_id": ("start_token",),
+    "eos_token_id": ("end_token",),
+    "pad_token_id": ("pad_token",),
+    "bad_words_ids": ("bad_words",),
+    "forced_bos_token_id": ("forced_first_token",),
+    "forced_eos_token_id": ("forced_last_token",),
+    "logits_processor": ("logits_fn",),
+    "assistant_model": ("draft_model",),
+    "prompt_lookup_num_tokens": ("prompt_lookup",),
+    "hidden_size": ("d_model",),
+    "intermediate_size": ("d_ff",),
+    "dim_feedforward": ("d_ff",),
+    "nhead": ("num_heads",),
+    "num_attention_heads": ("num_heads",),
+    "num_key_value_heads": ("num_kv_heads",),
+    "num_hidden_layers": ("num_layers",),
+    "max_position_embeddings": ("max_seq_length",),
+    "tie_word_embeddings": ("tie_embeddings",),
+}
+
+
 def check_options(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise `OptionError` for the first name in `given` that is not in `known`."""
+    """Raises `OptionError` for the first name in `given` that is not in `known`."""
     known = sorted(known)
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            theirs = ELSEWHERE.get(name, ())
+            meant = [ours for ours in theirs if ours in known] or [*theirs]
+            meant = meant or difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
             raise OptionError(
                 f"{where} has no option {name!r}.{hint} Its options are: {', '.join(known)}."
             )
+
+
+def explain_options(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a method, so that an error explains an argument that it does not have."""
+    known = set(inspect.signature(method).parameters) - {"self"}
+
+    @functools.wraps(method)
+    def explained(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= known:
+            check_options(kwargs, known, method.__qualname__)
+        return method(*args, **kwargs)
+
+    return explained
 
 
 def check_key(

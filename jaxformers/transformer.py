@@ -19,6 +19,7 @@ from jaxformers.checks import (
     check_seq_length,
     check_size,
     check_tokens,
+    explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
@@ -162,6 +163,7 @@ class Transformer(eqx.Module):
         """The longest sequence the position scheme knows; None if there is no limit."""
         return self.tgt_embedding.max_seq_length
 
+    @explain_options
     def __call__(
         self,
         src: Int[Array, "*b s"],
@@ -198,6 +200,7 @@ class Transformer(eqx.Module):
         padding = {"src_padding_mask": src_padding_mask, "tgt_padding_mask": tgt_padding_mask}
         return jax.nn.log_softmax(self.logits(src, tgt, *masks, key, **padding))
 
+    @explain_options
     def logits(
         self,
         src: Int[Array, "*b s"],
@@ -224,6 +227,7 @@ class Transformer(eqx.Module):
         )
         return self.project(hidden)
 
+    @explain_options
     def encode(
         self,
         src: Int[Array, "*b s"],
@@ -239,6 +243,7 @@ class Transformer(eqx.Module):
         x = self._source_embedding(src, embedding_key, positions=mask.q_positions)
         return self.encoder(x, mask, encoder_key)
 
+    @explain_options
     def decode(
         self,
         tgt: Int[Array, "*b t"],
@@ -261,6 +266,7 @@ class Transformer(eqx.Module):
             tgt_padding_mask=tgt_padding_mask,
         )[0]
 
+    @explain_options
     def forward(
         self,
         tgt: Int[Array, "*b t"],
@@ -415,6 +421,7 @@ class Transformer(eqx.Module):
             decode=stream,
         )
 
+    @explain_options
     def score(
         self,
         src: Tokens,

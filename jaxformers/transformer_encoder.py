@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import check_callable, check_choice, check_flag, check_key, check_tokens
+from jaxformers.checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_key,
+    check_tokens,
+    explain_options,
+)
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool
@@ -136,6 +143,7 @@ class TransformerEncoder(eqx.Module):
         """The longest sequence the position scheme knows; None if there is no limit."""
         return self.embedding.max_seq_length
 
+    @explain_options
     def __call__(
         self,
         tokens: Int[Array, "*b t"],
@@ -161,6 +169,7 @@ class TransformerEncoder(eqx.Module):
         """
         return self._encode(tokens, mask, key, padding_mask, token_types)[0]
 
+    @explain_options
     def logits(
         self,
         tokens: Int[Array, "*b t"],
@@ -185,6 +194,7 @@ class TransformerEncoder(eqx.Module):
         output = self._head("output", self.output)
         return output.logits(hidden, self.embedding.table if output.tied else None)
 
+    @explain_options
     def pooled(
         self,
         tokens: Int[Array, "*b t"],
@@ -200,6 +210,7 @@ class TransformerEncoder(eqx.Module):
         hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
         return self._pool(hidden, positions, "pooler")
 
+    @explain_options
     def classify(
         self,
         tokens: Int[Array, "*b t"],
@@ -222,6 +233,7 @@ class TransformerEncoder(eqx.Module):
             return pool(classifier(hidden), positions, "mean")
         return classifier(self._pool(hidden, positions, classifier.pooling))
 
+    @explain_options
     def embed(
         self,
         tokens: Int[Array, "*b t"],

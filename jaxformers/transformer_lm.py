@@ -14,6 +14,7 @@ from jaxformers.checks import (
     check_seq_length,
     check_size,
     check_tokens,
+    explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
@@ -115,6 +116,7 @@ class TransformerLM(eqx.Module):
         """The longest sequence the position scheme knows; None if there is no limit."""
         return self.embedding.max_seq_length
 
+    @explain_options
     def __call__(
         self,
         tokens: Int[Array, "*b t"],
@@ -142,6 +144,7 @@ class TransformerLM(eqx.Module):
         """
         return jax.nn.log_softmax(self.logits(tokens, mask, key, padding_mask=padding_mask))
 
+    @explain_options
     def logits(
         self,
         tokens: Int[Array, "*b t"],
@@ -153,6 +156,7 @@ class TransformerLM(eqx.Module):
         """What `__call__` gives, before the log-softmax."""
         return self.project(self.forward(tokens, mask, key, padding_mask=padding_mask)[0])
 
+    @explain_options
     def forward(
         self,
         tokens: Int[Array, "*b t"],
@@ -299,6 +303,7 @@ class TransformerLM(eqx.Module):
             options=with_special_tokens(self.origin, dict(options)),
         )
 
+    @explain_options
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
         """The log-probability of each token given those before it.
 

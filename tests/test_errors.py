@@ -731,3 +731,31 @@ def test_pieces_that_are_called_otherwise(constructor):
             constructor(**sizes, **{init: jax.nn.initializers.normal()}, key=key)
         with raises(rf"{init}\(key, shape, fan_in, fan_out\), got <lambda>\(key, shape\)"):
             constructor(**sizes, **{init: lambda key, shape: jnp.zeros(shape)}, key=key)
+
+
+def test_names_that_arguments_have_elsewhere(no_shape_checker):
+    """What Hugging Face's models call `attention_mask` is a padding mask here."""
+    lm, seq2seq, encoder = language_model(), seq2seq_model(), encoder_model()
+    real = TOKENS > 0
+    for call, given, meant in [
+        (lambda **x: lm(**x), {"input_ids": TOKENS}, "tokens"),
+        (lambda **x: lm(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: lm.logits(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: lm.score(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: lm.forward(TOKENS, **x), {"past_key_values": None}, "cache"),
+        (lambda **x: lm.generate(TOKENS, 2, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: lm.generate(TOKENS, 2, **x), {"eos_token_id": 2}, "end_token"),
+        (lambda **x: lm.generate(TOKENS, 2, **x), {"do_sample": True}, "key"),
+        (lambda **x: next(lm.stream(TOKENS, 2, **x)), {"pad_token_id": 2}, "pad_token"),
+        (lambda **x: seq2seq(SOURCE, TOKENS, **x), {"attention_mask": real}, "src_padding_mask"),
+        (lambda **x: seq2seq(SOURCE, **x), {"decoder_input_ids": TOKENS}, "tgt"),
+        (lambda **x: seq2seq.encode(SOURCE, **x), {"attention_mask": real}, "src_padding_mask"),
+        (lambda **x: seq2seq.encode(SOURCE, **x), {"src_paddin_mask": real}, "src_padding_mask"),
+        (lambda **x: encoder(TOKENS, **x), {"token_type_ids": TOKENS}, "token_types"),
+        (lambda **x: encoder.embed(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: TransformerLM(VOCAB, **x), {"num_attention_heads": 2}, "num_heads"),
+    ]:
+        for error in (ValueError, TypeError):
+            name = next(iter(given))
+            with raises(f"has no option '{name}'", f"Did you mean '{meant}'", error=error):
+                call(**given)
