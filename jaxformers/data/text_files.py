@@ -1,11 +1,21 @@
 """Texts of files, read piece by piece, from any place on."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PIECE = 2**18  # bytes of a text file that are encoded at once
+CONTEXT = 2**10  # bytes before and after a piece that are encoded with it
+
+# Byte-order marks, the longer ones first.
+MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 class Piece(NamedTuple):
@@ -15,22 +25,27 @@ class Piece(NamedTuple):
         text: what it says.
         stop: the byte of the file after it, where reading may go on.
         ends: whether the document ends here.
+        before, after: some of the document's text around it.
     """
 
     text: str
     stop: int
     ends: bool
+    before: str = ""
+    after: str = ""
 
 
 def read_pieces(path: Path, start: int = 0, field: str = "text") -> Iterator[Piece]:
     """The pieces of a file from a byte on that is 0 or the `stop` of one.
 
     A file named `.jsonl` or `.ndjson` has a JSON object with a text in each line, which is a
-    document. Any other is one document; it is cut after lines, where tokenizers cut too.
+    document. Any other is one document, cut after lines where that is possible. A byte-order mark
+    is no part of a text.
 
     Raises:
         ValueError: if a text is no UTF-8, or a line no such object; with the place.
     """
+    check_encoding(path)
     lines = path.suffix.lower() in (".jsonl", ".ndjson")
     return _read_lines(path, start, field) if lines else _read_text(path, start)
 
@@ -42,28 +57,55 @@ def check_inputs(paths: list[Path]) -> None:
             raise ValueError(f"{path} is missing or no regular file.")
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty.")
+        check_encoding(path)
+
+
+def check_encoding(path: Path) -> None:
+    """Raise if a file begins with the byte-order mark of another encoding than UTF-8."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            raise ValueError(
+                f"{path} is no UTF-8: it begins with the byte-order mark of {name}. Convert it, "
+                f"for instance with iconv -f {name} -t UTF-8."
+            )
 
 
 def _read_text(path: Path, start: int) -> Iterator[Piece]:
+    size = max(PIECE, 4)  # at least one character
     with path.open("rb") as file:
+        begin = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        if start == 0 and path.stat().st_size == begin:
+            yield Piece("", begin, True)
+        start = max(start, begin)
         while True:
-            file.seek(start)
-            block = file.read(PIECE + 1)
+            context = max(begin, start - CONTEXT)
+            file.seek(context)
+            before, block = file.read(start - context), file.read(size + 1 + CONTEXT)
             if not block:
                 return
-            ends = len(block) <= PIECE
-            block = block if ends else block[: _cut(block)]
-            yield Piece(_decode(block, path, start), start + len(block), ends)
-            start += len(block)
+            ends = len(block) <= size
+            cut = len(block) if ends else _cut(block[: size + 1])
+            # Characters that begin before or end after the text around are left out.
+            around = before, block[cut : cut + CONTEXT]
+            yield Piece(
+                _decode(block[:cut], path, start),
+                start + cut,
+                ends,
+                *(part.decode(errors="ignore") for part in around),
+            )
+            start += cut
 
 
 def _read_lines(path: Path, start: int, field: str) -> Iterator[Piece]:
     with path.open("rb") as file:
         file.seek(start)
         for line in file:
-            if line.strip():
-                text = _text_of(_decode(line, path, start), field, path, start)
-                yield Piece(text, start + len(line), True)
+            record = line.removeprefix(codecs.BOM_UTF8)  # also where files were put together
+            if record.strip():
+                content = _decode(record, path, start + len(line) - len(record))
+                yield Piece(_text_of(content, field, path, start), start + len(line), True)
             start += len(line)
 
 
@@ -110,8 +152,7 @@ def _place(path: Path, byte: int) -> str:
 def _cut(block: bytes) -> int:
     """Where to cut a text that goes on, by its first bytes: a place that depends on these alone.
 
-    Tokenizers that cut texts into words before all else put spaces into words with what follows
-    them, or together. Neither happens at a line's end between two lines that are not blank.
+    If possible at a line's end between two lines that are not blank: there tokenizers cut as well.
     """
     at = len(block) - 1
     while (at := block.rfind(b"\n", 1, at)) > 0:

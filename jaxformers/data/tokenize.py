@@ -8,9 +8,6 @@ file.
 
 import argparse
 import hashlib
-import io
-import json
-import os
 import shutil
 import sys
 import zlib
@@ -21,6 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxformers.data.growing_files import (
+    HEADER,
+    header,
+    open_array,
+    progress_bar,
+    replace_json,
+    sync,
+)
+from jaxformers.data.joined import Joined, Part
 from jaxformers.data.text_files import Piece, check_inputs, read_pieces
 from jaxformers.data.tokens import FORMAT, Tokens, open_tokens, token_dtype
 from jaxformers.data.train_tokenizer import (
@@ -29,13 +35,12 @@ from jaxformers.data.train_tokenizer import (
     save_new,
     texts_of,
 )
+from jaxformers.data.verbatim import verbatim
 from jaxformers.directory_claim import LOCK, alone
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
-from jaxformers.hf.tokenizer_files import guarded
 
 STEP = 2**21  # bytes of text between two entries in progress.json
-HEADER = 128  # bytes before the ids of a .npy file
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Progress:
     Attributes:
         job: what makes the same job: tokenizer, inputs and their sizes, and so on.
         input: which input is being read, and `start`, from which byte on.
+        offset: from which character after that on the ids are wanted.
         tokens, documents: what is written; `begun`, where the current document begins.
         empty: how many documents had no token and were left out.
         checksum: CRC-32 of the ids.
@@ -53,6 +59,7 @@ class Progress:
     job: dict[str, Any]
     input: int = 0
     start: int = 0
+    offset: int = 0
     tokens: int = 0
     documents: int = 0
     begun: int = 0
@@ -71,10 +78,14 @@ def tokenize(
 ) -> Tokens:
     """Write a token file of text files, or go on where that was stopped.
 
-    The texts of special tokens in a text stay text, and nothing is put around one but the end.
+    The ids of a document are those that the tokenizer gives to the whole of it, and nothing is put
+    around it but the end. So decoding them gives the text back, unless the tokenizer itself changes
+    texts: some lower letters or join spaces, as those of BERT and T5 do, or compose characters. The
+    texts of special tokens in a text stay text.
 
     Arguments:
-        inputs: text files in UTF-8, each a document; or `.jsonl` files, a document in each line.
+        inputs: text files in UTF-8, each a document; or `.jsonl` files, a document in each line. A
+            byte-order mark at the beginning is left out.
         out: the directory to write.
         tokenizer: the directory of one, or a name on the hub; "bytes"; or "characters", those of
             the texts. It is saved as `out/tokenizer`.
@@ -196,7 +207,6 @@ def _tokenize(
         (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
         return open_tokens(out)
     progress = _read_progress(out, job)
-    words.backend.encode_special_tokens = True  # what looks like one in a text is text
     _write(inputs, out, words, end, progress)
     return open_tokens(out)
 
@@ -247,7 +257,7 @@ def _read_progress(out: Path, job: dict[str, Any]) -> Progress:
             )
         return progress
     progress = Progress(job)
-    _replace(path, asdict(progress))  # from here on the files are ours
+    replace_json(path, asdict(progress))  # from here on the files are ours
     return progress
 
 
@@ -256,23 +266,27 @@ def _write(
 ) -> None:
     """Everything that is not written yet."""
     dtype = token_dtype(tokenizer.vocab_size)
+    backend = verbatim(tokenizer)
     with (
-        _open(out / "tokens.npy", HEADER + progress.tokens * dtype.itemsize) as ids_file,
-        _open(out / "ends.npy", HEADER + progress.documents * 8) as ends_file,
-        _bar(sum(path.stat().st_size for path in inputs)) as bar,
+        open_array(out / "tokens.npy", HEADER + progress.tokens * dtype.itemsize) as ids_file,
+        open_array(out / "ends.npy", HEADER + progress.documents * 8) as ends_file,
+        progress_bar(sum(path.stat().st_size for path in inputs)) as bar,
     ):
         bar.update(sum(path.stat().st_size for path in inputs[: progress.input]) + progress.start)
         for number in range(progress.input, len(inputs)):
+            joined, read = Joined(backend, progress.start, progress.offset), progress.start
             for pieces in _steps(inputs[number], progress.start, progress.job["field"]):
-                ids, ends = _encode(tokenizer, pieces, end, progress, inputs[number])
+                parts = _joined(joined, pieces, inputs[number])
+                ids, ends = _count(parts, end, progress)
                 data = ids.astype(dtype).tobytes()
                 ids_file.write(data)
                 ends_file.write(ends.astype("<i8").tobytes())
-                bar.update(pieces[-1].stop - progress.start)
+                bar.update(pieces[-1].stop - read)
+                read = pieces[-1].stop
                 progress.checksum = zlib.crc32(data, progress.checksum)
-                progress.start = pieces[-1].stop
+                progress.start, progress.offset = joined.start, joined.offset
                 _save_progress(out, progress, ids_file, ends_file)
-            progress.input, progress.start = number + 1, 0
+            progress.input, progress.start, progress.offset = number + 1, 0, 0
             _save_progress(out, progress, ids_file, ends_file)
         if not progress.tokens:
             raise ValueError(f"{', '.join(map(str, inputs))} hold no text that makes a token.")
@@ -281,11 +295,11 @@ def _write(
             (ends_file, progress.documents, np.dtype("<i8")),
         ):
             file.seek(0)
-            file.write(_header(count, kind))
-            _sync(file)
+            file.write(header(count, kind))
+            sync(file)
     counts = {name: getattr(progress, name) for name in ("tokens", "documents", "empty")}
     said = {"format": FORMAT, "vocab_size": tokenizer.vocab_size, "checksum": progress.checksum}
-    _replace(out / "tokens.json", said | counts | {"job": progress.job})
+    replace_json(out / "tokens.json", said | counts | {"job": progress.job})
     (out / "progress.json").unlink(missing_ok=True)
 
 
@@ -301,23 +315,24 @@ def _steps(path: Path, start: int, field: str) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _encode(
-    tokenizer: Tokenizer, pieces: list[Piece], end: int | None, progress: Progress, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of these pieces and where documents end, counted in `progress`."""
-    texts = [piece.text for piece in pieces]
+def _joined(joined: Joined, pieces: list[Piece], path: Path) -> list[Part]:
     try:
-        encodings = guarded(tokenizer.backend.encode_batch_fast, texts, add_special_tokens=False)
+        return joined.add(pieces)
     except ValueError as error:
+        stop = pieces[-1].stop + len(pieces[-1].after.encode())
         raise ValueError(
-            f"the tokenizer cannot encode a text of {path} before byte {pieces[-1].stop}: {error} "
+            f"the tokenizer cannot encode a text of {path} before byte {stop}: {error} "
             "If it is one of characters, it does not know one of these."
         ) from None
+
+
+def _count(parts: list[Part], end: int | None, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of these parts and where documents end, counted in `progress`."""
     ids: list[int] = []
     ends, first = [], progress.tokens
-    for piece, encoding in zip(pieces, encodings, strict=True):
-        ids.extend(encoding.ids)
-        if not piece.ends:
+    for part in parts:
+        ids.extend(part.ids)
+        if not part.ends:
             continue
         if first + len(ids) == progress.begun:
             progress.empty += 1
@@ -331,63 +346,7 @@ def _encode(
     return np.array(ids, np.int64), np.array(ends, np.int64)
 
 
-def _open(path: Path, size: int) -> BinaryIO:
-    """The file to append to, with just `size` bytes; the first of which are for its header."""
-    have = path.stat().st_size if path.exists() else 0
-    if size > HEADER and have < size:
-        raise ValueError(
-            f"{path} has {have} bytes, {size} were written. Remove {path.parent} and start again."
-        )
-    file = path.open("r+b" if path.exists() else "w+b")
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def _header(count: int, dtype: np.dtype) -> bytes:
-    buffer = io.BytesIO()
-    description = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(buffer, description)
-    if len(buffer.getvalue()) != HEADER:
-        raise ValueError(f"NumPy wrote a header of {len(buffer.getvalue())} bytes, not {HEADER}.")
-    return buffer.getvalue()
-
-
 def _save_progress(out: Path, progress: Progress, *files: BinaryIO) -> None:
     for file in files:
-        _sync(file)
-    _replace(out / "progress.json", asdict(progress))
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file such that there is the old one or the new one, whatever happens."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-        _sync(file)
-    os.replace(new, path)
-
-
-def _bar(total: int) -> Any:
-    """A progress bar if there is the package for it and someone to see it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _NoBar()
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
-
-
-class _NoBar:
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
+        sync(file)
+    replace_json(out / "progress.json", asdict(progress))

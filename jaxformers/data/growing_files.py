@@ -1,0 +1,69 @@
+"""Files that grow in steps and outlive a kill."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+HEADER = 128  # bytes before the numbers of a .npy file
+
+
+def open_array(path: Path, size: int) -> BinaryIO:
+    """The file to append to, with just `size` bytes; the first of which are for its header."""
+    have = path.stat().st_size if path.exists() else 0
+    if size > HEADER and have < size:
+        raise ValueError(
+            f"{path} has {have} bytes, {size} were written. Remove {path.parent} and start again."
+        )
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def header(count: int, dtype: np.dtype) -> bytes:
+    """What a `.npy` file of so many numbers begins with."""
+    buffer = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    if len(buffer.getvalue()) != HEADER:
+        raise ValueError(f"NumPy wrote a header of {len(buffer.getvalue())} bytes, not {HEADER}.")
+    return buffer.getvalue()
+
+
+def sync(file: BinaryIO) -> None:
+    """Waits until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def replace_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file such that there is the old one or the new one, whatever happens."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+        sync(file)
+    os.replace(new, path)
+
+
+def progress_bar(total: int) -> Any:
+    """A progress bar if there is the package for it and someone to see it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _NoBar()
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+class _NoBar:
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        pass

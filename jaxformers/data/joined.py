@@ -1,0 +1,157 @@
+"""Ids of texts that are encoded in pieces, as if each text were encoded at once.
+
+Tokenizers look around: they put a space or "▁" before a text, take away or join spaces, compose
+characters, and cut words by what follows. So pieces are encoded with some of the text before and
+after them, and two that follow each other are joined at a border between tokens around which both
+have the same ones. What was done to a piece because it begins or ends there is left out with the
+text around it. Where there is no such border, both pieces are encoded again as one.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxformers.data.text_files import Piece
+from jaxformers.hf.tokenizer_files import guarded
+
+AGREED = 8  # tokens before and after a border that are the same in both pieces
+
+
+class Part(NamedTuple):
+    """Ids of a document that follow each other, and whether the document ends with them."""
+
+    ids: list[int]
+    ends: bool
+
+
+class Joined:
+    """The ids of documents, from their pieces in order.
+
+    The last piece may be kept back until the next one shows where its ids end.
+
+    Arguments:
+        backend: a `tokenizers.Tokenizer`.
+        start: the byte where the first piece begins.
+        offset: the character of that piece from which on its ids are wanted.
+
+    Attributes:
+        start, offset: with which to go on later, with what is not joined yet.
+
+    Example:
+        >>> from jaxformers.data.train_tokenizer import bytes_tokenizer
+        >>> joined = Joined(bytes_tokenizer().backend)
+        >>> joined.add([Piece("ab", 2, False, "", "c"), Piece("c", 3, True, "ab", "")])
+        [Part(ids=[97, 98, 99], ends=True)]
+    """
+
+    def __init__(self, backend: Any, start: int = 0, offset: int = 0):
+        self._backend, self._stop, self._offset = backend, start, offset
+        self._open: _Open | None = None
+
+    @property
+    def start(self) -> int:
+        return self._stop if self._open is None else self._open.start
+
+    @property
+    def offset(self) -> int:
+        return self._offset if self._open is None else self._open.offset
+
+    def add(self, pieces: list[Piece]) -> list[Part]:
+        """The ids that are certain with these pieces, which follow those before."""
+        parts = []
+        for piece, encoding in zip(pieces, self._encode(pieces), strict=True):
+            new = _Open(piece, encoding, self._stop, self._offset)
+            self._stop, self._offset = piece.stop, 0
+            if self._open is not None:
+                parts += self._join(self._open, new)
+            else:
+                self._open = new
+            if self._open.piece.ends:
+                parts.append(Part(self._open.ids(), True))
+                self._open = None
+        return parts
+
+    def _join(self, left: "_Open", right: "_Open") -> list[Part]:
+        """The ids of `left`, if it is clear where they end; the rest is open."""
+        border = None if left.count < left.wanted else _border(left, right)
+        if border is not None:
+            right.offset = border - len(left.piece.text)
+            self._open = right
+            return [Part(left.ids(border), False)]
+        # Twice as much each time, so that what never agrees is not encoded again for each piece.
+        if left.count >= left.wanted:
+            left.wanted = 2 * left.count
+        left.count += 1
+        left.piece = Piece(
+            left.piece.text + right.piece.text,
+            right.piece.stop,
+            right.piece.ends,
+            left.piece.before,
+            right.piece.after,
+        )
+        if left.count == left.wanted or left.piece.ends:
+            (left.encoding,) = self._encode([left.piece])
+        return []
+
+    def _encode(self, pieces: list[Piece]) -> list[Any]:
+        # Only where something is joined the places of tokens in the text are needed.
+        whole = all(piece.ends and not piece.before for piece in pieces)
+        encode = self._backend.encode_batch_fast if whole else self._backend.encode_batch
+        texts = [piece.before + piece.text + piece.after for piece in pieces]
+        return guarded(encode, texts, add_special_tokens=False)
+
+
+@dataclass
+class _Open:
+    """A piece, or several as one, of which the ids from a character on are wanted.
+
+    Places are counted in characters of the piece's text; what is before it has negative ones.
+    """
+
+    piece: Piece
+    encoding: Any
+    start: int
+    offset: int
+    count: int = 1  # pieces in it
+    wanted: int = 1  # pieces to have before it is encoded
+
+    def index(self, place: int) -> int:
+        """The first token that begins at a place or after it."""
+        place += len(self.piece.before)
+        return bisect_left(
+            range(len(self.encoding)), place, key=lambda k: self.encoding.token_to_chars(k)[0]
+        )
+
+    def tokens(self, first: int, last: int) -> np.ndarray:
+        """`(n, 3)`: id, begin and end of the tokens that begin from `first` to before `last`."""
+        ids, shift = self.encoding.ids, len(self.piece.before)
+        rows = [
+            (ids[k], *(place - shift for place in self.encoding.token_to_chars(k)))
+            for k in range(self.index(first), self.index(last))
+        ]
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+    def ids(self, border: int | None = None) -> list[int]:
+        first = self.index(self.offset) if self.offset or self.piece.before else 0
+        last = None if border is None else self.index(border)
+        return self.encoding.ids[first:last]
+
+
+def _border(left: _Open, right: _Open) -> int | None:
+    """The place in `left` nearest to its end where both pieces have the same tokens around."""
+    end = len(left.piece.text)
+    first, last = end - len(right.piece.before), end + len(left.piece.after)
+    a = left.tokens(first, last)
+    b = right.tokens(first - end, last - end) + [0, end, end]
+    begins = np.flatnonzero((np.diff(a[:, 1], prepend=first) > 0) & (a[:, 1] > left.offset))
+    for i in begins[np.argsort(np.abs(a[begins, 1] - end), kind="stable")].tolist():
+        j = int(np.searchsorted(b[:, 1], a[i, 1]))
+        if min(i, j, len(a) - i, len(b) - j) < AGREED:
+            continue
+        around = a[i - AGREED : i + AGREED]
+        in_order = (np.diff(around[:, 1]) >= 0).all()  # marks above a letter may change places
+        if in_order and np.array_equal(around, b[j - AGREED : j + AGREED]):
+            return int(a[i, 1])
+    return None
