@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -142,29 +142,60 @@ ELSEWHERE = {
 }
 
 
-def check_options(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises `OptionError` for the first name in `given` that is not in `known`."""
+def check_options(
+    given: Iterable[str],
+    known: Iterable[str],
+    where: str,
+    elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE,
+    kind: str = "option",
+    advice: str = "",
+) -> None:
+    """Raises `OptionError` for the names in `given` that are not in `known`.
+
+    Arguments:
+        given, known: the names.
+        where: what has them, for the error.
+        elsewhere: what known names are called in other libraries.
+        kind: what they are the names of, for the error.
+        advice: a sentence for the error.
+    """
     known = sorted(known)
-    for name in given:
-        if name not in known:
-            theirs = ELSEWHERE.get(name, ())
-            meant = [ours for ours in theirs if ours in known] or [*theirs]
-            meant = meant or difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
-            raise OptionError(
-                f"{where} has no option {name!r}.{hint} Its options are: {', '.join(known)}."
-            )
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    meant = {name: " or ".join(map(repr, _meant(name, known, elsewhere))) for name in unknown}
+    hints = [f"{here} for {name!r}" for name, here in meant.items() if here]
+    if len(unknown) == 1:
+        hints = [here for here in meant.values() if here]
+    hint = f" Did you mean {', '.join(hints)}?" if hints else ""
+    raise OptionError(
+        f"{where} has no {kind} {', '.join(map(repr, unknown))}.{hint}{advice and ' '}{advice} Its "
+        f"{kind}s are: {', '.join(known)}."
+    )
 
 
-def explain_options(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a method, so that an error explains an argument that it does not have."""
-    known = set(inspect.signature(method).parameters) - {"self"}
+def _meant(name: str, known: list[str], elsewhere: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The names that are meant by one from elsewhere, or by a misspelled one."""
+    if name in elsewhere:
+        return [here for here in elsewhere[name] if here in known] or [*elsewhere[name]]
+    close = difflib.get_close_matches(name, {*known, *elsewhere}, n=1)
+    return close if not close or close[0] in known else _meant(close[0], known, elsewhere)
 
-    @functools.wraps(method)
+
+def explain_options(
+    function: Callable[P, R], elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE
+) -> Callable[P, R]:
+    """Decorates a function, so that an error explains an argument that it does not have."""
+    known = set(inspect.signature(function).parameters) - {"self"}
+
+    @functools.wraps(function)
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
         if not kwargs.keys() <= known:
-            check_options(kwargs, known, method.__qualname__)
-        return method(*args, **kwargs)
+            check_options(kwargs, known, function.__qualname__, elsewhere)
+        # From Python 3.12 on, the function can free an argument that nobody else holds.
+        held = [args]
+        del args
+        return function(*held.pop(), **kwargs)
 
     return explained
 

@@ -11,11 +11,13 @@ from jaxtyping import PyTree
 
 from jaxformers.checks import check_callable
 from jaxformers.training.batches import in_order, prepared
+from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 IN_FLIGHT = 1  # batches that the device may be behind
 
 
+@explain_arguments
 def evaluate(
     model: PyTree,
     batches: Any,

@@ -14,6 +14,7 @@ from jaxformers.optim import as_optimizer
 from jaxformers.training.batches import Feed, in_order, prepared
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
+from jaxformers.training.names import explain_arguments
 from jaxformers.training.notices import warn_and_go_on
 from jaxformers.training.objectives import Batch, Loss, count_targets
 from jaxformers.training.run import Evaluation, Report, Run
@@ -23,6 +24,7 @@ IN_FLIGHT = 1  # steps that the device may be behind
 NONE_BAD = BadSteps()
 
 
+@explain_arguments
 def fit(
     model: PyTree,
     optimizer: Any,
@@ -46,11 +48,15 @@ def fit(
     """Train a model, from the beginning or from where a checkpoint of the same run left off.
 
     A run that was killed and is started again ends with the same weights and the same log, bit for
-    bit on a CPU, as one that was not. Ctrl-C ends it after the step: the state is saved and
-    returned; a second one ends it at once. SIGTERM saves, too, and then ends the program with
-    status 143, or does what you have it do. The step is one compiled program; while the device
-    works on it, the next batch is made. The model that is passed in stays usable: the run has a
-    copy.
+    bit on a CPU, as one that was not. The step is one compiled program; while the device works on
+    it, the next batch is made. The model that is passed in stays usable: the run has a copy.
+
+    Ctrl-C ends a run: the state is saved and returned. SIGTERM saves, too, and then ends the
+    program with status 143, or does what you have it do. Either is served during an evaluation, a
+    callback or a slow loader as well: a second thread saves at once, no other batch is fetched, and
+    a loader that does not return within two seconds is left. An evaluation that was not completed,
+    and the callbacks after it, are made up for when the run goes on. A second Ctrl-C ends the run
+    at once.
 
     Arguments:
         model: the model to train.
@@ -72,7 +78,7 @@ def fit(
         log: directory for `metrics.jsonl`, a line for each step, and for TensorBoard's events if
             that package is installed; None is the checkpoints' directory, if there is one. Lines
             there of steps that are made now, all of them without a checkpoint, are replaced.
-        progress: whether to show a progress bar on standard error (needs tqdm).
+        progress: whether to show a progress bar on standard error, if tqdm is installed.
         bad_steps: which steps are skipped, and how many; by default the first one whose loss or
             gradients are not finite ends the training with an error.
         compute_dtype, accumulate, count: as for `train_step`.
@@ -87,10 +93,12 @@ def fit(
 
     Raises:
         ValueError: if something does not fit, ids are not in the vocabulary, more steps in a row
-            are bad than allowed, or the checkpoint is of another run. What was reached before an
-            error is saved, if there is a checkpoint.
+            are bad than allowed, or the checkpoint is of another run.
         OSError: if the last state cannot be saved. Before the end, that is a warning.
-        ImportError: if tqdm is missing, or safetensors where there is a checkpoint.
+
+    What was trained is not lost with an error, be it of a loader, a callback or the run: it is
+    saved, if there is a checkpoint, and the error has it as its attribute `training`. Batches of an
+    iterator that come to an end before `steps` end the run with a warning and no error.
 
     Example:
         >>> training = fit(
@@ -113,11 +121,7 @@ def fit(
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
-    if eval_batches is not None:  # what is wrong with them is known before the first step
-        first = next(in_order(eval_batches), None)
-        if first is None:
-            raise ValueError("eval_batches must not be empty.")
-        prepared(first, "the first of eval_batches", eval_loss, model)
+    _check_first(eval_batches, eval_loss, model)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
@@ -147,7 +151,7 @@ def fit(
             writer.warn(f"{interrupt.asked.name}: stopped after step {run.step} of {steps}")
         elif feed.ended:
             text = f"training ends after {run.step} steps: there are no more batches."
-            warn_and_go_on(text, 4)
+            warn_and_go_on(text, 5)
     interrupt.pass_on()
     return run.training
 
@@ -241,3 +245,12 @@ def _check_pieces(bad_steps: Any, checkpoint: Any, eval_batches: Any) -> None:
             "eval_batches must be a list of dicts of arrays, or a source of jaxformers.data, got "
             f"{eval_batches!r:.80}."
         )
+
+
+def _check_first(eval_batches: Any, loss: Loss, model: Any) -> None:
+    """What is wrong with batches to evaluate on is known before the first step."""
+    if eval_batches is not None:
+        first = next(in_order(eval_batches), None)
+        if first is None:
+            raise ValueError("eval_batches must not be empty.")
+        prepared(first, "the first of eval_batches", loss, model)

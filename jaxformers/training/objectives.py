@@ -34,6 +34,7 @@ from jaxformers.checks import check_options, check_tokens, is_known
 from jaxformers.layers import split_key
 from jaxformers.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.masks import AttentionMask
+from jaxformers.training.names import ARRAYS, advise, among
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
@@ -276,7 +277,9 @@ def _check_model(model: Any, method: str, loss: str, of: str) -> None:
 def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...], of: str) -> None:
     if not isinstance(batch, Mapping):
         raise ValueError(f"the batch of {of} must be a dict of arrays, got {type(batch).__name__}.")
-    check_options(batch, needed + optional, f"the batch of {of}")
+    known = needed + optional
+    advice = advise([name for name in batch if name not in known], of)
+    check_options(batch, known, f"the batch of {of}", among(known, ARRAYS), "array", advice)
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
         hint = " Of targets that are -100 elsewhere it is targets != -100."

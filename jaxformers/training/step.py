@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 from jaxformers.checks import check_callable, check_key, check_positive, check_size
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.precision import cast_floating, check_float_dtype
+from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 MEMORY, LONGEST_START = 0.98, 20  # of the usual norm of gradients, in steps
@@ -64,6 +65,7 @@ class Gradients(eqx.Module):
         return value, grads
 
 
+@explain_arguments
 def train_step(
     model: Model,
     state: PyTree,
