@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray
 
+from jaxformers.ids import as_ids
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -217,21 +219,9 @@ def check_key(
     return key
 
 
-def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
+def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
     """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
-    if isinstance(tokens, tuple) and any(_is_mask(x) for x in tokens):
-        raise ValueError(
-            f"{name} must be one array of ids, got a tuple with a mask in it. tokenizer.encode "
-            "returns (tokens, padding_mask): pass the first as tokens and the second as "
-            "padding_mask=."
-        )
-    if not isinstance(tokens, jax.Array):
-        tokens = _as_numpy(tokens, name)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must hold integer ids, got dtype {tokens.dtype}. "
-            "Token ids are indices into the vocabulary: cast with .astype(int) if they are whole."
-        )
+    tokens = as_ids(tokens, name)
     if tokens.ndim not in (1, 2):
         raise ValueError(
             f"{name} must have shape (t,) or (batch, t), got {tokens.shape}. "
@@ -300,20 +290,6 @@ def check_same_batch(**arrays: Any) -> None:
                 f"{first} and {name} must have the same batch axis, got shapes {a.shape} and "
                 f"{other.shape}."
             )
-
-
-def _is_mask(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.bool_)
-
-
-def _as_numpy(x: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(x)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be a rectangular array, got rows of different length. Pad them to one "
-            "length and say what is padding with padding_mask=."
-        ) from None
 
 
 def _is_number(x: Any) -> bool:

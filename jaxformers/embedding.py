@@ -228,17 +228,32 @@ class TransformerEmbedding(eqx.Module):
         x = self._tokens(tokens) * self.scale
         x = self.projection(x) if self.projection is not None and self.project_tokens else x
         if self.position is not None:
-            check_seq_length(x.shape[-2], self.position.max_seq_length)
-            positions = jnp.arange(x.shape[-2]) if positions is None else positions
-            if is_known(positions):
-                with jax.ensure_compile_time_eval():
-                    longest = int(positions.max()) + 1
-                check_seq_length(longest, self.position.max_seq_length)
+            positions = self._check_positions(positions, x.shape[-2])
             x = add(x, self.position.embed(positions))
         x = self._add_types(x, token_types)
         x = x if self.norm is None else self.norm(x)
         x = x if self.projection is None or self.project_tokens else self.projection(x)
         return dropout(x, self.dropout_rate, key)
+
+    def _check_positions(
+        self, positions: Int[Array, "*#b t"] | None, t: int
+    ) -> Int[Array, "*#b t"]:
+        """The positions, 0 .. t-1 if there are none, all of which the scheme must know.
+
+        Columns of padding do not count: there may be more columns than positions.
+        """
+        limit = self.max_seq_length
+        if positions is None:
+            check_seq_length(t, limit)
+            return jnp.arange(t)
+        if is_known(positions):
+            with jax.ensure_compile_time_eval():
+                longest = int(positions.max()) + 1
+            check_seq_length(longest, limit)
+        elif limit is not None and t > limit:
+            message = f"a sequence has more tokens than max_seq_length = {limit}. Shorten it."
+            positions = eqx.error_if(positions, (positions >= limit).any(), message)
+        return positions
 
     def _add_types(
         self, x: Float[Array, "*b t e"], token_types: ArrayLike | None

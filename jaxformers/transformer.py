@@ -26,12 +26,12 @@ from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.generation.generate import gather, generate_from_source, stream
 from jaxformers.generation.plan import AllOptions, Options
-from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score_with_source
 from jaxformers.generation.steps import Seq2SeqStep
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
+from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, padding_to_positions, place
 from jaxformers.origin import Origin, with_special_tokens

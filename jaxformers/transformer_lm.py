@@ -20,12 +20,12 @@ from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.generation.generate import gather, generate, stream
 from jaxformers.generation.plan import AllOptions, Options
-from jaxformers.generation.prompts import Tokens
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
 from jaxformers.generation.steps import LMStep
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
+from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import Mask, as_mask, place
 from jaxformers.origin import Origin, with_special_tokens

@@ -101,6 +101,40 @@ def test_forced_and_banned_tokens_and_early_ends(lm):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"key": KEY}, {"prompt_lookup": 2}], ids=str)
+def test_stop_sequences_do_not_count_before_the_least_number_of_tokens(lm, options):
+    """One that is complete with the last of these ends the row; with no end at all none does."""
+    prompt = prompt_of(4, 2)
+    free = np.asarray(lm.generate(prompt, NEW, **options))[:, 4:]
+    stops = [free[0, 2:4].tolist(), free[1, :1].tolist(), free[0, 6:8].tolist()]
+    for least in (1, 4, 5, [8, 1], [9, 12]):
+        out = lm.generate(
+            prompt, NEW, stop_sequences=stops, min_new_tokens=least, pad_token=0, **options
+        )
+        for row, got, n in zip(free, out[:, 4:], np.broadcast_to(least, 2), strict=True):
+            ends = [
+                stop
+                for stop in range(n, NEW + 1)
+                if any(row[:stop].tolist()[-len(end) :] == end for end in stops)
+            ]
+            length = min(ends, default=NEW)
+            np.testing.assert_array_equal(got, [*row[:length], *[0] * (NEW - length)])
+    np.testing.assert_array_equal(
+        lm.generate(prompt, NEW, min_new_tokens=7, **options)[:, 4:], free
+    )
+
+
+def test_stop_sequences_do_not_end_beams_early(lm):
+    prompt, search = prompt_of(4, 2), {"num_beams": 2, "return_scores": True}
+    free = lm.generate(prompt, 8, **search)
+    stops = [free.tokens[0, 5:7].tolist(), free.tokens[1, 4:5].tolist()]
+    out = lm.generate(prompt, 8, **search, stop_sequences=stops, min_new_tokens=[8, 1])
+    np.testing.assert_array_equal(out.tokens[0], free.tokens[0])
+    stopped = lm.generate(prompt, 8, **search, stop_sequences=stops)
+    assert not np.array_equal(stopped.tokens[0], free.tokens[0])
+    np.testing.assert_array_equal(out.tokens[1], stopped.tokens[1])
+
+
 def test_a_function_on_the_logits(lm):
     def only_even(logits, tokens, real):
         assert logits.shape == (2, V) and tokens.shape == real.shape
@@ -428,7 +462,7 @@ BAD = {
     "bad_words": [{"bad_words": [5]}, {"bad_words": [[V]]}, {"bad_words": [[]]}],
     "stop_sequences": [{"stop_sequences": [[]]}, {"stop_sequences": [[V]]}],
     "min_new_tokens": [
-        {"min_new_tokens": 2},
+        {"min_new_tokens": 9},
         {"min_new_tokens": 9, "end_token": 1},
         {"min_new_tokens": -1, "end_token": 1},
     ],

@@ -35,7 +35,8 @@ class Options(TypedDict, total=False):
         no_repeat_ngram_size: no sequence of this many tokens comes twice.
         bad_words: token sequences that do not come; `[]` is none, where the model's checkpoint
             names some.
-        min_new_tokens: the end token does not come before so many.
+        min_new_tokens: no row ends before it has so many: the end token does not come, and stop
+            sequences do not count.
         forced_first_token: the first new token.
         forced_last_token: the token of the last column, for rows that come so far.
         logits_fn: a function `(logits, tokens, real) -> logits` of your own, after all of the
@@ -134,6 +135,10 @@ class Plan(eqx.Module):
         if self.stop_sequences is not None:
             new = history._replace(first=jnp.maximum(history.first, self.start))
             ends = ends | new.ends_with(self.stop_sequences).any(-1)
+        least = self.constraints.min_new_tokens
+        if least is not None:  # candidates of beams are more rows than there are numbers
+            least = jnp.repeat(least, len(ends) // len(least))
+            ends = ends & (history.length - self.start >= least)
         return ends
 
     def after(self, columns: Int[Array, ""]) -> "Plan":
@@ -193,7 +198,7 @@ def make_plan(
     check_size(num_beams=num_beams)
     end_tokens = check_ids("end_token", options.get("end_token"), vocab_size)
     pad = check_ids("pad_token", options.get("pad_token"), vocab_size)
-    check_effect(key, end_tokens, max_new_tokens, options)
+    check_effect(key, max_new_tokens, options)
     # With beams, one token more than there are end tokens has to survive the cuts.
     keep = 1 if num_beams == 1 else len(end_tokens) + 1
     return Plan(
@@ -215,9 +220,7 @@ def make_plan(
     )
 
 
-def check_effect(
-    key: Keys | None, end_tokens: np.ndarray, max_new_tokens: int, options: dict[str, Any]
-) -> None:
+def check_effect(key: Keys | None, max_new_tokens: int, options: dict[str, Any]) -> None:
     """Raise for an option that would be without effect."""
     given = [name for name in SAMPLING if options.get(name) is not None]
     one = options.get("temperature")
@@ -229,14 +232,7 @@ def check_effect(
             "decoding. Pass key=jax.random.key(0) to sample, or leave them out."
         )
     least = options.get("min_new_tokens")
-    if least is None:
-        return
-    if not len(end_tokens):
-        raise ValueError(
-            "min_new_tokens keeps the end token from coming early, got no end_token. Pass "
-            "end_token=, or leave it out."
-        )
-    if is_known(least) and np.max(least) > max_new_tokens:
+    if least is not None and is_known(least) and np.max(least) > max_new_tokens:
         raise ValueError(
             f"min_new_tokens must be at most max_new_tokens, got {least!r} and {max_new_tokens}."
         )

@@ -4,7 +4,6 @@ Sizes are rounded up to buckets, so that a new length inside a bucket compiles n
 in NumPy: in JAX, cutting or padding to each new length would itself compile.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Int
 
 from jaxformers.checks import check_padding_mask, check_tokens, is_known
-
-# What may be given as token ids.
-Tokens = ArrayLike | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
+from jaxformers.ids import Tokens, as_rows, stack
 
 
 class Prompt(NamedTuple):
@@ -77,11 +74,11 @@ def read_prompt(
     Raises:
         ValueError: if it holds no ids of the vocabulary, or a row has no token.
     """
-    given, padding_mask = _fill_ragged(prompt, padding_mask)
+    mask_name = {"src": "src_padding_mask", "tgt": "tgt_padding_mask"}.get(name, "padding_mask")
+    given, padding_mask = _fill_ragged(prompt, padding_mask, name, mask_name)
     committed = isinstance(given, jax.Array) and is_known(given) and given.committed
     sharding = given.sharding if committed else None
     tokens: Any = check_tokens(np.asarray(given) if is_known(given) else given, vocab_size, name)
-    mask_name = "src_padding_mask" if name == "src" else "padding_mask"
     real: Any = check_padding_mask(padding_mask, tokens.shape, mask_name)
     if is_known(tokens):
         tokens = np.asarray(tokens)
@@ -109,23 +106,26 @@ def read_source(
     return source, source.to_bucket(bucket(source.tokens.shape[1], max_length))
 
 
-def _fill_ragged(prompt: Any, padding_mask: ArrayLike | None) -> tuple[Any, Any]:
-    """Lists of different length as one array padded on the left with 0, and its padding mask."""
-    if not isinstance(prompt, list | tuple):
-        return prompt, padding_mask
-    lengths = {len(row) if isinstance(row, list | tuple | np.ndarray) else 0 for row in prompt}
-    if len(lengths) < 2:
-        return np.asarray(prompt), padding_mask
+def _fill_ragged(
+    prompt: Any, padding_mask: ArrayLike | None, name: str, mask_name: str
+) -> tuple[Any, Any]:
+    """Rows of different length as one array padded on the left with 0, and its padding mask."""
+    rows, lengths = as_rows(prompt, name)
+    if lengths is None:
+        return rows, padding_mask
+    if len(set(lengths)) == 1:
+        return stack(rows), padding_mask
     if padding_mask is not None:
         raise ValueError(
-            "padding_mask must be left out where prompt is a list of rows of different length, "
+            f"{mask_name} must be left out where {name} is a list of rows of different length, "
             "which says itself how long each is."
         )
-    rows = [np.asarray(row, None if len(row) else np.int32) for row in prompt]
-    longest = max(map(len, rows))
-    pads = [(longest - len(row), 0) for row in rows]
-    tokens = np.stack([np.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
-    return tokens, np.arange(longest) >= np.array(pads)[:, :1]
+    longest = max(lengths)
+    pads = [(longest - length, 0) for length in lengths]
+    padded = [
+        (np if is_known(row) else jnp).pad(row, pad) for row, pad in zip(rows, pads, strict=True)
+    ]
+    return stack(padded), np.arange(longest) >= np.array(pads)[:, :1]
 
 
 def bucket(size: int, cap: int | None = None) -> int:
@@ -162,11 +162,11 @@ def check_room(
 
 
 def check_length(name: str, prompt: Prompt, max_seq_length: int | None) -> None:
-    """Raise if there are more columns than the model knows positions."""
-    columns = prompt.tokens.shape[1]
-    if max_seq_length is not None and columns > max_seq_length:
+    """Raise if a row has more tokens than the model knows positions; padding does not count."""
+    longest = int(_lengths(prompt).max())
+    if max_seq_length is not None and longest > max_seq_length:
         raise ValueError(
-            f"{name} may have at most max_seq_length = {max_seq_length} columns, got {columns}. "
+            f"{name} may have at most max_seq_length = {max_seq_length} tokens, got {longest}. "
             "Cut it, or build the model with a larger max_seq_length."
         )
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_size
-from jaxformers.generation.prompts import Tokens, bucket, check_length, read_prompt, read_source
+from jaxformers.generation.prompts import bucket, check_length, read_prompt, read_source
+from jaxformers.ids import Tokens, as_ids
 
 
 def score(
@@ -21,10 +22,11 @@ def score(
     *,
     vocab_size: int,
     max_seq_length: int | None,
+    name: str = "tokens",
 ) -> Float[Array, "*b t"]:
     """The log-probability of each token given those before; see the models' own `score`."""
-    text = read_prompt(tokens, padding_mask, vocab_size, "tokens")
-    check_length("tokens", text, max_seq_length)
+    text = read_prompt(tokens, padding_mask, vocab_size, name)
+    check_length(name, text, max_seq_length)
     t = text.tokens.shape[1]
     log_probs = _score(step, *text.to_bucket(bucket(t, max_seq_length)))
     return text.place(text.cut(log_probs, 0, t))
@@ -43,7 +45,7 @@ def score_with_source(
 ) -> Float[Array, "*b t"]:
     """`score` of a target given a source."""
     _, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length)
-    return score(make_step(*arrays), tgt, tgt_padding_mask, **sizes)
+    return score(make_step(*arrays), tgt, tgt_padding_mask, **sizes, name="tgt")
 
 
 @eqx.filter_jit
@@ -59,7 +61,7 @@ def _score(step: Any, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Fl
 
 
 def perplexity(
-    model: Any, tokens: ArrayLike, stride: int | None = None, context: int | None = None
+    model: Any, tokens: Tokens, stride: int | None = None, context: int | None = None
 ) -> float:
     """The exponential of the mean negative log-probability per token, of a text of any length.
 
@@ -82,7 +84,7 @@ def perplexity(
         >>> perplexity(model, jnp.arange(50), stride=8) > 1.0
         True
     """
-    tokens = np.atleast_2d(np.asarray(tokens))
+    tokens = np.atleast_2d(np.asarray(as_ids(tokens, "tokens")))
     t = tokens.shape[-1]
     if t < 2:
         raise ValueError(f"tokens must be at least 2, to score one from another, got {t}.")
