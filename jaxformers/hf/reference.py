@@ -64,10 +64,10 @@ class Reference(NamedTuple):
         if self.kind is not TransformerEncoder:
             return {"log-probs": _log_softmax(self.model(**inputs).logits)}
         base = self.model.base_model(**inputs)
-        outputs = {"hidden states": base.last_hidden_state.numpy()}
+        outputs = {"hidden states": _numpy(base.last_hidden_state)}
         made_up = any("pooler" in name for name in self.missing)
         if base.get("pooler_output") is not None and not made_up:
-            outputs["pooled"] = base.pooler_output.numpy()
+            outputs["pooled"] = _numpy(base.pooler_output)
         if self.model is not self.model.base_model:
             outputs |= self._heads(self.model(**inputs))
         return outputs
@@ -75,17 +75,23 @@ class Reference(NamedTuple):
     def _heads(self, out: Any) -> Outputs:
         """What stands on an encoder; where it was trained, that is two heads for some."""
         if "start_logits" in out:
-            return {"classes": np.stack([out.start_logits.numpy(), out.end_logits.numpy()], -1)}
+            return {"classes": np.stack([_numpy(out.start_logits), _numpy(out.end_logits)], -1)}
         if "prediction_logits" in out:
             [order] = (
                 out[name] for name in ("seq_relationship_logits", "sop_logits") if name in out
             )
-            return {"log-probs": _log_softmax(out.prediction_logits), "classes": order.numpy()}
+            return {"log-probs": _log_softmax(out.prediction_logits), "classes": _numpy(order)}
         if "Classification" in type(self.model).__name__:
-            return {"classes": out.logits.numpy()}
+            return {"classes": _numpy(out.logits)}
         if out.logits.ndim == 2:  # whether each token is another's (ELECTRA)
-            return {"classes": out.logits.numpy()[..., None]}
+            return {"classes": _numpy(out.logits)[..., None]}
         return {"log-probs": _log_softmax(out.logits)}
+
+    def calculate_in(self, dtype: str) -> "Reference":
+        """The same model with its present weights, calculating with more bits; self is used up."""
+        import torch
+
+        return self._replace(model=self.model.to(getattr(torch, dtype)))
 
     def row_by_row(self, sample: Sample) -> Outputs:
         """What each row gives without its padding, put where the row lies in the sample."""
@@ -161,6 +167,8 @@ def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Re
     model, info = architecture.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
+    # The others multiply no float64, and no small experts of 16 bits.
+    model.config._experts_implementation = "eager"
     return Reference(model.eval(), kind, frozenset(info["missing_keys"]))
 
 
@@ -218,7 +226,16 @@ def _stack(rows: list[np.ndarray], filler: int) -> np.ndarray:
 
 
 def _log_softmax(logits: Any) -> np.ndarray:
-    return logits.float().log_softmax(-1).numpy()
+    return _numpy(_wide(logits).log_softmax(-1))
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return _wide(x).numpy()
+
+
+def _wide(x: Any) -> Any:
+    """Of at least 32 bits: NumPy has no bfloat16."""
+    return x if x.element_size() > 4 else x.float()
 
 
 def _same_bits(a: Any, b: Any) -> bool:

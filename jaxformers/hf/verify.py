@@ -1,7 +1,13 @@
 """Whether a checkpoint says here what it says under transformers and torch.
 
 Compared are what the model makes of random tokens in float32 (without padding, padded on the right,
-padded on the left), what it generates, and what is left of it after saving it again.
+padded on the left), what it generates, what it makes of them with weights of 16 bits, and what is
+left of it after saving it again.
+
+How near is near enough is told by torch itself. In float32 its outputs differ from those that it
+calculates in float64, more so the deeper the model is; ours may differ by a few times as much from
+its float32. With 16 bits both are compared with float32, and ours may be at most twice as far from
+it. JAX is asked for all bits of float32 in products, which on GPUs and TPUs is not its default.
 
 Positions are counted over the real tokens here. Where transformers counts them over padding too and
 cannot be told otherwise, rows padded on the left are compared with the same rows alone.
@@ -11,6 +17,7 @@ import os
 import tempfile
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +36,10 @@ from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
 
-TOLERANCE = 1e-4  # of log-probabilities, hidden states and logits of classes, in float32
+# How far ours may be from torch: so many times as far as its float32 is from its float64, and this
+# far in any case; with 16 bits, so many times as far from float32 as it is.
+ROUNDINGS, LEAST = 8, 1e-5
+FARTHER = 2
 SOURCE_LENGTH, TARGET_LENGTH, NEW_TOKENS = 11, 9, 8  # as far as the model takes so many
 NUM_BEAMS = 3
 NO_PADDING, RIGHT, LEFT = "no padding", "right padding", "left padding"
@@ -47,13 +57,17 @@ class Row(NamedTuple):
         return self.difference <= self.allowed  # never if it is NaN
 
 
-def verify(path: str | os.PathLike, *, seed: int = 0, generate: bool = True) -> list[Row]:
+def verify(
+    path: str | os.PathLike, *, seed: int = 0, generate: bool = True, sixteen_bits: bool = True
+) -> list[Row]:
     """Compare a checkpoint under transformers and torch with the same checkpoint here.
 
     Arguments:
         path: the checkpoint's directory.
         seed: of the random tokens, 0.
         generate: whether to compare generated tokens too, which takes longest.
+        sixteen_bits: whether to compare with weights of 16 bits too: those of the file, or
+            bfloat16 where it has wider ones.
 
     Returns:
         A `Row` per comparison; `row.passed` says whether the difference is allowed.
@@ -66,14 +80,18 @@ def verify(path: str | os.PathLike, *, seed: int = 0, generate: bool = True) -> 
         >>> all(row.passed for row in verify("gpt2"))  # doctest: +SKIP
         True
     """
-    with torch_without_gradients():
+    with torch_without_gradients(), jax.default_matmul_precision("highest"):
         ours = from_pretrained(path, dtype=jnp.float32)
-        theirs = load_reference(path, type(ours), "float32")
+        kind = type(ours)
+        theirs = load_reference(path, kind, "float32")
         samples = draw_samples(ours, theirs.model.config, np.random.default_rng(seed))
-        rows = _compare_outputs(ours, theirs, samples)
+        allowed = _allow(path, theirs, samples[NO_PADDING])
+        rows = _compare_outputs(ours, theirs, samples, allowed)
         if generate and not isinstance(ours, TransformerEncoder):
-            rows += _compare_generated(ours, theirs, samples)
-        return rows + _compare_saved(path, type(ours), samples[NO_PADDING])
+            rows += _compare_generated(ours, theirs, samples, allowed["log-probs"])
+        if sixteen_bits:
+            rows += _compare_sixteen_bits(path, kind, samples)
+        return rows + _compare_saved(path, kind, samples[NO_PADDING])
 
 
 def table(rows: list[Row]) -> str:
@@ -128,20 +146,67 @@ def _pad(batch: Batch, config: Any, left: bool) -> Batch:
     return Batch(tokens, np.take_along_axis(mask, order, axis=1), types)
 
 
-def _compare_outputs(ours: Model, theirs: Reference, samples: dict[str, Sample]) -> list[Row]:
+def _allow(path: str | os.PathLike, theirs: Reference, sample: Sample) -> dict[str, float]:
+    """How far each output may be from theirs in float32, by how far that is from float64."""
+    exact = load_reference(path, theirs.kind, "float32").calculate_in("float64")(sample)
+    rounded = theirs(sample)
+    differences = {name: float(np.abs(rounded[name] - exact[name]).max()) for name in exact}
+    return {name: max(LEAST, ROUNDINGS * difference) for name, difference in differences.items()}
+
+
+def _compare_outputs(
+    ours: Model, theirs: Reference, samples: dict[str, Sample], allowed: dict[str, float]
+) -> list[Row]:
     rows = []
     for layout, sample in samples.items():
-        alike = layout == RIGHT or theirs.takes_positions
-        told = layout == NO_PADDING or alike and not theirs.turns_by_length
-        wanted = theirs(sample) if told else theirs.row_by_row(sample)
+        wanted = _their_outputs(theirs, layout, sample)
         got = _our_outputs(ours, jax.tree.map(jnp.asarray, sample), frozenset(wanted))
-        mask = sample[-1].mask
         for name in wanted:
-            difference = np.abs(np.asarray(got[name]) - wanted[name])
-            if mask is not None and difference.ndim == 3:
-                difference = difference[mask]
-            rows.append(Row(f"{name}, {layout}", float(difference.max()), TOLERANCE))
+            largest = float(_differences(got[name], wanted[name], sample).max())
+            rows.append(Row(f"{name}, {layout}", largest, allowed[name]))
     return rows
+
+
+def _compare_sixteen_bits(
+    path: str | os.PathLike, kind: type[Model], samples: dict[str, Sample]
+) -> list[Row]:
+    """How far both are from float32 with the same weights of 16 bits, as root mean squares."""
+    stored = _dtype(from_pretrained(path))
+    dtype = stored if stored.itemsize == 2 else jnp.dtype(jnp.bfloat16)
+    ours, theirs = from_pretrained(path, dtype=dtype), load_reference(path, kind, str(dtype))
+    exact = load_reference(path, kind, str(dtype)).calculate_in("float32")
+    rows = []
+    for layout, sample in samples.items():
+        wanted = _their_outputs(exact, layout, sample)
+        rounded = _their_outputs(theirs, layout, sample)
+        got = _our_outputs(ours, jax.tree.map(jnp.asarray, sample), frozenset(wanted))
+        for name in wanted:
+            distances = [
+                float(np.sqrt(np.square(_differences(x, wanted[name], sample)).mean()))
+                for x in (got[name], rounded[name])
+            ]
+            # What overflows there may be right here.
+            farthest = FARTHER * np.nan_to_num(distances[1], nan=np.inf)
+            rows.append(Row(f"{name}, {layout}, {dtype}", distances[0], float(farthest)))
+    return rows
+
+
+def _dtype(model: Model) -> np.dtype:
+    return next(x.dtype for x in jax.tree.leaves(model) if eqx.is_array(x))
+
+
+def _their_outputs(theirs: Reference, layout: str, sample: Sample) -> Outputs:
+    """Row by row where padding would have a say in the outputs of real tokens."""
+    alike = layout == RIGHT or theirs.takes_positions
+    told = layout == NO_PADDING or alike and not theirs.turns_by_length
+    return theirs(sample) if told else theirs.row_by_row(sample)
+
+
+def _differences(got: Any, wanted: np.ndarray, sample: Sample) -> np.ndarray:
+    """Without those of padding."""
+    mask = sample[-1].mask
+    difference = np.abs(np.asarray(got, np.float64) - wanted)
+    return difference[mask] if mask is not None and difference.ndim == 3 else difference
 
 
 def _our_outputs(model: Model, sample: Sample, names: frozenset[str]) -> Outputs:
@@ -161,12 +226,15 @@ def _our_outputs(model: Model, sample: Sample, names: frozenset[str]) -> Outputs
     }
     outputs = {name: methods[name](tokens, padding_mask=mask, token_types=types) for name in names}
     if "log-probs" in names:
-        outputs["log-probs"] = jax.nn.log_softmax(outputs["log-probs"])
+        outputs["log-probs"] = jax.nn.log_softmax(outputs["log-probs"].astype(jnp.float32))
     return outputs
 
 
 def _compare_generated(
-    ours: TransformerLM | Transformer, theirs: Reference, samples: dict[str, Sample]
+    ours: TransformerLM | Transformer,
+    theirs: Reference,
+    samples: dict[str, Sample],
+    allowed: float,
 ) -> list[Row]:
     """New tokens and their log-probabilities: greedily, and after a source with beams too."""
     if isinstance(ours, TransformerLM):
@@ -191,15 +259,21 @@ def _compare_generated(
         scores = got.scores if num_beams > 1 else got.log_probs[:, : wanted.scores.shape[1]]
         difference = np.abs(np.asarray(scores) - wanted.scores)
         rows.append(Row(f"tokens, {name}", float(differing.sum()), 0))
-        rows.append(Row(f"their log-probs, {name}", float(difference.max()), TOLERANCE))
+        rows.append(Row(f"their log-probs, {name}", float(difference.max()), allowed))
     return rows
 
 
 def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -> list[Row]:
-    """What transformers makes of the checkpoint, and of what is written back."""
+    """What transformers makes of the checkpoint, and of what is written back.
+
+    The checkpoint has the type of its file, whatever config.json says. What is written back must
+    say so.
+    """
     with tempfile.TemporaryDirectory() as copy:
-        from_pretrained(path).save_pretrained(copy)
-        before, after = (load_reference(where, kind, "auto") for where in (path, copy))
+        model = from_pretrained(path)
+        model.save_pretrained(copy)
+        before = load_reference(path, kind, str(_dtype(model)))
+        after = load_reference(copy, kind, "auto")
     changed = before.changed(after)
     for reference in (before, after):
         # PyTorch rounds by how arrays lie in memory, which files decide until they are copied.
