@@ -180,8 +180,43 @@ def one_space():
     return tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
 
 
-def t5():
-    return unigram(tokenizers.normalizers.Nmt(), tokenizers.normalizers.NFKC(), one_space())
+def charsmap():
+    """A table of characters in sentencepiece's format: a double-array trie, and the replacements.
+
+    The units of the trie have a label, the distance to their children, and a flag for a value.
+    """
+    table = {"ﬁ": "fi", "½": "1/2", "\n": " ", "\t": " ", "\r": " ", "\u200b": "", "e\u0301": "é"}
+    trie: dict = {}
+    texts = b""
+    for key, replacement in table.items():
+        node = trie
+        for byte in key.encode():
+            node = node.setdefault(byte, {})
+        node[0] = len(texts)
+        texts += replacement.encode() + b"\0"
+    units, used = {}, {0}
+
+    def place(node, at, label):
+        base = next(b for b in range(1, 2**12) if used.isdisjoint(b ^ byte for byte in node))
+        used.update(base ^ byte for byte in node)
+        units[at] = (at ^ base) << 10 | (0 in node) << 8 | label
+        for byte, child in node.items():
+            if byte:
+                place(child, base ^ byte, byte)
+            else:
+                units[base] = child | 1 << 31
+
+    place(trie, 0, 0)
+    array = np.zeros((max(units) | 255) + 1, "<u4")
+    array[list(units)] = list(units.values())
+    return np.array(array.nbytes, "<u4").tobytes() + array.tobytes() + texts
+
+
+def t5(words=False):
+    """With the table of characters that T5 and XLM-RoBERTa ship, in small."""
+    normalizer = tokenizers.normalizers.Precompiled(charsmap())
+    assert normalizer.normalize_str("aﬁb\nc½e\u0301\u200bx\r\ny") == "afib c1/2éx y"
+    return unigram(normalizer, one_space(), words=words)
 
 
 def albert():
@@ -226,7 +261,10 @@ LOSSY = {
     "qwen": qwen,  # composes characters
     "olmo": olmo,
     "t5": t5,  # composes, joins spaces, does not know all characters
-    "xlmr": lambda: unigram(tokenizers.normalizers.NFKC(), one_space(), words=True),
+    "t5 by rules": lambda: unigram(
+        tokenizers.normalizers.Nmt(), tokenizers.normalizers.NFKC(), one_space()
+    ),
+    "xlmr": lambda: t5(words=True),
     "albert": albert,
     "bert": bert,
     "bert cased": lambda: bert(lowercase=False),
