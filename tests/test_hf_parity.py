@@ -76,6 +76,8 @@ def test_checkpoint_is_equal(name, checkpoint):
 
 # What is loaded as a whole model is saved as one, though the file was of a model without a head.
 BARE = {"gpt2_bare": "transformer.", "bart_bare": "model."}
+# transformers 4 scales the logits of a tied one, and 5 does not: written out, it is not scaled.
+WRITTEN_OUT = {"mt5": ("lm_head.weight", "shared.weight")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -88,6 +90,9 @@ def test_saved_file_is_equal(name, checkpoint, tmp_path):
     if name in BARE:
         got.pop("final_logits_bias", None)
         got = {key.removeprefix(BARE[name]): x for key, x in got.items()}
+    if name in WRITTEN_OUT:
+        head, table = WRITTEN_OUT[name]
+        assert torch.equal(got.pop(head), got[table])
     needless = set(CASES[name].added)
     assert wanted.keys() - needless <= got.keys() <= wanted.keys()
     for key, x in got.items():

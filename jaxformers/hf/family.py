@@ -20,8 +20,11 @@ class Family(NamedTuple):
         prefix: what names begin with in files of whole models and not in those of bare ones.
         ignored: patterns of tensors that hold nothing to learn, or belong to heads we do not have.
         copies: tensors that some files store a second time, each with its main name.
+        repeats: tensors that we store a second time where the output layer is not tied, each with
+            its main name: versions of transformers look under different ones.
         special: token ids that config.json leaves out where they are the class's defaults.
         aliases: other names that older files use: (pattern, replacement).
+        newer: keys of config.json that version 5 of transformers knows and version 4 does not.
     """
 
     model_type: str
@@ -32,8 +35,10 @@ class Family(NamedTuple):
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    repeats: tuple[tuple[str, str], ...] = ()
     special: Mapping[str, Any] = {}
     aliases: tuple[tuple[str, str], ...] = ()
+    newer: tuple[str, ...] = ("rope_parameters",)
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:

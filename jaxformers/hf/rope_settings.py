@@ -1,19 +1,34 @@
 """Rotary positions and windows in a config.json: three spellings, and patterns over the layers.
 
 Files of transformers 4 say `rope_theta` and `rope_scaling`; those of 5 `rope_parameters`, either
-once or for each type of layer. We read all three and write the first, which both versions read.
+once or for each type of layer. We read all three, and write the first beside one of the others:
+version 4 silently takes its defaults for what it does not know, and so do other readers.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxformers.hf.architecture import Architecture, Rope
-from jaxformers.hf.scaling_settings import number, read_scaling, write_scaling
+from jaxformers.hf.scaling_settings import (
+    number,
+    read_scaling,
+    write_lengths,
+    write_older_scaling,
+    write_scaling,
+)
 from jaxformers.hf.settings import Config
-from jaxformers.rotary_scaling import DynamicScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NO_ROPE = "no_rope_layers"  # of the file: 1 for each layer that turns queries and keys, else 0
+REPEATED = ("every", "first")  # patterns that one number tells
+# What version 5 of transformers says in `rope_parameters`.
+OLDER_KEYS = frozenset(
+    {
+        *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
+        *("rotary_emb_base", "rotary_pct", "global_rope_theta", "local_rope_theta"),
+    }
+)
 
 
 class Windows(NamedTuple):
@@ -67,15 +82,25 @@ class Windows(NamedTuple):
             every = config.get(self.every_key, self.every, "size")
         limit = config.get(keys[1], 28, "count") if keys[1] is not None else 0
         turning = turning_layers(config, layers) if self.pattern == "still" else []
-        sliding = {
-            "all": lambda i: slides,
-            "last": lambda i: slides and i >= limit,
-            "odd": lambda i: slides and i < limit and i % 2 == 0,
-            "every": lambda i: (i + 1) % every != 0,
-            "first": lambda i: i % every != 0,
-            "still": lambda i: slides and not turning[i],
-        }[self.pattern]
-        return [SLIDING if sliding(i) else FULL for i in range(layers)]
+        n = every if self.pattern in REPEATED else limit
+        slides = slides or self.pattern in REPEATED
+        sliding = [slides and self._slides(i, n, turning) for i in range(layers)]
+        return [SLIDING if slide else FULL for slide in sliding]
+
+    def _slides(self, i: int, n: int, turning: Sequence[bool] = ()) -> bool:
+        """Whether layer i slides by the pattern, whose number is n."""
+        match self.pattern:
+            case "last":
+                return i >= n
+            case "odd":
+                return i < n and i % 2 == 0
+            case "every":
+                return (i + 1) % n != 0
+            case "first":
+                return i % n != 0
+            case "still":
+                return not turning[i]
+        return True
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         windows = [a.layer("window", i) for i in range(a.num_layers)]
@@ -85,13 +110,25 @@ class Windows(NamedTuple):
         window = next(iter(sizes), None)
         if window is not None and self.both_sides:
             window = (window - 1) * 2
-        if window is None and self.pattern in ("every", "first"):
+        if window is None and self.pattern in REPEATED:
             window = self.default  # their types say that it does not matter
         config[self.key] = window
         if self.enabled_key is not None:
             config[self.enabled_key] = bool(sizes)
         if self.typed:
             config["layer_types"] = [FULL if size is None else SLIDING for size in windows]
+            self._write_pattern([size is not None for size in windows], config)
+
+    def _write_pattern(self, slides: list[bool], config: dict[str, Any]) -> None:
+        """The number that says the same as the types, for readers that know no types."""
+        key = "max_window_layers" if self.pattern == "last" else self.every_key
+        if key is None or (self.pattern == "last" and not any(slides)):
+            return
+        config.pop(key, None)
+        for n in range(self.pattern in REPEATED, len(slides) + 2):
+            if slides == [self._slides(i, n) for i in range(len(slides))]:
+                config[key] = n
+                return
 
 
 def turning_layers(config: Config, layers: int) -> list[bool]:
@@ -154,10 +191,10 @@ class Rotary(NamedTuple):
 
     def _rope(self, config: Config, fields: dict[str, Any], kind: str) -> Rope:
         slides = kind == SLIDING and self.sliding_theta is not None
-        theta_key = self.sliding_theta_key if slides else self.theta_key
+        theta_key = (self.sliding_theta_key if slides else None) or self.theta_key
         default = self.sliding_theta if slides else self.theta
         parameters, nested = self._parameters(config, kind)
-        theta = config.get(theta_key, default, "positive") if theta_key else default
+        theta = config.get(theta_key, default, "positive")
         theta = number(parameters, "rope_theta", theta)
         key = self.partial_key or "partial_rotary_factor"
         share = config.get(key, self.partial, "positive")
@@ -175,11 +212,9 @@ class Rotary(NamedTuple):
         """What the file says of one type of layer, and whether it says so for that type alone."""
         both = config.get("rope_parameters", None, "dict", optional=True) or {}
         older = config.get("rope_scaling", None, "dict", optional=True)
-        if older and both and self.sliding_theta is not None:
-            config.refuse("rope_scaling", "rope_parameters is there as well.")
-        if older:
-            return {} if kind == SLIDING and self.unscaled_sliding else older, False
         typed, by_type = self.sliding_theta is not None, FULL in both or SLIDING in both
+        if older and not (both and typed):
+            return {} if kind == SLIDING and self.unscaled_sliding else older, False
         if both and typed != by_type:
             config.refuse(
                 "rope_parameters", "it must " + "not " * by_type + "name types of layers."
@@ -189,6 +224,10 @@ class Rotary(NamedTuple):
         own = both.get(kind)
         if own is not None and not isinstance(own, dict):
             raise ValueError(f"config.json: rope_parameters must hold objects, got {own!r:.80}.")
+        if older and not (kind == SLIDING and self.unscaled_sliding):
+            lengths = self.max_length, self.original_length
+            if read_scaling(config, older, *lengths) != read_scaling(config, own or {}, *lengths):
+                config.refuse("rope_scaling", "rope_parameters says something else.")
         return own or {}, True
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
@@ -207,29 +246,27 @@ class Rotary(NamedTuple):
         full = full or sliding
         if full is None:
             raise ValueError("no layer has rotary positions.")
-        for key in ("rope_parameters", "rope_scaling", "original_max_position_embeddings"):
+        self._write_both(full, sliding, a, config)
+
+    def _write_both(
+        self, full: Rope, sliding: Rope | None, a: Architecture, config: dict[str, Any]
+    ) -> None:
+        """Write the older words, and those of version 5 of transformers."""
+        for key in ("rope_parameters", "rope_scaling"):
             config.pop(key, None)
         config[self.theta_key] = full.theta
+        partial = {}
         if self.partial_key is not None:
-            config[self.partial_key] = _share(full.dim, a.head_dim or 1)
-        if (
-            self.sliding_theta is not None
-            and sliding is not None
-            and not self._known(full, sliding)
-        ):
-            config["rope_parameters"] = {FULL: _dictionary(full), SLIDING: _dictionary(sliding)}
-        elif full.scaling is not None:
-            config["rope_scaling"] = write_scaling(full.scaling)
-        original = getattr(full.scaling, "original_length", None)
-        if isinstance(full.scaling, DynamicScaling):
-            config["max_position_embeddings"] = original
-        elif self.original_length is not None and original is not None:
-            config["original_max_position_embeddings"] = original
-
-    def _known(self, full: Rope, sliding: Rope) -> bool:
-        """Whether layers that slide are as files imply that say nothing of them by themselves."""
-        theta_said = self.sliding_theta_key is not None or sliding.theta == self.sliding_theta
-        return theta_said and sliding.scaling == (None if self.unscaled_sliding else full.scaling)
+            partial["partial_rotary_factor"] = _share(full.dim, a.head_dim or 1)
+            config[self.partial_key] = partial["partial_rotary_factor"]
+        max_length = None if self.original_length is None else self.max_length
+        write_lengths(full.scaling, config, max_length)
+        if full.scaling is not None:
+            config["rope_scaling"] = write_older_scaling(full.scaling, config, max_length)
+        by_type = {FULL: full} if sliding is None else {FULL: full, SLIDING: sliding}
+        words = {kind: _dictionary(rope) for kind, rope in by_type.items()}
+        typed = self.sliding_theta is not None
+        config["rope_parameters"] = words if typed else words[FULL] | partial
 
 
 def _dictionary(rope: Rope) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Models to checkpoints: the engine in the other direction."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -21,6 +23,9 @@ from jaxformers.hf.files import write_tensors
 from jaxformers.hf.layouts import Rule, to_theirs
 from jaxformers.hf.load import TOKEN_KEYS, family_of, is_finite, read_settings
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
+from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
+from jaxformers.hf.settings import Tied
+from jaxformers.hf.special_settings import T5Scale, Vocabularies
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.layer_stack import unroll_layers
@@ -36,16 +41,35 @@ SENTENCE_FILES = (
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model as a checkpoint; see `save_pretrained` of the models."""
     directory, model = check_directory(path), unroll_layers(model)
+    dtype = check_arrays(arrays_by_path(model))
+    model = without_scale(model)
     arrays = arrays_by_path(model)
-    dtype = check_arrays(arrays)
     plan, config = describe_for_file(model)
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config["dtype"] = config["torch_dtype"] = dtype  # as versions 5 and 4 of transformers spell it
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
     _write_json(directory / "config.json", config)
     if plan.family.shape != "encoder":
         _write_json(directory / "generation_config.json", _generation(model.origin, plan, config))
     _copy_tokenizer(model.origin, directory)
+
+
+def without_scale(model: Any) -> Any:
+    """The same model; an encoder-decoder's scale of the logits is in the output layer's weights.
+
+    The original T5 scales the logits of a tied output layer. transformers 4 does so for tied ones
+    alone, so that files have no words for the scale of one that got weights of its own.
+    """
+    output = model.output
+    if not hasattr(model, "tgt_embedding") or output is None or output.tied or output.scale == 1.0:
+        return model
+    weights = [x for x in (output.w, output.b) if x is not None]
+    scaled = [(x * output.scale).astype(x.dtype) for x in weights]
+    model = eqx.tree_at(
+        lambda m: [x for x in (m.output.w, m.output.b) if x is not None], model, scaled
+    )
+    object.__setattr__(model.output, "scale", 1.0)  # of a fresh copy that nobody has seen yet
+    return model
 
 
 def check_directory(path: Any) -> Path:
@@ -99,9 +123,7 @@ def _tensors(
     plan: WeightPlan, arrays: Mapping[str, jax.Array], config: Mapping[str, Any]
 ) -> list[tuple]:
     """For each tensor its name, shape, dtype, and a function that makes it."""
-    shapes, listed = plan.shapes(), []
-    family = plan.family
-    bare = config.get("architectures") == [family.classes.get("base")]
+    shapes, listed, family = plan.shapes(), {}, plan.family
     for rule in plan.rules:
         for j, name in enumerate(rule.theirs):
 
@@ -111,9 +133,13 @@ def _tensors(
                     raise ValueError(f"{', '.join(rule.ours)}: there are NaN or infinite weights.")
                 return x
 
-            written = name.removeprefix(family.prefix) if bare else name
-            listed.append((written, shapes[name], arrays[rule.ours[0]].dtype, make))
-    return listed
+            listed[name] = (shapes[name], arrays[rule.ours[0]].dtype, make)
+    if config.get("tie_word_embeddings") is False:
+        repeats = {copy: of for copy, of in family.repeats if copy not in listed}
+        listed |= {copy: listed[of] for copy, of in repeats.items() if of in listed}
+    bare = config.get("architectures") == [family.classes.get("base")]
+    prefix = family.prefix if bare else ""
+    return [(name.removeprefix(prefix), *tensor) for name, tensor in listed.items()]
 
 
 def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
@@ -222,7 +248,7 @@ def fit(
         and not unnamed
         and not differences(family, entries, named, a)
     ):
-        return plan, entries
+        return plan, _respell(family, entries, named, a)
     # The class's own special tokens are another vocabulary's.
     config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
     for setting in family.settings:
@@ -234,7 +260,52 @@ def fit(
     faults += differences(family, config, named, a)
     if faults or unnamed:
         raise Misfit(faults or unnamed)  # what is different says why there is no tensor
+    _warn_of_version_4(family, config, named, a)
     return plan, config
+
+
+def _respell(
+    family: Family, entries: dict[str, Any], tensors: ModelTensors, a: Architecture
+) -> dict[str, Any]:
+    """The entries of a file, completed by the words that readers of other versions know.
+
+    Its own words stay, unless some reader would take them for something else.
+    """
+    words = dict(entries)
+    config: dict[str, Any] = {}
+    for setting in family.settings:
+        twice = isinstance(setting, Rotary | Windows) or getattr(setting, "twice", False)
+        anew = isinstance(setting, Tied | Vocabularies | T5Scale)
+        if twice or anew or getattr(setting, "disputed", False):
+            before = dict(words)
+            with contextlib.suppress(ValueError):  # the file says what we have no words for
+                setting.write(a, words)
+            if not twice:
+                config |= {key: x for key, x in words.items() if before.get(key) != x}
+    own = {key: x for key, x in entries.items() if x is not None}
+    config = {**words, **own, **config}
+    either = (family.newer, (), OLDER_KEYS)
+    if any(differences(family, _without(config, keys), tensors, a) for keys in either):
+        config = words
+    _warn_of_version_4(family, config, tensors, a)
+    return config
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: x for key, x in config.items() if key not in keys}
+
+
+def _warn_of_version_4(
+    family: Family, config: Mapping[str, Any], tensors: ModelTensors, a: Architecture
+) -> None:
+    """Warn if only version 5 of transformers has words for the model."""
+    faults = differences(family, _without(config, family.newer), tensors, a)
+    if faults:
+        warnings.warn(
+            f"transformers before version 5, and what reads checkpoints as it does, takes this "
+            f"{family.model_type} for another model, without an error: {'; '.join(faults[:3])}.",
+            stacklevel=6,
+        )
 
 
 def differences(

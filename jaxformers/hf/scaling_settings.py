@@ -1,5 +1,6 @@
 """Scalings of rotary positions as a config.json says them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,8 +112,12 @@ def _long(parameters: Mapping[str, Any], factor: float, original: int) -> LongSc
     short, long = (_numbers(parameters, f"{length}_factor") for length in ("short", "long"))
     attention_factor = number(parameters, "attention_factor")
     if attention_factor is None:
-        attention_factor = 1.0 if factor <= 1.0 else long_attention_factor(factor, original)
+        attention_factor = _usual_attention_factor(factor, original)
     return LongScaling(short, long, original, attention_factor)
+
+
+def _usual_attention_factor(factor: float, original: int) -> float:
+    return 1.0 if factor <= 1.0 else long_attention_factor(factor, original)
 
 
 def _numbers(parameters: Mapping[str, Any], key: str) -> tuple[float, ...]:
@@ -157,3 +162,46 @@ def write_scaling(scaling: Any) -> dict[str, Any]:
                 **original,
             }
     raise ValueError(f"the scaling {scaling!r} has no name in checkpoints.")
+
+
+def write_lengths(scaling: Any, config: dict[str, Any], max_length: int | None) -> None:
+    """Write the lengths of the training that files have beside a scaling.
+
+    Arguments:
+        scaling: of all layers, or None.
+        config: the entries, which are changed.
+        max_length: the longest sequence of the training where the file names none; None in
+            families without the words that `write_three_words` is about.
+    """
+    config.pop("original_max_position_embeddings", None)
+    if isinstance(scaling, DynamicScaling):
+        config["max_position_embeddings"] = scaling.original_length
+    if isinstance(scaling, LongScaling):
+        # Version 4 of transformers looks for it nowhere else.
+        config["original_max_position_embeddings"] = scaling.original_length
+        if max_length is not None and config.get("max_position_embeddings") is None:
+            config["max_position_embeddings"] = _length_of(scaling)
+
+
+def _length_of(scaling: LongScaling) -> int:
+    """The length of the training for which the factor on the scores is the usual one."""
+    original = scaling.original_length
+    exponent = max(0.0, scaling.attention_factor**2 - 1) * math.log(original)
+    return original if exponent > 20 else round(original * math.exp(exponent))
+
+
+def write_older_scaling(
+    scaling: Any, config: Mapping[str, Any], max_length: int | None
+) -> dict[str, Any]:
+    """A scaling as version 4 of transformers takes it: in Phi-3, with three words and no more.
+
+    There, the factor on the scores follows from the lengths. Where it is another, version 4 has
+    no words for it, and all are written.
+    """
+    if max_length is not None and isinstance(scaling, LongScaling):
+        original = scaling.original_length
+        longest = config.get("max_position_embeddings") or max_length
+        if scaling.attention_factor == _usual_attention_factor(longest / original, original):
+            short, long = list(scaling.short_factors), list(scaling.long_factors)
+            return {"type": "longrope", "short_factor": short, "long_factor": long}
+    return write_scaling(scaling)

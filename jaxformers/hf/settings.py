@@ -91,7 +91,11 @@ def with_defaults(settings: tuple["Setting | Named", ...], **defaults: Any) -> t
 
 
 class Setting(NamedTuple):
-    """One key for one field, of one kind; `alias` is another name of the key in some files."""
+    """One key for one field, of one kind.
+
+    `alias` is another name of the key in some files. `twice` says that some versions of
+    transformers know the one name alone and some the other, so that both are written.
+    """
 
     key: str
     field: str
@@ -99,6 +103,7 @@ class Setting(NamedTuple):
     kind: str = "size"
     optional: bool = False
     alias: str = ""
+    twice: bool = False
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         config.used.add(self.alias)
@@ -112,6 +117,8 @@ class Setting(NamedTuple):
         config[self.key] = getattr(a, self.field)
         if config[self.key] is None and not self.optional and self.default is not None:
             del config[self.key]  # it has no word for None: when read again, it is the default
+        elif self.twice:
+            config[self.alias] = config[self.key]
 
 
 class Power(NamedTuple):
@@ -138,13 +145,15 @@ class Power(NamedTuple):
 class Named(NamedTuple):
     """One key for one field, whose values have names of their own in the file.
 
-    Several names may stand for one value; the first is written.
+    Several names may stand for one value; the first is written. `disputed` says that versions of
+    transformers read some of the names differently, so that the first replaces them at each save.
     """
 
     key: str
     field: str
     default: Any
     names: Mapping[Any, Any]
+    disputed: bool = False
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         config.used.add(self.key)
@@ -264,6 +273,9 @@ class Tied(NamedTuple):
     One tensor of the two is a tied model, unless config.json says that it is not and then one is
     missing; in families where it has no say (`by_file`) even then. Two that differ are two,
     whatever config.json says.
+
+    What is written is what the model is, since other readers believe it: transformers 4 drops the
+    output layer's tensor where config.json says that it is tied.
     """
 
     default: bool
@@ -272,13 +284,17 @@ class Tied(NamedTuple):
     key: str = "tie_word_embeddings"
     by_file: bool = False
     stacks: bool = False  # whether it also says that source and target share a table, as they do
+    never: bool = False  # whether files shall have a tensor for the output layer in any case
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         says = config.get(self.key, self.default, "flag") or self.by_file
         fields["tied"] = says and config.tensors.merge(self.head, self.table)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config[self.key] = a.tied or self.stacks
+        if a.output:
+            config[self.key] = a.tied and not self.never
+        elif self.stacks:
+            config[self.key] = True
 
 
 class Present(NamedTuple):

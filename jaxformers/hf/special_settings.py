@@ -154,7 +154,11 @@ _T5_FEED_FORWARDS = {
 
 
 class T5Scale(NamedTuple):
-    """Whether hidden states are scaled by `d_model^-0.5` before the output layer (T5 v1.0)."""
+    """Whether hidden states are scaled by `d_model^-0.5` before the output layer (T5 v1.0).
+
+    For transformers 4 that is whether the output layer is tied, and so it is in what is written: a
+    tied layer that is not scaled gets a tensor all the same.
+    """
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         # Files of transformers 4 say it by whether the output layer is tied.
@@ -163,7 +167,9 @@ class T5Scale(NamedTuple):
         fields["logits_scale"] = fields["d_model"] ** -0.5 if on else 1.0
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["scale_decoder_outputs"] = a.logits_scale != 1.0
+        config["scale_decoder_outputs"] = config["tie_word_embeddings"] = a.logits_scale != 1.0
+        if a.logits_scale != 1.0 and not a.tied:
+            raise ValueError("it has no words for an output layer of its own that is scaled.")
 
 
 class Vocabularies(NamedTuple):
@@ -186,6 +192,6 @@ class Vocabularies(NamedTuple):
         config["vocab_size"] = a.src_vocab_size
         config["decoder_vocab_size"] = a.vocab_size
         config["share_encoder_decoder_embeddings"] = a.shared
-        config["tie_word_embeddings"] = a.tied or a.shared  # which also ties what is shared
+        config["tie_word_embeddings"] = a.tied if a.output else a.shared
         if config.get("decoder_start_token_id") is None:
             config["decoder_start_token_id"] = -1  # none, which its class has no other word for

@@ -193,7 +193,7 @@ GEMMA = llama_like(
             head_dim=256,
         ),
         *GEMMA_NORMS,
-        Named("hidden_act", "activation", TANH_GELU, GEMMA_ACTIVATIONS),
+        Named("hidden_act", "activation", TANH_GELU, GEMMA_ACTIVATIONS, disputed=True),
         Only("hidden_activation", (None, TANH_GELU), None),
         *ATTENTION_BIAS,
         *rotary(8192, partial_key=None),

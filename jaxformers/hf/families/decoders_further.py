@@ -158,6 +158,7 @@ COHERE2 = llama_like(
         Only("use_parallel_block", (True,), True),
         Only("order_of_interleaved_layers", ("local_attn_first",), "local_attn_first"),
         Kept(("layer_switch", "use_embedding_sharing", "use_parallel_embedding")),
+        Kept(("_sliding_window_pattern",)),  # beside layer_types, which say it
         Tied(True),
     ),
     COHERE_WEIGHTS,

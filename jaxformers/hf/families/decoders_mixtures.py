@@ -118,7 +118,7 @@ QWEN3_MOE = llama_like(
         *qwen_sizes(768, num_key_value_heads=4),
         *ATTENTION_BIAS,
         Fixed({"qk_norm": "head"}),
-        Setting("num_experts", "experts", 128, alias="num_local_experts"),
+        Setting("num_experts", "experts", 128, alias="num_local_experts", twice=True),
         Setting("num_experts_per_tok", "experts_used", 8),
         Windows(4096, enabled_key="use_sliding_window", typed=False),
         Kept(("max_window_layers",)),

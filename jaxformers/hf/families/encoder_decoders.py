@@ -41,7 +41,17 @@ def t5_stack(stack: str, attentions: dict[str, int], feed_forward: int):
     )
 
 
-def t5_settings(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, feed_forward: str):
+T5_TIED = Tied(True, table="shared.weight", by_file=True)
+
+
+def t5_settings(
+    vocab_size: int,
+    d_ff: int,
+    num_layers: int,
+    num_heads: int,
+    feed_forward: str,
+    tied: Tied = T5_TIED,
+):
     """What T5 and its successors have in common, with a family's defaults."""
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
@@ -58,7 +68,7 @@ def t5_settings(vocab_size: int, d_ff: int, num_layers: int, num_heads: int, fee
         Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
         GatedName(feed_forward),
         Kept(("initializer_factor", "n_positions", "output_past", "is_decoder")),
-        Tied(True, table="shared.weight", by_file=True),
+        tied,
     )
 
 
@@ -72,6 +82,7 @@ T5_COPIES = tuple(
     (f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")
 )
 T5_IGNORED = (r"EncDecAttention\.relative_attention_bias",)
+T5_REPEATS = (("lm_head.weight", "shared.weight"),)
 
 # Raffel et al. 2020; v1.1 and Flan have gated feed-forwards and an output layer of their own.
 T5 = Family(
@@ -81,6 +92,7 @@ T5 = Family(
     settings=(*t5_settings(32128, 2048, 6, 8, "relu"), T5Scale()),
     weights=T5_WEIGHTS,
     copies=T5_COPIES,
+    repeats=T5_REPEATS,
     ignored=T5_IGNORED,
     special={"pad_token_id": 0, "eos_token_id": 1},
 )
@@ -90,9 +102,11 @@ MT5 = Family(
     model_type="mt5",
     shape="seq2seq",
     classes={"output": "MT5ForConditionalGeneration"},
-    settings=t5_settings(250112, 1024, 8, 6, "gated-gelu"),
+    # transformers 4 scales the logits of a tied output layer here too, and 5 does not.
+    settings=t5_settings(250112, 1024, 8, 6, "gated-gelu", T5_TIED._replace(never=True)),
     weights=T5_WEIGHTS,
     copies=T5_COPIES,
+    repeats=T5_REPEATS,
     ignored=T5_IGNORED,
     special={"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
 )
@@ -188,6 +202,7 @@ BART = Family(
     weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
+    repeats=BART_COPIES,
     ignored=BART_IGNORED,
     special={
         **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
@@ -204,6 +219,7 @@ MBART = Family(
     weights=rules(BART_TABLE, BART_POSITIONS, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
+    repeats=BART_COPIES,
     ignored=BART_IGNORED,
     special={
         **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
@@ -225,6 +241,7 @@ MARIAN = Family(
         BART_BIAS,
     ),
     prefix="model.",
+    repeats=BART_COPIES,
     ignored=SINUSOIDS_IGNORED,
     special={
         **{"pad_token_id": 58100, "eos_token_id": 0},
@@ -241,6 +258,7 @@ PEGASUS = Family(
     weights=rules(BART_TABLE, BART_STACKS, BART_BIAS),
     prefix="model.",
     copies=BART_COPIES,
+    repeats=BART_COPIES,
     ignored=SINUSOIDS_IGNORED,
     special={
         **{"pad_token_id": 0, "eos_token_id": 1},
@@ -263,6 +281,7 @@ M2M_100 = Family(
     weights=rules(BART_TABLE, BART_STACKS),
     prefix="model.",
     copies=BART_COPIES,
+    repeats=BART_COPIES,
     ignored=SINUSOIDS_IGNORED,
     special={
         **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},

@@ -121,6 +121,11 @@ def masked_lm_settings(head: str, name: str):
     )
 
 
+def masked_lm_repeats(head: str):
+    """The bias of such a head, which version 4 of transformers reads under the one name only."""
+    return ((f"{head}.bias", f"{head}.decoder.bias"),)
+
+
 def classifiers(condition, out: str, dense: str | None = None):
     """The names of the classifier's maps where the condition holds."""
     transform = [] if dense is None else linear("classifier.transform.w", dense)
@@ -162,6 +167,7 @@ BERT = Family(
         classifiers(lambda a: a.output and a.labels == 2, "cls.seq_relationship"),
     ),
     prefix="bert.",
+    repeats=masked_lm_repeats("cls.predictions"),
     ignored=IGNORED,
     special={"pad_token_id": 0},
 )
@@ -194,6 +200,7 @@ def roberta(model_type: str, name: str, vocab_size: int) -> Family:
             DENSE_CLASSIFIER,
         ),
         prefix="roberta.",
+        repeats=masked_lm_repeats("lm_head"),
         ignored=IGNORED,
         special={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     )

@@ -16,6 +16,7 @@ from jaxformers.hf.families.encoders import (
     first,
     layers,
     masked_lm,
+    masked_lm_repeats,
     masked_lm_settings,
     sizes,
 )
@@ -113,6 +114,7 @@ ALBERT = Family(
         classifiers(lambda a: a.output, "sop_classifier.classifier"),
     ),
     prefix="albert.",
+    repeats=masked_lm_repeats("predictions"),
     ignored=IGNORED,
     special={"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
 )
@@ -151,6 +153,7 @@ MPNET = Family(
         DENSE_CLASSIFIER,
     ),
     prefix="mpnet.",
+    repeats=masked_lm_repeats("lm_head"),
     ignored=IGNORED,
     special={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
 )

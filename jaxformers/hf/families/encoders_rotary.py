@@ -10,6 +10,7 @@ from jaxformers.hf.families.encoders import (
     TABLE,
     classes,
     masked_lm,
+    masked_lm_repeats,
     masked_lm_settings,
     sizes,
 )
@@ -103,6 +104,7 @@ MODERNBERT = Family(
     ),
     prefix="model.",
     special={"pad_token_id": 50283, "bos_token_id": 50281, "eos_token_id": 50282},
+    newer=("rope_parameters", "layer_types"),
 )
 
 N = "nomic_bert.encoder.layers.{i}"
@@ -152,6 +154,7 @@ NOMIC_BERT = Family(
         linear("classifier.out.w", "classifier"),
     ),
     prefix="nomic_bert.",
+    repeats=masked_lm_repeats("cls.predictions"),
     ignored=(r"\.position_ids$", r"\.inv_freq$"),
     special={"pad_token_id": 0},
 )
