@@ -430,9 +430,9 @@ def test_a_space_is_put_before_a_document_and_not_before_a_piece(tmp_path, monke
 def test_unigram_does_not_find_special_tokens_unless_it_needs_them():
     """They are pieces as others are, which the package finds in a text by itself."""
 
-    def encoded(letters, string):
+    def encoded(letters, string, unknown=0):
         pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in letters)]
-        backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=unknown))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
         backend.decoder = tokenizers.decoders.Metaspace()
         backend.add_special_tokens(["</s>", "<unk>", "<extra>"])
@@ -445,6 +445,7 @@ def test_unigram_does_not_find_special_tokens_unless_it_needs_them():
     string = "a</s>a"
     assert encoded("▁a</s>", string) == [2, 3, 4, 5, 6, 7, 3]
     assert encoded("▁a/s>", string) == [2, 3, 1, 3]  # "<" it cannot write
+    assert encoded("▁a</s>", string, unknown=None) == [2, 3, 4, 5, 6, 7, 3]
     assert 1 not in encoded("▁a</s>unk", "</s><unk>")
 
 

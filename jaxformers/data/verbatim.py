@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from jaxformers.hf.tokenizer import Tokenizer
+from jaxformers.hf.tokenizer_files import guarded
 
 
 def verbatim(tokenizer: Tokenizer) -> Any:
@@ -30,12 +31,17 @@ def verbatim(tokenizer: Tokenizer) -> Any:
     if contents["model"]["type"] != "Unigram" or not special:
         return _built(contents)
     renamed = _built(_renamed(contents, special))
-    there = {
-        text
-        for text in special
-        if tokenizer.backend.decode(renamed.encode(text).ids, skip_special_tokens=False) == text
-    }
+    there = {text for text in special if _decodes(tokenizer.backend, renamed, text)}
     return renamed if there == special else _built(_renamed(contents, there))
+
+
+def _decodes(backend: Any, renamed: Any, text: str) -> bool:
+    """Whether a text comes back that is encoded without a special token of this name."""
+    try:
+        ids = guarded(renamed.encode, text).ids
+    except ValueError:  # a character that it does not know, and it has no unknown token
+        return False
+    return backend.decode(ids, skip_special_tokens=False) == text
 
 
 def _renamed(contents: dict[str, Any], special: set[str]) -> dict[str, Any]:
