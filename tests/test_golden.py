@@ -32,7 +32,7 @@ from golden_cases import (
 )
 
 import jaxformers
-from jaxformers import Checkpoints, load
+from jaxformers import Checkpoints, digest, load
 
 pytest.importorskip("safetensors", reason="native files need jaxformers[train]")
 
@@ -133,6 +133,8 @@ def test_a_training_goes_on_as_it_would_have(name, tmp_path):
         pytest.importorskip("optax", reason="its states are in these checkpoints")
     (saved,) = (GOLDEN / "trainings" / name).glob("step-*.gz")
     unpack(saved, tmp_path)
+    with pytest.raises(ValueError, match="earlier version.*fit with the same checkpoint=.*steps="):
+        load(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it goes on
         training = train(name, END, Checkpoints(tmp_path))
@@ -140,6 +142,13 @@ def test_a_training_goes_on_as_it_would_have(name, tmp_path):
     found = result(name, training) | {"losses": losses(tmp_path)}
     with np.load(GOLDEN / "trainings" / name / "after.npz") as expected:
         near(found, expected, tolerance, f"the training {name}, gone on from step {SAVED},")
+    # What it has saved since then says how its model is built.
+    trained, averaged = load(tmp_path, averaged=False), load(tmp_path)
+    assert jax.tree.structure(trained) == jax.tree.structure(training.model)
+    assert digest(trained) == digest(training.model)
+    optimizer = jaxformers.as_optimizer(TRAININGS[name]["optimizer"]())
+    assert digest(averaged) == digest(optimizer.averaged(training.model, training.optimizer_state))
+    assert (digest(averaged) != digest(trained)) == ("averaged" in name)
 
 
 def blanked(x):

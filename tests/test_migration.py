@@ -74,8 +74,11 @@ def test_every_object_that_can_be_saved_has_a_public_name():
         if is_record(x) and x.__module__ == module.__name__
         if not name.startswith("_") and id(x) not in known
     }
-    without = {"jaxformers.checkpoint.migration.Match"}  # of the machinery alone
-    assert unnamed <= without, f"give {unnamed - without} public names in {names.__file__}"
+    # What a run and its files are made with is in none; the state of a training is.
+    machinery = "jaxformers.checkpoint.", "jaxformers.training."
+    states = "jaxformers.training.step."
+    unnamed = {x for x in unnamed if not x.startswith(machinery) or x.startswith(states)}
+    assert not unnamed, f"give {unnamed} public names in {names.__file__}"
     exported = [jaxformers, jaxformers.activations, jaxformers.schedules, jaxformers.optim]
     kinds = ("activations", "initializers", "kernels", "losses", "optim", "schedules")
     functions = {

@@ -32,15 +32,16 @@ _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
 class Encoder:
     """Writes objects down; what it finds in arrays is in `arrays` then, by path.
 
-    An array that is found at two places is kept once.
+    An array that is found at two places is kept once. `found` has those that it knows, by their
+    `id`: the array itself and what is written in its place.
     """
 
     arrays: dict[str, Any]
+    found: dict[int, tuple[Any, dict]]
 
     def __init__(self) -> None:
-        self.arrays = {}
+        self.arrays, self.found = {}, {}
         self._names = {id(x): name for name, x in reversed(known_objects().items())}
-        self._found: dict[int, tuple[Any, dict]] = {}
         self._inside: set[int] = set()
 
     def encode(self, x: Any, path: str = "") -> Any:
@@ -109,18 +110,16 @@ class Encoder:
             raise ValueError(
                 f"{_at(path)} has no numbers inside of jit, grad or vmap: save outside of it."
             )
-        if id(x) in self._found:
-            return self._found[id(x)][1]
+        if id(x) in self.found:
+            return self.found[id(x)][1]
         name = path or "array"
         while name in self.arrays or name == "__metadata__":
             name += "'"  # two paths may read alike, as those of {"a.b": x} and {"a": {"b": x}}
-        kind, data = "numpy", x
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            kind, data = f"key {jax.random.key_impl(x)}", jax.random.key_data(x)
-        elif isinstance(x, jax.Array):
-            kind = "jax"
-        elif isinstance(x, np.generic):
-            kind, data = "scalar", np.asarray(x)
+        kind, data = kind_of(x), x
+        if kind.startswith("key "):
+            data = jax.random.key_data(x)
+        elif kind == "scalar":
+            data = np.asarray(x)
         if data.dtype not in NAMES:
             raise ValueError(f"{_at(path)} has the dtype {x.dtype}, which a file cannot hold.")
         if isinstance(data, jax.Array) and not data.is_fully_addressable:
@@ -130,8 +129,17 @@ class Encoder:
             )
         self.arrays[name] = data
         entry = {"array": name, "as": kind}
-        self._found[id(x)] = x, entry  # which keeps it alive, and so its id its own
+        self.found[id(x)] = x, entry  # which keeps it alive, and so its id its own
         return entry
+
+
+def kind_of(x: Any) -> str:
+    """Returns what a file says of an array beside its numbers."""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return f"key {jax.random.key_impl(x)}"
+    if isinstance(x, jax.Array):
+        return "jax"
+    return "scalar" if isinstance(x, np.generic) else "numpy"
 
 
 def _importable_name(x: Any, path: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxformers.checkpoint.migration import check_removed, match
-from jaxformers.checkpoint.model_file import check_path, read_object, write_object
+from jaxformers.checkpoint.model_file import SavedState, check_path, read_object, write_object
+from jaxformers.checkpoint.trained_model import describe_model
 from jaxformers.checkpoint.training_state import (
     Tree,
     check_alike,
@@ -30,8 +31,8 @@ class Checkpoints:
 
     `save` copies the state to the host, which is all that a step waits for; a thread writes it. At
     any moment, killed processes and full disks included, the directory holds whole checkpoints:
-    one gets its name when it is safe on the disk, and only then an older one goes. What a state is
-    made of is not in the file: `restore` fills a skeleton.
+    one gets its name when it is safe on the disk, and only then an older one goes. `restore` fills
+    a skeleton with the whole state; `jaxformers.load(directory)` needs none, and gives the model.
 
     Arguments:
         directory: made if it is not there; one process writes to it at a time.
@@ -71,9 +72,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, the newest last."""
-        files = (path for path in self.directory.iterdir() if path.is_file())
-        names = (_NAME.fullmatch(path.name) for path in files)
-        return sorted(int(match[1]) for match in names if match)
+        return steps_in(self.directory)
 
     def save(self, training: Any, step: int) -> None:
         """Copy a state to the host, and begin to write it.
@@ -82,7 +81,8 @@ class Checkpoints:
         last one could not be written, this one is tried all the same before the error is raised.
 
         Arguments:
-            training: any pytree; its arrays and Python numbers are kept.
+            training: any pytree; its arrays and Python numbers are kept, and of its model how that
+                is built: of what is called `model` in it, or the first module of a tuple.
             step: how many steps it has behind it.
 
         Raises:
@@ -94,15 +94,16 @@ class Checkpoints:
         whole = [other for other in self.steps() if other not in self._broken]
         step = check_step(step, whole, self.directory)
         # Not a daemon: a program that ends waits until it is written.
-        self._thread = threading.Thread(target=self._write, args=(snapshot(training), step))
+        arguments = snapshot(training), step, describe_model(training)
+        self._thread = threading.Thread(target=self._write, args=arguments)
         self._thread.start()
         if failed is not None:
             raise failed
 
-    def _write(self, leaves: dict[str, Any], step: int) -> None:
+    def _write(self, leaves: dict[str, Any], step: int, model: str) -> None:
         try:
             with self._claim.mutex:
-                write_object(self._path(step), {"step": step, "leaves": leaves})
+                write_object(self._path(step), SavedState(step, leaves, model))
                 self._broken.discard(step)
                 whole = [other for other in self.steps() if other not in self._broken]
                 for old in [*whole[: -self.keep], *self._broken]:
@@ -157,7 +158,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 saved = read_object(self._path(step))
-                leaves = _leaves(self._path(step), saved, step)
+                leaves = leaves_of(self._path(step), saved, step)
             except ValueError as error:  # damaged; what cannot be read now may be read later
                 self._broken.add(step)
                 warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
@@ -173,10 +174,23 @@ class Checkpoints:
         return None
 
     def _path(self, step: int) -> Path:
-        return self.directory / f"step-{step:09}.safetensors"
+        return step_path(self.directory, step)
 
 
-def _leaves(path: Path, saved: Any, step: int) -> dict[str, Any]:
+def steps_in(directory: Path) -> list[int]:
+    """Returns the steps of the checkpoints that are there, the newest last."""
+    files = (path for path in directory.iterdir() if path.is_file())
+    names = (_NAME.fullmatch(path.name) for path in files)
+    return sorted(int(name[1]) for name in names if name)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Returns the file of a checkpoint."""
+    return directory / f"step-{step:09}.safetensors"
+
+
+def leaves_of(path: Path, saved: Any, step: int) -> dict[str, Any]:
+    """Returns the leaves in what a file holds, by path; raises if it is not that step's state."""
     if (
         not isinstance(saved, dict)
         or saved.keys() != {"step", "leaves"}

@@ -7,14 +7,13 @@ it is code, and nothing that it names is imported.
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from jaxformers.checkpoint.construction import Decoder, Encoder
 from jaxformers.hf.json_file import parse_json, shorten
@@ -60,46 +59,6 @@ def save(path: str | os.PathLike, model: Any) -> None:
     write_object(path, model)
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    known: Iterable[Any] = (),
-    sharding: Sharding | Callable | None = None,
-) -> Any:
-    """The model in a file of `save`.
-
-    A file may name classes and functions of jaxformers, `equinox.nn` and `jax.nn`, and the
-    elementwise functions of `jax.numpy`. Anything else has to be handed in, and nothing is
-    imported: a file from a stranger can be loaded.
-
-    Arguments:
-        path: the file.
-        known: further classes and functions that it may name, such as `[MyNorm, my_activation]`.
-        sharding: where JAX's arrays go: a `jax.sharding.Sharding` for all, or a function
-            `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
-            "decoder.layers.0.self_attention.wq"; None is the default device.
-
-    Raises:
-        ValueError: if there is no such file, it is damaged, or it asks for what is not known or
-            was built otherwise in another version.
-        ImportError: if the `safetensors` package is missing.
-
-    Example:
-        >>> import tempfile
-        >>> path = tempfile.mkdtemp() + "/norms.safetensors"
-        >>> save(path, {"first": LayerNorm(16), "second": RMSNorm(16, eps=1e-5)})
-        >>> load(path)["second"].eps
-        1e-05
-    """
-    found = read_object(check_path(path), known, sharding)
-    if isinstance(found, dict) and found.keys() == {"step", "leaves"}:
-        raise ValueError(
-            f"{path} is a state of a training, without what it is built of: "
-            "Checkpoints(directory).restore(like), or fit, goes on with it."
-        )
-    return found
-
-
 def check_path(path: Any) -> Path:
     """A path as a `Path`."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
@@ -107,8 +66,21 @@ def check_path(path: Any) -> Path:
     return Path(path)
 
 
+class SavedState(dict[str, Any]):
+    """The state of a training at a step, and how the model in it is built: see `describe_model`."""
+
+    model: str
+
+    def __init__(self, step: int, leaves: dict[str, Any], model: str):
+        super().__init__(step=step, leaves=leaves)
+        self.model = model
+
+
 def write_object(path: Path, x: Any) -> None:
     """Write a file under another name, and give it its own when it is safe on the disk."""
+    texts = {"format": _FORMAT}
+    if isinstance(x, SavedState):
+        x, texts["model"] = dict(x), x.model
     encoder = Encoder()
     try:
         text = json.dumps({"object": encoder.encode(x)}, separators=(",", ":"))
@@ -121,7 +93,7 @@ def write_object(path: Path, x: Any) -> None:
     ]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        write_sealed_file(temporary, tensors, {"format": _FORMAT, "construction": text})
+        write_sealed_file(temporary, tensors, texts | {"construction": text})
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
@@ -146,6 +118,31 @@ def _sync_directory(directory: Path) -> None:
 
 def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> Any:
     """What is in a file of `write_object`; arguments and errors as for `load`."""
+    tensors, described, _ = read_description(path)
+    used: set[str] = set()
+
+    def read(name: str, kind: str) -> Any:
+        if name not in tensors:
+            raise ValueError(f"the tensor {shorten(name)} is missing")
+        used.add(name)
+        return read_array(name, tensors[name], kind, sharding)
+
+    try:
+        made = Decoder(read, known).decode(described)
+        surplus = sorted(tensors.keys() - used)
+        if surplus:
+            raise ValueError(f"the tensors {', '.join(map(shorten, surplus[:5]))} belong nowhere.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return made
+
+
+def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:
+    """Returns the tensors of a file, the object that it describes, and how a model in it is built.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it is no native one.
+    """
     tensors, metadata = read_header_and_metadata(path)
     if metadata.get("format") != _FORMAT or "construction" not in metadata:
         raise ValueError(
@@ -157,25 +154,19 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
     construction = parse_json(metadata["construction"].encode(), f"the construction in {path}")
     if construction.keys() != {"object"}:
         raise ValueError(f"{path} must describe one object, got {shorten(construction)}.")
-    used: set[str] = set()
-
-    def read(name: str, kind: str) -> Any:
-        if name not in tensors:
-            raise ValueError(f"the tensor {shorten(name)} is missing")
-        used.add(name)
-        return _read_array(name, tensors[name], kind, sharding)
-
-    try:
-        made = Decoder(read, known).decode(construction["object"])
-        surplus = sorted(tensors.keys() - used)
-        if surplus:
-            raise ValueError(f"the tensors {', '.join(map(shorten, surplus[:5]))} belong nowhere.")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return made
+    return tensors, construction["object"], metadata.get("model")
 
 
-def _read_array(name: str, stored: Stored, kind: str, sharding: Any) -> Any:
+def read_array(name: str, stored: Stored, kind: str, sharding: Any, dtype: Any = None) -> Any:
+    """Returns a tensor as the kind of array that it was.
+
+    Arguments:
+        name: its path in the model, for errors and for `sharding`.
+        stored: where it is in a file.
+        kind: "jax", "numpy", "scalar" or "key <implementation>".
+        sharding: as for `load`.
+        dtype: the type that an array of JAX gets; None is that of the file.
+    """
     if kind == "numpy":
         return read_tensor(stored)
     if kind == "scalar" and stored.shape == ():
@@ -186,7 +177,8 @@ def _read_array(name: str, stored: Stored, kind: str, sharding: Any) -> Any:
                 f"{name} has the dtype {stored.dtype}, which needs "
                 "jax.config.update('jax_enable_x64', True)."
             )
-        return put(name, read_tensor(stored), sharding)
+        x = read_tensor(stored)
+        return put(name, x if dtype is None else x.astype(dtype), sharding)
     if kind.startswith("key ") and stored.dtype == np.uint32:
         try:
             data = put(name, read_tensor(stored), sharding)

@@ -45,7 +45,7 @@ from jaxformers.checkpoint import training_state
 from jaxformers.hf.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
 from jaxformers.optim import adafactor, averaged, leafwise, optimizer
-from jaxformers.training import loop, step
+from jaxformers.training import run, step
 
 # A new class or function that a model, an optimizer or a state of a training may hold gets a line
 # here. A line's object may change, its name may not. Functions only compute: one that writes, a
@@ -169,7 +169,7 @@ OURS: dict[str, Any] = {
     "BadSteps": training.BadSteps,
     "Guard": step.Guard,
     "Gradients": step.Gradients,
-    "Report": loop.Report,
+    "Report": run.Report,
     "HostKey": training_state.HostKey,
 }
 

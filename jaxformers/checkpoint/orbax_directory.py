@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from jaxformers.checkpoint.migration import Match, check_removed, match
 from jaxformers.checkpoint.model_file import check_path
+from jaxformers.checkpoint.trained_model import describe_model
 from jaxformers.checkpoint.training_state import (
     HostKey,
     Tree,
@@ -28,7 +29,8 @@ class OrbaxCheckpoints:
 
     All hosts make one of the same directory, which all of them see, and call the same methods. A
     checkpoint is a directory in the format of https://orbax.readthedocs.io, which gets its name
-    when it is complete. Nothing guards it against a second training.
+    when it is complete. Nothing guards it against a second training. `jaxformers.load(directory)`
+    gives the model of the newest state.
 
     Arguments:
         directory: made if it is not there.
@@ -48,6 +50,7 @@ class OrbaxCheckpoints:
     directory: Any  # like a Path, also where it is remote
     every: int
     keep: int
+    orbax: Any  # the package
 
     def __init__(self, directory: str | os.PathLike, every: int = 500, keep: int = 3):
         check_size(every=every, keep=keep)
@@ -71,7 +74,7 @@ class OrbaxCheckpoints:
                 error.errno, f"checkpoints cannot be written to {directory}: {error}"
             ) from error
         self.directory, self.every, self.keep = self._manager.directory, every, keep
-        self._orbax = ocp
+        self.orbax = ocp
         self._broken: set[int] = set()  # found when restoring, gone with the next save
 
     def steps(self) -> list[int]:
@@ -100,10 +103,14 @@ class OrbaxCheckpoints:
 
     def _save(self, training: Any, step: int) -> None:
         leaves = named_leaves(training)
-        arrays = {path: _stored(x) for path, x in leaves.items() if _has_numbers(x)}
+        arrays = {path: _stored(x) for path, x in leaves.items() if has_numbers(x)}
         numbers = {path: x for path, x in leaves.items() if not hasattr(x, "dtype")}
-        rest = {"numbers": numbers, "described": describe(leaves)}
-        args = self._orbax.args
+        rest = {
+            "numbers": numbers,
+            "described": describe(leaves),
+            "model": describe_model(training),
+        }
+        args = self.orbax.args
         self._manager.save(
             step,
             args=args.Composite(arrays=args.StandardSave(arrays), rest=args.JsonSave(rest)),
@@ -133,7 +140,7 @@ class OrbaxCheckpoints:
         steps = self.steps()
         leaves = named_leaves(like)
         for step in reversed(steps):
-            rest = self._read(step, "rest", self._orbax.args.JsonRestore())
+            rest = self.read(step, "rest", self.orbax.args.JsonRestore())
             if rest is None:
                 continue
             where = f"step {step} in {self.directory}"
@@ -163,17 +170,15 @@ class OrbaxCheckpoints:
         """The arrays of a checkpoint by the paths that they were saved with, spread as wanted."""
         targets = {}
         for path, text in described.items():
-            like = leaves.get(fit.current.get(path, path), _described(text))
-            if _has_numbers(like):
+            like = leaves.get(fit.current.get(path, path), shape_of(text))
+            if has_numbers(like):
                 targets[path] = _target(like)
-        return self._read(step, "arrays", self._orbax.args.StandardRestore(targets))
+        return self.read(step, "arrays", self.orbax.args.StandardRestore(targets))
 
-    def _read(self, step: int, item: str, args: Any) -> Any:
-        """A part of a checkpoint; None after a warning if it cannot be read."""
+    def read(self, step: int, item: str, args: Any) -> Any:
+        """Returns a part of a checkpoint; None after a warning if it cannot be read."""
         try:
-            return self._manager.restore(step, args=self._orbax.args.Composite(**{item: args}))[
-                item
-            ]
+            return self._manager.restore(step, args=self.orbax.args.Composite(**{item: args}))[item]
         except Exception as error:
             self._broken.add(step)
             where = f"step {step} in {self.directory}"
@@ -181,15 +186,17 @@ class OrbaxCheckpoints:
             return None
 
 
-def _is_key(x: Any) -> bool:
+def is_key(x: Any) -> bool:
+    """Returns whether it is an array of PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _has_numbers(x: Any) -> bool:
-    return hasattr(x, "dtype") and x.size > 0  # orbax keeps no empty arrays
+def has_numbers(x: Any) -> bool:
+    """Returns whether it is an array that orbax keeps, which none is that is empty."""
+    return hasattr(x, "dtype") and x.size > 0
 
 
-def _described(text: str) -> Any:
+def shape_of(text: str) -> Any:
     """Returns the shape that `describe` has in words, such as "float32 (3, 5)"; None of numbers."""
     kind, _, shape = text.partition(" ")
     if not shape:
@@ -203,22 +210,22 @@ def _described(text: str) -> Any:
 def _stored(x: Any) -> Any:
     if not isinstance(x, jax.Array):
         return np.array(x)  # a copy, since it may be changed in place while it is written
-    return jax.random.key_data(x) if _is_key(x) else x
+    return jax.random.key_data(x) if is_key(x) else x
 
 
 def _value(like: Any, found: Any) -> Any:
     """What was found in place of a leaf, empty arrays and keys included."""
     if not hasattr(like, "dtype"):
         return found
-    if _is_key(like):
+    if is_key(like):
         return HostKey(str(jax.random.key_impl(like)), found)
-    return found if _has_numbers(like) else np.zeros(like.shape, like.dtype)
+    return found if has_numbers(like) else np.zeros(like.shape, like.dtype)
 
 
 def _target(like: Any) -> Any:
     """How an array is to be read: spread as it says, or to NumPy."""
     x = like
-    if _is_key(like):
+    if is_key(like):
         real = isinstance(like, jax.Array)
         x = jax.random.key_data(like) if real else jax.eval_shape(jax.random.key_data, like)
     committed = x.committed if isinstance(x, jax.Array) else getattr(x, "sharding", None)

@@ -37,6 +37,11 @@ TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin
 def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
     """The model of a checkpoint; `classes` are ours by shape. See `jaxformers.from_pretrained`."""
     directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
+    if any(directory.glob("step-*.safetensors")):
+        raise ValueError(
+            f"{directory} has the states of a training, which is no checkpoint of Hugging Face. "
+            f"jaxformers.load({str(directory)!r}) gives the model of the newest one."
+        )
     if not has_safetensors(directory):
         directory = locate(path, [*PATTERNS, *TORCH_PATTERNS, *TOKENIZER_FILES])
     config = read_json(directory / "config.json")

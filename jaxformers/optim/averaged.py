@@ -98,3 +98,29 @@ class Averaged(Optimizer):
         return jax.tree.map(
             lambda p, mean: p if mean is None else jnp.array(mean, p.dtype), model, state.average
         )
+
+
+def kept_average(state: PyTree, model: PyTree) -> PyTree | None:
+    """Returns the averages of a model's weights in a state, whichever optimizers it is of.
+
+    Arguments:
+        state: any tree with the states of optimizers in it.
+        model: the model that they train.
+
+    Returns:
+        The model's tree with the averages and None where none is kept; None if nothing is averaged.
+    """
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, AveragedState)
+
+    def fits(average: PyTree) -> bool:
+        try:
+            jax.tree.map(lambda *_: None, model, average)
+        except ValueError:  # of another model that is trained beside it
+            return False
+        return True
+
+    states = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
+    averages = [x.average for x in states if fits(x.average)]
+    return eqx.combine(*averages) if averages else None

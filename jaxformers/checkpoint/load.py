@@ -1,0 +1,153 @@
+"""Loading: a model from its file, or from the checkpoints of a training."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Sharding
+
+from jaxformers.checkpoint.construction import Decoder
+from jaxformers.checkpoint.directory import leaves_of, step_path, steps_in
+from jaxformers.checkpoint.model_file import check_path, read_array, read_description, read_object
+from jaxformers.checkpoint.orbax_model import has_orbax_checkpoints, read_orbax_model
+from jaxformers.checkpoint.trained_model import Wanted, build_model
+from jaxformers.checkpoint.training_state import HostKey
+from jaxformers.checks import check_flag
+from jaxformers.hf.json_file import shorten
+from jaxformers.hf.safetensors_file import Stored
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    known: Iterable[Any] = (),
+    sharding: Sharding | Callable | None = None,
+    averaged: bool = True,
+) -> Any:
+    """The model in a file of `save`, or the one that a training has reached.
+
+    A file may name classes and functions of jaxformers, `equinox.nn` and `jax.nn`, and the
+    elementwise functions of `jax.numpy`. Anything else has to be handed in, and nothing is
+    imported: a file from a stranger can be loaded.
+
+    Of the directory of `Checkpoints` or `OrbaxCheckpoints` it is the model of the newest state that
+    is whole, whether or not the training still runs: of `fit` the model that it trains, of a state
+    of your own what is called `model` in it, or the first module of a tuple.
+
+    Arguments:
+        path: the file, or the directory.
+        known: further classes and functions that it may name, such as `[MyNorm, my_activation]`.
+        sharding: where JAX's arrays go: a `jax.sharding.Sharding` for all, or a function
+            `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
+            "decoder.layers.0.self_attention.wq"; None is the default device.
+        averaged: of a training whose optimizer keeps an average of the weights (`Averaged`): True,
+            the default, takes the average, which is what `fit` evaluates; False takes the weights
+            that are trained.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it asks for what is not known or
+            was built otherwise in another version; or if the directory has no checkpoints, or they
+            do not say how the model is built.
+        ImportError: if the `safetensors` package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/norms.safetensors"
+        >>> save(path, {"first": LayerNorm(16), "second": RMSNorm(16, eps=1e-5)})
+        >>> load(path)["second"].eps
+        1e-05
+    """
+    place, options = check_path(path), (list(known), sharding, averaged)
+    check_flag(averaged=averaged)
+    if "://" in os.fspath(path):
+        return read_orbax_model(os.fspath(path), *options)
+    if place.is_dir():
+        return _from_directory(place, *options)
+    found = read_object(place, known, sharding)
+    if isinstance(found, dict) and found.keys() == {"step", "leaves"}:
+        raise ValueError(
+            f"{place} is a state of a training. load({str(place.parent)!r}) gives the model of the "
+            "newest one; Checkpoints(directory).restore(like), or fit, goes on with it."
+        )
+    if not averaged:
+        raise ValueError(f"averaged=False is for the directory of a training, {place} is a file.")
+    return found
+
+
+def _from_directory(directory: Path, known: list, sharding: Any, averaged: bool) -> Any:
+    """Returns the model of the newest state in a directory that is whole."""
+    steps = steps_in(directory)
+    for step in reversed(steps):
+        path = step_path(directory, step)
+        try:
+            saved = _Saved(path, step, sharding)
+        except (OSError, ValueError) as error:
+            if not path.exists():  # the training has gone on, and newer ones are there
+                return _from_directory(directory, known, sharding, averaged)
+            warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=3)
+            continue
+        try:
+            return build_model(saved.model, known, averaged, saved.dtype_of, saved.fetch)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if steps:
+        raise ValueError(
+            f"{directory} has checkpoints of the steps {', '.join(map(str, steps))}, and all are "
+            "damaged."
+        )
+    if has_orbax_checkpoints(directory):
+        return read_orbax_model(directory, known, sharding, averaged)
+    raise ValueError(_what_it_is(directory))
+
+
+def _what_it_is(directory: Path) -> str:
+    """Returns what to do with a directory in which no training has saved its state."""
+    if (directory / "config.json").exists():
+        return (
+            f"{directory} is a checkpoint in the format of Hugging Face. Load it by "
+            f"from_pretrained({str(directory)!r})."
+        )
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if files:
+        return (
+            f"{directory} is a directory without checkpoints of a training. Pass the file that is "
+            f"to be loaded, such as {str(directory / files[0])!r}."
+        )
+    return (
+        f"{directory} is a directory without checkpoints of a training. Pass the file that save "
+        "wrote, or the directory of Checkpoints(directory) when fit has saved its first step."
+    )
+
+
+class _Saved:
+    """A state of a training in a file: how its model is built, and its arrays when asked for."""
+
+    def __init__(self, path: Path, step: int, sharding: Any):
+        tensors, described, self.model = read_description(path)
+
+        def find(name: str, kind: str) -> Stored:
+            if name not in tensors:
+                raise ValueError(f"{path}: the tensor {shorten(name)} is missing")
+            return tensors[name]
+
+        self._leaves = leaves_of(path, Decoder(find).decode(described), step)
+        self._sharding = sharding
+
+    def dtype_of(self, path: str) -> Any:
+        return self._find(path).dtype
+
+    def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+        """Returns arrays by their path in the model."""
+        return {
+            name: read_array(name, self._find(x.path), x.kind, self._sharding, x.dtype)
+            for name, x in wanted.items()
+        }
+
+    def _find(self, path: str) -> Stored:
+        leaf = self._leaves.get(path)
+        leaf = leaf.data if isinstance(leaf, HostKey) else leaf
+        if not isinstance(leaf, Stored):
+            raise ValueError(f"the array {shorten(path)} of its model is missing")
+        return leaf

@@ -1,0 +1,129 @@
+"""The model of a training that is spread over hosts, read from what orbax has written."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.checkpoint.orbax_directory import (
+    OrbaxCheckpoints,
+    has_numbers,
+    is_key,
+    shape_of,
+)
+from jaxformers.checkpoint.trained_model import Wanted, build_model
+from jaxformers.hf.load import put
+
+
+def has_orbax_checkpoints(directory: Path) -> bool:
+    """Returns whether a local directory is one of `OrbaxCheckpoints`."""
+    return any(
+        path.name.isdigit() and (path / "rest").is_dir() and (path / "arrays").is_dir()
+        for path in directory.iterdir()
+    )
+
+
+def read_orbax_model(
+    directory: str | os.PathLike, known: Iterable[Any], sharding: Any, averaged: bool
+) -> Any:
+    """Returns the model of the newest state that can be read; arguments as for `load`.
+
+    No more of the state is read than the model's arrays, by each host its part.
+    """
+    checkpoints = OrbaxCheckpoints(directory)
+    steps = checkpoints.steps()
+    for step in reversed(steps):
+        rest = checkpoints.read(step, "rest", checkpoints.orbax.args.JsonRestore())
+        if rest is None:
+            continue
+        saved = _Saved(checkpoints, step, rest["described"], sharding)
+        try:
+            return build_model(rest.get("model"), known, averaged, saved.dtype_of, saved.fetch)
+        except _UnreadableError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"step {step} in {directory}: {error}") from error
+    found = f"the steps {', '.join(map(str, steps))}, and none can be read" if steps else "no steps"
+    raise ValueError(f"{directory} has checkpoints of {found}.")
+
+
+class _UnreadableError(Exception):
+    """The arrays of a step are damaged; what is wrong with them was said in a warning."""
+
+
+class _Saved:
+    """A state of a training: how its model is built, and its arrays when asked for."""
+
+    def __init__(
+        self, checkpoints: OrbaxCheckpoints, step: int, described: dict[str, str], sharding: Any
+    ):
+        self._checkpoints, self._step, self._sharding = checkpoints, step, sharding
+        self._described = described
+
+    def dtype_of(self, path: str) -> Any:
+        return shape_of(self._described[path]).dtype
+
+    def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+        """Returns arrays by their path in the model."""
+        shapes = {name: self._shape(x) for name, x in wanted.items()}
+        places = {name: self._place(name, x, shapes[name]) for name, x in wanted.items()}
+        targets = {
+            x.path: _target(shapes[name], places[name])
+            for name, x in wanted.items()
+            if has_numbers(shapes[name])
+        }
+        ocp = self._checkpoints.orbax
+        arguments = ocp.args.PyTreeRestore(
+            targets,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+            partial_restore=True,
+        )
+        found = self._checkpoints.read(self._step, "arrays", arguments)
+        if found is None:
+            raise _UnreadableError
+        return {
+            name: _made(name, x.kind, found.get(x.path), shapes[name], places[name])
+            for name, x in wanted.items()
+        }
+
+    def _shape(self, x: Wanted) -> jax.ShapeDtypeStruct:
+        shape = shape_of(self._described[x.path])
+        return shape if x.dtype is None else jax.ShapeDtypeStruct(shape.shape, x.dtype)
+
+    def _place(self, name: str, x: Wanted, shape: jax.ShapeDtypeStruct) -> Any:
+        """Returns where an array goes."""
+        place = self._sharding if x.kind not in ("numpy", "scalar") else None
+        if callable(place) and not isinstance(place, type):
+            place = place(name, shape)
+        if isinstance(place, jax.sharding.Sharding):
+            try:
+                place.shard_shape(shape.shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} {shape.shape} cannot be laid out as sharding= says: {error}"
+                ) from error
+        return place
+
+
+def _target(shape: jax.ShapeDtypeStruct, place: Any) -> Any:
+    """Returns how an array is to be read: spread as it will be, or to NumPy."""
+    raw = jax.eval_shape(jax.random.key_data, shape) if is_key(shape) else shape
+    if isinstance(place, jax.sharding.Sharding) and not is_key(shape):
+        return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=place)
+    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape)
+
+
+def _made(name: str, kind: str, found: Any, shape: jax.ShapeDtypeStruct, place: Any) -> Any:
+    """Returns an array of the kind that was saved."""
+    if found is None:
+        found = np.zeros(shape.shape, shape.dtype)
+    if kind in ("numpy", "scalar"):
+        return found if kind == "numpy" else np.asarray(found)[()]
+    if is_key(shape):
+        keys = jax.random.wrap_key_data(jnp.asarray(found), impl=kind.removeprefix("key "))
+        return jax.device_put(keys, place)
+    return found if isinstance(found, jax.Array) else put(name, found, place)

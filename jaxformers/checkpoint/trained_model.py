@@ -1,0 +1,124 @@
+"""The model in the state of a training: how it is built is kept beside the state."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from jaxformers.checkpoint.construction import Decoder, Encoder, kind_of
+from jaxformers.checkpoint.training_state import named_leaves
+from jaxformers.hf.json_file import parse_json
+from jaxformers.optim.averaged import AveragedState, kept_average
+from jaxformers.optim.leafwise import State
+from jaxformers.optim.optimizer import Optimizer
+from jaxformers.paths import path_name
+
+_HOW = (
+    "Build the model, the optimizer and the key as that training did. For what fit saved, pass "
+    "them to fit with the same checkpoint= and steps= as many as were made: it returns the state "
+    "without another step. A state of your own is filled in by restore(like) of its checkpoints."
+)
+
+
+def describe_model(training: PyTree) -> str:
+    """Returns how the model in the state of a training is built, as text.
+
+    Its arrays are told by the paths that they have in the state. Where a model cannot be written
+    down, the text says why: the state is saved all the same.
+    """
+    encoder = Encoder()
+    for path, x in named_leaves(training).items():
+        if hasattr(x, "dtype"):
+            encoder.found[id(x)] = x, {"array": path, "as": kind_of(x)}
+    model = _model_of(training)
+    try:
+        if model is None:
+            raise ValueError("nothing in it is called model.")
+        average = kept_average(training, model)
+        described = {"model": encoder.encode(model), "average": encoder.encode(average)}
+        if encoder.arrays:
+            raise ValueError(f"{', '.join(encoder.arrays)} are arrays in static fields.")
+        text = json.dumps(described, separators=(",", ":"))
+        parse_json(text.encode(), "it")  # what would be refused when it is read
+    except (ValueError, RecursionError) as error:
+        return json.dumps({"reason": str(error)})
+    return text
+
+
+def _model_of(training: PyTree) -> Any:
+    """Returns the part that is called model, the first module of a tuple, or the whole module."""
+    if isinstance(training, Mapping):
+        return training.get("model")
+    if hasattr(training, "model"):
+        return training.model
+    if isinstance(training, tuple | list):
+        modules = (x for x in training if isinstance(x, eqx.Module))
+        states = State, AveragedState, Optimizer
+        return next((x for x in modules if not isinstance(x, states)), None)
+    return training if isinstance(training, eqx.Module) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An array of a model that is still in a file.
+
+    Arguments:
+        path: where it is in the state.
+        kind: what it becomes: "jax", "numpy", "scalar" or "key <implementation>".
+        dtype: the type that it gets; None is that of the file.
+    """
+
+    path: str
+    kind: str
+    dtype: Any = None
+
+
+def build_model(
+    text: str | None,
+    known: Iterable[Any],
+    averaged: bool,
+    dtype_of: Callable[[str], Any],
+    fetch: Callable[[Mapping[str, Wanted]], Mapping[str, Any]],
+) -> Any:
+    """Returns the model that a text of `describe_model` describes.
+
+    Arguments:
+        text: None where an earlier version wrote none.
+        known, averaged: as for `load`.
+        dtype_of: function from a path in the state to the type of the array there.
+        fetch: function from what is wanted, by its path in the model, to the arrays.
+
+    Raises:
+        ValueError: if the model is not described, or names what is not known.
+    """
+    described = {} if text is None else parse_json(text.encode(), "how its model is built")
+    if described.keys() != {"model", "average"}:
+        reason = described.get("reason", "an earlier version wrote it, which did not keep that.")
+        raise ValueError(
+            f"this state of a training does not say how its model is built: {reason}{_HOW}"
+        )
+    cache: dict[tuple[str, str], Wanted] = {}
+    decoder = Decoder(lambda path, kind: cache.setdefault((path, kind), Wanted(path, kind)), known)
+    model = decoder.decode(described["model"])
+    average = decoder.decode(described["average"]) if averaged else None
+    if average is not None:
+        model = jax.tree.map(partial(_averaged, dtype_of), model, average)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    wanted = {path_name(keys): x for keys, x in leaves if isinstance(x, Wanted)}
+    first = {x: path for path, x in reversed(wanted.items())}  # what is at two places stays one
+    found = fetch({path: x for x, path in first.items()})
+    made = [found[first[x]] if isinstance(x, Wanted) else x for _, x in leaves]
+    return jax.tree.unflatten(structure, made)
+
+
+def _averaged(dtype_of: Callable[[str], Any], x: Any, mean: Any) -> Any:
+    """Returns the average of an array, in its type; what has none as it is."""
+    if not (isinstance(x, Wanted) and isinstance(mean, Wanted)):
+        return x
+    same = dtype_of(x.path) == dtype_of(mean.path)
+    return mean if same else dataclasses.replace(mean, dtype=dtype_of(x.path))
