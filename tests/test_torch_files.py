@@ -486,7 +486,7 @@ PICKLES = {
     "a dictionary in itself": (Code(b"}q\0K\1h\0s."), "it has 0"),
     "tensors in itself": (
         Code(instructions(TENSORS) + b"q\0K\1h\0s."),
-        "it has 2: '.the whole.', '1'",
+        "it has 2 .'the whole file', 1",
     ),
     "doubling": (Code(b"]q\0" + b"h\0h\0\x86q\0" * 3000), "must hold a dictionary"),
     "doubling as arguments": (
@@ -496,8 +496,9 @@ PICKLES = {
     "a number": (3, "must hold a dictionary"),
     "one tensor": (tensor(), "must hold a dictionary"),
     "no tensors": ({"a": 1, "b": {"c": 2}}, "it has 0"),
-    "two of them": ({"a": TENSORS, "b": 1, "c": TENSORS}, "it has 2: 'a', 'c'. Save the one"),
-    "tensors beside them": (TENSORS | {"c": TENSORS}, "it has 2: '.the whole.', 'c'"),
+    "two of them": ({"a": TENSORS, "b": 1, "c": TENSORS}, "it has 2 .'a', 'c'.. Save the one"),
+    "two of one text": ({1: TENSORS, "1": TENSORS}, "it has 2 .1, '1'"),
+    "tensors beside them": (TENSORS | {"c": TENSORS}, "it has 2 .'the whole file', 'c'"),
     "deeper down": ({"a": {"b": TENSORS}}, "it has 0"),
     "numbers for names": ({3: tensor()}, "must have names"),
     "reference to a text": ({"a": Reference("x")}, "refers to 'x'"),

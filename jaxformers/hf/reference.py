@@ -88,7 +88,7 @@ class Reference(NamedTuple):
         return {"log-probs": _log_softmax(out.logits)}
 
     def calculate_in(self, dtype: str) -> "Reference":
-        """The same model with its present weights, calculating with more bits; self is used up."""
+        """Returns the model after casting it, with its present weights, to a wider type."""
         import torch
 
         return self._replace(model=self.model.to(getattr(torch, dtype)))
@@ -167,7 +167,7 @@ def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Re
     model, info = architecture.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
-    # The others multiply no float64, and no small experts of 16 bits.
+    # The other implementations do not multiply float64, nor small experts of 16 bits.
     model.config._experts_implementation = "eager"
     return Reference(model.eval(), kind, frozenset(info["missing_keys"]))
 
@@ -234,7 +234,7 @@ def _numpy(x: Any) -> np.ndarray:
 
 
 def _wide(x: Any) -> Any:
-    """Of at least 32 bits: NumPy has no bfloat16."""
+    """Returns numbers of at least 32 bits, because NumPy has no bfloat16."""
     return x if x.element_size() > 4 else x.float()
 
 

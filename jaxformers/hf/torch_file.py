@@ -1,9 +1,9 @@
-"""One file of PyTorch, `pytorch_model.bin`: its tensors listed, and read one by one.
+"""One file of PyTorch, `pytorch_model.bin`: its tensors are listed, and read one by one.
 
-`torch.save` writes a pickle that describes the tensors and, beside it, the numbers. Since PyTorch
-1.6 both are entries of a zip file, before they came one after the other. The pickle is read as data
-(`torch_pickle`), and nothing it says is believed before it is held against the file's real size.
-The numbers are read from the file when a tensor is asked for.
+`torch.save` writes a pickle that describes the tensors and, beside it, their numbers. Since PyTorch
+1.6 both are entries of a zip file; before, one followed the other. The pickle is read as data (see
+`torch_pickle`), and everything that it says is checked against the size of the file. The numbers
+are read from the file when a tensor is asked for.
 """
 
 import math
@@ -21,7 +21,7 @@ from jaxformers.hf.torch_pickle import load_pickle
 from jaxformers.hf.zip_file import Entry, read_entries
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
-# Tensors may share numbers, as tied ones do, or repeat them, but not without end.
+# Tensors may share numbers, as tied ones do, or repeat them. Their sum is bounded all the same.
 _MAX_COPIES, _SMALL = 16, 64 * 2**20
 _BLOCK = 2**20
 
@@ -37,10 +37,10 @@ class TorchTensor(NamedTuple):
     big_endian: bool
 
     def read(self) -> np.ndarray:
-        """The tensor itself, in memory from `allocate`."""
+        """Returns the tensor itself, in memory from `allocate`."""
         array = allocate(self.shape, self.dtype)
         if array.size:
-            # Axes of one number have no say in where numbers lie.
+            # An axis of size 1 may have any stride.
             strides = [x for n, x in zip(self.shape, self.strides, strict=True) if n > 1]
             order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
             target = np.atleast_1d(array.squeeze().transpose(order))
@@ -54,11 +54,11 @@ class TorchTensor(NamedTuple):
 
 
 def read_torch_file(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of a file by name.
+    """Returns the tensors of a file by name.
 
-    The file holds a dictionary of tensors, a model's `state_dict`, or a dictionary with one such
-    dictionary in it, as trainings save them. The names lose the "module." that all of them have
-    where a model was trained in `DataParallel`.
+    The file holds a dictionary of tensors, such as a model's `state_dict`, or a dictionary that has
+    one such dictionary in it, as a training saves it. If all names begin with "module.", as those
+    of a model in `DataParallel` do, this prefix is removed.
 
     Raises:
         ValueError: if the file is damaged, or holds anything but tensors, texts and numbers.
@@ -84,7 +84,7 @@ def read_torch_file(path: Path) -> dict[str, TorchTensor]:
 
 
 def _read_zip(file: BufferedReader, size: int) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
-    """The tensors, where their storages are, and whether these are big-endian."""
+    """Returns the tensors, the place of each storage, and whether storages are big-endian."""
     entries = read_entries(file, size)
     folders = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(folders) != 1:
@@ -115,15 +115,15 @@ def _read_zip(file: BufferedReader, size: int) -> tuple[dict[str, Tensor], dict[
 def _read_sequence(
     file: BufferedReader, size: int
 ) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
-    """The same of the older format: pickles one after another, then storages in their order.
+    """Returns the same for the older format: several pickles, followed by the storages.
 
-    These are little-endian whatever wrote them.
+    In this format storages are little-endian on all machines.
     """
     file.seek(0)
     for number in (_MAGIC, _VERSION):
         if load_pickle(file)[0] != number:
             raise ValueError(f"it does not begin with the numbers {_MAGIC} and {_VERSION}")
-    load_pickle(file)  # about the machine that wrote it
+    load_pickle(file)  # It describes the machine that wrote the file.
     content, dtypes = load_pickle(file)
     keys, _ = load_pickle(file)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -147,18 +147,19 @@ def _read_sequence(
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:
-    """Returns the dictionary of tensors that a file is or has in it, without what else is there."""
+    """Returns the one dictionary of tensors in the content of a file, without its other values."""
     if not isinstance(content, dict):
         raise ValueError("it must hold a dictionary of tensors, such as model.state_dict()")
-    found = {"(the whole)": content, **content}
-    found = {str(key): value for key, value in found.items() if _has_tensors(value)}
+    candidates = [("the whole file", content), *content.items()]
+    found = [(key, value) for key, value in candidates if _has_tensors(value)]
     if len(found) != 1:
+        names = ", ".join(shorten(key) for key, _ in found[:5])
         raise ValueError(
             "it must hold one dictionary of tensors, such as model.state_dict(), it has "
-            f"{len(found)}{': ' if found else ''}{', '.join(map(shorten, [*found][:5]))}. Save the "
-            "one that you mean alone: torch.save(model.state_dict(), path)"
+            f"{len(found)}{f' ({names})' if found else ''}. Save the one that you mean alone: "
+            "torch.save(model.state_dict(), path)"
         )
-    [names] = found.values()
+    [(_, names)] = found
     tensors = {name: tensor for name, tensor in names.items() if isinstance(tensor, Tensor)}
     if not all(isinstance(name, str) for name in tensors):
         raise ValueError("its tensors must have names")
@@ -171,7 +172,7 @@ def _has_tensors(x: Any) -> bool:
 
 
 def _place(path: Path, tensor: Tensor, places: dict[str, Entry], big_endian: bool) -> TorchTensor:
-    """A tensor whose storage has been found, and found to be of the size that it should be."""
+    """Returns where a tensor lies, after its storage has been found and its size checked."""
     storage: Storage = tensor.storage
     if storage.key not in places:
         raise ValueError(f"the storage {shorten(storage.key)} is missing")
@@ -189,9 +190,10 @@ def _place(path: Path, tensor: Tensor, places: dict[str, Entry], big_endian: boo
 def _fill(
     target: np.ndarray, file: BufferedReader, at: int, strides: Sequence[int], path: Path
 ) -> None:
-    """Read numbers that begin at the byte `at` and lie `strides` bytes apart along each axis.
+    """Reads numbers that begin at the byte `at` and are `strides` bytes apart along each axis.
 
-    The strides fall. What lies in the file as in the array is read in place, all else in blocks.
+    The strides must not increase. If the file has the order of the array, its bytes are read into
+    the array; otherwise they are read in blocks and copied.
     """
     width = target.dtype.itemsize
     row = width + sum((n - 1) * x for n, x in zip(target.shape[1:], strides[1:], strict=True))

@@ -42,7 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 class Storage(NamedTuple):
-    """Numbers in a row, found elsewhere in the file by their key; `start` is the first of them."""
+    """A row of `size` numbers elsewhere in the file, from the number `start` of the key's on."""
 
     key: str
     dtype: np.dtype
@@ -51,7 +51,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Some numbers of a storage; offset and strides count numbers of the tensor's dtype."""
+    """Numbers of a storage; offset and strides count numbers of the tensor's dtype."""
 
     storage: Storage
     dtype: np.dtype
@@ -101,7 +101,7 @@ def are_sizes(x: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _rebuild_tensor(args: tuple) -> Tensor:
-    """(storage, offset, shape, strides), then what matters in training only."""
+    """Takes (storage, offset, shape, strides, ...); the rest matters in training only."""
     if not 4 <= len(args) <= 7 or not isinstance(args[0], Storage):
         raise ValueError(f"a tensor is made of a storage, an offset ..., got {shorten(args)}")
     _refuse_metadata(args[6:])
@@ -109,7 +109,7 @@ def _rebuild_tensor(args: tuple) -> Tensor:
 
 
 def _rebuild_tensor_v3(args: tuple) -> Tensor:
-    """The same with a dtype."""
+    """Takes the same and a dtype."""
     if not 7 <= len(args) <= 8 or not isinstance(args[6], np.dtype):
         raise ValueError(f"a tensor of a newer dtype must name it, got {shorten(args)}")
     _refuse_metadata(args[7:])
@@ -125,14 +125,14 @@ def _refuse_metadata(metadata: tuple) -> None:
 
 
 def _rebuild_parameter(args: tuple) -> Tensor:
-    """(tensor, requires_grad, hooks, and perhaps the attributes of the parameter)."""
+    """Takes (tensor, requires_grad, hooks), and perhaps attributes, which are dropped."""
     if len(args) not in (3, 4) or not isinstance(args[0], Tensor):
         raise ValueError(f"a parameter is made of a tensor, got {shorten(args)}")
     return args[0]
 
 
 def _rebuild_from_type(args: tuple) -> Tensor:
-    """(function, class, its arguments, attributes): a tensor with attributes, which are dropped."""
+    """Takes (function, class, arguments, attributes); the attributes are dropped."""
     plain = (_rebuild_tensor, _rebuild_tensor_v3)
     match args:
         case (Name(call=call), Name(call=None), tuple() as arguments, _) if call in plain:
@@ -141,7 +141,7 @@ def _rebuild_from_type(args: tuple) -> Tensor:
 
 
 def _ordered_dict(args: tuple) -> dict:
-    """Empty, or in files of Python 2 a list of pairs."""
+    """Takes nothing, or in files of Python 2 a list of pairs."""
     found: dict = {}
     match args:
         case ():

@@ -1,11 +1,12 @@
 """The pickles of a PyTorch file, read as data.
 
 A pickle is a program for a small stack machine, and two of its instructions look a Python object up
-by name and call it. Here no name is looked up and nothing of a file is called: the names that
-tensors are saved with (`torch._utils._rebuild_tensor_v2` and a few more) have a meaning of our own,
-every other name is an error, and so is every instruction that `torch.save` has no use for.
+by name and call it. Here no object is looked up and none of the file's is called. The names that
+tensors are saved with (`torch._utils._rebuild_tensor_v2` and a few more) have a meaning of our own;
+every other name is an error, and so is every instruction that `torch.save` does not use.
 
-The machine does not recurse. What it reads and what it does are bounded, and so is its memory.
+The machine does not recurse. The bytes that it reads and its instructions are bounded, which bounds
+its memory.
 """
 
 import struct
@@ -43,7 +44,7 @@ def load_pickle(file: BinaryIO, size: int = MAX_PICKLE_BYTES) -> tuple[Any, dict
 
 
 class _Machine:
-    """The stack machine of one pickle: what lies on the stack, below each mark, and in the memo."""
+    """A stack machine, with its stack, the stacks below its marks, and its memo."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -128,7 +129,7 @@ def _protocol(m: _Machine) -> None:
 
 
 def _frame(m: _Machine) -> None:
-    m.read(8)  # the length of what follows, which need not be known
+    m.read(8)  # The length of a frame is of use only to a reader that buffers.
 
 
 def _mark(m: _Machine) -> None:

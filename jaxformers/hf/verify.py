@@ -4,10 +4,11 @@ Compared are what the model makes of random tokens in float32 (without padding, 
 padded on the left), what it generates, what it makes of them with weights of 16 bits, and what is
 left of it after saving it again.
 
-How near is near enough is told by torch itself. In float32 its outputs differ from those that it
-calculates in float64, more so the deeper the model is; ours may differ by a few times as much from
-its float32. With 16 bits both are compared with float32, and ours may be at most twice as far from
-it. JAX is asked for all bits of float32 in products, which on GPUs and TPUs is not its default.
+The allowed difference follows from the rounding of torch itself. Its outputs in float32 differ from
+its outputs in float64, more so the deeper the model is. Ours may differ from its float32 by a few
+times as much. Outputs with 16 bits are compared with float32, and ours may be at most twice as far
+from it as those of torch. JAX is asked for all bits of float32 in products, which is not its default
+on GPUs and TPUs.
 
 Positions are counted over the real tokens here. Where transformers counts them over padding too and
 cannot be told otherwise, rows padded on the left are compared with the same rows alone.
@@ -147,7 +148,7 @@ def _pad(batch: Batch, config: Any, left: bool) -> Batch:
 
 
 def _allow(path: str | os.PathLike, theirs: Reference, sample: Sample) -> dict[str, float]:
-    """How far each output may be from theirs in float32, by how far that is from float64."""
+    """Returns how far each output may be from theirs, by how far their float32 is from float64."""
     exact = load_reference(path, theirs.kind, "float32").calculate_in("float64")(sample)
     rounded = theirs(sample)
     differences = {name: float(np.abs(rounded[name] - exact[name]).max()) for name in exact}
@@ -170,7 +171,10 @@ def _compare_outputs(
 def _compare_sixteen_bits(
     path: str | os.PathLike, kind: type[Model], samples: dict[str, Sample]
 ) -> list[Row]:
-    """How far both are from float32 with the same weights of 16 bits, as root mean squares."""
+    """Compares the distances of both from float32, which has the same weights of 16 bits.
+
+    A distance is a root mean square: of the largest difference, chance decides more.
+    """
     stored = _dtype(from_pretrained(path))
     dtype = stored if stored.itemsize == 2 else jnp.dtype(jnp.bfloat16)
     ours, theirs = from_pretrained(path, dtype=dtype), load_reference(path, kind, str(dtype))
@@ -185,7 +189,7 @@ def _compare_sixteen_bits(
                 float(np.sqrt(np.square(_differences(x, wanted[name], sample)).mean()))
                 for x in (got[name], rounded[name])
             ]
-            # What overflows there may be right here.
+            # Where torch overflows, ours may give any numbers, but not NaN.
             farthest = FARTHER * np.nan_to_num(distances[1], nan=np.inf)
             rows.append(Row(f"{name}, {layout}, {dtype}", distances[0], float(farthest)))
     return rows
@@ -196,14 +200,14 @@ def _dtype(model: Model) -> np.dtype:
 
 
 def _their_outputs(theirs: Reference, layout: str, sample: Sample) -> Outputs:
-    """Row by row where padding would have a say in the outputs of real tokens."""
+    """Returns their outputs, row by row where padding would change those of real tokens."""
     alike = layout == RIGHT or theirs.takes_positions
     told = layout == NO_PADDING or alike and not theirs.turns_by_length
     return theirs(sample) if told else theirs.row_by_row(sample)
 
 
 def _differences(got: Any, wanted: np.ndarray, sample: Sample) -> np.ndarray:
-    """Without those of padding."""
+    """Returns the differences, without those at padding."""
     mask = sample[-1].mask
     difference = np.abs(np.asarray(got, np.float64) - wanted)
     return difference[mask] if mask is not None and difference.ndim == 3 else difference

@@ -1,8 +1,9 @@
-"""Where the entries of a zip file lie, for files that are read in place.
+"""The places of the entries of a zip file, whose bytes are then read from the file itself.
 
-Python's `zipfile` believes more than can be believed here, and makes large objects of small
-entries. `torch.save` stores its entries as they are, one after another, with a directory at the
-end (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
+Files come from strangers, and Python's `zipfile` checks less than is checked here: that entries do
+not overlap, and that memory is bounded. `torch.save` stores its entries uncompressed, one after
+another, with a directory at the end
+(https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
 """
 
 import struct
@@ -27,7 +28,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
-    """The entries of a zip file by name.
+    """Returns the entries of a zip file by name.
 
     Raises:
         ValueError: if the file is truncated or damaged, or its entries are compressed, encrypted,
@@ -55,7 +56,7 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
 
 
 def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """The number of entries, and where their directory begins and ends."""
+    """Returns the number of entries, and where their directory begins and ends."""
     tail = _read(file, max(0, size - 98), min(size, 98))  # 56 + 20 + 22 bytes
     if len(tail) < 22 or tail[-22:-18] != _END:
         raise ValueError("it has no directory at its end: it is truncated, or has bytes left over")
@@ -77,7 +78,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _read_central(data: bytes, at: int) -> tuple[str, int, int, int]:
-    """An entry's name, where its header is, its length, and where the next one is listed."""
+    """Returns an entry's name, the place of its header, its length, and the next entry's place."""
     fixed = data[at : at + 46]
     if len(fixed) < 46 or fixed[:4] != _CENTRAL:
         raise ValueError("its directory is damaged")
@@ -108,7 +109,7 @@ def _read_central(data: bytes, at: int) -> tuple[str, int, int, int]:
 
 
 def _extra_64(extra: bytes) -> bytes:
-    """The extra field of numbers with 64 bits, or nothing."""
+    """Returns the extra field of numbers with 64 bits, or nothing."""
     while len(extra) >= 4:
         kind, length = struct.unpack("<HH", extra[:4])
         if kind == 1:
@@ -118,7 +119,7 @@ def _extra_64(extra: bytes) -> bytes:
 
 
 def _read_local(file: BinaryIO, name: str, header: int, limit: int) -> int:
-    """Where the bytes of an entry begin, by the header before them."""
+    """Returns where the bytes of an entry begin, after checking the header before them."""
     fixed = _read(file, header, 30) if header + 30 <= limit else b""
     if len(fixed) < 30 or fixed[:4] != _LOCAL:
         raise ValueError(f"the entry {shorten(name)} does not begin where the directory says")
