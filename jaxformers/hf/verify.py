@@ -7,8 +7,8 @@ left of it after saving it again.
 The allowed difference follows from the rounding of torch itself. Its outputs in float32 differ from
 its outputs in float64, more so the deeper the model is. Ours may differ from its float32 by a few
 times as much. Outputs with 16 bits are compared with float32, and ours may be at most twice as far
-from it as those of torch. JAX is asked for all bits of float32 in products, which is not its default
-on GPUs and TPUs.
+from it as those of torch. JAX is asked for all bits of float32 in products, which is not its
+default on GPUs and TPUs.
 
 Positions are counted over the real tokens here. Where transformers counts them over padding too and
 cannot be told otherwise, rows padded on the left are compared with the same rows alone.
