@@ -5,6 +5,7 @@ it is; the change needs a line in one of the tables of `jaxformers/checkpoint`, 
 """
 
 import json
+import tarfile
 import warnings
 from typing import Any
 
@@ -32,7 +33,7 @@ from golden_cases import (
 )
 
 import jaxformers
-from jaxformers import Checkpoints, digest, load
+from jaxformers import Checkpoints, OrbaxCheckpoints, digest, load
 
 pytest.importorskip("safetensors", reason="native files need jaxformers[train]")
 
@@ -149,6 +150,22 @@ def test_a_training_goes_on_as_it_would_have(name, tmp_path):
     optimizer = jaxformers.as_optimizer(TRAININGS[name]["optimizer"]())
     assert digest(averaged) == digest(optimizer.averaged(training.model, training.optimizer_state))
     assert (digest(averaged) != digest(trained)) == ("averaged" in name)
+
+
+def test_a_training_saved_by_orbax_goes_on(tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="needs jaxformers[orbax]")
+    with tarfile.open(GOLDEN / "trainings" / "orbax" / f"step-{SAVED:09}.tar.gz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    with pytest.raises(ValueError, match="earlier version.*fit with the same checkpoint="):
+        load(tmp_path / "run")
+    checkpoints = OrbaxCheckpoints(tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it goes on
+        training = train("averaged", END, checkpoints, log=tmp_path)
+    found = result("averaged", training) | {"losses": losses(tmp_path)}
+    with np.load(GOLDEN / "trainings" / "averaged" / "after.npz") as expected:
+        near(found, expected, 2e-5, f"the training that orbax saved, gone on from step {SAVED},")
+    assert digest(load(tmp_path / "run", averaged=False)) == digest(training.model)
 
 
 def blanked(x):

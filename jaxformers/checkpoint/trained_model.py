@@ -45,7 +45,7 @@ def describe_model(training: PyTree) -> str:
             raise ValueError(f"{', '.join(encoder.arrays)} are arrays in static fields.")
         text = json.dumps(described, separators=(",", ":"))
         parse_json(text.encode(), "it")  # what would be refused when it is read
-    except (ValueError, RecursionError) as error:
+    except Exception as error:  # whatever it is, a training does not end for it
         return json.dumps({"reason": str(error)})
     return text
 

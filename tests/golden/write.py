@@ -11,8 +11,10 @@ and functions below are those of today; names in the files are those of the vers
 
 import dataclasses
 import gzip
+import io
 import json
 import sys
+import tarfile
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -72,6 +74,7 @@ from jaxformers import (
     MixtureOfExperts,
     MultiHeadAttention,
     Muon,
+    OrbaxCheckpoints,
     OutputLayer,
     PerHeadNorm,
     Pieces,
@@ -697,11 +700,34 @@ def write_plain() -> None:
         keep(saved, directory)
 
 
+def write_orbax() -> None:
+    """A checkpoint in orbax's format: a directory, of whose files one archive is made."""
+    directory = GOLDEN / "trainings" / "orbax"
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary) / "run"
+        checkpoints = OrbaxCheckpoints(run)
+        train("averaged", SAVED, checkpoints, log=temporary)
+        checkpoints.wait()
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            for path in sorted(run.rglob("*")):
+                info = archive.gettarinfo(path, str(path.relative_to(run)))
+                info.mtime = info.uid = info.gid = 0
+                info.uname = info.gname = ""
+                # The files that say where this was written are there to be there.
+                data = b"" if path.is_dir() or "commit_success" in path.name else path.read_bytes()
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    path = directory / f"step-{SAVED:09}.tar.gz"
+    path.write_bytes(gzip.compress(raw.getvalue(), mtime=0))
+
+
 def main(names: list[str]) -> None:
     """Write what is named, or all that is missing, and the digests of all."""
     writers = {f"objects/{name}": partial(write_object, name) for name in OBJECTS}
     writers |= {f"trainings/{name}": partial(write_training, name) for name in TRAININGS}
-    writers |= {"trainings/plain": write_plain}
+    writers |= {"trainings/plain": write_plain, "trainings/orbax": write_orbax}
     unknown = [name for name in names if name not in writers]
     if unknown:
         raise SystemExit(f"there is no {', '.join(unknown)} among {', '.join(writers)}.")
