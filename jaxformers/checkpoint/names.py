@@ -44,7 +44,7 @@ from jaxformers import (
 from jaxformers.checkpoint import training_state
 from jaxformers.hf.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
-from jaxformers.optim import adafactor, averaged, leafwise, optimizer
+from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer
 from jaxformers.training import run, step
 
 # A new class or function that a model, an optimizer or a state of a training may hold gets a line
@@ -116,6 +116,8 @@ OURS: dict[str, Any] = {
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
     "attention_scores": plain.attention_scores,
     "attention_weights": plain.attention_weights,
+    "match": plain.match,
+    "mix": plain.mix,
     "choose_attention": choice.choose_attention,
     "Choice": choice.Choice,
     "Blocks": flash.Blocks,
@@ -144,6 +146,7 @@ OURS: dict[str, Any] = {
     "default_layout": optim.default_layout,
     "default_decay_mask": optim.default_decay_mask,
     "is_hidden_matrix": optim.is_hidden_matrix,
+    "orthogonalize": muon.orthogonalise,
     "match_adamw": optim.match_adamw,
     "match_width": optim.match_width,
     "global_norm": optim.global_norm,
@@ -178,6 +181,7 @@ OURS: dict[str, Any] = {
 OLDER: dict[str, str] = {
     "Rematerialisation": "Rematerialization",
     "_Optax": "Optax",
+    "orthogonalise": "orthogonalize",
     "jaxformers.schedules:constant": "schedules.constant",
     "jaxformers.schedules:linear": "schedules.linear",
     "jaxformers.schedules:cosine": "schedules.cosine",
