@@ -1,5 +1,11 @@
 """Types of numbers: 16 bits for computing, 32 for the weights that are trained."""
 
+import contextlib
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -8,10 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxformers.paths import path_name
+
 Tree = TypeVar("Tree", bound=PyTree)
 
 # The types that models are kept and computed in.
 FLOATS = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
+
+_noticed: set[int] = set()  # the optimisers of which it was said that they train 16 bits
+_within: ContextVar[bool] = ContextVar("within", default=False)
 
 
 def cast_floating(model: Tree, dtype: Any) -> Tree:
@@ -36,6 +47,68 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
     dtype = check_float_dtype(dtype=dtype)
     floats, rest = eqx.partition(model, _is_float)
     return eqx.combine(jax.tree.map(lambda x: x.astype(dtype), floats), rest)
+
+
+def is_narrow(x: Any) -> bool:
+    """Returns whether `x` is an array of floating-point numbers with fewer bits than float32."""
+    return _is_float(x) and x.dtype.itemsize < 4
+
+
+def widened_beside(model: Tree, others: PyTree) -> Tree:
+    """Returns the model with arrays of 16 bits in the widest type of others, if that has more bits.
+
+    Weights that are frozen in 16 bits are computed with in float32 beside others that are trained
+    in it: the loss is that of a float32 model, and no activation is rounded on the way.
+    """
+    floats = [x.dtype for x in jax.tree.leaves(others) if _is_float(x)]
+    widest = max(floats, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float16))
+    if widest.itemsize < 4:
+        return model
+    return jax.tree.map(lambda x: x.astype(widest) if is_narrow(x) else x, model)
+
+
+@contextlib.contextmanager
+def noticed(optimizer: Any, model: PyTree, trained: Callable[[], PyTree]) -> Iterator[None]:
+    """Warns, once for each optimiser, if weights of 16 bits are trained; what is within does not.
+
+    Arguments:
+        optimizer: whose steps they are.
+        model: the model.
+        trained: function `() -> tree`, the model without what is not trained.
+    """
+    # An optax transformation is a tuple, which is not told from another one; its function is.
+    optimizer = optimizer.update if hasattr(optimizer, "_fields") else optimizer
+    if (
+        not _within.get()
+        and id(optimizer) not in _noticed
+        and any(map(is_narrow, jax.tree.leaves(model)))
+    ):
+        leaves = jax.tree_util.tree_leaves_with_path(trained())
+        narrow = [(path, x) for path, x in leaves if is_narrow(x)]
+        if narrow:
+            _noticed.add(id(optimizer))
+            weakref.finalize(optimizer, _noticed.discard, id(optimizer))
+            _warn(path_name(narrow[0][0]), narrow[0][1].dtype, len(narrow))
+    token = _within.set(True)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+def _warn(path: str, dtype: Any, count: int) -> None:
+    frame, level = sys._getframe(), 1
+    inside = ("jaxformers", "equinox", "jax", "contextlib", "jaxtyping", "beartype")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{count} arrays of 16 bits are trained, such as {path} of {dtype}: a change of less than "
+        f"{float(jnp.finfo(dtype).eps) / 2:.1g} of a weight is rounded away, so that most weights "
+        "stay as they are at usual learning rates. Train float32 weights, "
+        "cast_floating(model, jnp.float32), and compute in 16 bits with "
+        "compute_dtype=jnp.bfloat16; fit trains float32 weights in any case.",
+        stacklevel=level,
+    )
 
 
 def _is_float(x: Any) -> bool:

@@ -256,7 +256,8 @@ def test_moments_are_float32_and_parameters_keep_their_dtype(model):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), eqx.filter(model, eqx.is_inexact_array))
     optimizer = AdamW(0.1, max_grad_norm=1.0)
     grads = jax.tree.map(lambda p: 3 * p, half)
-    trained, state = optimizer.update(grads, optimizer.init(half), half)
+    with pytest.warns(UserWarning, match="of 16 bits are trained"):
+        trained, state = optimizer.update(grads, optimizer.init(half), half)
     assert {x.dtype for x in arrays(trained)} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in arrays(state.moments)} == {jnp.dtype(jnp.float32)}
     full = jax.tree.map(lambda p: p.astype(jnp.float32), half)

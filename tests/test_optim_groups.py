@@ -266,7 +266,8 @@ def test_the_plain_average_equals_torch():
 
 def test_averages_of_16_bit_weights_are_float32():
     optimizer = Averaged(AdamW(1e-2), 0.9)
-    weights, state, _ = train(optimizer, dtype=jnp.bfloat16)
+    with pytest.warns(UserWarning, match="of 16 bits are trained"):
+        weights, state, _ = train(optimizer, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(state.average)} == {jnp.dtype(jnp.float32)}
     averaged = optimizer.averaged(weights, state)
     assert {x.dtype for x in jax.tree.leaves(averaged)} == {jnp.dtype(jnp.bfloat16)}

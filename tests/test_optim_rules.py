@@ -422,7 +422,8 @@ def test_weights_of_16_bits_are_rounded_once(name):
     """All is computed in float32, then the weights are rounded: an update that fits is not lost."""
     optimizer = ALL[name]()
     half, grads = ({k: in_type(x, jnp.bfloat16) for k, x in draw(i).items()} for i in (1, 2))
-    trained, state = optimizer.update(grads, optimizer.init(half), half)
+    with pytest.warns(UserWarning, match="of 16 bits are trained"):
+        trained, state = optimizer.update(grads, optimizer.init(half), half)
     floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
     assert floats == {jnp.dtype(jnp.float32)}
     wide, wide_grads = (

@@ -1,6 +1,7 @@
 """What is kept of a training: the arrays and numbers of any pytree by path, out of it and back."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -131,7 +132,11 @@ def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
         where: what an error calls the file.
     """
     want = describe(named_leaves(like))
-    differing = [p for p in {**want, **have} if have.get(p) != want.get(p)]
+    differing = [
+        path
+        for path in {**want, **have}
+        if want.get(path) not in (have.get(path), _in_float32(have.get(path, "")))
+    ]
     if differing:
         lines = [
             f"{p or 'the whole'}: {have.get(p, 'nothing')} there, {want.get(p, 'nothing')} here"
@@ -144,6 +149,14 @@ def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
             + "\n".join(lines)
             + more
         )
+
+
+def _in_float32(described: str) -> str:
+    """Returns what is described in float32 if it has 16 bits: what was saved before that type.
+
+    Weights of 16 bits were once trained as they are, and are now trained in float32.
+    """
+    return re.sub("^b?float16 ", "float32 ", described)
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
@@ -176,6 +189,8 @@ def placed_like(value: Any, like: Any) -> Any:
     if isinstance(value, HostKey):
         keys = jax.random.wrap_key_data(jnp.asarray(value.data), impl=value.impl)
         return jax.device_put(keys, where)
+    if value.dtype != like.dtype:  # weights of 16 bits go on in float32
+        value = value.astype(like.dtype)
     x = jax.device_put(value, where)
     # A type that gives way to others is that of a Python number, which a file does not tell.
     return like.at[...].set(x) if isinstance(like, jax.Array) and like.weak_type else x

@@ -11,7 +11,8 @@ from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
 from jaxformers.checks import check_rate, is_known
 from jaxformers.layers import widened
-from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit, check_state
+from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
 
 
 class AveragedState(eqx.Module):
@@ -63,12 +64,14 @@ class Averaged(Optimizer):
         step = jnp.zeros((), jnp.int32)
         return AveragedState(step=step, average=average, inner=self.optimizer.init(model))
 
-    @eqx.filter_jit
-    def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, AveragedState]:
+    @compiled
+    def update(
+        self, grads: PyTree, state: PyTree, model: Model, **extra: Any
+    ) -> tuple[Model, AveragedState]:
         """The model after one update of the optimiser, and the average with it."""
         check_state(state, AveragedState)
         check_fit(model, average=state.average)
-        model, inner = self.optimizer.update(grads, state.inner, model)
+        model, inner = self.optimizer.update(grads, state.inner, model, **extra)
         t = state.step + 1
         if callable(self.decay):
             decay = jnp.asarray(self.decay(t), jnp.float32)
@@ -84,6 +87,10 @@ class Averaged(Optimizer):
 
         average = jax.tree.map(step, model, state.average)
         return model, AveragedState(step=t, average=average, inner=inner)
+
+    def takes(self, name: str) -> bool:
+        """Whatever the optimiser takes."""
+        return self.optimizer.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
         """What the optimiser trains."""

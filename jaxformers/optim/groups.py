@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxformers.checks import check_callable, check_positive
 from jaxformers.optim.clipping import clip_by_global_norm
-from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer, check_fit, check_state
+from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
 from jaxformers.paths import path_name
 
 Predicate = Callable[[str, Any], Any]
@@ -73,11 +74,14 @@ class Groups(Optimizer):
             for optimizer, part in zip(self.optimizers, parts, strict=True)
         )
 
-    @eqx.filter_jit
+    @compiled
     def update(
-        self, grads: PyTree, state: PyTree, model: Model
+        self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, tuple[PyTree, ...]]:
         """The model and the states after one update; gradients of frozen leaves do not count."""
+        for name in extra:
+            if not self.takes(name):
+                raise TypeError(f"none of the optimisers takes {name}=.")
         check_state(state, tuple, len(self.optimizers))
         check_fit(model, grads=grads)
         grads = eqx.filter(grads, self.trains(model))
@@ -89,8 +93,13 @@ class Groups(Optimizer):
             zip(self.optimizers, self._split(grads, model), strict=True)
         ):
             if optimizer is not None:
-                parts[i], states[i] = optimizer.update(part_grads, states[i], parts[i])
+                taken = {name: x for name, x in extra.items() if optimizer.takes(name)}
+                parts[i], states[i] = optimizer.update(part_grads, states[i], parts[i], **taken)
         return eqx.combine(*parts, model), tuple(states)
+
+    def takes(self, name: str) -> bool:
+        """What one of the optimisers takes."""
+        return any(x is not None and x.takes(name) for x in self.optimizers)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
         """True where the optimiser of the leaf's group differentiates it."""

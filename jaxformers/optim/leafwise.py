@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int32, PyTree
 from jaxformers.checks import check_nonnegative, check_positive, is_known
 from jaxformers.layers import widened
 from jaxformers.optim.clipping import clip_by_global_norm
-from jaxformers.optim.optimizer import Model, Optimizer, check_fit, check_state
+from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.optimizer import Model, Optimizer
 from jaxformers.paths import path_name
 
 Moments = dict[str, Array]
@@ -103,7 +104,7 @@ class LeafwiseOptimizer(Optimizer):
         )
         return State(step=jnp.zeros((), jnp.int32), moments=moments)
 
-    @eqx.filter_jit
+    @compiled
     def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, State]:
         """The model and the state after one update.
 

@@ -221,9 +221,15 @@ class Muon(Optimizer):
         """The states of the matrices and of the rest before the first update."""
         return self.groups.init(model)
 
-    def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, PyTree]:
+    def update(
+        self, grads: PyTree, state: PyTree, model: Model, **extra: Any
+    ) -> tuple[Model, PyTree]:
         """The model and the state after one update."""
-        return self.groups.update(grads, state, model)
+        return self.groups.update(grads, state, model, **extra)
+
+    def takes(self, name: str) -> bool:
+        """What the optimiser of the rest takes."""
+        return self.groups.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
         """All, unless the rest leaves something out."""

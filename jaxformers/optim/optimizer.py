@@ -6,14 +6,18 @@
 `grads` come from `eqx.filter_grad`: None for what is not trained.
 """
 
+import inspect
+import re
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+from jaxformers.optim.compiled import check_fit, compiled, own_arrays
 
 Model = TypeVar("Model", bound=PyTree)
 
@@ -53,6 +57,27 @@ class Optimizer(eqx.Module):
         """The model to evaluate: the trained one itself, unless an average is kept."""
         return model
 
+    def takes(self, name: str) -> bool:
+        """Returns whether `update` takes a further argument of this name.
+
+        `train_step` and `fit` have one: `value`, the loss of the batch before the update.
+        """
+        return _takes(type(self).update, name)
+
+
+_MORE_IS_NEEDED = (
+    "an optax transformation needs more than a step has ({}). train_step and fit give value=, the "
+    "loss, and no function of the weights, as the line search of optax.lbfgs would need it (and "
+    "sophia, and sam with opaque_mode): give optax.lbfgs a learning rate and linesearch=None, or "
+    "call as_optimizer(...).update with these arguments in a loop of your own."
+)
+
+
+_OTHER_WEIGHTS = (
+    "an optax transformation is not for the weights of a model ({}). Those of optax.lookahead are "
+    "pairs, and optax.contrib.galore takes no tree with a None where a model has no weight."
+)
+
 
 class _Optax(Optimizer):
     """An optax transformation behind our protocol."""
@@ -60,9 +85,13 @@ class _Optax(Optimizer):
     transformation: Any
 
     def init(self, model: PyTree) -> PyTree:
-        return self.transformation.init(eqx.filter(model, eqx.is_inexact_array))
+        params = eqx.filter(model, eqx.is_inexact_array)
+        try:
+            return own_arrays(self.transformation.init(params))
+        except AttributeError as error:
+            raise ValueError(_OTHER_WEIGHTS.format(error)) from error
 
-    @eqx.filter_jit
+    @compiled
     def update(
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, PyTree]:
@@ -71,11 +100,27 @@ class _Optax(Optimizer):
         # optax wants a gradient for every parameter: frozen ones get zeros and lose their update.
         filled = jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, params, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
-            updates, state = self.transformation.update(filled, state, params, **extra)
-        model = jax.tree.map(
-            lambda p, g, u: p if g is None else p + u.astype(p.dtype), model, grads, updates
-        )
+            try:
+                updates, state = self.transformation.update(filled, state, params, **extra)
+            except (TypeError, ValueError) as error:
+                if re.search(r"missing \d+ required keyword-only|must be provided", str(error)):
+                    raise ValueError(_MORE_IS_NEEDED.format(error)) from error
+                raise
+            except AttributeError as error:
+                raise ValueError(_OTHER_WEIGHTS.format(error)) from error
+            model = jax.tree.map(
+                lambda p, g, u: p if g is None else (p + u).astype(p.dtype), model, grads, updates
+            )
         return model, state
+
+    def takes(self, name: str) -> bool:
+        return _takes(self.transformation.update, name)
+
+
+def _takes(function: Callable, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    any_name = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+    return any_name or name in parameters
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
@@ -94,6 +139,8 @@ def as_optimizer(optimizer: Any) -> Optimizer:
     """
     if isinstance(optimizer, Optimizer):
         return optimizer
+    if callable(getattr(optimizer, "gradient_transformation", None)):  # optax.MultiSteps
+        optimizer = optimizer.gradient_transformation()
     # By type, not by methods: both protocols have the same two, with different results.
     if isinstance(optimizer, tuple) and hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return _Optax(optimizer)
@@ -102,36 +149,3 @@ def as_optimizer(optimizer: Any) -> Optimizer:
         f"optax.lion(1e-4), got {optimizer!r}. Call the function that makes one; derive a class of "
         "your own from jaxformers.optim.Optimizer."
     )
-
-
-def check_fit(model: PyTree, **trees: PyTree) -> None:
-    """Raise unless each tree has, at each leaf of the model, an array of its shape or none."""
-
-    def check(path: tuple, p: Any, x: Any) -> str | None:
-        fits = eqx.is_inexact_array(p) and eqx.is_array(x) and x.shape == p.shape
-        # A leaf's moments, in a dict, have shapes of their own.
-        if x is None or isinstance(x, bool | np.bool | dict) or fits:
-            return None
-        return f"{eqx.tree_pformat(x)} for {eqx.tree_pformat(p)} at {jax.tree_util.keystr(path)}"
-
-    for name, tree in trees.items():
-        try:
-            misfits = jax.tree.leaves(jax.tree_util.tree_map_with_path(check, model, tree))
-        except ValueError as error:
-            misfits = [f"another structure: {error}"]
-        if misfits:
-            raise ValueError(
-                f"{name} must have the model's structure and shapes: take gradients by "
-                f"eqx.filter_grad, the state by init, a mask by jax.tree.map. Got {misfits[0]}"
-            )
-
-
-def check_state(state: Any, kind: type[Any], length: int | None = None) -> None:
-    """Raise unless a state is of the kind that `init` makes."""
-    fits = isinstance(state, kind) and (length is None or len(state) == length)
-    if not fits:
-        count = "" if length is None else f" of {length}"
-        raise ValueError(
-            "the state must be that of this optimiser, from init or the last update: expected "
-            f"{kind.__name__}{count}, got {eqx.tree_pformat(state):.200}"
-        )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxformers.checks import check_callable
+from jaxformers.checks import check_callable, check_usable
+from jaxformers.precision import widened_beside
 from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
@@ -28,7 +29,8 @@ def evaluate(
     """The mean loss over batches, each weighted by what counts in it, without dropout.
 
     Arguments:
-        model: what `loss` takes.
+        model: what `loss` takes. If some of its weights have 16 bits and others more, the loss is
+            computed in the wider type.
         batches: dicts of arrays; or a source of `jaxformers.data`, of which every example is taken
             once. Batches of other shapes compile another program each.
         loss: function `(model, batch, key) -> scalar`, a mean over what counts; key is None.
@@ -41,6 +43,7 @@ def evaluate(
         >>> mean = evaluate(model, [batch, batch], loss=language_model_loss)
     """
     check_callable(loss=loss, count=count)
+    check_usable(model=model)
     parts = []
     for i, batch in enumerate(in_order(batches)):
         batch = prepared(batch, f"evaluation batch {i}", loss, model)
@@ -60,4 +63,4 @@ def evaluate(
 @eqx.filter_jit
 def _value(functions, model, batch):
     loss, count = functions
-    return loss(model, batch, None), jnp.asarray(count(batch))
+    return loss(widened_beside(model, model), batch, None), jnp.asarray(count(batch))

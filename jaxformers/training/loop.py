@@ -49,7 +49,12 @@ def fit(
 
     A run that was killed and is started again ends with the same weights and the same log, bit for
     bit on a CPU, as one that was not. The step is one compiled program; while the device works on
-    it, the next batch is made. The model that is passed in stays usable: the run has a copy.
+    it, the next batch is made. The model that is passed in stays usable: the run has a copy of what
+    is trained.
+
+    What is trained are float32 weights, also of a model in 16 bits, whose updates would be rounded
+    away otherwise; `cast_floating(training.model, jnp.bfloat16)` gives 16 bits again. What is
+    frozen keeps its type and is not copied; `compute_dtype=jnp.bfloat16` computes with it as it is.
 
     Ctrl-C ends a run: the state is saved and returned. SIGTERM saves, too, and then ends the
     program with status 143, or does what you have it do. Either is served during an evaluation, a
@@ -81,7 +86,8 @@ def fit(
         progress: whether to show a progress bar on standard error, if tqdm is installed.
         bad_steps: which steps are skipped, and how many; by default the first one whose loss or
             gradients are not finite ends the training with an error.
-        compute_dtype, accumulate, count: as for `train_step`.
+        compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where
+            weights are trained in it.
 
     Of what a run was begun with, the shapes of the weights, the kind of optimiser and the key are
     held against the checkpoint. Other settings, data and learning rates among them, may be changed;

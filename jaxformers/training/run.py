@@ -18,7 +18,7 @@ from jaxformers.training.interrupt import Interrupt, Stopped
 from jaxformers.training.log import Log
 from jaxformers.training.notices import warn_and_go_on
 from jaxformers.training.objectives import Batch, Loss, check_ids
-from jaxformers.training.step import BadSteps, Gradients, Training, advance
+from jaxformers.training.step import BadSteps, Gradients, Training, one_step
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Run:
     ):
         self.training, self.step = training, int(training.step)
         self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
+        self.trains = optimizer.trains(training.model)
         self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
         self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics = log.metrics
@@ -80,9 +81,9 @@ class Run:
         if not self._shapes:
             self._shapes = shapes
             self.log.compiling()
-        kept = self.gradients, self.optimizer, self.bad_steps, batch
+        pieces = self.gradients, self.optimizer, self.bad_steps, batch
         try:
-            self.training, metrics = advance(kept, self.training)
+            self.training, metrics = one_step(*pieces, self.training, self.trains)
         except Exception as error:
             if shapes != self._shapes:
                 error.add_note(

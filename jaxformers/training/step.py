@@ -1,5 +1,7 @@
 """One step of training: gradients of the loss, then the optimiser, as one compiled program."""
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,60 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 
-from jaxformers.checks import check_callable, check_key, check_positive, check_size
+from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
-from jaxformers.precision import cast_floating, check_float_dtype
+from jaxformers.optim.compiled import own_arrays
+from jaxformers.precision import is_narrow, noticed
+from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
 MEMORY, LONGEST_START = 0.98, 20  # of the usual norm of gradients, in steps
 
-
-class Gradients(eqx.Module):
-    """How the loss of a batch and its gradients are computed; see `train_step`."""
-
-    loss: Loss
-    compute_dtype: Any = eqx.field(static=True)
-    accumulate: int = eqx.field(static=True)
-    count: Callable
-
-    def __init__(self, loss: Loss, compute_dtype: Any, accumulate: int, count: Callable):
-        check_callable(loss=loss, count=count)
-        check_size(accumulate=accumulate)
-        self.loss, self.accumulate, self.count = loss, accumulate, count
-        self.compute_dtype = None if compute_dtype is None else _check_compute_dtype(compute_dtype)
-
-    def __call__(
-        self, optimizer: Optimizer, model: Model, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[Float[Array, ""], Model]:
-        trained, frozen = eqx.partition(model, optimizer.trains(model))
-
-        @eqx.filter_value_and_grad
-        def value_and_grad(trained, batch, key):
-            model = eqx.combine(trained, frozen)
-            if self.compute_dtype is not None:
-                model = cast_floating(model, self.compute_dtype)
-            return _check_loss(self.loss(model, batch, key))
-
-        if self.accumulate == 1:
-            return value_and_grad(trained, batch, key)
-
-        def add(sums, part):
-            weight = jnp.asarray(self.count(part[0]), jnp.float32)
-            new = *value_and_grad(trained, *part), jnp.ones(())
-            # The loss of a part in which nothing counts may be anything.
-            new = jax.tree.map(
-                lambda x: jnp.where(weight == 0, 0, weight * x.astype(jnp.float32)), new
-            )
-            return jax.tree.map(jnp.add, sums, new), None
-
-        shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
-        parts = _split_rows(batch, self.accumulate), jax.random.split(key, self.accumulate)
-        sums, _ = jax.lax.scan(add, (jnp.zeros(()), shapes, jnp.zeros(())), parts)
-        *means, weight = sums
-        weight = jnp.where(weight == 0, 1, weight)  # no target counts: the loss is 0
-        value, grads = jax.tree.map(lambda x: x / weight, tuple(means))
-        return value, grads
+# What `fit` does not train, by `id`: the model that it was given and the one that it returns have
+# the same arrays, over which no step may write.
+_shared: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 @explain_arguments
@@ -83,9 +44,11 @@ def train_step(
     The arrays of `model` and `state` are donated: their memory is used for the result, so only the
     returned ones may be used afterwards.
 
-    With `compute_dtype=jnp.bfloat16` the loss is computed by a copy of the weights in 16 bits, and
-    what is updated stays in 32 (Micikevicius et al. 2018): small updates are not rounded away.
-    Sums over tokens, softmax, norms and the loss are computed in float32 either way.
+    Weights are updated in the type that they have. In 16 bits most updates are rounded away, of
+    which a warning speaks: train float32 weights, `cast_floating(model, jnp.float32)`, as `fit`
+    does by itself. With `compute_dtype=jnp.bfloat16` the loss is computed by a copy of them in 16
+    bits (Micikevicius et al. 2018). Sums over tokens, softmax, norms and the loss are computed in
+    float32 either way.
 
     A loss that is not finite changes neither the weights nor the state. Ids beyond the vocabulary
     give NaN on an accelerator; in NumPy's arrays and on a CPU they are refused beforehand.
@@ -94,12 +57,15 @@ def train_step(
         model: the model to train.
         state: `optimizer.init(model)`, or what the last step returned.
         batch: what `loss` takes.
-        optimizer: `AdamW` or another `Optimizer`, or an optax transformation.
+        optimizer: `AdamW` or another `Optimizer`, or an optax transformation, which is given
+            `value=`, the loss, if it takes it. One that evaluates the loss itself, as line searches
+            do, is refused.
         loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`: a mean over
             what counts in the batch.
         key: PRNG key for dropout, a new one each step.
         compute_dtype: the type to compute the loss and its gradients in, `jnp.bfloat16`; None is
-            that of the weights. It saves time where the hardware has it, as GPUs and TPUs do.
+            that of the weights, and for frozen ones of 16 bits that of the trained ones, if it has
+            more. 16 bits save time where the hardware has them, as GPUs and TPUs do.
         accumulate: in how many parts of equal size the rows of the batch are passed through the
             model, one after another, 1. Their gradients are added up, weighted by `count`: the
             same update with the memory of one part, but for the dropout drawn.
@@ -122,23 +88,76 @@ def train_step(
         ... )
     """
     gradients = Gradients(loss, compute_dtype, accumulate, count)
+    optimizer, key = as_optimizer(optimizer), check_key(key)
+    check_usable(model=model, state=state, key=key)
     check_ids(loss, model, batch)
-    return _train_step((gradients, as_optimizer(optimizer), batch, check_key(key)), model, state)
+    owner = getattr(optimizer, "transformation", optimizer)
+    with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
+        return _donating(_train_step, (gradients, optimizer, batch, key), model, state)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, state):
     gradients, optimizer, batch, key = kept
     value, grads = gradients(optimizer, model, batch, key)
-    new = optimizer.update(grads, state, model)
+    new = _update(optimizer, grads, state, model, value)
     # Not by the norm of the gradients: all would have to be there before the first is applied.
     model, state = _new_if(jnp.isfinite(value), new, (model, state))
     return model, state, value
 
 
-def _new_if(good: Bool[Array, ""], new: Model, old: Model) -> Model:
+def _update(
+    optimizer: Optimizer, grads: Model, state: PyTree, model: Model, value: Float[Array, ""]
+) -> tuple[Model, PyTree]:
+    """Returns the model and the state after an update, which is told the loss if it asks for it."""
+    extra = {"value": value} if optimizer.takes("value") else {}
+    return optimizer.update(grads, state, model, **extra)
+
+
+def _new_if(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     """Returns a new tree after a good step, else the old one."""
-    return jax.tree.map(lambda x, y: jnp.where(good, x, y) if eqx.is_array(x) else x, new, old)
+    structures: list[Any] = [jax.tree.structure(x) for x in (new, old)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "an update must return a model and a state of the form that it was given, so that a "
+            "bad step can keep the old ones; that of optax.monitor is another one after the first "
+            "step. Leave such a transformation out; optax.snapshot keeps its form."
+        )
+
+    def choose(x: Any, y: Any) -> Any:
+        return jnp.where(good, x, y) if eqx.is_array(x) and x is not y else x
+
+    return jax.tree.map(choose, new, old)
+
+
+def _changed(model: Model, rest: Model) -> Model:
+    """Returns the model without the leaves that are those of `rest`: they stay where they are."""
+    return jax.tree.map(
+        lambda kept, x: None if x is kept else x, rest, model, is_leaf=lambda x: x is None
+    )
+
+
+def _donating(step: Callable, kept: PyTree, *given: PyTree) -> Any:
+    """Calls a step that writes its results over the arrays given, each of which is at one place.
+
+    An optimiser's state may begin with the weights themselves, and two leaves may be one array.
+    """
+    seen = {id(x) for x in jax.tree.leaves(kept) if isinstance(x, jax.Array)}
+
+    def own(x: Any) -> Any:
+        if isinstance(x, jax.Array) and is_known(x):
+            x = x.copy() if id(x) in seen or _shared.get(id(x)) is x else x
+            seen.add(id(x))
+        return x
+
+    given = jax.tree.map(own, given)
+    try:
+        return step(kept, *given)
+    except jax.errors.JaxRuntimeError as error:
+        if "donate" not in str(error):
+            raise
+        # Two arrays have the same memory, as after `jax.device_put`. Nothing is donated yet.
+        return step(kept, *own_arrays(given))
 
 
 class Guard(NamedTuple):
@@ -222,66 +241,59 @@ class Training(eqx.Module):
 
 
 def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyArray) -> Training:
-    """The state before the first step, in memory of its own: steps write over it."""
-    model, key = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, (model, check_key(key)))
+    """Returns the state before the first step; what steps write over has memory of its own.
+
+    Weights that are trained are float32 or wider. What is frozen is neither cast nor copied.
+    """
+    check_usable(model=model)
     model = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, model)
+    trained, rest = eqx.partition(model, optimizer.trains(model))
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32) if is_narrow(x) else x.copy(), trained)
+    _shared.update({id(x): x for x in jax.tree.leaves(rest) if isinstance(x, jax.Array)})
+    model = eqx.combine(trained, rest)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return Training(model, optimizer.init(model), key, step, skipped, bad_steps.start())
+    return Training(
+        model=model,
+        optimizer_state=own_arrays(optimizer.init(model)),
+        key=check_key(key).copy(),
+        step=step,
+        skipped=skipped,
+        guard=bad_steps.start(),
+    )
+
+
+def one_step(
+    gradients: Gradients,
+    optimizer: Optimizer,
+    bad_steps: BadSteps,
+    batch: Batch,
+    training: Training,
+    trains: PyTree[bool],
+) -> tuple[Training, dict[str, Array]]:
+    """Returns the state after one more step, and its figures; what is frozen stays where it is."""
+    trained, rest = eqx.partition(training.model, trains)
+    kept = gradients, optimizer, bad_steps, batch, rest
+    training, metrics = advance(kept, dataclasses.replace(training, model=trained))
+    model = eqx.combine(training.model, rest)
+    return dataclasses.replace(training, model=model), metrics
 
 
 @eqx.filter_jit(donate="all-except-first")
 def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]]:
     """The state after one more step, and what there is to tell about it."""
-    gradients, optimizer, bad_steps, batch = kept
-    old = training.model, training.optimizer_state
+    gradients, optimizer, bad_steps, batch, rest = kept
+    old = eqx.combine(training.model, rest), training.optimizer_state
     key = jax.random.fold_in(training.key, training.step)
-    value, grads = gradients(optimizer, training.model, batch, key)
+    value, grads = gradients(optimizer, old[0], batch, key)
     norm = global_norm(grads)
     good, guard = bad_steps.judge(training.guard, value, norm)
     metrics = {"loss": value, "gradient_norm": norm, "tokens": jnp.asarray(gradients.count(batch))}
     rate = optimizer.rate(training.optimizer_state)
     if rate is not None:
         metrics["learning_rate"] = rate
-    new = optimizer.update(grads, training.optimizer_state, training.model)
+    new = _update(optimizer, grads, old[1], old[0], value)
     model, state = _new_if(good, new, old)
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
-    training = Training(model, state, training.key, step, skipped, guard)
+    training = Training(_changed(model, rest), state, training.key, step, skipped, guard)
     return training, metrics | {"skipped": training.skipped, "failed": guard.failed}
-
-
-def _split_rows(batch: Batch, parts: int) -> Batch:
-    """The rows of a batch in `parts` parts, along a new leading axis."""
-    shapes = {name: np.shape(x) for name, x in batch.items() if x is not None}
-    rows = {shape[0] if shape else 0 for shape in shapes.values()}
-    if len(rows) != 1 or rows.pop() % parts or max(map(len, shapes.values())) < 2:
-        raise ValueError(
-            f"accumulate={parts} needs a batch whose arrays all have the same number of rows, "
-            f"divisible by {parts}, got the shapes {shapes}."
-        )
-
-    def split(x: Array) -> Array:
-        # Each part has rows from everywhere, so that a batch over many devices stays spread.
-        x = jnp.asarray(x)
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-    return {name: split(x) for name, x in batch.items() if x is not None}
-
-
-def _check_loss(value: Any) -> Float[Array, ""]:
-    if not eqx.is_inexact_array(value) or value.shape != ():
-        raise ValueError(
-            "loss must return one floating-point number as an array of shape (), got "
-            f"{eqx.tree_pformat(value)}."
-        )
-    return value
-
-
-def _check_compute_dtype(dtype: Any) -> np.dtype:
-    dtype = check_float_dtype(compute_dtype=dtype)
-    if dtype == jnp.float16:
-        raise ValueError(
-            "compute_dtype float16 is refused: gradients below 6e-8 would be zero unless the loss "
-            "were scaled. Pass jnp.bfloat16, which has the range of float32."
-        )
-    return dtype
