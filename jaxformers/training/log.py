@@ -90,7 +90,7 @@ class Log:
         if self._bar is not None:
             self._each("say", text)
         else:
-            warn_and_go_on(text, 4)
+            warn_and_go_on(text, 5)
 
     def compiling(self) -> None:
         """Say that the first step takes longer."""

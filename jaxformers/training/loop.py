@@ -157,8 +157,12 @@ def fit(
             writer.warn(f"{interrupt.asked.name}: stopped after step {run.step} of {steps}")
         elif feed.ended:
             text = f"training ends after {run.step} steps: there are no more batches."
-            warn_and_go_on(text, 5)
-    interrupt.pass_on()
+            warn_and_go_on(text, 4)
+    try:
+        interrupt.pass_on()
+    except BaseException as end:
+        run.hand_over(end)
+        raise
     return run.training
 
 

@@ -151,7 +151,7 @@ class Run:
         failed = self._begin_to_save()
         if failed is not None:
             # To stop would lose the steps since the last checkpoint; the next may succeed.
-            warn_and_go_on(f"a checkpoint is missing, training goes on: {failed}", 5)
+            warn_and_go_on(f"a checkpoint is missing, training goes on: {failed}", 6)
 
     def finish(self) -> None:
         """Save this step, unless that was done, and wait until it is there."""
@@ -163,7 +163,7 @@ class Run:
             return
         if self.step not in self.checkpoint.steps():
             raise failed
-        warn_and_go_on(f"a checkpoint is missing: {failed}", 5)
+        warn_and_go_on(f"a checkpoint is missing: {failed}", 6)
 
     def _begin_to_save(self) -> OSError | None:
         if self.checkpoint is None:
@@ -188,8 +188,7 @@ class Run:
             return
         if not reached:
             return
-        with contextlib.suppress(AttributeError):
-            error.training = self.training  # type: ignore[attr-defined]
+        self.hand_over(error)
         if self.checkpoint is None or not isinstance(error, Exception | SystemExit):
             error.add_note(
                 f"The state after step {self.step} is this error's `training`: catch the error, or "
@@ -201,6 +200,11 @@ class Run:
             error.add_note(f"Step {self.step} is saved in {self.checkpoint.directory}.")
         except Exception as second:
             error.add_note(f"What was reached could not be saved: {second}")
+
+    def hand_over(self, error: BaseException) -> None:
+        """Give an error the state as its attribute `training`."""
+        with contextlib.suppress(AttributeError):
+            error.training = self.training  # type: ignore[attr-defined]
 
     def _mend(self) -> bool:
         """Have a state from which a run can go on; False if there is no new one."""
