@@ -1,7 +1,8 @@
 """The cache: what a decoder remembers of the tokens it has seen."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,6 +17,9 @@ from jaxformers.masks import AttentionMask
 # Rolling slots beyond the window: so many tokens at a time are written in place, and may be taken
 # back by `rewind` without a loss of older ones that are still in view.
 SPARE = 16
+# A long text goes through a model in so many columns at a time, so that its activations take memory
+# for these alone. On a CPU 512 are as fast as the whole text; 256 take a fifth longer.
+CHUNK = 512
 
 
 class LayerCache(NamedTuple):
@@ -36,7 +40,8 @@ class Cache(eqx.Module):
     All layers share the slots: the next token of every sequence is written to slot `length`.
     Sequences of different length differ in `positions` alone, where -1 marks an unused slot or
     padding, so that nobody attends to it. (Layers with a sliding window keep their own slots.)
-    `tokens` are the ids, which mean nothing where the position is -1.
+    `tokens` are the ids, which mean nothing where the position is -1. Where the angles of a model's
+    positions depend on how long a row is, `rotated_for` says for which length its keys are rotated.
 
     Example:
         >>> cache = model.init_cache(batch_size=1, slots=8)
@@ -50,6 +55,7 @@ class Cache(eqx.Module):
     tokens: Int[Array, "b s"]
     positions: Int[Array, "b s"]
     length: Int[Array, ""]
+    rotated_for: Int[Array, " b"] | None = None
 
     @property
     def slots(self) -> int:
@@ -81,7 +87,9 @@ class Cache(eqx.Module):
             lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
             for old, new in ((self.tokens, tokens), (self.positions, positions))
         )
-        return Cache(self.layers, kept_tokens, kept_positions, self.length + t)
+        return dataclasses.replace(
+            self, tokens=kept_tokens, positions=kept_positions, length=self.length + t
+        )
 
     def rewind(self, columns: Int[Array, ""]) -> "Cache":
         """The cache without its last `columns` slots (at most `SPARE` of them real tokens)."""
@@ -121,9 +129,29 @@ class Cache(eqx.Module):
         """The cache with the rows that `rows` names, in place of rows with the same source."""
         # The source's keys and values, which can be most of the cache, stay where they are.
         own = [layer._replace(cross=None) for layer in self.layers]
-        own, tokens, positions = jax.tree.map(lambda x: x[rows], (own, self.tokens, self.positions))
+        per_row = own, self.tokens, self.positions, self.rotated_for
+        own, tokens, positions, rotated_for = jax.tree.map(lambda x: x[rows], per_row)
         layers = [new._replace(cross=old.cross) for new, old in zip(own, self.layers, strict=True)]
-        return Cache(tuple(layers), tokens, positions, self.length)
+        return Cache(tuple(layers), tokens, positions, self.length, rotated_for)
+
+    def emptied(self, slots: int) -> "Cache":
+        """A cache of the same kind with `slots` slots, which holds no tokens yet."""
+
+        def empty(layer: LayerCache) -> LayerCache:
+            if layer.positions is not None:
+                return layer._replace(positions=jnp.full_like(layer.positions, -1))
+            shape = *layer.own.keys.shape[:2], slots, layer.own.keys.shape[3]
+            own = (jnp.zeros(shape, x.dtype) for x in layer.own)
+            return layer._replace(own=KV(*own))
+
+        shape = self.positions.shape[0], slots
+        return dataclasses.replace(
+            self,
+            layers=tuple(map(empty, self.layers)),
+            tokens=jnp.zeros(shape, jnp.int32),
+            positions=jnp.full(shape, -1, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
 
 
 def empty_layer(
@@ -148,10 +176,24 @@ def remember(
     return cache._replace(own=own), own, mask
 
 
+def narrow(state: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Arrays without their axes of size 1, and the function that gives these back to such ones.
+
+    XLA drops such axes before a product. If a loop or a branch carried them, it would hold a cache
+    in both shapes, and write and copy both for every token.
+    """
+    shapes = jax.tree.map(lambda x: x.shape, state)
+
+    def widen(state: Any) -> Any:
+        return jax.tree.map(lambda x, shape: x.reshape(shape), state, shapes)
+
+    return jax.tree.map(lambda x: x.reshape([n for n in x.shape if n != 1]), state), widen
+
+
 def _write(
     old: Float[Array, "b g s h"], new: Float[Array, "b g t h"], slot: Int[Array, ""] | int
 ) -> Float[Array, "b g s h"]:
-    """`old` with `new` from `slot` on, written without axes of size 1 (see `repeat_while`)."""
+    """`old` with `new` from `slot` on, written without axes of size 1 (see `narrow`)."""
     *leading, _, h = (n for i, n in enumerate(old.shape) if i > 1 or n > 1)
     flat, update = (x.reshape(*leading, -1, h) for x in (old, new.astype(old.dtype)))
     written = lax.dynamic_update_slice_in_dim(flat, update, slot, axis=len(leading))

@@ -36,6 +36,7 @@ from jaxformers.pieces import (
     take_score_bias,
 )
 from jaxformers.positional_encoding import BiasPosition
+from jaxformers.row_lengths import scalings_of
 
 
 class DecoderLayer(eqx.Module):
@@ -250,7 +251,8 @@ class Decoder(eqx.Module):
 
         With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
         given, and the encoder's output is not needed: its keys and values are in the cache.
-        `tokens` are the ids that `x` was made from, which only the cache keeps.
+        `tokens` are the ids that `x` was made from, which only the cache keeps. Keys in it stay
+        rotated as they are; the models read a row again that `LongScaling` rotates otherwise.
         """
         mask = mask.biased_by(self.score_bias)
         slot: Int[Array, ""] | int = 0
@@ -295,4 +297,5 @@ class Decoder(eqx.Module):
             tokens=jnp.zeros((batch_size, slots), jnp.int32),
             positions=jnp.full((batch_size, slots), -1, jnp.int32),
             length=jnp.zeros((), jnp.int32),
+            rotated_for=jnp.zeros(batch_size, jnp.int32) if scalings_of(self) else None,
         )

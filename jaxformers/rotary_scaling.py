@@ -10,7 +10,6 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -238,8 +237,11 @@ class DynamicScaling(eqx.Module):
 
     The fastest pair keeps its frequency and the slowest is divided by about as much as the
     sequence is too long (Peng et al. 2023, section 3.3). The length is each row's largest position
-    + 1: beyond the original length a token added at the end turns all before it anew, while keys
-    in a cache stay as they are.
+    + 1, so that beyond the original length each token changes the angles of all before it.
+
+    Decoding does as transformers does: a prompt is read at its own length, and the keys of a token
+    stay in the cache as they were rotated when it came. So beyond the original length a token's
+    log-probability from `generate` is not that of the model on the whole row, which `score` gives.
 
     Arguments:
         factor: how strongly theta grows, at least 1.
@@ -259,6 +261,10 @@ class DynamicScaling(eqx.Module):
         self.factor = _check_factor(factor)
         self.original_length = _check_original(original_length)
 
+    def same_until(self, lengths: Int[Array, "*b"]) -> Int[Array, "*b"]:
+        """The longest rows that have the frequencies of rows of these lengths."""
+        return jnp.maximum(lengths, self.original_length)
+
     def frequencies(self, theta: float, dim: int, positions: Int[Array, "*b t"]) -> Frequencies:
         excess = jnp.maximum(_lengths(positions) - self.original_length, 0).astype(jnp.float32)
         growth = 1 + self.factor / self.original_length * excess[..., None]
@@ -272,7 +278,10 @@ class LongScaling(eqx.Module):
     """A divisor for each frequency, found by search; others for long sequences (LongRoPE).
 
     Ding et al. 2024, in the form of Phi-3. As with `DynamicScaling` the length is each row's
-    largest position + 1, and keys in a cache stay as they are when a row becomes long.
+    largest position + 1. With a cache, a row that becomes longer than the original length is read
+    once again, as in transformers, so that every token comes from the angles that the model has for
+    the tokens before it. That differs from `score`, which reads each token of a long row with the
+    long divisors.
 
     Arguments:
         short_factors: divisors while the row is no longer than the original length, one for each
@@ -311,6 +320,11 @@ class LongScaling(eqx.Module):
         self.long_factors = tuple(float(x) for x in long_factors)
         self.original_length = _check_original(original_length)
         self.attention_factor = float(attention_factor)
+
+    def same_until(self, lengths: Int[Array, "*b"]) -> Int[Array, "*b"]:
+        """The longest rows that have the frequencies of rows of these lengths."""
+        is_long = lengths > self.original_length
+        return jnp.where(is_long, jnp.iinfo(jnp.int32).max, self.original_length)
 
     def frequencies(self, theta: float, dim: int, positions: Int[Array, "*b t"]) -> Frequencies:
         plain = rotary_frequencies(theta, dim)
@@ -370,12 +384,3 @@ def _check_factor(factor: Any) -> float:
 def _check_original(original_length: Any) -> int:
     check_size(original_length=original_length)
     return int(original_length)
-
-
-def depends_on_length(model: Any) -> bool:
-    """Whether anything in the model turns a token by how long its row is."""
-
-    def by_length(x: Any) -> bool:
-        return isinstance(x, DynamicScaling | LongScaling)
-
-    return any(map(by_length, jax.tree.leaves(model, is_leaf=by_length)))

@@ -33,10 +33,11 @@ from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
-from jaxformers.masks import Mask, as_mask, padding_to_positions, place
+from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions, place
 from jaxformers.origin import Origin, with_special_tokens
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.row_lengths import follow
 
 
 class Transformer(eqx.Module):
@@ -281,7 +282,9 @@ class Transformer(eqx.Module):
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         """What `decode` gives, and the cache extended by these tokens.
 
-        With a cache (from `init_cache` or the call before) the encoder's output is not needed.
+        With a cache (from `init_cache` or the call before) the encoder's output is not needed. It
+        keeps no booleans of masks: what `LongScaling` has read again, attends to all tokens before
+        it, and to the source as the last of these tokens does.
         """
         cross = as_mask(src_tgt_mask)
         if src_padding_mask is not None:
@@ -296,10 +299,18 @@ class Transformer(eqx.Module):
         tgt = check_tokens(tgt, self.tgt_vocab_size, "tgt")
         seen = None if cache is None else cache.token_counts
         mask = place(tgt_mask, tgt.shape, tgt_padding_mask, seen, "tgt_padding_mask")
-        embedding_key, decoder_key = split_key(key, 2)
-        x = self.tgt_embedding(tgt, embedding_key, positions=mask.q_positions)
         mask = mask.replace(causal=True)
-        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tgt)
+
+        last = cross
+        if cross.explicit is not None and cross.explicit.ndim > 1:
+            last = cross.replace(explicit=cross.explicit[..., -1:, :])
+
+        def read(model, tokens, mask, cache):
+            return model._forward(tokens, None, mask, last, None, cache)[1]
+
+        if cache is not None:
+            cache = follow(self, cache, mask, read)
+        return self._forward(tgt, encoder_output, mask, cross, key, cache)
 
     def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Logits from hidden states."""
@@ -431,6 +442,9 @@ class Transformer(eqx.Module):
     ) -> Float[Array, "*b t"]:
         """The log-probability of each target token given those before it and the source.
 
+        Angles that depend on how long a row is are those of the whole row, as in
+        `TransformerLM.score`.
+
         Returns:
             float32, shape of `tgt`; 0 for padding and for the first token of each row.
 
@@ -448,6 +462,19 @@ class Transformer(eqx.Module):
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
         )
+
+    def _forward(
+        self,
+        tgt: Int[Array, "*b t"],
+        encoder_output: Float[Array, "*b s d"] | None,
+        mask: AttentionMask,
+        cross: AttentionMask,
+        key: PRNGKeyArray | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "*b t d"], Cache | None]:
+        embedding_key, decoder_key = split_key(key, 2)
+        x = self.tgt_embedding(tgt, embedding_key, positions=mask.q_positions)
+        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tgt)
 
     def _start_token(self, given: int | None) -> int:
         start = self.origin.special_tokens.start_token if given is None and self.origin else given

@@ -27,10 +27,11 @@ from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
-from jaxformers.masks import Mask, as_mask, place
+from jaxformers.masks import AttentionMask, Mask, as_mask, place
 from jaxformers.origin import Origin, with_special_tokens
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.row_lengths import follow, reread
 
 
 class TransformerLM(eqx.Module):
@@ -169,18 +170,27 @@ class TransformerLM(eqx.Module):
         """The hidden states before the output layer, and the cache extended by these tokens.
 
         Arguments as for `__call__`, and:
-            cache: from `init_cache` or the call before, if `tokens` follow tokens already seen.
+            cache: from `init_cache` or the call before, if `tokens` follow tokens already seen. It
+                keeps no booleans of a mask: what `LongScaling` has read again, attends to all
+                tokens before it.
         """
         tokens = check_tokens(tokens, self.vocab_size)
         seen = None if cache is None else cache.token_counts
         mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)
-        embedding_key, decoder_key = split_key(key, 2)
-        x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
-        return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
+        if cache is not None:
+            cache = follow(self, cache, mask, _read)
+        return self._forward(tokens, mask, key, cache)
 
     def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Logits from hidden states."""
         return self.output.logits(hidden, self.embedding.table if self.output.tied else None)
+
+    def reread(self, cache: Cache, lengths: Int[Array, " b"]) -> Cache:
+        """The cache with the keys that its tokens have in rows of the given lengths.
+
+        It is the same one unless `LongScaling` or `DynamicScaling` rotates these otherwise.
+        """
+        return reread(self, cache, lengths, _read, AttentionMask(causal=True))
 
     def init_cache(self, batch_size: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens in each of `batch_size` sequences."""
@@ -307,6 +317,11 @@ class TransformerLM(eqx.Module):
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
         """The log-probability of each token given those before it.
 
+        Each row is read once, so that positions whose angles depend on how long a row is
+        (`LongScaling`, `DynamicScaling`) have those of the whole row for all its tokens. Beyond the
+        original length that is not what `generate(..., return_scores=True)` gives, which knew of
+        each token only those before it.
+
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
             padding_mask: shape of `tokens`, True where a token is real.
@@ -324,3 +339,21 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
         )
+
+    def _forward(
+        self,
+        tokens: Int[Array, "*b t"],
+        mask: AttentionMask,
+        key: PRNGKeyArray | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "*b t d"], Cache | None]:
+        embedding_key, decoder_key = split_key(key, 2)
+        x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
+        return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
+
+
+def _read(
+    model: TransformerLM, tokens: Int[Array, "b t"], mask: AttentionMask, cache: Cache
+) -> Cache | None:
+    """The cache extended by tokens with the positions of the mask."""
+    return model._forward(tokens, mask, None, cache)[1]

@@ -15,12 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.cache import Cache
+from jaxformers.cache import CHUNK, Cache, narrow
 from jaxformers.generation.plan import Plan
-
-# A long prompt goes through the model in so many columns at a time, so that its activations take
-# memory for these alone. On a CPU 512 are as fast as the whole prompt; 256 take a fifth longer.
-CHUNK = 512
 
 
 class State(NamedTuple):
@@ -46,19 +42,21 @@ def prefill(
 ) -> tuple[State, Float[Array, "b v"]]:
     """The state with the prompt in it, and the logits of the first new token."""
     b, t = tokens.shape
+    lengths = real.sum(axis=1, dtype=jnp.int32)
     if cache is None:  # the prompt need not attend to slots that are still empty
         tokens, real = to_the_right(tokens, real, plan.start, plan.pad_token)
         cache = step.resize(step.start(b, slots), t)
-        last, cache = read(step, tokens, real, plan.start, cache)
+        last, cache = read(step.at_lengths(lengths), tokens, real, plan.start, cache)
         cache = step.resize(cache, slots)
         filling = jnp.broadcast_to(plan.pad_token, (b, slots))
         row = lax.dynamic_update_slice(filling, tokens, (0, 0))
     else:
         row, row_real = append(step.held(cache), tokens, real)
         columns = plan.start - step.held(cache).length
-        last, cache = read(
-            step, *to_the_right(tokens, real, columns, plan.pad_token), columns, cache
-        )
+        lengths = lengths + step.held(cache).token_counts
+        tokens, real = to_the_right(tokens, real, columns, plan.pad_token)
+        cache = step.reread(cache, lengths)
+        last, cache = read(step.at_lengths(lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
     none = jnp.zeros(b, jnp.bool_)
     state = State(
@@ -104,10 +102,8 @@ def read(
         last = lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
         return jnp.asarray(begin + size), last, cache
 
-    # Where angles depend on how long a row is, its first token has to know of its last one.
-    size = t if step.needs_whole_prompt else CHUNK
-    state = chunk(0, t % size or min(t, size), cache)
-    if t > size:  # all others have one size, and so one body
+    state = chunk(0, t % CHUNK or CHUNK, cache)
+    if t > CHUNK:  # all others have one size, and so one body
         state = repeat_while(
             lambda state: state[0] < columns,
             lambda state: chunk(state[0], CHUNK, state[2]),
@@ -174,23 +170,13 @@ def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
 
 
 def repeat_while(condition: Callable, body: Callable, state: Any) -> Any:
-    """`lax.while_loop` that carries its arrays without their axes of size 1.
-
-    XLA drops such axes before a product. If the loop carried them, it would hold the cache in both
-    shapes, and write and copy both for every token.
-    """
-    shapes = jax.tree.map(lambda x: x.shape, state)
-
-    def narrow(state: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape([n for n in x.shape if n != 1]), state)
-
-    def widen(state: Any) -> Any:
-        return jax.tree.map(lambda x, shape: x.reshape(shape), state, shapes)
+    """`lax.while_loop` that carries its arrays without their axes of size 1 (see `narrow`)."""
+    start, widen = narrow(state)
 
     def narrow_body(state: Any) -> Any:
-        return narrow(body(widen(state)))
+        return narrow(body(widen(state)))[0]
 
-    return widen(lax.while_loop(lambda x: condition(widen(x)), narrow_body, narrow(state)))
+    return widen(lax.while_loop(lambda x: condition(widen(x)), narrow_body, start))
 
 
 @eqx.filter_jit

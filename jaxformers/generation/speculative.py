@@ -105,13 +105,14 @@ def run_speculative(
     def advance_round(old: Round) -> Round:
         state = old.state
         guesses, memory = draft.guess(plan, state, old.memory, count)
-        new = check(step, plan, state, guesses, count)
+        reach = within_angles(step, state, count)
+        new = check(step, plan, state, guesses, count, reach)
         moved = new.length - state.length
-        room = jnp.minimum(count, plan.limit - state.length)
+        room = jnp.minimum(reach, plan.limit - state.length)
         # The last token of a round is the model's own, unless a row or the columns ended there.
         last = lax.dynamic_slice_in_dim(new.tokens, new.length - 1, 1, axis=1)
         guess = lax.dynamic_slice_in_dim(guesses, new.length - 1, 1, axis=1)
-        right = (moved <= count) & ((last == guess)[:, 0] | state.done).all()
+        right = (moved <= reach) & ((last == guess)[:, 0] | state.done).all()
         return Round(
             state=new._replace(cache=step.rewind(new.cache, count + 1 - moved)),
             memory=draft.rewind(memory, count + 1 - moved),
@@ -124,14 +125,37 @@ def run_speculative(
     return end.state._replace(cache=None), rate
 
 
-def check(step: Any, plan: Plan, state: State, guesses: Int[Array, "b s"], count: int) -> State:
+def within_angles(step: Any, state: State, count: int) -> Int[Array, ""] | int:
+    """How many guesses may be checked in one call, at most `count`.
+
+    Where angles depend on how long a row is, a call has those of its last token. So it stops at the
+    last guess that leaves them as they are for the token before the guesses.
+    """
+    lengths = step.held(state.cache).token_counts + 1
+    last = step.same_until(lengths)
+    if last is None:
+        return count
+    # A row that has ended has no guesses.
+    ahead = jnp.where(state.done, count, last - lengths)
+    return jnp.clip(ahead.min(), 0, count).astype(jnp.int32)
+
+
+def check(
+    step: Any,
+    plan: Plan,
+    state: State,
+    guesses: Int[Array, "b s"],
+    count: int,
+    reach: Int[Array, ""] | int,
+) -> State:
     """The state with the guesses that the model shares, and one more token that is its own.
 
-    The cache comes back with all `count + 1` columns that were looked at.
+    Of `count` guesses the first `reach` are looked at. The cache comes back with `count + 1` more
+    columns.
     """
     window = lax.dynamic_slice_in_dim(guesses, state.length - 1, count + 1, axis=1)
     columns = state.length + jnp.arange(count)
-    ahead = ~state.done[:, None] & (columns < plan.limit)
+    ahead = ~state.done[:, None] & (columns < jnp.minimum(plan.limit, state.length + reach))
     real = jnp.concatenate([state.real[:, None], ahead], axis=1)
     hidden, cache = step(window, real, state.cache)
     logits = step.project(hidden)
@@ -141,7 +165,7 @@ def check(step: Any, plan: Plan, state: State, guesses: Int[Array, "b s"], count
         last = state.length - 1
         same = jnp.take(state.tokens, last, axis=1) == jnp.take(guesses, last, axis=1)
         fits = (state.length == start) | (same | state.done).all()
-        return fits & (state.length - start <= count) & unfinished(plan, state)
+        return fits & (state.length - start <= reach) & unfinished(plan, state)
 
     def accept(state: State) -> State:
         here = lax.dynamic_slice_in_dim(logits, state.length - start, 1, axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import Cache
-from jaxformers.rotary_scaling import depends_on_length
+from jaxformers.row_lengths import at_lengths, same_until
 
 
 class LMStep(eqx.Module):
@@ -25,14 +25,21 @@ class LMStep(eqx.Module):
     def vocab_size(self) -> int:
         return self.model.vocab_size
 
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """Whether the prompt must be read in one call."""
-        return depends_on_length(self.model)
-
     def drive(self, model: Any) -> "LMStep":
         """The same for another model."""
         return LMStep(model)
+
+    def at_lengths(self, lengths: Int[Array, " b"]) -> "LMStep":
+        """The same for parts of rows that have these lengths as a whole."""
+        return self.drive(at_lengths(self.model, lengths))
+
+    def same_until(self, lengths: Int[Array, " b"]) -> Int[Array, " b"] | None:
+        """The longest rows with the angles of rows of these lengths; None is no limit."""
+        return same_until(self.model, lengths)
+
+    def reread(self, cache: Cache, lengths: Int[Array, " b"]) -> Cache:
+        """The cache with the keys that its tokens have in rows of these lengths."""
+        return self.model.reread(cache, lengths)
 
     def start(self, batch_size: int, slots: int) -> Cache:
         """An empty cache of `slots` columns."""
@@ -92,14 +99,17 @@ class Seq2SeqStep(eqx.Module):
     def vocab_size(self) -> int:
         return self.model.tgt_vocab_size
 
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """Whether the prompt must be read in one call."""
-        return depends_on_length(self.model)
-
     def drive(self, model: Any) -> "Seq2SeqStep":
         """The same for another model."""
         return Seq2SeqStep(model, self.src, self.src_padding_mask)
+
+    def at_lengths(self, lengths: Int[Array, " b"]) -> "Seq2SeqStep":
+        """The same for parts of rows that have these lengths as a whole."""
+        return self.drive(at_lengths(self.model, lengths))
+
+    def same_until(self, lengths: Int[Array, " b"]) -> Int[Array, " b"] | None:
+        """The longest rows with the angles of rows of these lengths; None is no limit."""
+        return same_until(self.model, lengths)
 
     def start(self, batch_size: int, slots: int) -> Seq2SeqCache:
         """A cache of `slots` columns with the encoder's keys and values."""
