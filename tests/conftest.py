@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import re
 from pathlib import Path
 
 # Most programs here run once: compiled with less optimising, the tests take three quarters of the
@@ -45,13 +46,31 @@ def pytest_addoption(parser):
     parser.addoption("--list-skipped", metavar="FILE", help="write the skipped tests to FILE")
 
 
+# Packages that tests need and which extra brings them.
+EXTRAS = {
+    **dict.fromkeys(("flax", "optax", "torch", "transformers"), "parity"),
+    **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
+    **dict.fromkeys(("matplotlib", "tqdm"), "train"),
+    "orbax": "orbax",
+}
+
+
+def reason_of(report):
+    """Returns why a test was skipped; for a missing package the install line to type."""
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    missing = re.match(r"could not import '(\w+)", reason)
+    if missing is None:
+        return reason
+    package = missing[1]
+    install = f"-e '.[{EXTRAS[package]}]'" if package in EXTRAS else package.replace("_", "-")
+    return f"{package} is not installed (pip install {install})"
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Says once for each reason how many tests were skipped, and lists the tests on request."""
     # A module that is skipped as a whole is one report of its collection.
     skipped = terminalreporter.stats.get("skipped", [])
-    reasons = collections.Counter(
-        report.longrepr[2].removeprefix("Skipped: ") for report in skipped
-    )
+    reasons = collections.Counter(map(reason_of, skipped))
     for reason, count in reasons.most_common():
         terminalreporter.line(f"{count} skipped: {reason}")
     if path := config.getoption("--list-skipped"):

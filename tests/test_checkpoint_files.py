@@ -20,7 +20,7 @@ from jaxformers.hf import json_file
 from jaxformers.hf.files import INDEX, SINGLE, TensorFiles, locate, read_json, write_tensors
 from jaxformers.hf.safetensors_file import DTYPES, NAMES, allocate, read_header
 
-safetensors = pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+safetensors = pytest.importorskip("safetensors")
 
 
 def some_bits(rng, shape, dtype):
@@ -88,7 +88,7 @@ def test_shape_and_dtype_are_known_without_reading(tmp_path, arrays):
 
 
 def test_other_readers_read_it(tmp_path, arrays):
-    torch = pytest.importorskip("torch", reason="a reader to compare with")
+    torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
     save(tmp_path, arrays)
@@ -103,8 +103,8 @@ def test_other_readers_read_it(tmp_path, arrays):
 
 @pytest.mark.parametrize("limit", [10**9, 4000])
 def test_transformers_reads_it_and_we_what_it_writes(tmp_path, limit):
-    torch = pytest.importorskip("torch", reason="a reader to compare with")
-    transformers = pytest.importorskip("transformers", reason="a reader to compare with")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=61, hidden_size=24, intermediate_size=34, num_hidden_layers=2)
     sizes |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=10)
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False)

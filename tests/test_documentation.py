@@ -84,7 +84,7 @@ def test_readme(no_shape_checker, tmp_path, monkeypatch):
 
 
 def test_notebook(no_shape_checker, monkeypatch):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib").use("Agg")
+    pytest.importorskip("matplotlib").use("Agg")
     notebook = json.loads((ROOT / "notebooks" / "quick_start.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     code = "\n".join(cells).replace("STEPS = 600", "STEPS = 50")

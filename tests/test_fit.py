@@ -217,7 +217,7 @@ def test_batches_of_any_kind_are_the_same_batches():
 
 
 def test_a_torch_loader():
-    torch = pytest.importorskip("torch", reason="see the extra `parity`")
+    torch = pytest.importorskip("torch")
     rows = [{name: x[0] for name, x in batches()[i].items()} for i in range(8)]
     loader = torch.utils.data.DataLoader(rows, batch_size=4)
     stacked = {name: np.stack([row[name] for row in rows[:4]]) for name in rows[0]}
@@ -304,7 +304,7 @@ def test_a_full_disk_does_not_end_the_run_nor_lose_lines(tmp_path, monkeypatch):
 
 
 def test_what_shows_the_run_does_not_end_it(tmp_path, monkeypatch):
-    pytest.importorskip("tqdm", reason="see the extra `train`")
+    pytest.importorskip("tqdm")
     from jaxformers.training import log
 
     def fail(*_, **__):
@@ -320,7 +320,7 @@ def test_what_shows_the_run_does_not_end_it(tmp_path, monkeypatch):
 
 
 def test_the_curve(tmp_path):
-    pytest.importorskip("matplotlib", reason="see the extra `train`")
+    pytest.importorskip("matplotlib")
     data = with_factors([1, np.nan, 1])
     options = {"loss": poisoned_loss, "bad_steps": BadSteps(allowed=1)}
     held_out = [data[0]]
@@ -334,9 +334,7 @@ def test_the_curve(tmp_path):
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="it is optional"
-    )
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(small_model(), adamw(), batches(), steps=3, log=tmp_path)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     rows = read_metrics(tmp_path)
@@ -345,7 +343,7 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
 
 def test_a_bar_with_the_latest_figures(capsys, monkeypatch):
-    pytest.importorskip("tqdm", reason="see the extra `train`")
+    pytest.importorskip("tqdm")
     monkeypatch.setattr("jaxformers.training.log.REFRESH", 0.0)  # a speed after one step
     held_out = [batches()[0]]
     run(small_model(), adamw(), batches(), steps=2, progress=True, eval_batches=held_out)

@@ -19,8 +19,8 @@ from jaxformers import (
 from jaxformers.generation.constraints import Constraints, History, sequences
 from jaxformers.generation.sampling import Warper
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
-transformers = pytest.importorskip("transformers", reason="what decoding is compared with")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 from transformers.generation import logits_process as hf  # noqa: E402
 
 V, D, N, G, D_FF, LAYERS, MAX = 31, 16, 4, 2, 24, 2, 64

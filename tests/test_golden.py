@@ -35,7 +35,7 @@ from golden_cases import (
 import jaxformers
 from jaxformers import Checkpoints, OrbaxCheckpoints, digest, load
 
-pytest.importorskip("safetensors", reason="native files need jaxformers[train]")
+pytest.importorskip("safetensors")
 
 OBJECTS = sorted(path.name.split(".")[0] for path in GOLDEN.glob("objects/*.gz"))
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-3, "accumulated-bfloat16": 2e-2}
@@ -131,7 +131,7 @@ def test_what_is_no_array_comes_back(tmp_path):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_goes_on_as_it_would_have(name, tmp_path):
     if "optax" in name:
-        pytest.importorskip("optax", reason="its states are in these checkpoints")
+        pytest.importorskip("optax")
     (saved,) = (GOLDEN / "trainings" / name).glob("step-*.gz")
     unpack(saved, tmp_path)
     with pytest.raises(ValueError, match="earlier version.*fit with the same checkpoint=.*steps="):
@@ -153,7 +153,7 @@ def test_a_training_goes_on_as_it_would_have(name, tmp_path):
 
 
 def test_a_training_saved_by_orbax_goes_on(tmp_path):
-    pytest.importorskip("orbax.checkpoint", reason="needs jaxformers[orbax]")
+    pytest.importorskip("orbax.checkpoint")
     with tarfile.open(GOLDEN / "trainings" / "orbax" / f"step-{SAVED:09}.tar.gz") as archive:
         archive.extractall(tmp_path / "run", filter="data")
     with pytest.raises(ValueError, match="earlier version.*fit with the same checkpoint="):

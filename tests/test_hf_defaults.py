@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-transformers = pytest.importorskip("transformers", reason="whose defaults they are")
+transformers = pytest.importorskip("transformers")
 
 from jaxformers.hf.families import FAMILIES  # noqa: E402
 from jaxformers.hf.load import read_settings  # noqa: E402

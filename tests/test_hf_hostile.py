@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
-transformers = pytest.importorskip("transformers", reason="what checkpoints are made with")
-safetensors = pytest.importorskip("safetensors", reason="the files that checkpoints come in")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors")
 
 from hf_checkpoints import load as load_reference  # noqa: E402
 from hf_checkpoints import make  # noqa: E402

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
-transformers = pytest.importorskip("transformers", reason="what checkpoints are compared with")
-safetensors = pytest.importorskip("safetensors", reason="the files that checkpoints come in")
-safetensors_torch = pytest.importorskip("safetensors.torch", reason="what writes such files")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from hf_cases import CASES, REFUSED, SPECIAL, V  # noqa: E402
 from hf_checkpoints import load, make  # noqa: E402

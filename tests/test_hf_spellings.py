@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
-transformers = pytest.importorskip("transformers", reason="what checkpoints are made with")
-safetensors = pytest.importorskip("safetensors", reason="the files that checkpoints come in")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors")
 
 from hf_cases import CASES, FULL, MAX, SLIDING, WINDOW, D  # noqa: E402
 from hf_checkpoints import load, make  # noqa: E402

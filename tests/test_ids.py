@@ -18,7 +18,7 @@ REAL = np.arange(5) >= 5 - np.array(LENGTHS)[:, None]
 
 
 def torch_rows():
-    torch = pytest.importorskip("torch", reason="rows may be tensors of torch")
+    torch = pytest.importorskip("torch")
     return [torch.tensor(row) for row in ROWS]
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_ids_says_what_to_do(lm, seq2seq, kind, no_shape_checker):
 
 
 def test_tensors_on_another_device_say_so(lm, no_shape_checker):
-    torch = pytest.importorskip("torch", reason="a tensor without numbers is torch's")
+    torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match="prompt must be token ids, got a Tensor"):
         lm.generate(torch.ones(3, dtype=torch.int64, device="meta"), 3)
 

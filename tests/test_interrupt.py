@@ -16,7 +16,7 @@ from jaxformers.data import Windows
 from jaxformers.training import interrupt
 from jaxformers.training.log import read_metrics
 
-pytest.importorskip("safetensors", reason="checkpoints need jaxformers[train]")
+pytest.importorskip("safetensors")
 
 BATCHES = Windows(np.random.default_rng(5).integers(0, 17, 301), 6, 4)
 HELD_OUT = [BATCHES[i] for i in range(50, 53)]

@@ -21,7 +21,7 @@ from jaxformers.checkpoint import migration, names
 from jaxformers.checkpoint.names import is_record
 from jaxformers.layers import Residual, as_module, split_key
 
-pytest.importorskip("safetensors", reason="native files need jaxformers[train]")
+pytest.importorskip("safetensors")
 
 # For ever: a name may be added, and none may be taken out or changed.
 PUBLIC_NAMES = """
@@ -363,7 +363,7 @@ def test_a_field_moves_into_a_part_and_out_of_it(monkeypatch, tmp_path):
 @pytest.fixture(params=["Checkpoints", "OrbaxCheckpoints"])
 def checkpoints(request, tmp_path):
     if request.param == "OrbaxCheckpoints":
-        pytest.importorskip("orbax.checkpoint", reason="needs jaxformers[orbax]")
+        pytest.importorskip("orbax.checkpoint")
     made = getattr(jaxformers, request.param)(tmp_path / "run")
     yield made
     made.wait()

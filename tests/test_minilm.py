@@ -9,8 +9,8 @@ import pytest
 
 import jaxformers
 
-torch = pytest.importorskip("torch", reason="what embeddings are compared with runs on PyTorch")
-transformers = pytest.importorskip("transformers", reason="what embeddings are compared with")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 
 def model_directory():

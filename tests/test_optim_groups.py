@@ -96,7 +96,7 @@ def test_groups_are_the_optimizers_apart():
 
 
 def test_groups_equal_optax():
-    optax = pytest.importorskip("optax", reason="optax is a reference for groups")
+    optax = pytest.importorskip("optax")
     labels = {"table": "slow", "w": "fast", "b": "frozen", "gain": "fast"}
     theirs = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -181,7 +181,7 @@ def test_rates_are_those_of_the_next_update():
 
 
 def test_optax_has_no_rate_and_works_everywhere():
-    optax = pytest.importorskip("optax", reason="optax's protocol is tested")
+    optax = pytest.importorskip("optax")
     sgd = optim.as_optimizer(optax.sgd(0.1))
     assert sgd.rate(sgd.init(draw(1))) is None
     assert sgd.trains(draw(1)) == dict.fromkeys(SHAPES, True)
@@ -247,7 +247,7 @@ def test_the_average_is_the_formula_in_float64():
 
 
 def test_the_plain_average_equals_torch():
-    torch = pytest.importorskip("torch", reason="torch is a reference for averages")
+    torch = pytest.importorskip("torch")
     swa = torch.optim.swa_utils
     twins = {name: torch.tensor(np.asarray(x)) for name, x in draw(7).items()}
     model = torch.nn.ParameterDict(twins)

@@ -67,7 +67,7 @@ def train(optimizer, names=tuple(SHAPES), flat=False, steps=STEPS):
 
 def train_torch(make, rate=None, max_norm=None, names=tuple(SHAPES)):
     """The weights after training by torch, in float64; `make` takes matrices and vectors."""
-    torch = pytest.importorskip("torch", reason="torch is a reference for optimisers")
+    torch = pytest.importorskip("torch")
 
     def twin(x):
         return torch.tensor(np.asarray(x)).double()
@@ -111,7 +111,7 @@ def clipped(max_norm, transformation):
 
 @CASES
 def test_lion_equals_optax(rate, max_norm):
-    optax = pytest.importorskip("optax", reason="optax is a reference for Lion")
+    optax = pytest.importorskip("optax")
     theirs = optax.lion(rate, b1=0.8, b2=0.95, weight_decay=0.3, mask=default_decay_mask)
     ours = Lion(rate, 0.8, 0.95, weight_decay=0.3, max_grad_norm=max_norm)
     assert_same(train(ours), train(clipped(max_norm, theirs), flat=True))
@@ -134,7 +134,7 @@ def test_lion_is_that_of_the_paper():
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_adafactor_equals_optax(max_rms, scale, max_norm):
     """Theirs decays the weights without the learning rate: here it is in their number."""
-    optax = pytest.importorskip("optax", reason="optax is a reference for Adafactor")
+    optax = pytest.importorskip("optax")
     theirs = optax.adafactor(
         0.02,
         min_dim_size_to_factor=1,
@@ -149,14 +149,14 @@ def test_adafactor_equals_optax(max_rms, scale, max_norm):
 
 
 def test_adafactor_with_a_schedule_equals_optax():
-    optax = pytest.importorskip("optax", reason="optax is a reference for Adafactor")
+    optax = pytest.importorskip("optax")
     theirs = optax.adafactor(COSINE, min_dim_size_to_factor=1)
     assert_same(train(Adafactor(COSINE)), train(theirs, flat=True))
 
 
 def test_adafactor_of_the_paper_equals_transformers():
     """With the relative step and the scale of the parameters."""
-    optimization = pytest.importorskip("transformers.optimization", reason="a reference")
+    optimization = pytest.importorskip("transformers.optimization")
 
     def make(torch, matrices, vectors):
         return [optimization.Adafactor(matrices + vectors)]
@@ -206,8 +206,8 @@ def test_adafactor_bears_gradients_that_are_zero_or_tiny():
 @pytest.fixture
 def exact_torch(monkeypatch):
     """Torch's Muon with its Newton-Schulz iteration in the type of the gradient, not bfloat16."""
-    torch = pytest.importorskip("torch", reason="torch is a reference for Muon")
-    module = pytest.importorskip("torch.optim._muon", reason="Muon is new in torch")
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("torch.optim._muon")
     iterate = module._zeropower_via_newtonschulz
 
     def exact(grad, *args):
@@ -253,7 +253,7 @@ def test_muon_equals_torch(exact_torch, adjust, rate, max_norm, nesterov):
 @pytest.mark.parametrize("consistent_rms, scale", [(0.2, optim.match_adamw), (None, None)])
 def test_muon_equals_optax(consistent_rms, scale):
     """Without Nesterov: theirs corrects the bias of both its terms, as Nadam does."""
-    optax = pytest.importorskip("optax", reason="optax is a reference for Muon")
+    optax = pytest.importorskip("optax")
     theirs = optax.contrib.muon(
         0.01,
         beta=0.9,
@@ -279,7 +279,7 @@ def test_muon_equals_optax(consistent_rms, scale):
 
 def test_nesterov_in_muon_is_torch_s_and_not_optax_s():
     """What the docstring says of both, by their formulas."""
-    optax = pytest.importorskip("optax", reason="optax is the other rule")
+    optax = pytest.importorskip("optax")
     gradients = np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
     weight = {"w": jnp.zeros((6, 5))}
     ours = Muon(1.0, 0.9, 0.0, scale=lambda inputs, outputs: 1.0)
@@ -309,7 +309,7 @@ def test_orthogonalise_changes_singular_values_alone(shape):
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     np.testing.assert_allclose(made, (u * values[:, None]) @ vt, rtol=0, atol=1e-5)
-    optax = pytest.importorskip("optax", reason="optax is a reference for Newton-Schulz")
+    optax = pytest.importorskip("optax")
     coefficients = jnp.asarray((3.4445, -4.7750, 2.0315))
     for one, ours in zip(jnp.asarray(x, jnp.float32), made, strict=True):
         theirs = optax.contrib._muon.orthogonalize_via_newton_schulz(one, coefficients)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxformers import Checkpoints, OrbaxCheckpoints, digest
 
-pytest.importorskip("orbax.checkpoint", reason="needs jaxformers[orbax]")
+pytest.importorskip("orbax.checkpoint")
 
 
 class Pair(NamedTuple):

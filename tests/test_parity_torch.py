@@ -27,7 +27,7 @@ from jaxformers import (
     scaled_dot_product_attention,
 )
 
-torch = pytest.importorskip("torch", reason="PyTorch is what these modules are compared with")
+torch = pytest.importorskip("torch")
 nn = torch.nn
 torch.set_num_threads(1)  # threads beside the test processes only get in their way
 
@@ -460,7 +460,7 @@ def test_grouped_heads_are_repeated_heads(getkey, num_kv_heads):
 
 
 def test_rotary_is_that_of_llama_and_gptj():
-    pytest.importorskip("transformers", reason="the rotary of Llama and GPT-J is compared with")
+    pytest.importorskip("transformers")
     from transformers.models.gptj import modeling_gptj as gptj
     from transformers.models.llama import modeling_llama as llama
 
@@ -493,7 +493,7 @@ def test_rotary_is_that_of_llama_and_gptj():
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 8, 12, 20])
 def test_alibi_is_that_of_bloom(num_heads):
     """BLOOM adds slope * key position: the same up to a constant in each row of scores."""
-    pytest.importorskip("transformers", reason="the ALiBi of BLOOM is compared with")
+    pytest.importorskip("transformers")
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     s = 9

@@ -29,8 +29,8 @@ from jaxformers.rotary_scaling import (
     yarn_attention_factor,
 )
 
-torch = pytest.importorskip("torch", reason="the references are torch modules")
-pytest.importorskip("transformers", reason="its position schemes are compared with")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 SHORT, LONG = [1.0, 1.1, 1.5, 2.0], [1.0, 2.5, 7.0, 30.0]  # a number per pair of 8 features

@@ -26,7 +26,7 @@ from jaxformers.checkpoint import directory
 from jaxformers.data import Windows
 from jaxformers.training.log import read_metrics
 
-pytest.importorskip("safetensors", reason="checkpoints need jaxformers[train]")
+pytest.importorskip("safetensors")
 
 PROGRAM = """
 import os, signal, sys

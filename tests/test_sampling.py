@@ -156,8 +156,8 @@ def test_a_length_penalty_beyond_float32_is_refused(lm, no_shape_checker):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_ties_as_in_transformers_but_for_top_p(keep):
-    pytest.importorskip("torch", reason="torch is what the cuts are compared with")
-    pytest.importorskip("transformers", reason="transformers is what the cuts are compared with")
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     import torch
     import transformers.generation.logits_process as hf
 

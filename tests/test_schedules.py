@@ -23,7 +23,7 @@ SCHEDULES = {
 
 
 def optax_twin(name):
-    optax = pytest.importorskip("optax", reason="optax is the reference for schedules")
+    optax = pytest.importorskip("optax")
     up, flat = optax.linear_schedule(0.0, 0.3, 3), optax.constant_schedule(0.3)
     return {
         "constant": flat,

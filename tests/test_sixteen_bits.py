@@ -213,7 +213,7 @@ def test_fit_and_computing_in_16_bits_warn_of_nothing():
 
 
 def test_steps_of_optax_on_weights_of_16_bits_warn_once():
-    optax = pytest.importorskip("optax", reason="the other protocol; see the extra `parity`")
+    optax = pytest.importorskip("optax")
     for way in (steps, loop):
         lion = optax.lion(1e-3)
         assert told(lambda w=way, o=lion: w(tiny(jnp.bfloat16), o)) == 1
@@ -221,7 +221,7 @@ def test_steps_of_optax_on_weights_of_16_bits_warn_once():
 
 
 def test_optax_rounds_weights_of_16_bits_once():
-    optax = pytest.importorskip("optax", reason="what optax does is expected")
+    optax = pytest.importorskip("optax")
     weights = {"w": jnp.asarray(np.random.default_rng(1).normal(size=99), jnp.bfloat16)}
     grads = {"w": jnp.asarray(np.random.default_rng(2).normal(size=99), jnp.float32)}
     descent = as_optimizer(optax.sgd(0.037))

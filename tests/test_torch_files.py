@@ -282,7 +282,7 @@ def test_the_tensors_of_a_training_that_torch_saved():
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_torch_and_we_read_the_same(tmp_path, arrays, legacy, protocol):
-    torch = pytest.importorskip("torch", reason="what writes such files")
+    torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 11, generator=generator)
     state = OrderedDict(x=x, tied=x, t=x.T, rows=x[2:5], every_third=x[::2, 1::3], number=x[3, 4])
@@ -999,7 +999,7 @@ def test_which_file_is_read(tmp_path):
     assert len(load(tmp_path)) == 5
     write(tmp_path, {"single": np.ones(3)})
     assert [*load(tmp_path)] == ["single"] and not has_safetensors(tmp_path)
-    pytest.importorskip("safetensors", reason="a file that comes first")
+    pytest.importorskip("safetensors")
     x = np.zeros(2)
     write_tensors(tmp_path, [(name, x.shape, x.dtype, lambda: x) for name in ("a", "b")], 16)
     assert [*load(tmp_path)] == ["a", "b"] and has_safetensors(tmp_path)
@@ -1021,7 +1021,7 @@ def test_links_and_other_things_in_place_of_a_file(tmp_path):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A tiny GPT-2 and the directory of its checkpoint."""
-    pytest.importorskip("safetensors", reason="what the checkpoint is written with first")
+    pytest.importorskip("safetensors")
     options = {"learnable_pos": True, "tie_embeddings": True, "embedding_scale": 1.0}
     model = TransformerLM(65, 16, 2, 3, 40, 32, 0.0, **options, key=jax.random.key(0))
     directory = tmp_path_factory.mktemp("gpt2")
@@ -1086,7 +1086,7 @@ def assert_same_arrays(a, b):
 
 
 def test_older_names_of_norms(tmp_path):
-    pytest.importorskip("safetensors", reason="what the checkpoint is written with first")
+    pytest.importorskip("safetensors")
     model = TransformerEncoder(
         *(61, 24, 3, 2, 40, 32, 0.0),
         norm_first=False,
@@ -1122,7 +1122,7 @@ EXTRA = {
 def test_families(tmp_path, name):
     """With older names, and constants that no family needs."""
     for package in "torch", "transformers", "safetensors":
-        pytest.importorskip(package, reason="what makes the checkpoint")
+        pytest.importorskip(package)
     from hf_checkpoints import make
 
     make(name, tmp_path / "new")

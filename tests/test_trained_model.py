@@ -29,7 +29,7 @@ from jaxformers import (
 )
 from jaxformers.checkpoint import migration, names
 
-pytest.importorskip("safetensors", reason="checkpoints need jaxformers[train]")
+pytest.importorskip("safetensors")
 
 
 def lm(key=None, **options):
@@ -42,7 +42,7 @@ def lm(key=None, **options):
 def checkpoints(request, tmp_path):
     """Both kinds, whose directories are loaded alike."""
     if request.param == "OrbaxCheckpoints":
-        pytest.importorskip("orbax.checkpoint", reason="needs jaxformers[orbax]")
+        pytest.importorskip("orbax.checkpoint")
     made = getattr(jaxformers, request.param)(tmp_path / "run", every=2)
     yield made
     made.wait()

@@ -61,7 +61,7 @@ def assert_same_weights(ours, theirs):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_adamw_trains_a_model_as_optax_does(getkey, clip):
-    optax = pytest.importorskip("optax", reason="the reference; see the extra `parity`")
+    optax = pytest.importorskip("optax")
     numbers = {"b1": 0.85, "b2": 0.97, "eps": 1e-6, "weight_decay": 0.2}
     ours = theirs = language_model(getkey(), position=ALiBi(), norm=RMSNorm, use_bias=False)
     mask = jax.tree.map(lambda x: x.ndim > 1, eqx.filter(ours, eqx.is_array))
@@ -85,7 +85,7 @@ def test_adamw_trains_a_model_as_optax_does(getkey, clip):
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_adamw_trains_a_model_as_torch_does(getkey, clip):
-    torch = pytest.importorskip("torch", reason="the reference; see the extra `parity`")
+    torch = pytest.importorskip("torch")
     numbers = {"eps": 1e-7, "weight_decay": 0.3}
     ours = language_model(
         getkey(), feed_forward=GatedFeedForward, tie_embeddings=True, use_bias=False
@@ -316,7 +316,7 @@ def test_many_logits_are_never_there_at_once(getkey, monkeypatch):
 
 
 def test_optax_is_accepted(getkey):
-    optax = pytest.importorskip("optax", reason="the other protocol; see the extra `parity`")
+    optax = pytest.importorskip("optax")
     model, batch, lion = language_model(getkey()), text_batch(), optax.lion(1e-3)
     before = np.array(model.output.w)
     state = as_optimizer(lion).init(model)

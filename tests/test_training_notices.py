@@ -48,7 +48,7 @@ class Broken(types.ModuleType):
 )
 def test_a_package_that_is_missing_or_broken(tmp_path, monkeypatch, caplog, package, module, words):
     if package != "tqdm":
-        pytest.importorskip("tensorboard", reason="it is optional")
+        pytest.importorskip("tensorboard")
     monkeypatch.setitem(sys.modules, package, module)
     assert run(log=tmp_path, progress=package == "tqdm").step == 2
     assert len(read_metrics(tmp_path)) == 2
@@ -57,7 +57,7 @@ def test_a_package_that_is_missing_or_broken(tmp_path, monkeypatch, caplog, pack
 
 def test_a_stream_that_is_none_of_a_terminal(monkeypatch):
     """As notebooks and services put one in the place of standard error."""
-    pytest.importorskip("tqdm", reason="see the extra `train`")
+    pytest.importorskip("tqdm")
     written = []
     stream = types.SimpleNamespace(write=written.append, flush=lambda: None)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -65,7 +65,7 @@ def test_a_stream_that_is_none_of_a_terminal(monkeypatch):
 
 
 def test_it_is_compiling_until_the_first_step_is_made(capsys):
-    pytest.importorskip("tqdm", reason="see the extra `train`")
+    pytest.importorskip("tqdm")
     run(progress=True)
     errors = capsys.readouterr().err
     first, _, rest = errors.rpartition("compiling")
@@ -74,7 +74,7 @@ def test_it_is_compiling_until_the_first_step_is_made(capsys):
 
 
 def test_compiling_does_not_count_as_a_step():
-    pytest.importorskip("tqdm", reason="see the extra `train`")
+    pytest.importorskip("tqdm")
     bar = log._Bar(3, 9)
     now = [bar.bar.start_t]
     bar.bar._time = lambda: now[0]

@@ -110,7 +110,7 @@ def test_nothing_is_handed_over_where_nothing_was_trained():
 
 
 def test_with_a_checkpoint_it_is_saved_too(tmp_path):
-    pytest.importorskip("safetensors", reason="checkpoints need jaxformers[train]")
+    pytest.importorskip("safetensors")
     with pytest.raises(OSError) as error:
         run(generated(3), checkpoint=Checkpoints(tmp_path, every=2))
     assert error.value.training.step == 3 and Checkpoints(tmp_path).steps() == [2, 3]
@@ -187,7 +187,7 @@ if __name__ == "__main__":
 def test_ctrl_c_in_a_terminal_ends_the_workers_too(tmp_path, kind):
     """The signal goes to all processes at once; one run returns its model nevertheless."""
     if kind == "torch":
-        pytest.importorskip("torch", reason="see the extra `parity`")
+        pytest.importorskip("torch")
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     with (tmp_path / "errors").open("w") as errors:
