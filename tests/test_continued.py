@@ -189,3 +189,30 @@ def test_an_encoder_decoder_keeps_its_targets_tokens():
             tgt[:, part], tgt_padding_mask=real[:, part], cache=cache
         )
     check_held(cache, [tgt[0, 1:].tolist(), tgt[1].tolist()])
+
+
+def test_a_cache_of_another_model_and_what_is_none(lm, no_shape_checker):
+    pieces = {"position": RotaryPositionalEncoding(), "max_seq_length": 512}
+    out, more = lm.generate(TURNS[0], 2, return_cache=True), TURNS[1]
+    for given in (out, False, out.cache.layers):
+        with pytest.raises(ValueError, match=r"must be a Cache, got a \w+.*cache=out.cache"):
+            lm.generate(more, 2, cache=given)
+    for other, match in (
+        (make_lm(num_layers=2, **pieces), "1 layers instead of 2"),
+        (make_lm(num_kv_heads=2, **pieces), "heads 4, .* instead of heads 2"),
+        (make_lm(d_model=32, **pieces), "head_dim 6, .* instead of .*head_dim 8"),
+    ):
+        with pytest.raises(ValueError, match=f"one of this model.*{match}"):
+            other.generate(more, 2, cache=out.cache)
+    windowed = make_lm(window=3, **pieces)
+    rolled = windowed.init_cache(3, 64)
+    with pytest.raises(ValueError, match="window_slots 19 instead of .*window_slots None"):
+        lm.generate(more, 2, cache=rolled)
+    with pytest.raises(ValueError, match="window_slots 19 instead of .*window_slots 21"):
+        make_lm(window=5, **pieces).generate(more, 2, cache=rolled)
+    seq2seq = make_seq2seq()
+    cache = seq2seq.init_cache(seq2seq.encode(jnp.asarray(more % 29)), 8)
+    with pytest.raises(ValueError, match="cross_attention True, .*cross_attention False"):
+        make_lm(num_layers=2, **pieces).generate(more, 2, cache=cache)
+    # A cache that is too short for the window to roll, and then grows, is the model's own.
+    assert windowed.generate(more, 2, cache=windowed.init_cache(3, 6)).shape == (3, 6)

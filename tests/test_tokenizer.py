@@ -763,6 +763,16 @@ def test_an_empty_answer_is_continued_after_its_opening(chat_both):
             "{{ messages[-1].content.split('</think>')[-1] }}",
             "writes all of it, got 'b ' for '<think>a</think>b'",
         ),
+        (  # The mark at its end may not stay in the text,
+            {"role": "assistant", "content": "b"},
+            "{{ messages[0].content }}<{{ messages[-1].content }}>{{ messages[-1].content }}",
+            "writes it once",
+        ),
+        (  # nor change what is before it.
+            {"role": "assistant", "content": "b"},
+            "{{ '#' if messages[-1].content == 'b' }}{{ messages[-1].content }}",
+            "nothing that depends on its end",
+        ),
     ],
 )
 def test_messages_that_cannot_be_continued(chat_both, final, template, match, no_shape_checker):

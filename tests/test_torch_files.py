@@ -321,11 +321,13 @@ ONE = {"0": np.arange(6, dtype=np.float32)}
             "optimizer": {"state": {0: {"mean": tensor()}}, "groups": [{"lr": 1.0}]},
         },
         {"step": 1, "anything": {"module.a": TENSORS["a"], "module.b": TENSORS["b"]}},
+        {f"_orig_mod.{name}": x for name, x in TENSORS.items()},
+        {f"module._orig_mod.{name}": x for name, x in TENSORS.items()},
         TENSORS | {"rate": 0.1, "_extra_state": None, 3: "x"},
         Call(ORDERED_DICT, ([[name, x] for name, x in TENSORS.items()],)),  # Python 2
         Code(instructions(OrderedDict(TENSORS)) + instructions({"_metadata": {"": 1}}) + b"b"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_a_dictionary_of_tensors_is_found(tmp_path, make, content):
     (tmp_path / TORCH_SINGLE).write_bytes(make(content, ONE))

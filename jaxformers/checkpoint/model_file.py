@@ -6,6 +6,7 @@ it is code, and nothing that it names is imported.
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable
 from functools import partial
@@ -144,7 +145,13 @@ def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:
         ValueError: if there is no such file, it is damaged, or it is no native one.
     """
     tensors, metadata = read_header_and_metadata(path)
-    if metadata.get("format") != _FORMAT or "construction" not in metadata:
+    form = metadata.get("format")
+    if isinstance(form, str) and re.fullmatch(r"jaxformers \d+", form) and form != _FORMAT:
+        raise ValueError(
+            f"{path} has the format {form!r}, this version of jaxformers reads {_FORMAT!r}. The "
+            "file is of a newer version: load it with that one."
+        )
+    if form != _FORMAT or "construction" not in metadata:
         raise ValueError(
             f"{path} is a safetensors file, but not one of jaxformers.save ({_FORMAT!r}): its "
             f"metadata are {shorten(metadata)}. A checkpoint of Hugging Face is loaded by "

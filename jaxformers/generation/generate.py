@@ -19,6 +19,7 @@ from jaxformers.generation.prompts import (
     Prompt,
     Tokens,
     bucket,
+    check_cache,
     check_ids,
     check_room,
     read_prompt,
@@ -113,6 +114,7 @@ def generate(
         options: see `Options`, and the arguments of the models' `generate`.
         **model: see `read_request`.
     """
+    check_cache(step, options.get("cache"))
     request = read_request(prompt, max_new_tokens, options, **model)
     with compiling() as seconds:
         result = decode(step, request, options)

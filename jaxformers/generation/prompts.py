@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from jaxformers.cache import Cache, LayerCache
 from jaxformers.checks import check_padding_mask, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
 
@@ -159,6 +160,56 @@ def check_room(
             "fewer tokens, shorten the prompt, build the model with a larger max_seq_length, or "
             "use position=RotaryPositionalEncoding(), which has no limit."
         )
+
+
+def check_cache(step: Any, cache: Any) -> None:
+    """Raise unless a cache is None, or one of the model that the adapter `step` drives."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"cache must be a Cache, got a {type(cache).__name__}. Pass that of an earlier call: "
+            "out = model.generate(..., return_cache=True), and then cache=out.cache."
+        )
+    empty = jax.eval_shape(lambda: step.start(1, _MANY))
+    got, wanted = ([_describe(x) for x in held.layers] for held in (cache, empty))
+    if len(got) != len(wanted):
+        odd = f"{len(got)} layers instead of {len(wanted)}"
+    else:
+        pairs = enumerate(zip(got, wanted, strict=True))
+        odd = next(
+            (f"layer {i} has {a} instead of {b}" for i, (a, b) in pairs if not a.fits(b)), ""
+        )
+    if odd:
+        raise ValueError(
+            f"cache must be one of this model, got one of another model: {odd}. Pass what this "
+            "model returned, or read the tokens again."
+        )
+
+
+_MANY = 2**24  # slots, more than any window has
+
+
+class _Kind(NamedTuple):
+    """What a layer's cache has in common with those of its model, besides their rows."""
+
+    heads: int
+    head_dim: int
+    cross_attention: bool
+    window_slots: int | None
+
+    def fits(self, wanted: "_Kind") -> bool:
+        """Whether it may be of a model with such layers; few slots need none for the window."""
+        return self[:3] == wanted[:3] and self.window_slots in (None, wanted.window_slots)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._asdict().items())
+
+
+def _describe(layer: LayerCache) -> _Kind:
+    _, heads, _, head_dim = layer.own.keys.shape
+    slots = None if layer.positions is None else layer.positions.shape[1]
+    return _Kind(heads, head_dim, layer.cross is not None, slots)
 
 
 def check_length(name: str, prompt: Prompt, max_seq_length: int | None) -> None:

@@ -99,11 +99,12 @@ def continue_chat(
     """The text that a chat template makes of messages, up to the end of the final one's own text.
 
     The final message is marked at its end, and what is written from the mark on is left out. Where
-    the template strips messages, the final one ends without its last white space too.
+    the template strips messages, the final one ends without its last white space too. The text must
+    be one that the template begins with for the message without the mark, too.
 
     Raises:
-        ValueError: if the final message has no text, or the template does not write all of it; and
-            as `render_chat` does.
+        ValueError: if the final message has no text, or the template does not write all of it, or
+            writes it twice or otherwise than it is; and as `render_chat` does.
         ImportError: if the `jinja2` package is missing.
 
     Example:
@@ -125,11 +126,17 @@ def continue_chat(
             f"{text.replace(mark, '')!r:.200} for {said!r:.200}. Leave out "
             "continue_final_message, or what the template drops."
         )
-    if after.startswith(" "):
-        return before
-    # Of a message of white space alone the template has left nothing.
-    spaces = len(said) - len(said.rstrip()) if said.strip() else 0
-    return before[: len(before) - spaces]
+    blank = not said.strip()  # Of such a message without the mark, the template may write nothing.
+    if not blank and not after.startswith(" "):
+        before = before[: len(before) - (len(said) - len(said.rstrip()))]
+    same = blank or render_chat(template, messages, variables).startswith(before)
+    if mark in before or not same:
+        raise ValueError(
+            "the final message can be continued only if the chat template writes it once, and "
+            f"nothing that depends on its end before it, got {text.replace(mark, '')!r:.200}. "
+            "Leave out continue_final_message, or pass template= with another template."
+        )
+    return before
 
 
 def _check_variables(

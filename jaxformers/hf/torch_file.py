@@ -24,6 +24,7 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
 # Tensors may share numbers, as tied ones do, or repeat them. Their sum is bounded all the same.
 _MAX_COPIES, _SMALL = 16, 64 * 2**20
 _BLOCK = 2**20
+_WRAPPERS = "module.", "_orig_mod."  # what wraps a model in PyTorch puts these before its names
 
 
 class TorchTensor(NamedTuple):
@@ -58,7 +59,8 @@ def read_torch_file(path: Path) -> dict[str, TorchTensor]:
 
     The file holds a dictionary of tensors, such as a model's `state_dict`, or a dictionary that has
     one such dictionary in it, as a training saves it. If all names begin with "module.", as those
-    of a model in `DataParallel` do, this prefix is removed.
+    of a model in `DataParallel` do, or with "_orig_mod.", as those of a compiled model do, these
+    prefixes are removed.
 
     Raises:
         ValueError: if the file is damaged, or holds anything but tensors, texts and numbers.
@@ -163,8 +165,9 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in names.items() if isinstance(tensor, Tensor)}
     if not all(isinstance(name, str) for name in tensors):
         raise ValueError("its tensors must have names")
-    parallel = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module.") if parallel else name: x for name, x in tensors.items()}
+    while prefix := next((x for x in _WRAPPERS if all(name.startswith(x) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
 
 
 def _has_tensors(x: Any) -> bool:
