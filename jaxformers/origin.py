@@ -1,12 +1,15 @@
 """Where a model came from: what its checkpoint says beside the weights."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class SpecialTokens(NamedTuple):
-    """The ids that a checkpoint's text begins and ends with; None and () where it names none."""
+    """The ids that a checkpoint's text begins and ends with, and those that must not come.
+
+    They are None and () where it names none. Beside the start token, each has the name of an option
+    of `generate`.
+    """
 
     start_token: int | None = None
     end_token: tuple[int, ...] = ()
@@ -14,6 +17,8 @@ class SpecialTokens(NamedTuple):
     forced_first_token: int | None = None
     forced_last_token: int | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +37,3 @@ class Origin:
     generation_config: str | None = dataclasses.field(default=None, repr=False)
     directory: str | None = dataclasses.field(default=None, compare=False)
     special_tokens: SpecialTokens = SpecialTokens()
-
-
-def with_special_tokens(origin: Origin | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `generate`, completed by the special tokens of the model's checkpoint."""
-    if origin is None:
-        return dict(options)
-    own = origin.special_tokens._asdict()
-    del own["start_token"]
-    if options.get("end_token") is not None:
-        del own["forced_last_token"]  # whose purpose is to end as the checkpoint's texts do
-    missing = {
-        name: value
-        for name, value in own.items()
-        if value not in (None, ()) and options.get(name) is None
-    }
-    return {**options, **missing}

@@ -23,8 +23,9 @@ def from_pretrained(
     Tensors are read from safetensors one at a time and put where they belong, so that loading
     needs the memory of the model and of one tensor. Where there are no safetensors, they are read
     from pytorch_model.bin in the same way: without PyTorch, and without running any code that this
-    pickle may hold. Of generation_config.json `generate` uses the special tokens where
-    it is told no others; beams, temperatures and penalties are yours to choose.
+    pickle may hold. Of generation_config.json `generate` uses the special tokens, and the tokens to
+    suppress, where it is told no others; beams, temperatures and penalties are yours to choose, and
+    a warning names those that a call neglects.
 
     Arguments:
         path_or_hub_name: a directory with config.json and model.safetensors or pytorch_model.bin

@@ -34,7 +34,7 @@ from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions, place
-from jaxformers.origin import Origin, with_special_tokens
+from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.row_lengths import follow
@@ -399,9 +399,8 @@ class Transformer(eqx.Module):
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=with_special_tokens(
-                self.origin, gather(end_token, temperature, top_k, top_p, key, dict(options))
-            ),
+            origin=self.origin,
+            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
     def stream(
@@ -428,7 +427,8 @@ class Transformer(eqx.Module):
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
-            options=with_special_tokens(self.origin, dict(options)),
+            origin=self.origin,
+            options=dict(options),
             decode=stream,
         )
 

@@ -28,7 +28,7 @@ from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask, place
-from jaxformers.origin import Origin, with_special_tokens
+from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.row_lengths import follow, reread
@@ -281,9 +281,8 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=with_special_tokens(
-                self.origin, gather(end_token, temperature, top_k, top_p, key, dict(options))
-            ),
+            origin=self.origin,
+            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
     def stream(
@@ -310,7 +309,8 @@ class TransformerLM(eqx.Module):
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
             padding_mask=padding_mask,
-            options=with_special_tokens(self.origin, dict(options)),
+            origin=self.origin,
+            options=dict(options),
         )
 
     @explain_options

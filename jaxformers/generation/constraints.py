@@ -44,9 +44,10 @@ class History(NamedTuple):
 class Constraints(eqx.Module):
     """What is done to the logits before anything is chosen; None leaves a step out.
 
-    Numbers have one entry per row. `bad_words` holds a token sequence per line, filled with -1 on
-    the left. `logits_fn(logits, tokens, real)` is the user's own step: logits `(b, v)`, tokens
-    `(b, s)`, and which of those are tokens so far.
+    Numbers have one entry per row. `suppress_tokens` and `begin_suppress_tokens` are True at the
+    tokens that do not come, at all or as the first one. `bad_words` holds a token sequence per
+    line, filled with -1 on the left. `logits_fn(logits, tokens, real)` is the user's own step:
+    logits `(b, v)`, tokens `(b, s)`, and which of those are tokens so far.
     """
 
     repetition_penalty: Float[Array, " b"] | None = None
@@ -54,6 +55,8 @@ class Constraints(eqx.Module):
     presence_penalty: Float[Array, " b"] | None = None
     no_repeat_ngram_size: Int[Array, " b"] | None = None
     bad_words: Int[Array, "p w"] | None = None
+    suppress_tokens: Bool[Array, "1 v"] | None = None
+    begin_suppress_tokens: Bool[Array, "1 v"] | None = None
     min_new_tokens: Int[Array, " b"] | None = None
     forced_first_token: Int[Array, " b"] | None = None
     forced_last_token: Int[Array, " b"] | None = None
@@ -78,6 +81,12 @@ class Constraints(eqx.Module):
         if self.bad_words is not None:
             begun = history.ends_with(self.bad_words[:, :-1])
             logits = jnp.where(mark(self.bad_words[:, -1], begun, logits), -jnp.inf, logits)
+        if self.suppress_tokens is not None:
+            logits = jnp.where(self.suppress_tokens, -jnp.inf, logits)
+        if self.begin_suppress_tokens is not None:
+            # A first token that is forced comes before those that are chosen.
+            begins = new == (0 if self.forced_first_token is None else 1)
+            logits = jnp.where(begins & self.begin_suppress_tokens, -jnp.inf, logits)
         if self.min_new_tokens is not None:
             early = jnp.broadcast_to(
                 (new < self.min_new_tokens)[:, None], (logits.shape[0], end_tokens.shape[0])
@@ -172,6 +181,20 @@ def force(
     """0 for `token` and -inf for all others, if it is time."""
     forced = jnp.where(jnp.arange(logits.shape[1]) == token[:, None], 0.0, -jnp.inf)
     return jnp.where(now, forced.astype(logits.dtype), logits)
+
+
+def marked(name: str, given: Any, vocab_size: int) -> Bool[Array, "1 v"] | None:
+    """Token ids as booleans over the vocabulary; None for none of them.
+
+    Raises:
+        ValueError: if they are no ids, or all that there are.
+    """
+    ids = check_ids(name, given, vocab_size)
+    where = np.zeros((1, vocab_size), np.bool_)
+    where[0, ids] = True
+    if where.all():
+        raise ValueError(f"{name} must leave a token to choose, got all {vocab_size} of them.")
+    return jax.device_put(where) if len(ids) else None
 
 
 def sequences(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import SPARE, Cache
 from jaxformers.checks import check_options, check_size, is_known
+from jaxformers.generation import checkpoint_settings
 from jaxformers.generation.beams import Beams, best_of, run_beams
 from jaxformers.generation.loop import State, advance_stream, run, start_stream
 from jaxformers.generation.plan import AllOptions, Plan, make_plan
@@ -27,6 +28,7 @@ from jaxformers.generation.prompts import (
 )
 from jaxformers.generation.sampling import per_row
 from jaxformers.generation.speculative import LookupDraft, ModelDraft, run_speculative
+from jaxformers.origin import Origin
 
 
 class Generation(NamedTuple):
@@ -79,8 +81,12 @@ def read_request(
     vocab_size: int,
     max_seq_length: int | None,
     padding_mask: Any = None,
+    origin: Origin | None = None,
 ) -> Request:
-    """The call's arguments, checked and turned into arrays."""
+    """The call's arguments, checked and turned into arrays.
+
+    What they do not say of special tokens is as the model's checkpoint, its `origin`, says.
+    """
     check_options(options, AllOptions.__annotations__, "generate")
     check_size(max_new_tokens=max_new_tokens)
     max_new_tokens = int(max_new_tokens)
@@ -88,6 +94,9 @@ def read_request(
         prompt = read_prompt(prompt, padding_mask, vocab_size)
     check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
     batch_size, start = prompt.tokens.shape
+    checkpoint_settings.warn_of_neglected(origin, options)
+    is_beginning = start == 1 and options.get("cache") is None
+    options = checkpoint_settings.complete(origin, options, is_beginning)
     plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options)
     columns = bucket(start, max_seq_length)
     slots, stop = columns + bucket(max_new_tokens), start + max_new_tokens

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxformers.cache import Cache
 from jaxformers.checks import check_size, is_known
-from jaxformers.generation.constraints import Constraints, History, sequences
+from jaxformers.generation.constraints import Constraints, History, marked, sequences
 from jaxformers.generation.prompts import check_ids, put
 from jaxformers.generation.sampling import Keys, Numbers, Warper, draw, per_row, row_keys
 
@@ -35,6 +35,10 @@ class Options(TypedDict, total=False):
         no_repeat_ngram_size: no sequence of this many tokens comes twice.
         bad_words: token sequences that do not come; `[]` is none, where the model's checkpoint
             names some.
+        suppress_tokens: tokens that do not come; `[]` is none, where the model's checkpoint names
+            some.
+        begin_suppress_tokens: tokens that do not come first (after `forced_first_token`, if there
+            is one); `[]` as above.
         min_new_tokens: no row ends before it has so many: the end token does not come, and stop
             sequences do not count.
         forced_first_token: the first new token.
@@ -72,6 +76,8 @@ class Options(TypedDict, total=False):
     presence_penalty: Numbers | None
     no_repeat_ngram_size: Numbers | None
     bad_words: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
     min_new_tokens: Numbers | None
     forced_first_token: Numbers | None
     forced_last_token: Numbers | None
@@ -180,6 +186,7 @@ CONSTRAINTS = {
     "no_repeat_ngram_size": COUNT,
     "min_new_tokens": (np.int32, lambda x: x >= 0, "an integer of at least 0"),
 }
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def make_plan(
@@ -212,6 +219,7 @@ def make_plan(
             **_rows(CONSTRAINTS, options, batch_size),
             **_forced(options, vocab_size, batch_size),
             bad_words=sequences("bad_words", _allowed(options, end_tokens), vocab_size),
+            **{name: marked(name, options.get(name), vocab_size) for name in SUPPRESSED},
             logits_fn=options.get("logits_fn"),
         ),
         end_tokens=put(end_tokens),

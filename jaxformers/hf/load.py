@@ -1,8 +1,6 @@
 """Checkpoints to models: the one engine, which reads the families' tables."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +12,14 @@ from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.files import TensorFiles, has_safetensors, locate
+from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
-from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.origin import Origin
 from jaxformers.precision import check_float_dtype
 
 # What is fetched of a hub's repository beside the tokenizer's files.
@@ -208,63 +207,6 @@ def is_finite(x: np.ndarray) -> bool:
     """Looked at in steps: of the whole, the answers would take a quarter of its memory."""
     flat, step = x.ravel(order="K"), 1 << 22  # no copy, even of what is transposed
     return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
-
-
-def read_origin(
-    directory: Path, config: Mapping[str, Any], family: Family, vocab_size: int
-) -> Origin:
-    """What a checkpoint says beside its weights."""
-    path = directory / "generation_config.json"
-    generation = read_json(path) if path.exists() else None
-    special = read_special({**family.special, **config}, vocab_size, "config.json")
-    if generation is not None:
-        entries = {**family.special, **config, **generation}
-        special = read_special(entries, vocab_size, "generation_config.json")
-    return Origin(
-        config=json.dumps(config),
-        generation_config=None if generation is None else json.dumps(generation),
-        directory=str(directory.absolute()),
-        special_tokens=special,
-    )
-
-
-TOKEN_KEYS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids"),
-)
-
-
-def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTokens:
-    """The special tokens among them; an id that the vocabulary does not have can never come up."""
-
-    def ids(key: str) -> tuple[int, ...]:
-        given = entries.get(key)
-        given = given if isinstance(given, list) else [] if given is None else [given]
-        if any(type(x) is not int for x in given):
-            raise ValueError(f"{where}: {key} must be a token id or several, got {given!r:.80}.")
-        return tuple(dict.fromkeys(x for x in given if 0 <= x < vocab_size))
-
-    def one(key: str) -> int | None:
-        return next(iter(ids(key)), None)
-
-    bos, start = one("bos_token_id"), one("decoder_start_token_id")
-    words = entries.get("bad_words_ids")
-    words = [] if words is None else words
-    if not isinstance(words, list) or not all(
-        isinstance(word, list) and word and all(type(x) is int for x in word) for word in words
-    ):
-        raise ValueError(
-            f"{where}: bad_words_ids must be lists of token ids, as [[7], [8, 9]], got "
-            f"{words!r:.80}."
-        )
-    return SpecialTokens(
-        start_token=bos if start is None else start,
-        end_token=ids("eos_token_id"),
-        pad_token=one("pad_token_id"),
-        forced_first_token=one("forced_bos_token_id"),
-        forced_last_token=one("forced_eos_token_id"),
-        bad_words=tuple(tuple(word) for word in words if all(0 <= x < vocab_size for x in word)),
-    )
 
 
 def with_origin(model: Any, origin: Origin) -> Any:

@@ -138,6 +138,8 @@ class Reference(NamedTuple):
         self.model.generation_config = transformers.GenerationConfig(
             **settings,
             bad_words_ids=given.bad_words_ids,
+            suppress_tokens=given.suppress_tokens,
+            begin_suppress_tokens=given.begin_suppress_tokens,
             # A decoder with more layers than its encoder finds no room in the cache of T5. Where
             # angles depend on the length, what lies in the cache keeps those of an earlier one.
             use_cache=self.turns_by_length,

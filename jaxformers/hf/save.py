@@ -20,8 +20,9 @@ from jaxformers.hf.describe import describe
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.files import write_tensors
+from jaxformers.hf.generation_config import generation_entries
 from jaxformers.hf.layouts import Rule, to_theirs
-from jaxformers.hf.load import TOKEN_KEYS, family_of, is_finite, read_settings
+from jaxformers.hf.load import family_of, is_finite, read_settings
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
 from jaxformers.hf.settings import Tied
@@ -50,7 +51,8 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
     _write_json(directory / "config.json", config)
     if plan.family.shape != "encoder":
-        _write_json(directory / "generation_config.json", _generation(model.origin, plan, config))
+        generation = generation_entries(model.origin, plan.family, config)
+        _write_json(directory / "generation_config.json", generation)
     _copy_tokenizer(model.origin, directory)
 
 
@@ -107,16 +109,6 @@ def check_arrays(arrays: Mapping[str, Any]) -> str:
             "jax.tree.map."
         )
     return str(dtypes.pop())
-
-
-def _generation(
-    origin: Origin | None, plan: WeightPlan, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The file for `generate` of transformers, which reads no ids from config.json beside it."""
-    if origin is not None and origin.generation_config is not None:
-        return json.loads(origin.generation_config)
-    known = {**plan.family.special, **config}
-    return {key: known[key] for key in TOKEN_KEYS if known.get(key) not in (None, -1)}
 
 
 def _tensors(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxformers.generation.checkpoint_settings import SETTINGS
 from jaxformers.hf.architecture import Architecture
 
 LARGEST = 2**31 - 1
@@ -48,7 +49,8 @@ class Config:
 
     def unknown(self) -> dict[str, Any]:
         """Entries that nobody has understood and that say more than that something is off."""
-        rest = {k: x for k, x in self.entries.items() if k not in self.used | HARMLESS}
+        told = self.used | HARMLESS | SETTINGS.keys()  # `generate` names what it does not take
+        rest = {k: x for k, x in self.entries.items() if k not in told}
         return {
             k: x for k, x in rest.items() if x is not None and x is not False and x not in ([], {})
         }

@@ -16,6 +16,7 @@ cannot be told otherwise, rows padded on the left are compared with the same row
 
 import os
 import tempfile
+import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -266,7 +267,9 @@ def _compare_generated(
     rows = []
     for name, num_beams in searches.items():
         options: Any = {**where, "num_beams": num_beams, "return_scores": True}
-        got = ours.generate(prompt.tokens, *budget.values(), **options)
+        with warnings.catch_warnings():  # that both neglect the checkpoint's other settings
+            warnings.simplefilter("ignore", UserWarning)
+            got = ours.generate(prompt.tokens, *budget.values(), **options)
         wanted = theirs.generate(prompt, num_beams=num_beams, **budget)
         # transformers stops where all rows have ended, here rows are filled up.
         tokens = np.asarray(got.tokens)[:, start : start + wanted.tokens.shape[1]]

@@ -1,0 +1,34 @@
+"""Warnings that are given once, from the line of the user's program that asked for it."""
+
+import sys
+import warnings
+
+_said: set[str] = set()
+_filters: list | None = None
+
+
+def warn_once(message: str) -> None:
+    """Gives a `UserWarning`, unless it has been given since Python's filters were last changed.
+
+    Whoever catches warnings (`warnings.catch_warnings`, each test of pytest) has filters of their
+    own, and so hears each of them. Where warnings are errors, it is raised each time.
+    """
+    global _filters
+    if warnings.filters is not _filters:
+        _said.clear()
+        _filters = warnings.filters  # type: ignore[assignment]
+    if message not in _said:
+        warnings.warn(message, UserWarning, stacklevel=_user_level())
+        _said.add(message)
+
+
+def _user_level() -> int:
+    """Returns how many calls from `warn_once` on lie within this package."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours(name: str) -> bool:
+    return name.partition(".")[0] in ("jaxformers", "jaxtyping", "equinox", "jax", "contextlib")
