@@ -19,6 +19,25 @@ def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
     return jax.device_put(arrays, may_alias=False)  # a loader may write the next one over it
 
 
+def as_dict(batch: Any) -> Any:
+    """The batch of a step as a dict whose arrays JAX knows, if it is a mapping of any kind.
+
+    Tensors of torch and lists of numbers become NumPy's arrays; what else there is stays.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+
+    def known(x: Any) -> Any:
+        numbers = isinstance(x, list | tuple) and all(
+            isinstance(y, bool | int | float)
+            for y in jax.tree.leaves(x, is_leaf=lambda y: y is None)
+        )
+        foreign = hasattr(x, "__array__") and not isinstance(x, jax.Array | np.ndarray | np.generic)
+        return _as_array(x) if numbers or foreign else x
+
+    return {name: known(x) for name, x in batch.items()}
+
+
 def in_order(batches: Any) -> Iterator[Batch]:
     """What there is to evaluate on, once."""
     own = getattr(batches, "in_order", None)

@@ -160,8 +160,8 @@ def count_targets(batch: Batch) -> Any:
     """How many targets count: the weight of a batch where a mean over several is taken.
 
     Those that `loss_mask` marks, or else those of real inputs (`padding_mask`, `tgt_padding_mask`,
-    `positions`), or else all, without those that are -100. Without `targets` it is the number of
-    rows.
+    `positions`), or else all, without those that are -100. In the batch of a loss of your own
+    `labels` are taken for `targets`; without either it is the number of rows.
 
     Arguments:
         batch: a dict of arrays, see this module.
@@ -171,6 +171,7 @@ def count_targets(batch: Batch) -> Any:
         2
     """
     targets, mask = batch.get("targets"), _mask(batch)
+    targets = batch.get("labels") if targets is None else targets
     if targets is None:
         return len(next(iter(batch.values()))) if mask is None else mask.sum()
     counted = None

@@ -73,6 +73,7 @@ class Run:
         self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics = log.metrics
         self.begun = self.saved = self.step
+        self._failed: OSError | None = None  # what the last attempt to save raised
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first batch
 
     def advance(self, batch: dict[str, Any]) -> None:
@@ -157,13 +158,13 @@ class Run:
         """Save this step, unless that was done, and wait until it is there."""
         if self.checkpoint is None:
             return
-        failed = self._begin_to_save()  # of this one, or of the one before
+        new = self._begin_to_save()
         self.checkpoint.wait()
-        if failed is None:
-            return
-        if self.step not in self.checkpoint.steps():
+        failed = self._failed if new is None else new  # of this one, or of the one before
+        if failed is not None and self.step not in self.checkpoint.steps():
             raise failed
-        warn_and_go_on(f"a checkpoint is missing: {failed}", 6)
+        if new is not None:
+            warn_and_go_on(f"a checkpoint is missing: {failed}", 6)
 
     def _begin_to_save(self) -> OSError | None:
         if self.checkpoint is None:
@@ -171,13 +172,14 @@ class Run:
         self.read(0)  # the log has the steps of a checkpoint
         if self.saved == self.step:
             return None
+        self._failed = None
         try:
             self.log.sync()
             self.saved = self.step
             self.checkpoint.save(self.training, self.step)
         except OSError as error:
-            return error
-        return None
+            self._failed = error
+        return self._failed
 
     def rescue(self, error: BaseException) -> None:
         """Save what was reached before an error, and hand it over as the error's `training`."""

@@ -15,6 +15,7 @@ from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.optim.compiled import own_arrays
 from jaxformers.precision import is_narrow, noticed
+from jaxformers.training.batches import as_dict
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
@@ -56,7 +57,7 @@ def train_step(
     Arguments:
         model: the model to train.
         state: `optimizer.init(model)`, or what the last step returned.
-        batch: what `loss` takes.
+        batch: what `loss` takes, a dict of arrays: of NumPy, JAX or torch, or lists of numbers.
         optimizer: `AdamW` or another `Optimizer`, or an optax transformation, which is given
             `value=`, the loss, if it takes it. One that evaluates the loss itself, as line searches
             do, is refused.
@@ -90,6 +91,7 @@ def train_step(
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     optimizer, key = as_optimizer(optimizer), check_key(key)
     check_usable(model=model, state=state, key=key)
+    batch = as_dict(batch)
     check_ids(loss, model, batch)
     owner = getattr(optimizer, "transformation", optimizer)
     with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
