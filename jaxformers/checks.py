@@ -163,7 +163,7 @@ def check_options(
         advice: a sentence for the error.
     """
     known = sorted(known)
-    unknown = [name for name in given if name not in known]
+    unknown = [str(name) for name in given if name not in known]
     if not unknown:
         return
     meant = {name: " or ".join(map(repr, _meant(name, known, elsewhere))) for name in unknown}
@@ -182,7 +182,12 @@ def _meant(name: str, known: list[str], elsewhere: Mapping[str, tuple[str, ...]]
     if name in elsewhere:
         return [here for here in elsewhere[name] if here in known] or [*elsewhere[name]]
     close = difflib.get_close_matches(name, {*known, *elsewhere}, n=1)
-    return close if not close or close[0] in known else _meant(close[0], known, elsewhere)
+    if not close or close[0] in known:
+        return close
+    # There are many names elsewhere: one is misspelled only if it is very near.
+    if difflib.SequenceMatcher(a=name, b=close[0]).ratio() < 0.8:
+        return difflib.get_close_matches(name, known, n=1)
+    return _meant(close[0], known, elsewhere)
 
 
 def explain_options(

@@ -109,6 +109,9 @@ REST = {"loss": language_model_loss, "key": KEY}
         (fit, "checkpoints", "checkpoint"),
         (fit, "lr", "optimizer"),
         (fit, "calback", "callbacks"),
+        (fit, "gradient_clip", "optimizer"),
+        (fit, "warmup_steps", "optimizer"),
+        (fit, "shuffle", "batches"),
         (train_step, "acumulate", "accumulate"),
         (train_step, "opt_state", "state"),
         (train_step, "rng", "key"),
@@ -128,6 +131,18 @@ def test_arguments(function, given, meant):
 def test_an_argument_that_nobody_means():
     with pytest.raises(OptionError, match="fit has no option 'zzz'. Its options are: accumulate,"):
         fit(language_model(), AdamW(1e-3), [], steps=1, **REST, zzz=3)
+
+
+@pytest.mark.parametrize("given", ["gradient_noise", "device", "warm_restarts"])
+def test_what_is_not_near_is_not_suggested(given):
+    """Such as accumulate, since elsewhere that is called gradient_accumulation."""
+    with pytest.raises(OptionError, match=f"fit has no option '{given}'. Its options are"):
+        fit(**{given: 3})
+
+
+def test_arrays_without_a_name_are_no_crash():
+    with pytest.raises(OptionError, match="a language model has no array '1'. Its arrays are"):
+        language_model_loss(language_model(), {1: IDS, "tokens": IDS})
 
 
 def test_every_suggestion_exists():

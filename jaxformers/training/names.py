@@ -27,14 +27,15 @@ def _table(**elsewhere: str) -> Names:
 ARGUMENTS = _table(
     model="net network module params parameters weights",
     optimizer="optim opt tx optimizers learning_rate lr weight_decay max_grad_norm lr_scheduler "
-    "schedule scheduler",
+    "schedule scheduler warmup warmup_steps warmup_ratio num_warmup_steps betas grad_clip "
+    "gradient_clip clip_norm grad_clip_norm gradient_clip_val gradient_clip_norm max_norm",
     state="opt_state optimizer_state optim_state",
     batch="data inputs example",
     eval_batches="eval_dataset eval_data eval_dataloader val_batches val_data val_dataset "
     "val_dataloader val_loader valid_batches validation_data validation_batches test_batches",
     batches="data dataset train_dataset train_data train_batches train_dataloader dataloader "
     "data_loader loader train_loader eval_dataset eval_data val_data eval_batches val_batches "
-    "batch_size",
+    "batch_size shuffle",
     loss="loss_fn loss_function lossfn criterion objective",
     eval_loss="eval_loss_fn compute_metrics metrics",
     steps="num_steps n_steps max_steps total_steps train_steps num_train_steps iterations "
@@ -44,7 +45,7 @@ ARGUMENTS = _table(
     key="seed rng rngs prng_key rng_key random_key dropout_key random_state",
     checkpoint="checkpoints checkpoint_dir checkpoint_every ckpt ckpt_dir output_dir save_dir "
     "save_every save_steps resume resume_from_checkpoint",
-    callbacks="callback hooks on_step",
+    callbacks="callback hooks on_step early_stopping",
     log="logdir log_dir logging_dir logger metrics_file tensorboard report_to",
     progress="progress_bar show_progress verbose disable_tqdm tqdm quiet",
     bad_steps="skip_nan skip_nonfinite nan_policy",

@@ -279,7 +279,7 @@ def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...
     if not isinstance(batch, Mapping):
         raise ValueError(f"the batch of {of} must be a dict of arrays, got {type(batch).__name__}.")
     known = needed + optional
-    advice = advise([name for name in batch if name not in known], of)
+    advice = advise([str(name) for name in batch if name not in known], of)
     check_options(batch, known, f"the batch of {of}", among(known, ARRAYS), "array", advice)
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
