@@ -300,16 +300,20 @@ def check_same_batch(**arrays: Any) -> None:
 
 def check_usable(**trees: Any) -> None:
     """Raises if an array in one of the trees was donated, and so written over."""
-    for name, tree in trees.items():
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(x, jax.Array) and is_known(x) and x.is_deleted():
-                place = ".".join(filter(None, (name, path_name(path))))
-                raise ValueError(
-                    f"{place} was donated to an earlier step, which wrote its result over it: use "
-                    "the model and the state that the step returned. fit leaves the model that it "
-                    "is given as it is; give train_step a copy if the old one is needed: "
-                    "jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)."
-                )
+    if not any(_is_deleted(x) for x in jax.tree.leaves(trees)):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    place = next(path_name(path) for path, x in leaves if _is_deleted(x))
+    raise ValueError(
+        f"{place} was donated to an earlier step, which wrote its result over it: use the model "
+        "and the state that the step returned. fit leaves the model that it is given as it is; "
+        "give train_step a copy if the old one is needed: "
+        "jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)."
+    )
+
+
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_known(x) and x.is_deleted()
 
 
 def _is_number(x: Any) -> bool:

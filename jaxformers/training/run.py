@@ -18,7 +18,7 @@ from jaxformers.training.interrupt import Interrupt, Stopped
 from jaxformers.training.log import Log
 from jaxformers.training.notices import warn_and_go_on
 from jaxformers.training.objectives import Batch, Loss, check_ids
-from jaxformers.training.step import BadSteps, Gradients, Training, one_step
+from jaxformers.training.step import BadSteps, Gradients, Training, one_step, trained_parts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Run:
     ):
         self.training, self.step = training, int(training.step)
         self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
-        self.trains = optimizer.trains(training.model)
+        self.trains = trained_parts(training.model, optimizer)
         self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
         self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics = log.metrics
