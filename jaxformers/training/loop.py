@@ -36,6 +36,7 @@ def fit(
     eval_batches: Any = None,
     eval_loss: Loss | None = None,
     eval_every: int = 500,
+    eval_weights: Callable[[Any, Any], Any] | None = None,
     checkpoint: Any = None,
     callbacks: Sequence[Callable[[Report], Any]] = (),
     log: Any = None,
@@ -74,12 +75,18 @@ def fit(
         steps: how many there are to be in all, those of the runs before included.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
         eval_batches: what to evaluate on: a source of `jaxformers.data`, or a list of batches.
-        eval_loss: what to evaluate, in the type of the weights; None is `loss`.
+        eval_loss: what to evaluate, in the type of the weights; None is `loss`. The cross-entropy
+            in it is evaluated, too.
         eval_every: steps between evaluations, and calls of the callbacks; both also at the end.
+        eval_weights: function `(weights, optimizer_state) -> weights`, which gives those that are
+            evaluated and handed to the callbacks in place of the trained ones. Weights are the
+            model without what is no floating-point array. None is `optimizer.averaged`: an average,
+            if the optimiser keeps one. For schedule-free optimisers of optax it is
+            `lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights)`.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
             `OrbaxCheckpoints`; None is nowhere.
         callbacks: functions called with a `Report`; training ends early if one returns True. What
-            they remember themselves is not resumed.
+            they remember themselves is not resumed; `KeepBest` has it in its file.
         log: directory for `metrics.jsonl`, a line for each step, and for TensorBoard's events if
             that package is installed; None is the checkpoints' directory, if there is one. Lines
             there of steps that are made now, all of them without a checkpoint, are replaced.
@@ -124,6 +131,8 @@ def fit(
         raise ValueError(f"callbacks must be a list of functions, got {callbacks!r}. Pass [it].")
     check_callable(**{f"callbacks[{i}]": callback for i, callback in enumerate(callbacks)})
     _check_pieces(bad_steps, checkpoint, eval_batches)
+    if eval_weights is not None:
+        check_callable(eval_weights=eval_weights)
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
@@ -131,7 +140,7 @@ def fit(
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
-    evaluation = Evaluation(eval_batches, eval_loss, count, callbacks)
+    evaluation = Evaluation(eval_batches, eval_loss, count, callbacks, eval_weights)
     due = evaluation.wanted and done > 0 and (done == steps or done % eval_every == 0)
     with Log(_log(log, checkpoint), done, steps, progress, due) as writer:
         run = Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)

@@ -17,7 +17,7 @@ from jaxformers.training.evaluation import evaluate
 from jaxformers.training.interrupt import Interrupt, Stopped
 from jaxformers.training.log import Log
 from jaxformers.training.notices import warn_and_go_on
-from jaxformers.training.objectives import Batch, Loss, check_ids
+from jaxformers.training.objectives import Batch, Loss, check_ids, is_regularized
 from jaxformers.training.step import BadSteps, Gradients, Training, one_step, trained_parts
 
 
@@ -28,14 +28,17 @@ class Report:
     Arguments:
         step: how many steps were made.
         metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
-            `skipped`), and `eval_loss` if there are batches to evaluate on.
-        model: the model, its averaged weights if the optimiser keeps an average; a copy, which
-            stays usable.
+            `skipped`), and `eval_loss` if there are batches to evaluate on. Where that has label
+            smoothing or z-loss in it, `eval_cross_entropy` has them not.
+        model: the model with the weights that are evaluated, an average if the optimiser keeps one;
+            a copy, which stays usable.
+        begun: the step from which the run goes on in this process, 0 if it was begun here.
     """
 
     step: int
     metrics: dict[str, float]
     model: Any
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Evaluation:
     loss: Loss
     count: Callable[[Batch], Any]
     callbacks: Sequence[Callable[[Report], Any]]
+    weights: Callable[[Any, Any], Any] | None = None
 
     @property
     def wanted(self) -> bool:
@@ -121,7 +125,7 @@ class Run:
         """
         if not self.evaluation.wanted or interrupt.asked is not None:
             return False
-        model = self.optimizer.averaged(self.training.model, self.training.optimizer_state)
+        model = self._evaluated_model()
         if self.evaluation.batches is not None:
             try:
                 self._evaluate(model, interrupt)
@@ -132,20 +136,39 @@ class Run:
         callbacks = self.evaluation.callbacks
         if callbacks:  # may keep it, while the next step writes over the weights
             model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
-            report = Report(self.step, dict(self.metrics), model)
+            report = Report(self.step, dict(self.metrics), model, self.begun)
             with interrupt.elsewhere():  # all are called, whatever the first says
                 answers = [callback(report) for callback in callbacks]
         self.log.reported(self.step)
         return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
+
+    def _evaluated_model(self) -> Any:
+        model, state = self.training.model, self.training.optimizer_state
+        if self.evaluation.weights is None:
+            return self.optimizer.averaged(model, state)
+        trained, rest = eqx.partition(model, eqx.is_inexact_array)
+        weights = self.evaluation.weights(trained, state)
+        given: Any = jax.tree.structure(trained)
+        got: Any = jax.tree.structure(weights)
+        if given != got:
+            raise ValueError(
+                "eval_weights must return weights of the form that it is given, the model without "
+                f"what is no floating-point array: expected {given}, got {got}."
+            )
+        return eqx.combine(weights, rest)
 
     def _evaluate(self, model: Any, interrupt: Interrupt) -> None:
         what = self.evaluation
         with interrupt.elsewhere():
             batches = interrupt.each(lambda: in_order(what.batches))
             value = evaluate(model, batches, loss=what.loss, count=what.count)
-        self.log.write(self.step, {"eval_loss": value})
-        self.log.say(f"step {self.step}: evaluation loss {value:.4f}")
-        self.metrics["eval_loss"] = value
+        found, text = {"eval_loss": float(value)}, f"step {self.step}: evaluation loss {value:.4f}"
+        if value.cross_entropy is not None and is_regularized(what.loss):
+            found["eval_cross_entropy"] = value.cross_entropy
+            text += f", cross-entropy {value.cross_entropy:.4f}"
+        self.log.write(self.step, found)
+        self.log.say(text)
+        self.metrics |= found
 
     def save(self) -> None:
         """Begin to save this step, unless that was done; it is written in the background."""
