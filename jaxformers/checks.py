@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,7 @@ def check_nonnegative(**values: Any) -> None:
 ELSEWHERE = {
     "input_ids": ("tokens", "src"),
     "attention_mask": ("padding_mask", "src_padding_mask"),
+    "padding_mask": ("src_padding_mask",),
     "src_key_padding_mask": ("padding_mask", "src_padding_mask"),
     "tgt_key_padding_mask": ("tgt_padding_mask",),
     "decoder_input_ids": ("tgt",),
@@ -120,6 +121,7 @@ ELSEWHERE = {
     "token_type_ids": ("token_types",),
     "past_key_values": ("cache",),
     "max_length": ("max_new_tokens",),
+    "max_new_tokens": ("max_length",),
     "max_tokens": ("max_new_tokens", "max_length"),
     "do_sample": ("key",),
     "seed": ("key",),
@@ -194,7 +196,13 @@ def explain_options(
     function: Callable[P, R], elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE
 ) -> Callable[P, R]:
     """Decorates a function, so that an error explains an argument that it does not have."""
-    known = set(inspect.signature(function).parameters) - {"self"}
+    known = set()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # **options: Unpack[Options]
+            (options,) = get_args(parameter.annotation)
+            known |= options.__annotations__.keys()
+        elif name != "self":
+            known.add(name)
 
     @functools.wraps(function)
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
