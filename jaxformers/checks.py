@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, get_args
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray
 
+from jaxformers.elsewhere import OPTIONS, Names
 from jaxformers.ids import as_ids
 from jaxformers.paths import path_name
 
@@ -107,51 +108,11 @@ def check_nonnegative(**values: Any) -> None:
             )
 
 
-# What the options are called in Hugging Face's and PyTorch's libraries.
-ELSEWHERE = {
-    "input_ids": ("tokens", "src"),
-    "attention_mask": ("padding_mask", "src_padding_mask"),
-    "padding_mask": ("src_padding_mask",),
-    "src_key_padding_mask": ("padding_mask", "src_padding_mask"),
-    "tgt_key_padding_mask": ("tgt_padding_mask",),
-    "decoder_input_ids": ("tgt",),
-    "decoder_attention_mask": ("tgt_padding_mask",),
-    "labels": ("targets",),
-    "position_ids": ("positions",),
-    "token_type_ids": ("token_types",),
-    "past_key_values": ("cache",),
-    "max_length": ("max_new_tokens",),
-    "max_new_tokens": ("max_length",),
-    "max_tokens": ("max_new_tokens", "max_length"),
-    "do_sample": ("key",),
-    "seed": ("key",),
-    "rng": ("key",),
-    "decoder_start_token_id": ("start_token",),
-    "eos_token_id": ("end_token",),
-    "pad_token_id": ("pad_token",),
-    "bad_words_ids": ("bad_words",),
-    "forced_bos_token_id": ("forced_first_token",),
-    "forced_eos_token_id": ("forced_last_token",),
-    "logits_processor": ("logits_fn",),
-    "assistant_model": ("draft_model",),
-    "prompt_lookup_num_tokens": ("prompt_lookup",),
-    "hidden_size": ("d_model",),
-    "intermediate_size": ("d_ff",),
-    "dim_feedforward": ("d_ff",),
-    "nhead": ("num_heads",),
-    "num_attention_heads": ("num_heads",),
-    "num_key_value_heads": ("num_kv_heads",),
-    "num_hidden_layers": ("num_layers",),
-    "max_position_embeddings": ("max_seq_length",),
-    "tie_word_embeddings": ("tie_embeddings",),
-}
-
-
 def check_options(
     given: Iterable[str],
     known: Iterable[str],
     where: str,
-    elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE,
+    elsewhere: Names = OPTIONS,
     kind: str = "option",
     advice: str = "",
 ) -> None:
@@ -160,7 +121,7 @@ def check_options(
     Arguments:
         given, known: the names.
         where: what has them, for the error.
-        elsewhere: what known names are called in other libraries.
+        elsewhere: a table of `jaxformers.elsewhere`.
         kind: what they are the names of, for the error.
         advice: a sentence for the error.
     """
@@ -168,10 +129,10 @@ def check_options(
     unknown = [str(name) for name in given if name not in known]
     if not unknown:
         return
-    meant = {name: " or ".join(map(repr, _meant(name, known, elsewhere))) for name in unknown}
-    hints = [f"{here} for {name!r}" for name, here in meant.items() if here]
+    meant = {name: _meant(name, known, elsewhere) for name in unknown}
+    hints = [f"{here!r} for {name!r}" for name, here in meant.items() if here]
     if len(unknown) == 1:
-        hints = [here for here in meant.values() if here]
+        hints = [repr(here) for here in meant.values() if here]
     hint = f" Did you mean {', '.join(hints)}?" if hints else ""
     raise OptionError(
         f"{where} has no {kind} {', '.join(map(repr, unknown))}.{hint}{advice and ' '}{advice} Its "
@@ -179,22 +140,22 @@ def check_options(
     )
 
 
-def _meant(name: str, known: list[str], elsewhere: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The names that are meant by one from elsewhere, or by a misspelled one."""
-    if name in elsewhere:
-        return [here for here in elsewhere[name] if here in known] or [*elsewhere[name]]
-    close = difflib.get_close_matches(name, {*known, *elsewhere}, n=1)
-    if not close or close[0] in known:
-        return close
-    # There are many names elsewhere: one is misspelled only if it is very near.
-    if difflib.SequenceMatcher(a=name, b=close[0]).ratio() < 0.8:
-        return difflib.get_close_matches(name, known, n=1)
-    return _meant(close[0], known, elsewhere)
+def _meant(name: str, known: list[str], elsewhere: Names) -> str | None:
+    """Returns the known name that one from elsewhere or a misspelled one means, or None."""
+    meant = {
+        there: next((x for x in here if x in known), None) for there, here in elsewhere.items()
+    }
+    meant |= {x: x for x in known}
+    if name not in meant:
+        # There are many names elsewhere: one is misspelled only if it is very near.
+        there = [x for x, here in meant.items() if here and x not in known]
+        near = difflib.get_close_matches(name, there, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(name, [*known, *near], n=1)
+        name = close[0] if close else name
+    return meant.get(name)
 
 
-def explain_options(
-    function: Callable[P, R], elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE
-) -> Callable[P, R]:
+def explain_options(function: Callable[P, R], elsewhere: Names = OPTIONS) -> Callable[P, R]:
     """Decorates a function, so that an error explains an argument that it does not have."""
     known = set()
     for name, parameter in inspect.signature(function).parameters.items():

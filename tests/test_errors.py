@@ -762,6 +762,7 @@ def test_names_that_arguments_have_elsewhere(no_shape_checker):
         (lambda **x: encoder(TOKENS, **x), {"token_type_ids": TOKENS}, "token_types"),
         (lambda **x: encoder.embed(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
         (lambda **x: TransformerLM(VOCAB, **x), {"num_attention_heads": 2}, "num_heads"),
+        (lambda **x: lm(TOKENS, **x), {"pad_mask": real}, "padding_mask"),
     ]:
         for error in (ValueError, TypeError):
             name = next(iter(given))

@@ -20,7 +20,7 @@ from jaxformers import (
     train_step,
 )
 from jaxformers.checks import OptionError, explain_options
-from jaxformers.training import names
+from jaxformers.elsewhere import ARGUMENTS, ARRAYS
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 KEY = jax.random.key(3)
@@ -148,10 +148,10 @@ def test_arrays_without_a_name_are_no_crash():
 def test_every_suggestion_exists():
     functions = fit, train_step, evaluate
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    assert {name for here in names.ARGUMENTS.values() for name in here} == known
+    assert {name for here in ARGUMENTS.values() for name in here} == known
     arrays = "tokens targets padding_mask loss_mask positions segment_ids token_types"
     arrays += " src tgt src_padding_mask tgt_padding_mask"
-    assert {name for here in names.ARRAYS.values() for name in here} == set(arrays.split())
+    assert {name for here in ARRAYS.values() for name in here} == set(arrays.split())
 
 
 def test_a_function_that_suggests_names_is_as_before():

@@ -31,10 +31,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_options, check_tokens, is_known
+from jaxformers.elsewhere import ARRAYS
 from jaxformers.layers import split_key
 from jaxformers.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.masks import AttentionMask
-from jaxformers.training.names import ARRAYS, advise, among
+from jaxformers.training.names import advise
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
@@ -323,7 +324,7 @@ def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...
         raise ValueError(f"the batch of {of} must be a dict of arrays, got {type(batch).__name__}.")
     known = needed + optional
     advice = advise([str(name) for name in batch if name not in known], of)
-    check_options(batch, known, f"the batch of {of}", among(known, ARRAYS), "array", advice)
+    check_options(batch, known, f"the batch of {of}", ARRAYS, "array", advice)
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
         hint = " Of targets that are -100 elsewhere it is targets != -100."
