@@ -51,7 +51,7 @@ class Feed:
         batches: anything with `batches[i]`, or an iterable; both start again at their end.
         position: the number of the first one that is wanted.
         prepare: function `(batch, name) -> arrays` that makes it ready for the device.
-        fetch: function that calls the one it is given; it raises `Stopped` once the run is to end.
+        fetch: function that calls the function it is given, or raises `Stopped` after a signal.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Feed:
         self._iterator = None if by_index else self._iterate(position)
 
     def advance(self) -> bool:
-        """Make the next batch; False if there is none, or the run is to end."""
+        """Prepares the next batch. Returns False if there is none, or after a signal."""
         iterator = self._iterator
         try:
             batch = self._fetch(lambda: next(iterator) if iterator else self._at(self.position))
@@ -84,14 +84,14 @@ class Feed:
         except Stopped:
             return False
         except Exception as error:
-            error.add_note(f"This is what batch {self.position} raised when it was fetched.")
+            error.add_note(f"Batch {self.position} raised this error when it was fetched.")
             raise
         self.batch = self._prepare(batch, f"batch {self.position}")
         self.position += 1
         return True
 
     def close(self) -> None:
-        """Let go of an iterator, and so of its worker processes."""
+        """Closes the iterator, which ends the worker processes of a loader."""
         if self._iterator is not None:
             self._iterator.close()
 

@@ -1,4 +1,4 @@
-"""What an error says of names that a training has elsewhere."""
+"""Errors that explain the names of other libraries in a training."""
 
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
@@ -9,7 +9,7 @@ from jaxformers.elsewhere import ARGUMENTS, ARRAYS
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What a new name alone does not mend.
+# Renaming alone is not enough for these.
 LABELS = {
     "a language model": "Hugging Face's labels repeat the tokens, and its models shift them; here "
     "targets[:, i] is the token after tokens[:, i]: pass text[:, :-1] as tokens and text[:, 1:] as "
@@ -23,16 +23,16 @@ OTHER_MASKS = "PyTorch's key_padding_mask is True where there is padding: write 
 
 
 def explain_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function, so that an error explains an argument that it does not have."""
+    """Decorates a function of training with `explain_options` and the names of other libraries."""
     return explain_options(function, ARGUMENTS)
 
 
 def advise(unknown: Iterable[str], of: str) -> str:
-    """What to mind when arrays of a batch are renamed.
+    """Returns advice on arrays of a batch whose meaning differs from that in other libraries.
 
     Arguments:
-        unknown: their names.
-        of: what the batch is of, such as "a language model".
+        unknown: the names of the arrays.
+        of: what the batch is for, such as "a language model".
     """
     advice = []
     meant = {name: ARRAYS.get(name, ()) for name in unknown}

@@ -1,4 +1,4 @@
-"""The state of a run, and what is done with it: steps, reports, saving, rescue."""
+"""The state of a run: its steps, its evaluations, its checkpoints."""
 
 import contextlib
 from collections import deque
@@ -43,7 +43,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is looked at between steps."""
+    """The evaluation and the callbacks, which come between steps."""
 
     batches: Any
     loss: Loss
@@ -53,12 +53,12 @@ class Evaluation:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are batches to evaluate on, or callbacks."""
         return self.batches is not None or bool(self.callbacks)
 
 
 class Run:
-    """The state of a run, and what is done with it."""
+    """The state of a run and the parts that work on it."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Run:
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first batch
 
     def advance(self, batch: dict[str, Any]) -> None:
-        """Have the device make a step."""
+        """Starts a step on the device."""
         shapes = {name: np.shape(x) for name, x in batch.items()}
         if not self._shapes:
             self._shapes = shapes
@@ -93,14 +93,14 @@ class Run:
             if shapes != self._shapes:
                 error.add_note(
                     f"Batch {self.step} has the shapes {shapes}, the first one {self._shapes}. If "
-                    "the last batch of a loader is smaller, have it leave that out, or fill it up."
+                    "the last batch of a loader is smaller, drop it (drop_last=True) or pad it."
                 )
             raise
         self.step += 1
         self.unread.append((self.step, metrics, batch))
 
     def read(self, in_flight: int) -> None:
-        """Put down the figures of all steps but the last few, which the device may be at."""
+        """Writes the figures of all steps but the last `in_flight`, which may be running."""
         while len(self.unread) > in_flight:
             step, metrics, batch = self.unread.popleft()
             metrics = jax.device_get(metrics)
@@ -119,9 +119,9 @@ class Run:
             self.log.write(step, self.metrics)
 
     def report(self, interrupt: Interrupt) -> bool:
-        """Evaluate, and call the callbacks; whether one of them wants to end the training.
+        """Evaluates and calls the callbacks. Returns whether one of them ends the training.
 
-        After a signal nothing more of it is begun: the run that goes on makes up for it.
+        A signal cuts this short. The next run of the checkpoint then does all of it.
         """
         if not self.evaluation.wanted or interrupt.asked is not None:
             return False
@@ -137,7 +137,7 @@ class Run:
         if callbacks:  # may keep it, while the next step writes over the weights
             model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
             report = Report(self.step, dict(self.metrics), model, self.begun)
-            with interrupt.elsewhere():  # all are called, whatever the first says
+            with interrupt.foreign_code():  # all are called, whatever the first says
                 answers = [callback(report) for callback in callbacks]
         self.log.reported(self.step)
         return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
@@ -159,7 +159,7 @@ class Run:
 
     def _evaluate(self, model: Any, interrupt: Interrupt) -> None:
         what = self.evaluation
-        with interrupt.elsewhere():
+        with interrupt.foreign_code():
             batches = interrupt.each(lambda: in_order(what.batches))
             value = evaluate(model, batches, loss=what.loss, count=what.count)
         found, text = {"eval_loss": float(value)}, f"step {self.step}: evaluation loss {value:.4f}"
@@ -171,14 +171,14 @@ class Run:
         self.metrics |= found
 
     def save(self) -> None:
-        """Begin to save this step, unless that was done; it is written in the background."""
+        """Starts to save the state, unless it is saved. It is written in the background."""
         failed = self._begin_to_save()
         if failed is not None:
             # To stop would lose the steps since the last checkpoint; the next may succeed.
             warn_and_go_on(f"a checkpoint is missing, training goes on: {failed}", 6)
 
     def finish(self) -> None:
-        """Save this step, unless that was done, and wait until it is there."""
+        """Saves the state, unless it is saved, and waits until it is written."""
         if self.checkpoint is None:
             return
         new = self._begin_to_save()
@@ -192,7 +192,7 @@ class Run:
     def _begin_to_save(self) -> OSError | None:
         if self.checkpoint is None:
             return None
-        self.read(0)  # the log has the steps of a checkpoint
+        self.read(0)  # the log has every step that a checkpoint has
         if self.saved == self.step:
             return None
         self._failed = None
@@ -205,44 +205,44 @@ class Run:
         return self._failed
 
     def rescue(self, error: BaseException) -> None:
-        """Save what was reached before an error, and hand it over as the error's `training`."""
+        """Saves the state before an error, and sets it as the attribute `training` of the error."""
         try:
             reached = self._mend()
         except Exception as second:
-            error.add_note(f"What was reached is lost: {second}")
+            error.add_note(f"The state of the training is lost: {second}")
             return
         if not reached:
             return
         self.hand_over(error)
         if self.checkpoint is None or not isinstance(error, Exception | SystemExit):
             error.add_note(
-                f"The state after step {self.step} is this error's `training`: catch the error, or "
-                "look at sys.last_value.training in an interactive session."
+                f"The state after step {self.step} is the attribute `training` of this error. "
+                "Catch the error, or read sys.last_value.training in an interactive session."
             )
             return
         try:
             self.finish()
             error.add_note(f"Step {self.step} is saved in {self.checkpoint.directory}.")
         except Exception as second:
-            error.add_note(f"What was reached could not be saved: {second}")
+            error.add_note(f"The state after step {self.step} could not be saved: {second}")
 
     def hand_over(self, error: BaseException) -> None:
-        """Give an error the state as its attribute `training`."""
+        """Sets the state as the attribute `training` of an error."""
         with contextlib.suppress(AttributeError):
             error.training = self.training  # type: ignore[attr-defined]
 
     def _mend(self) -> bool:
-        """Have a state from which a run can go on; False if there is no new one."""
+        """Makes the state one that can be resumed. Returns False if no step was made."""
         arrays = jax.tree.leaves(eqx.filter(self.training, eqx.is_array))
         if any(x.is_deleted() for x in arrays):
             if self.step == self.begun:
                 return False
-            raise RuntimeError("the step that failed had begun to write over it.")
+            raise RuntimeError("the step that failed had begun to overwrite it.")
         if int(self.training.step) == self.begun:
             return False
         with contextlib.suppress(ValueError):
             self.read(0)
-        # Whoever goes on is where this run was: one more bad step is too many again.
+        # A resumed run is where this one was: one more bad step is too many again.
         guard = self.training.guard
         in_a_row = jnp.minimum(guard.in_a_row, self.bad_steps.allowed)
         guard = guard._replace(failed=jnp.zeros_like(guard.failed), in_a_row=in_a_row)
