@@ -231,7 +231,6 @@ class TransformerLM(eqx.Module):
         """
         save(self, path, max_shard_bytes)
 
-    @explain_options
     def generate(
         self,
         prompt: Tokens,
@@ -286,7 +285,6 @@ class TransformerLM(eqx.Module):
             options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
-    @explain_options
     def stream(
         self,
         prompt: Tokens,

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxformers.checks import check_size
+from jaxformers.hf.found import describe_directory, describe_file, describe_hub, list_names
 from jaxformers.hf.json_file import read_json as read_json
 from jaxformers.hf.json_file import shorten
 from jaxformers.hf.safetensors_file import (
@@ -32,32 +33,16 @@ INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
+# One of them is there in a checkpoint.
+WEIGHTS = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SHARD_NAME = r"\w[\w .+-]*"
 _WRITTEN_HERE = re.compile(
     r"model(-b)?-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors(\.index\.json)?"
 )
 
-_PICKLE = (
-    f"A pickle is read only as {TORCH_SINGLE}, or as shards with {TORCH_INDEX}: rename the file, "
-    "if it holds the tensors of the whole model."
-)
-_OTHER_FRAMEWORK = (
-    "Weights of Flax and TensorFlow are not read. transformers 4 converts them once: "
-    "from_pretrained(directory, from_flax=True) or from_tf=True, then save_pretrained(directory)."
-)
-_OTHER_NAME = (
-    "A file of all weights must have the first of these names, shards need their index, and an "
-    "adapter has to be merged into its model."
-)
 _T = TypeVar("_T", Stored, TorchTensor)
-
-# What to say of weights that are there instead, by the ending of their names.
-_REASONS = {
-    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
-    **dict.fromkeys((".msgpack", ".h5"), _OTHER_FRAMEWORK),
-    ".safetensors": _OTHER_NAME,
-}
 
 
 def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path:
@@ -84,7 +69,8 @@ def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path
     if os.path.isdir(path) and path_or_hub_name != "":  # which would be the current directory
         return path
     if os.path.isfile(path):
-        raise ValueError(f"{path} is a file. Pass the directory in which config.json lies.")
+        hint = f" {describe_file(path)}".rstrip()
+        raise ValueError(f"{path} is a file. Pass the directory in which config.json lies.{hint}")
     if not (isinstance(path_or_hub_name, str) and _HUB_NAME.fullmatch(path_or_hub_name)):
         raise ValueError(
             f"there is no directory {shorten(os.fspath(path))} (as seen from {Path.cwd()}). Pass "
@@ -117,12 +103,36 @@ def has_safetensors(directory: Path) -> bool:
     return (directory / SINGLE).exists() or (directory / INDEX).exists()
 
 
+def check_there(path_or_hub_name: str | os.PathLike, directory: Path) -> None:
+    """Raise if what `locate` found is no checkpoint, with what it is instead.
+
+    Raises:
+        ValueError: if there is no config.json, or there are no weights.
+    """
+    there = any((directory / name).exists() for name in WEIGHTS)
+    if there and (directory / "config.json").exists():
+        return
+    is_path = os.path.isdir(Path(path_or_hub_name).expanduser())
+    # Of a repository on the hub, only what may be of use was fetched.
+    found = describe_directory(directory) if is_path else describe_hub(os.fspath(path_or_hub_name))
+    if (directory / "config.json").exists():
+        raise ValueError(_without_weights(directory, found))
+    hint = "Weights are there: copy their config.json from where they came." if there else found
+    raise ValueError(f"{directory / 'config.json'} is missing. {hint}".strip())
+
+
+def _without_weights(directory: Path, found: str) -> str:
+    return f"{directory} has no {SINGLE} and no {INDEX}. {found}".strip()
+
+
 class TensorFiles:
     """The tensors of a checkpoint; opening it reads and checks the headers only.
 
     Arguments:
         directory: has model.safetensors, or model.safetensors.index.json and its shards; or else
             pytorch_model.bin, or pytorch_model.bin.index.json and its shards.
+        complete: whether each tensor that an index lists must be there. Otherwise `lacking` has
+            those that are not, with the shard that the index names.
 
     Raises:
         ValueError: if a file is missing or damaged, a pickle holds more than tensors, or the files
@@ -142,23 +152,25 @@ class TensorFiles:
     """
 
     directory: Path
+    lacking: dict[str, str]
     _tensors: Mapping[str, Stored | TorchTensor]
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, complete: bool = True):
         self.directory = Path(directory)
+        self.lacking = {}
         if not self.directory.is_dir():
             raise ValueError(f"there is no directory {self.directory}.")
         # In this order: where an index is left beside a single file, transformers reads the file.
         if (self.directory / SINGLE).exists():
             self._tensors = read_header(self.directory / SINGLE)
         elif (self.directory / INDEX).exists():
-            self._tensors = _read_shards(self.directory, INDEX, ".safetensors", read_header)
+            self._tensors = self._read_shards(INDEX, ".safetensors", read_header, complete)
         elif (self.directory / TORCH_SINGLE).exists():
             self._tensors = read_torch_file(self.directory / TORCH_SINGLE)
         elif (self.directory / TORCH_INDEX).exists():
-            self._tensors = _read_shards(self.directory, TORCH_INDEX, ".bin", read_torch_file)
+            self._tensors = self._read_shards(TORCH_INDEX, ".bin", read_torch_file, complete)
         else:
-            raise ValueError(_why_not(self.directory))
+            raise ValueError(_without_weights(self.directory, describe_directory(self.directory)))
 
     @property
     def names(self) -> list[str]:
@@ -177,6 +189,25 @@ class TensorFiles:
         """A tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
         return self._find(name).read()
 
+    def _read_shards(
+        self, index: str, ending: str, read: Callable[[Path], dict[str, _T]], complete: bool
+    ) -> dict[str, _T]:
+        """The tensors of all shards, each of which must hold no other than the index says."""
+        listed = _read_index(self.directory / index, ending)
+        there = (self.directory / shard for shard in listed)
+        found = {path.name: read(path) for path in there if complete or path.exists()}
+        everything = {name for tensors in found.values() for name in tensors}
+        for shard, tensors in found.items():
+            missing, surplus = listed[shard] - tensors.keys(), tensors.keys() - listed[shard]
+            if surplus or missing & everything or (complete and missing):
+                raise ValueError(
+                    f"{self.directory / shard} does not hold what {index} says: missing "
+                    f"{list_names(missing)}; not listed as in this file {list_names(surplus)}."
+                )
+        for shard, names in listed.items():
+            self.lacking |= dict.fromkeys(sorted(names - everything), shard)
+        return {name: x for tensors in found.values() for name, x in tensors.items()}
+
     def _find(self, name: str) -> Stored | TorchTensor:
         if name not in self._tensors:
             close = difflib.get_close_matches(name, self._tensors, n=1)
@@ -185,48 +216,21 @@ class TensorFiles:
         return self._tensors[name]
 
 
-def _read_shards(
-    directory: Path, index: str, ending: str, read: Callable[[Path], dict[str, _T]]
-) -> dict[str, _T]:
-    """The tensors of all shards, each of which must hold exactly what the index says."""
-    weight_map = read_json(directory / index).get("weight_map")
+def _read_index(path: Path, ending: str) -> dict[str, set[str]]:
+    """The shards that an index names, in order, with the tensors that each shall hold."""
+    weight_map = read_json(path).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise ValueError(f"{directory / index} must have a 'weight_map', from tensors to files.")
+        raise ValueError(f"{path} must have a 'weight_map', from tensors to files.")
     names: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         # Links are followed, the hub's cache is made of them; paths are not.
         if not (isinstance(shard, str) and re.fullmatch(_SHARD_NAME + re.escape(ending), shard)):
             raise ValueError(
-                f"{directory / index}: tensor {shorten(name)} must be in a {ending} file "
-                f"beside the index, named without a folder, got {shorten(shard)}."
+                f"{path}: tensor {shorten(name)} must be in a {ending} file beside the index, "
+                f"named without a folder, got {shorten(shard)}."
             )
         names.setdefault(shard, set()).add(name)
-    tensors: dict[str, _T] = {}
-    for shard in sorted(names):
-        found = read(directory / shard)
-        missing, surplus = names[shard] - found.keys(), found.keys() - names[shard]
-        if missing or surplus:
-            raise ValueError(
-                f"{directory / shard} does not hold what {index} says: missing "
-                f"{_some(missing)}; not listed as in this file {_some(surplus)}."
-            )
-        tensors |= found
-    return tensors
-
-
-def _why_not(directory: Path) -> str:
-    """What is in a directory without safetensors, and what to do about it."""
-    weights = [path for path in sorted(directory.iterdir()) if path.suffix in _REASONS]
-    reasons = dict.fromkeys(_REASONS[path.suffix] for path in weights)
-    has = f"It has {_some(path.name for path in weights)}. " if weights else ""
-    return f"{directory} has no {SINGLE} and no {INDEX}. {has}{' '.join(reasons)}".strip()
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names of many."""
-    names = sorted(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(shorten(name) for name in names[:5]) or "none") + more
+    return dict(sorted(names.items()))
 
 
 def write_tensors(

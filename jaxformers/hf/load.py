@@ -1,6 +1,9 @@
 """Checkpoints to models: the one engine, which reads the families' tables."""
 
+import warnings
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxformers.hf.architecture import Architecture
-from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import TensorFiles, has_safetensors, locate
+from jaxformers.hf.files import TensorFiles, check_there, has_safetensors, locate
 from jaxformers.hf.generation_config import read_origin
+from jaxformers.hf.harmless import REDUNDANT, check_not_quantized
 from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import to_ours
+from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
@@ -26,6 +30,7 @@ from jaxformers.precision import check_float_dtype
 PATTERNS = (
     "config.json",
     "generation_config.json",
+    "adapter_config.json",
     "model*.safetensors",
     "*.safetensors.index.json",
 )
@@ -43,37 +48,67 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
         )
     if not has_safetensors(directory):
         directory = locate(path, [*PATTERNS, *TORCH_PATTERNS, *TOKENIZER_FILES])
+    check_there(path, directory)
+    warn_of_adapter(directory)
     config = read_json(directory / "config.json")
-    family = family_of(config)
-    if family.shape not in classes:
+    family = family_of(config) if KEY in config else None
+    if family is not None and family.shape not in classes:
         raise ValueError(
             f"{directory} holds a {family.model_type}, a model of shape {family.shape!r}, which "
             f"{' or '.join(x.__name__ for x in classes.values())} is not. Load it with "
             "jaxformers.from_pretrained, which knows the class."
         )
-    stored = FileTensors(family, TensorFiles(directory))
+    files = TensorFiles(directory, complete=False)
+    if family is None:
+        family = guess_family(
+            config, files, partial(fits, config=config, files=files, classes=classes)
+        )
+        config[KEY] = family.model_type
+    a, plan, stored = plan_model(family, config, files, classes)
+    origin = read_origin(directory, config, family, a.vocab_size)
+    arrays = read_arrays(plan, stored, dtype, sharding)
+    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+
+
+def warn_of_adapter(directory: Path) -> None:
+    """Warn of an adapter beside the weights of a whole model, which transformers would apply."""
+    if (directory / "adapter_config.json").exists():
+        warnings.warn(
+            f"{directory} has an adapter beside the model (adapter_config.json), which is not "
+            "applied. Merge it in peft, with merge_and_unload(), or remove the file if the weights "
+            "hold it already.",
+            stacklevel=4,
+        )
+
+
+def plan_model(
+    family: Family, config: Mapping[str, Any], files: TensorFiles, classes: Mapping[str, Any]
+) -> tuple[Architecture, WeightPlan, FileTensors]:
+    """The architecture of a checkpoint, and how its tensors make the arrays of a model.
+
+    Raises:
+        ValueError: if config.json asks for what we do not have, or for other tensors.
+    """
+    stored = FileTensors(family, files)
     a = read_settings(family, config, stored)
     check_sizes(a, stored)
-    origin = read_origin(directory, config, family, a.vocab_size)
     try:
         shapes = abstract(a, classes[family.shape])
     except ValueError as error:
         raise ValueError(f"config.json describes no model that can be built: {error}") from error
     plan = WeightPlan.of(family, shapes, a)
     plan.check(stored)
-    arrays = read_arrays(plan, stored, dtype, sharding)
-    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+    return a, plan, stored
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The table for a config.json."""
-    name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(
-            f"config.json: model_type must be one of {', '.join(sorted(FAMILIES))}, got "
-            f"{name!r:.80}."
-        )
-    return FAMILIES[name]
+def fits(
+    family: Family, config: Mapping[str, Any], files: TensorFiles, classes: Mapping[str, Any]
+) -> bool:
+    """Whether a family understands a config.json and calls for just the tensors of its files."""
+    try:
+        return family.shape in classes and bool(plan_model(family, config, files, classes))
+    except ValueError:
+        return False
 
 
 def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> Architecture:
@@ -82,6 +117,7 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
     Raises:
         ValueError: if an entry has the wrong type or a meaning that is not handled.
     """
+    check_not_quantized(entries)
     config = Config(entries, tensors)
     fields: dict[str, Any] = {"shape": family.shape}
     for setting in family.settings:
@@ -93,15 +129,23 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
             raise ValueError(f"config.json: its numbers do not fit together: {error}") from error
     if family.shape != "encoder":
         Only("is_causal", (True,), True).read(config, fields)
-    unknown = config.unknown()
+    if family.shape == "lm":
+        config.used.add("is_decoder")  # as it is
+    a = Architecture(**{k: x for k, x in fields.items() if not k.startswith("_")})
+    unknown = {
+        key: value
+        for key, value in config.unknown().items()
+        if key not in REDUNDANT or value is True or value != getattr(a, REDUNDANT[key])
+    }
     if unknown:
         pairs = [f"{key:.80} = {value!r:.60}" for key, value in sorted(unknown.items())]
         listed = ", ".join(pairs[:8]) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
         raise ValueError(
             f"config.json of this {family.model_type} has settings that are not handled, and a "
-            f"model that ignored them could give other numbers: {listed}."
+            f"model that ignored them could give other numbers: {listed}. Remove those of which "
+            "you know that they change nothing."
         )
-    return Architecture(**{k: x for k, x in fields.items() if not k.startswith("_")})
+    return a
 
 
 def check_sizes(a: Architecture, stored: FileTensors) -> None:

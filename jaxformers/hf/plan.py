@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxformers.hf.architecture import Architecture, build
 from jaxformers.hf.family import Family
+from jaxformers.hf.json_file import shorten
 from jaxformers.hf.layouts import Rule, tensor_shapes
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.paths import path_name
@@ -85,6 +86,12 @@ class WeightPlan:
             for what, names in faults.items()
             if names
         ]
+        if lines and stored.files.lacking:
+            name, shard = next(iter(stored.files.lacking.items()))
+            lines.append(
+                f"The index lists {len(stored.files.lacking)} tensors that are not in its files, "
+                f"such as {shorten(name)}, which shall be in {shard}: was everything downloaded?"
+            )
         if lines:
             raise ValueError(
                 f"the tensors in {stored.files.directory} are not those of this "

@@ -21,11 +21,13 @@ from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.files import write_tensors
 from jaxformers.hf.generation_config import generation_entries
+from jaxformers.hf.harmless import REDUNDANT
 from jaxformers.hf.layouts import Rule, to_theirs
-from jaxformers.hf.load import family_of, is_finite, read_settings
+from jaxformers.hf.load import is_finite, read_settings
+from jaxformers.hf.model_type import family_of
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
-from jaxformers.hf.settings import Tied
+from jaxformers.hf.settings import Kept, Older, Tied
 from jaxformers.hf.special_settings import T5Scale, Vocabularies
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
@@ -233,9 +235,11 @@ def fit(
     given, own = entries.get("architectures"), [class_name(a, family)]
     faults = ["no class with these heads"] if own == [None] else []
     same_class = given == own or given not in [[name] for name in family.classes.values()]
+    renamed = {old for x in family.settings if isinstance(x, Older) for old in x.names}
     if (
         entries
         and same_class
+        and not renamed & entries.keys()
         and not faults
         and not unnamed
         and not differences(family, entries, named, a)
@@ -243,6 +247,9 @@ def fit(
         return plan, _respell(family, entries, named, a)
     # The class's own special tokens are another vocabulary's.
     config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
+    kept = {key for x in family.settings if isinstance(x, Kept) for key in x.keys}
+    for key in (REDUNDANT.keys() - kept) & config.keys():  # those that a table has are overwritten
+        config[key] = getattr(a, REDUNDANT[key])
     for setting in family.settings:
         try:
             setting.write(a, config)

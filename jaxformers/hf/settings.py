@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxformers.generation.checkpoint_settings import SETTINGS
 from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.harmless import HARMLESS as HARMLESS
+from jaxformers.hf.harmless import is_harmless
 
 LARGEST = 2**31 - 1
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # that float32 can hold
@@ -41,6 +43,13 @@ class Config:
             raise ValueError(f"config.json: {key} must be {NAMES[kind]}, got {value!r:.80}.")
         return float(value) if kind == "number" else value
 
+    def rename(self, alias: str, key: str) -> None:
+        """Take an entry under its other name as if it had the usual one."""
+        self.used.add(alias)
+        other = self.entries.get(alias)
+        if other is not None and self.entries.setdefault(key, other) != other:
+            self.refuse(alias, f"{key} says {self.entries[key]!r:.80}.")
+
     def refuse(self, key: str, why: str) -> None:
         """Raise for an entry whose meaning is known and not handled."""
         raise ValueError(
@@ -49,11 +58,9 @@ class Config:
 
     def unknown(self) -> dict[str, Any]:
         """Entries that nobody has understood and that say more than that something is off."""
-        told = self.used | HARMLESS | SETTINGS.keys()  # `generate` names what it does not take
+        told = self.used | SETTINGS.keys()  # `generate` names what it does not take
         rest = {k: x for k, x in self.entries.items() if k not in told}
-        return {
-            k: x for k, x in rest.items() if x is not None and x is not False and x not in ([], {})
-        }
+        return {k: x for k, x in rest.items() if not is_harmless(self.entries, k)}
 
 
 def _is_number(x: Any) -> bool:
@@ -108,10 +115,7 @@ class Setting(NamedTuple):
     twice: bool = False
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        config.used.add(self.alias)
-        other = config.entries.get(self.alias)
-        if other is not None and config.entries.setdefault(self.key, other) != other:
-            config.refuse(self.alias, f"{self.key} says {config.entries[self.key]!r:.80}.")
+        config.rename(self.alias, self.key)
         fields[self.field] = config.get(self.key, self.default, self.kind, self.optional)
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
@@ -230,6 +234,23 @@ class Kept(NamedTuple):
                 config[key] = value
 
 
+class Older(NamedTuple):
+    """Names that keys had in files of the family's authors, from before transformers had it.
+
+    It comes first, and what is written has the new names alone, since transformers knows no other.
+    """
+
+    names: Mapping[str, str]
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        for older, key in self.names.items():
+            config.rename(older, key)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        for older in self.names:
+            config.pop(older, None)
+
+
 class Fixed(NamedTuple):
     """Fields that are the same for every checkpoint of the family."""
 
@@ -240,33 +261,6 @@ class Fixed(NamedTuple):
 
     def write(self, a: Architecture, config: dict[str, Any]) -> None:
         pass  # whether a model has them is seen when what was written is read again
-
-
-# Entries of any family that change no number at inference: names, ids, training, bookkeeping.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures auto_map torch_dtype dtype transformers_version model_type
-    use_cache return_dict output_hidden_states output_attentions use_return_dict torchscript
-    tf_legacy_loss use_bfloat16 pruned_heads chunk_size_feed_forward gradient_checkpointing
-    initializer_range initializer_factor init_std layer_norm_init classifier_dropout
-    classifier_dropout_prob summary_type summary_use_proj summary_activation summary_first_dropout
-    summary_last_dropout summary_proj_to_labels finetuning_task id2label label2id num_labels
-    problem_type task_specific_params tokenizer_class prefix bos_token_id eos_token_id pad_token_id
-    sep_token_id cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id
-    forced_eos_token_id unk_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length
-    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate
-    remove_invalid_values exponential_decay_length_penalty is_encoder_decoder
-    attn_implementation _attn_implementation _attn_implementation_autoset attention_implementation
-    reference_compile deterministic_flash_attn language onnx_export
-    cache_implementation router_aux_loss_coef output_router_logits router_jitter_noise
-    static_position_embeddings _commit_hash unsloth_version unsloth_fixed
-    transformers.js_config is_llama_config model_max_length max_sequence_length _num_labels
-    output_past bos_token eos_token pad_token sep_token cls_token mask_token unk_token
-    sentence_transformers sbert_ce_default_activation_function
-    """.split()
-)
 
 
 class Tied(NamedTuple):

@@ -24,6 +24,7 @@ class FileTensors:
     def __init__(self, family: Family, files: TensorFiles):
         self.files = files
         self.names: dict[str, str] = {}
+        self.unknown: list[str] = []  # of the names, those that are in no table
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
         known = re.compile("|".join(dict.fromkeys(map(_pattern, expected))))
@@ -36,6 +37,8 @@ class FileTensors:
             if not ours and any(re.search(p, new) for p in (*family.ignored, *CONSTANTS)):
                 continue
             canonical = ours[0] if ours else new
+            if not ours:
+                self.unknown.append(canonical)
             if canonical in self.names:
                 raise ValueError(
                     f"{files.directory} has two tensors for {canonical}: {self.names[canonical]} "

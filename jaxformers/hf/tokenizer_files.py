@@ -132,11 +132,13 @@ def _how_to_convert(files: Mapping[str, bytes]) -> str:
     if "source.spm" in older:
         return (
             "there is no tokenizer.json, only source.spm and target.spm. The tokenizers package "
-            "cannot read them: make the ids with transformers.MarianTokenizer."
+            "cannot read them: make the ids with transformers.MarianTokenizer. A conversion, where "
+            "a tool offers one, has to be compared with it on texts of yours."
         )
     return (
         f"there is no tokenizer.json, only {', '.join(older)}. Convert it once with transformers: "
-        "AutoTokenizer.from_pretrained(directory).save_pretrained(directory)."
+        "AutoTokenizer.from_pretrained(directory).save_pretrained(directory). Then compare what "
+        "both give for texts of yours, since not every conversion is exact."
     )
 
 

@@ -82,7 +82,7 @@ BLOOM = Family(
         # How to compute the same.
         Kept(("pretraining_tp", "slow_but_exact", "attention_softmax_in_fp32", "offset_alibi")),
         Kept(("bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "seq_length")),
-        Kept(("skip_bias_add", "skip_bias_add_qkv")),
+        Kept(("skip_bias_add", "skip_bias_add_qkv", "max_position_embeddings")),
         Tied(True, table="transformer.word_embeddings.weight"),
     ),
     weights=rules(
@@ -109,9 +109,9 @@ MPT = Family(
     classes={"output": "MptForCausalLM", "base": "MptModel"},
     settings=(
         Setting("vocab_size", "vocab_size", 50368),
-        Setting("d_model", "d_model", 2048),
-        Setting("n_layers", "num_layers", 24, "layers"),
-        Setting("n_heads", "num_heads", 16),
+        Setting("d_model", "d_model", 2048, alias="hidden_size"),
+        Setting("n_layers", "num_layers", 24, "layers", alias="num_hidden_layers"),
+        Setting("n_heads", "num_heads", 16, alias="num_attention_heads"),
         Fixed({"d_ff": None, "activation": "gelu", "position": "alibi", "norm_bias": False}),
         FOUR_TIMES,
         Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
@@ -134,7 +134,8 @@ MPT = Family(
         Only("logit_scale", (None,), None),
         Only("norm_type", ("low_precision_layernorm", "layernorm"), "low_precision_layernorm"),
         Kept(("resid_pdrop", "emb_pdrop", "embedding_fraction", "learned_pos_emb")),
-        Kept(("init_config", "init_device", "tokenizer_name", "verbose"), {"max_seq_len": 2048}),
+        Kept(("init_config", "init_device", "verbose", "max_position_embeddings")),
+        Kept((), {"max_seq_len": 2048}),
         Tied(True, table="transformer.wte.weight"),
     ),
     weights=rules(

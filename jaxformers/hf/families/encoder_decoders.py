@@ -55,19 +55,19 @@ def t5_settings(
     """What T5 and its successors have in common, with a family's defaults."""
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
-        Setting("d_model", "d_model", 512),
-        Setting("d_kv", "head_dim", 64),
+        Setting("d_model", "d_model", 512, alias="hidden_size"),
+        Setting("d_kv", "head_dim", 64, alias="head_dim"),
         Setting("d_ff", "d_ff", d_ff),
-        Setting("num_layers", "num_layers", num_layers, "layers"),
+        Setting("num_layers", "num_layers", num_layers, "layers", alias="num_hidden_layers"),
         Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
-        Setting("num_heads", "num_heads", num_heads),
+        Setting("num_heads", "num_heads", num_heads, alias="num_attention_heads"),
         Setting("relative_attention_num_buckets", "t5_buckets", 32),
         Setting("relative_attention_max_distance", "t5_distance", 128, "distance"),
         Setting("dropout_rate", "dropout", 0.1, "number"),
         Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
         Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
         GatedName(feed_forward),
-        Kept(("initializer_factor", "n_positions", "output_past", "is_decoder")),
+        Kept(("n_positions", "max_position_embeddings", "is_decoder")),
         tied,
     )
 
@@ -115,10 +115,10 @@ MT5 = Family(
 def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scaled: bool = False):
     """What BART and its successors have in common, with a family's defaults."""
     return (
-        Setting("d_model", "d_model", 1024),
-        Setting("encoder_layers", "num_layers", 12, "layers"),
+        Setting("d_model", "d_model", 1024, alias="hidden_size"),
+        Setting("encoder_layers", "num_layers", 12, "layers", alias="num_hidden_layers"),
         Setting("decoder_layers", "num_decoder_layers", 12, "layers"),
-        Setting("encoder_attention_heads", "num_heads", 16),
+        Setting("encoder_attention_heads", "num_heads", 16, alias="num_attention_heads"),
         Setting("decoder_attention_heads", "decoder_num_heads", 16),
         Setting("encoder_ffn_dim", "d_ff", 4096),
         Setting("decoder_ffn_dim", "decoder_d_ff", 4096),
@@ -133,7 +133,7 @@ def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scal
         Kept(
             ("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding")
         ),
-        Kept(("extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers")),
+        Kept(("extra_pos_embeddings", "force_bos_token_to_be_generated")),
         Kept(("classif_dropout", "_num_labels", "output_past", "save_step", "replacing_rate")),
     )
 

@@ -219,9 +219,9 @@ DISTILBERT = Family(
     classes=classes("DistilBert"),
     settings=(
         Setting("vocab_size", "vocab_size", 30522),
-        Setting("dim", "d_model", 768),
-        Setting("n_layers", "num_layers", 6, "layers"),
-        Setting("n_heads", "num_heads", 12),
+        Setting("dim", "d_model", 768, alias="hidden_size"),
+        Setting("n_layers", "num_layers", 6, "layers", alias="num_hidden_layers"),
+        Setting("n_heads", "num_heads", 12, alias="num_attention_heads"),
         Setting("hidden_dim", "d_ff", 3072),
         Setting("dropout", "dropout", 0.1, "number"),
         Setting("attention_dropout", "attention_dropout", 0.1, "number"),

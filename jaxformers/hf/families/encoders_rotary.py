@@ -16,7 +16,7 @@ from jaxformers.hf.families.encoders import (
 )
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same, when
 from jaxformers.hf.rope_settings import Rotary, Windows
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Setting, Tied
+from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Older, Only, Setting, Tied
 
 M = "model.layers.{i}"
 
@@ -108,18 +108,31 @@ MODERNBERT = Family(
 )
 
 N = "nomic_bert.encoder.layers.{i}"
+NOMIC_OLDER = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "hidden_act",
+    "rotary_emb_base": "rope_theta",
+}
 # Nussbaum et al. 2024.
 NOMIC_BERT = Family(
     model_type="nomic_bert",
     shape="encoder",
     classes=classes("NomicBert"),
     settings=(
-        *sizes(
-            vocab_size=30528,
-            hidden_act="silu",
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+        Older(NOMIC_OLDER),
+        *(
+            setting
+            for setting in sizes(
+                vocab_size=30528, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+            if setting.key != "hidden_act"
         ),
+        Named("hidden_act", "activation", "silu", ACTIVATION_NAMES | {"swiglu": "silu"}),
         Setting("head_dim", "head_dim", None, optional=True),
         Fixed({"placement": "post", "final_norm": False, "embedding_norm": True, "gated": True}),
         Rotary(theta=1000.0, partial_key=None),
@@ -132,6 +145,9 @@ NOMIC_BERT = Family(
             sequence={"classifier.weight": POOLED},
             tokens={"classifier.weight": PER_TOKEN},
         ),
+        Only("rotary_emb_fraction", (1.0, 1), 1.0),
+        Only("scale_attn_weights", (True,), True),
+        Kept(("dense_seq_output", "max_trained_positions", "pad_vocab_size_multiple")),
         # Its class takes no null for the padding id.
         Kept((), {"max_position_embeddings": 2048, "pad_token_id": 0}),
     ),
@@ -165,6 +181,7 @@ EUROBERT = Family(
     shape="encoder",
     classes=classes("EuroBert"),
     settings=(
+        Older({"clf_pooling": "classifier_pooling"}),
         Setting("vocab_size", "vocab_size", 128256),
         Setting("hidden_size", "d_model", 768),
         Setting("num_hidden_layers", "num_layers", 12, "layers"),

@@ -1,0 +1,226 @@
+"""What lies where a checkpoint should be, and what to do about it.
+
+Other tools leave other files. An error that only says what is missing leaves people alone with
+them, so errors of loading end with what is said here.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxformers.hf.json_file import shorten
+
+MAX_NAMES = 2000  # that are looked at in a directory, and a tenth of it in each below
+
+
+class Kind(NamedTuple):
+    """Files of one kind: patterns of their names, and what to do about them."""
+
+    patterns: tuple[str, ...]
+    advice: str
+
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm"),
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json", "tekken.json"),
+)
+# The weights of a checkpoint, or what tells of them.
+WHOLE = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.th")
+# A file is of the first kind that has its name.
+KINDS = (
+    Kind(
+        (
+            *("adapter_config.json", "adapter_model.*", "adapter.*", "adapters.*"),
+            *("pytorch_adapter.bin", "pytorch_lora_weights.*", "*lora*.safetensors"),
+        ),
+        "An adapter has to be merged into its model, once: in peft, AutoPeftModelForCausalLM"
+        ".from_pretrained(directory).merge_and_unload().save_pretrained(other_directory). Pass "
+        "that directory.",
+    ),
+    Kind(
+        ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),
+        "GGUF is the format of llama.cpp, mostly with quantized weights. Pass the checkpoint that "
+        "it was made of. Without that, transformers converts it once: AutoModelForCausalLM"
+        ".from_pretrained(directory, gguf_file=name).save_pretrained(other_directory); compare "
+        "what both say of a text, since quantized weights are not the original ones.",
+    ),
+    Kind(
+        (
+            *("*.onnx", "*.onnx_data", "*.onnx.data", "*.ort", "*.tflite", "*.mlmodel", "*.pte"),
+            *("*.mlpackage", "*.mlpackage/*", "*.engine", "*.plan", "openvino_*.xml"),
+            *("openvino_*.bin", "*.neuron", "*.hef"),
+        ),
+        "An exported graph (ONNX, Core ML, TensorRT, OpenVINO and the like) names its weights no "
+        "more as the model does. Pass the checkpoint that it was exported from.",
+    ),
+    Kind(
+        ("model_index.json",),
+        "It is a pipeline of diffusers, of several models. Pass the directory within it that has "
+        "the language model, such as text_encoder.",
+    ),
+    Kind(
+        ("*zero_to_fp32.py", "global_step*", "*zero_pp_rank*", "*mp_rank_*", "bf16_zero_pp*"),
+        "They are parts of a training with DeepSpeed. Put them together with its script, python "
+        "zero_to_fp32.py . pytorch_model.bin, beside the model's config.json.",
+    ),
+    Kind(
+        ("*.distcp", "pytorch_model_fsdp*", "distributed_checkpoint*", ".metadata"),
+        "They are parts of a distributed training with PyTorch. Put them together once: accelerate "
+        "merge-weights directory other_directory.",
+    ),
+    Kind(
+        ("consolidated*.pth", "consolidated*.safetensors", "params.json"),
+        "It is the format of the model's authors. Pass the same model in the format of Hugging "
+        "Face, with config.json and model.safetensors; transformers has a script that converts "
+        "it (src/transformers/models/<family>/convert_*.py).",
+    ),
+    Kind(
+        ("*.ckpt.index", "*.ckpt.meta", "*.ckpt.data-*", "*.ckpt-*", "saved_model.pb", "*.keras"),
+        "They are of TensorFlow, which is not read. transformers 4 has a script that converts the "
+        "first checkpoints of BERT and its kin (convert_*_original_tf_checkpoint_to_pytorch.py).",
+    ),
+    Kind(
+        ("*.msgpack", "*.h5", "*.hdf5"),
+        "Weights of Flax and TensorFlow are not read. transformers 4 converts them once: "
+        "from_pretrained(directory, from_flax=True) or from_tf=True, then "
+        "save_pretrained(directory).",
+    ),
+    Kind(
+        ("_CHECKPOINT_METADATA", "ocdbt.process_*", "orbax_checkpoint*"),
+        "They are of orbax, as trainings in JAX write them. jaxformers.load(directory) gives the "
+        "model of a training with OrbaxCheckpoints; other libraries have a way to export theirs.",
+    ),
+    Kind(
+        ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar", "*.nemo", "*.mar"),
+        "Unpack the archive, and pass the directory with config.json.",
+    ),
+    Kind(("*.npz", "*.npy"), "Arrays of NumPy are not read: nothing says what they are of."),
+    Kind(
+        PICKLES,
+        "A pickle is read only as pytorch_model.bin, or as shards with "
+        "pytorch_model.bin.index.json: rename the file, if it holds the tensors of the whole "
+        "model.",
+    ),
+    Kind(
+        ("*.safetensors",),
+        "A file of all weights must have the first of these names, shards need their index, and an "
+        "adapter has to be merged into its model.",
+    ),
+)
+NATIVE = "It is a file of jaxformers.save. Read it with jaxformers.load({path!r})."
+
+
+def describe_directory(directory: Path) -> str:
+    """Sentences about what is in a directory that is no checkpoint; "" if there is nothing."""
+    sentences = describe_names(list(_names(directory)))
+    adapter = directory / "adapter_config.json"
+    base = _text(adapter, "base_model_name_or_path")
+    return sentences + (f" Its model is {shorten(base)}." if base else "")
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Sentences about files by their names, which lie in one directory or one folder below it."""
+    advice: dict[str, list[str]] = {}
+    for name in names:
+        kind = next((k for k in KINDS if any(fnmatch.fnmatch(name, p) for p in k.patterns)), None)
+        below = kind is not None and kind.patterns in (PICKLES, ("*.safetensors",)) and "/" in name
+        if kind is not None and not below:
+            advice.setdefault(kind.advice, []).append(name)
+    found = sorted({name for some in advice.values() for name in some})
+    sentences = [f"It has {list_names(found)}.", *advice] if found else []
+    if not found:
+        here = [name for name in names if "/" not in name]
+        texts = sorted(x for x in here if any(fnmatch.fnmatch(x, p) for p in TOKENIZER))
+        if texts:
+            sentences.append(
+                f"It has {list_names(texts)}: files of a tokenizer, without the model's weights."
+            )
+    return " ".join([*sentences, *_below(names)])
+
+
+def _below(names: Sequence[str]) -> Iterator[str]:
+    """What to say of folders that hold checkpoints."""
+    known = set(names)
+    folders = sorted({x.partition("/")[0] for x in names if x.count("/") == 1})
+    folders = [
+        x
+        for x in folders
+        if f"{x}/config.json" in known and any(f"{x}/{y}" in known for y in WHOLE)
+    ]
+    if folders:
+        last = max(folders, key=_step)
+        yield (
+            f"There are checkpoints in its folders {list_names(folders)}: pass one of those, such "
+            f"as {last}."
+        )
+    if any(x.startswith("snapshots/") for x in names) and "refs/" in names:
+        yield (
+            "It is an entry of the cache of huggingface_hub: pass the name of the model on the "
+            "hub, or the folder within snapshots."
+        )
+
+
+def _step(folder: str) -> int:
+    """The number of a folder such as checkpoint-500, of which the last is the newest."""
+    number = folder.rpartition("-")[2]
+    return int(number) if number.isdecimal() and len(number) < 12 else -1
+
+
+def describe_file(path: Path) -> str:
+    """Sentences about a file that was passed in place of a directory."""
+    with path.open("rb") as file:
+        if b'"jaxformers ' in file.read(4096):
+            return NATIVE.format(path=str(path))
+    if (path.parent / "config.json").is_file():
+        return f"That may be {str(path.parent)!r}."
+    kinds = (kind for kind in KINDS if any(fnmatch.fnmatch(path.name, p) for p in kind.patterns))
+    return next((kind.advice for kind in kinds), "")
+
+
+def describe_hub(name: str) -> str:
+    """Sentences about a repository of the hub that has no checkpoint; "" if it does not answer."""
+    try:
+        from huggingface_hub import list_repo_files
+
+        return describe_names(list_repo_files(name)[:MAX_NAMES])
+    except Exception:  # they have no class in common, and there is an error to be raised already
+        return ""
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first names of many."""
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(shorten(name) for name in names[:5]) or "none") + more
+
+
+def _names(directory: Path) -> Iterator[str]:
+    """The names in a directory and one folder below, those of folders with a slash at the end."""
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)[:MAX_NAMES]
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.name
+                continue
+            yield f"{entry.name}/"
+            inner = sorted(x.name for x in os.scandir(entry.path))[: MAX_NAMES // 10]
+            yield from (f"{entry.name}/{name}" for name in inner)
+    except OSError:
+        return  # what cannot be looked at is not described
+
+
+def _text(path: Path, key: str) -> str | None:
+    """An entry of a JSON file, if that is there, small, and the entry a string."""
+    try:
+        entries = json.loads(path.read_bytes()) if path.stat().st_size < 2**20 else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    value = entries.get(key) if isinstance(entries, dict) else None
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,93 @@
+"""The family of a checkpoint: what config.json calls it, or what its tensors show."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxformers.hf.families import FAMILIES
+from jaxformers.hf.family import Family
+from jaxformers.hf.files import TensorFiles
+from jaxformers.hf.json_file import shorten
+from jaxformers.hf.tensors import FileTensors
+
+KEY = "model_type"
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The table for a config.json.
+
+    Raises:
+        ValueError: if it names none of them.
+    """
+    name = config.get(KEY)
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    known = sorted(FAMILIES)
+    close = difflib.get_close_matches(str(name).lower().replace("_", "-")[:80], known, n=1)
+    named = _named_by_class(config)
+    hint = f" Did you mean {close[0]!r}?" if close and isinstance(name, str) else ""
+    if named and isinstance(config.get("architectures"), list):
+        hint = f' "architectures" names a class of {named[0]!r}: write {_entry(named[0])} if it is.'
+    raise ValueError(
+        f"config.json: {KEY} must be one of {', '.join(known)}, got {name!r:.80}.{hint}"
+    )
+
+
+def guess_family(
+    config: Mapping[str, Any], files: TensorFiles, fits: Callable[[Family], bool]
+) -> Family:
+    """The family of a checkpoint whose config.json has no `model_type`, if only one can be it.
+
+    That is the one whose class `architectures` names, or else the only one that fits.
+
+    Arguments:
+        config: the entries of config.json.
+        files: the tensors.
+        fits: whether a family understands these entries and calls for just these tensors.
+
+    Raises:
+        ValueError: if none or several can be it.
+    """
+    named = _named_by_class(config)
+    fitting = named or [x for x, y in FAMILIES.items() if _has_names(y, files) and fits(y)]
+    if len(fitting) == 1:
+        return FAMILIES[fitting[0]]
+    if not fitting:
+        raise ValueError(
+            f"config.json has no {KEY}, and the tensors of {files.directory}, such as "
+            f"{', '.join(map(shorten, files.names[:3]))}, are with these settings not those of one "
+            f"family. If it is one of {', '.join(sorted(FAMILIES))}, add the entry, such as "
+            f"{_entry('llama')}; what does not fit is told then."
+        )
+    raise ValueError(
+        f"config.json has no {KEY}, and its settings and tensors could be those of "
+        f"{', '.join(fitting)}. Add the one that it is, such as {_entry(fitting[0])}."
+    )
+
+
+def _entry(name: str) -> str:
+    return f'"{KEY}": "{name}"'
+
+
+def _named_by_class(config: Mapping[str, Any]) -> list[str]:
+    """The families that have a class of `architectures`."""
+    names = config.get("architectures")
+    names = [x for x in names if isinstance(x, str)] if isinstance(names, list) else []
+    return [name for name, family in FAMILIES.items() if set(_classes(family)) & set(names)]
+
+
+def _classes(family: Family) -> list[str]:
+    """The family's classes, with those that transformers has for further tasks."""
+    base = family.classes.get("base", "").removesuffix("Model")
+    return [*family.classes.values(), *(f"{base}For{task}" for task in TASKS if base)]
+
+
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+
+
+def _has_names(family: Family, files: TensorFiles) -> bool:
+    """Whether the family's table has all names: a quick look before settings are read."""
+    try:
+        return not FileTensors(family, files).unknown
+    except ValueError:
+        return False
