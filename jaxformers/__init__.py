@@ -2,7 +2,7 @@
 
 from jaxformers import data
 from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
-from jaxformers.checkpoint import Checkpoints, OrbaxCheckpoints, digest, load, save
+from jaxformers.checkpoint import Checkpoints, KeepBest, OrbaxCheckpoints, digest, load, save
 from jaxformers.compilation_cache import keep_compiled_programs
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding

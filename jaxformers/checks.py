@@ -9,14 +9,15 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PRNGKeyArray
 
+from jaxformers.elsewhere import OPTIONS, Names
 from jaxformers.ids import as_ids
 from jaxformers.paths import path_name
 
@@ -107,49 +108,11 @@ def check_nonnegative(**values: Any) -> None:
             )
 
 
-# What the options are called in Hugging Face's and PyTorch's libraries.
-ELSEWHERE = {
-    "input_ids": ("tokens", "src"),
-    "attention_mask": ("padding_mask", "src_padding_mask"),
-    "src_key_padding_mask": ("padding_mask", "src_padding_mask"),
-    "tgt_key_padding_mask": ("tgt_padding_mask",),
-    "decoder_input_ids": ("tgt",),
-    "decoder_attention_mask": ("tgt_padding_mask",),
-    "labels": ("targets",),
-    "position_ids": ("positions",),
-    "token_type_ids": ("token_types",),
-    "past_key_values": ("cache",),
-    "max_length": ("max_new_tokens",),
-    "max_tokens": ("max_new_tokens", "max_length"),
-    "do_sample": ("key",),
-    "seed": ("key",),
-    "rng": ("key",),
-    "decoder_start_token_id": ("start_token",),
-    "eos_token_id": ("end_token",),
-    "pad_token_id": ("pad_token",),
-    "bad_words_ids": ("bad_words",),
-    "forced_bos_token_id": ("forced_first_token",),
-    "forced_eos_token_id": ("forced_last_token",),
-    "logits_processor": ("logits_fn",),
-    "assistant_model": ("draft_model",),
-    "prompt_lookup_num_tokens": ("prompt_lookup",),
-    "hidden_size": ("d_model",),
-    "intermediate_size": ("d_ff",),
-    "dim_feedforward": ("d_ff",),
-    "nhead": ("num_heads",),
-    "num_attention_heads": ("num_heads",),
-    "num_key_value_heads": ("num_kv_heads",),
-    "num_hidden_layers": ("num_layers",),
-    "max_position_embeddings": ("max_seq_length",),
-    "tie_word_embeddings": ("tie_embeddings",),
-}
-
-
 def check_options(
     given: Iterable[str],
     known: Iterable[str],
     where: str,
-    elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE,
+    elsewhere: Names = OPTIONS,
     kind: str = "option",
     advice: str = "",
 ) -> None:
@@ -158,18 +121,18 @@ def check_options(
     Arguments:
         given, known: the names.
         where: what has them, for the error.
-        elsewhere: what known names are called in other libraries.
+        elsewhere: a table of `jaxformers.elsewhere`.
         kind: what they are the names of, for the error.
         advice: a sentence for the error.
     """
     known = sorted(known)
-    unknown = [name for name in given if name not in known]
+    unknown = [str(name) for name in given if name not in known]
     if not unknown:
         return
-    meant = {name: " or ".join(map(repr, _meant(name, known, elsewhere))) for name in unknown}
-    hints = [f"{here} for {name!r}" for name, here in meant.items() if here]
+    meant = {name: _meant(name, known, elsewhere) for name in unknown}
+    hints = [f"{here!r} for {name!r}" for name, here in meant.items() if here]
     if len(unknown) == 1:
-        hints = [here for here in meant.values() if here]
+        hints = [repr(here) for here in meant.values() if here]
     hint = f" Did you mean {', '.join(hints)}?" if hints else ""
     raise OptionError(
         f"{where} has no {kind} {', '.join(map(repr, unknown))}.{hint}{advice and ' '}{advice} Its "
@@ -177,19 +140,30 @@ def check_options(
     )
 
 
-def _meant(name: str, known: list[str], elsewhere: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The names that are meant by one from elsewhere, or by a misspelled one."""
-    if name in elsewhere:
-        return [here for here in elsewhere[name] if here in known] or [*elsewhere[name]]
-    close = difflib.get_close_matches(name, {*known, *elsewhere}, n=1)
-    return close if not close or close[0] in known else _meant(close[0], known, elsewhere)
+def _meant(name: str, known: list[str], elsewhere: Names) -> str | None:
+    """Returns the known name that one from elsewhere or a misspelled one means, or None."""
+    meant = {
+        there: next((x for x in here if x in known), None) for there, here in elsewhere.items()
+    }
+    meant |= {x: x for x in known}
+    if name not in meant:
+        # There are many names elsewhere: one is misspelled only if it is very near.
+        there = [x for x, here in meant.items() if here and x not in known]
+        near = difflib.get_close_matches(name, there, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(name, [*known, *near], n=1)
+        name = close[0] if close else name
+    return meant.get(name)
 
 
-def explain_options(
-    function: Callable[P, R], elsewhere: Mapping[str, tuple[str, ...]] = ELSEWHERE
-) -> Callable[P, R]:
+def explain_options(function: Callable[P, R], elsewhere: Names = OPTIONS) -> Callable[P, R]:
     """Decorates a function, so that an error explains an argument that it does not have."""
-    known = set(inspect.signature(function).parameters) - {"self"}
+    known = set()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # **options: Unpack[Options]
+            (options,) = get_args(parameter.annotation)
+            known |= options.__annotations__.keys()
+        elif name != "self":
+            known.add(name)
 
     @functools.wraps(function)
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -295,16 +269,20 @@ def check_same_batch(**arrays: Any) -> None:
 
 def check_usable(**trees: Any) -> None:
     """Raises if an array in one of the trees was donated, and so written over."""
-    for name, tree in trees.items():
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(x, jax.Array) and is_known(x) and x.is_deleted():
-                place = ".".join(filter(None, (name, path_name(path))))
-                raise ValueError(
-                    f"{place} was donated to an earlier step, which wrote its result over it: use "
-                    "the model and the state that the step returned. fit leaves the model that it "
-                    "is given as it is; give train_step a copy if the old one is needed: "
-                    "jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)."
-                )
+    if not any(_is_deleted(x) for x in jax.tree.leaves(trees)):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    place = next(path_name(path) for path, x in leaves if _is_deleted(x))
+    raise ValueError(
+        f"{place} was donated to an earlier step, which wrote its result over it: use the model "
+        "and the state that the step returned. fit leaves the model that it is given as it is; "
+        "give train_step a copy if the old one is needed: "
+        "jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)."
+    )
+
+
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_known(x) and x.is_deleted()
 
 
 def _is_number(x: Any) -> bool:

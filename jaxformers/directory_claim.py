@@ -33,7 +33,7 @@ class Claim:
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / f"{LOCK}.{os.getpid()}.tmp"
             probe.write_bytes(b"0")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # who has the directory may have cleaned it meanwhile
             descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OSError(

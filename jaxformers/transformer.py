@@ -356,6 +356,7 @@ class Transformer(eqx.Module):
         """
         save(self, path, max_shard_bytes)
 
+    @explain_options
     def generate(
         self,
         src: Tokens,
@@ -403,6 +404,7 @@ class Transformer(eqx.Module):
             options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
+    @explain_options
     def stream(
         self,
         src: Tokens,

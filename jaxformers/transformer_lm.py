@@ -231,6 +231,7 @@ class TransformerLM(eqx.Module):
         """
         save(self, path, max_shard_bytes)
 
+    @explain_options
     def generate(
         self,
         prompt: Tokens,
@@ -285,6 +286,7 @@ class TransformerLM(eqx.Module):
             options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
         )
 
+    @explain_options
     def stream(
         self,
         prompt: Tokens,

@@ -467,6 +467,18 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
     assert not [name for name in files(tmp_path) if name.endswith("tmp")]
 
 
+def test_who_has_a_directory_may_clean_it_meanwhile(tmp_path, monkeypatch):
+    """A second process tries whether it can write just when the first one removes such files."""
+    write = Path.write_bytes
+
+    def write_and_lose(path, data):
+        write(path, data)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "write_bytes", write_and_lose)
+    assert Checkpoints(tmp_path).steps() == []
+
+
 def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     kept = ["mine.tmp", "step-000000001.safetensors.x.tmp", "step-1.safetensors.7.8.tmp"]
     for name in [*kept, "step-000000001.safetensors.7.8.tmp"]:

@@ -744,6 +744,14 @@ def test_names_that_arguments_have_elsewhere(no_shape_checker):
         (lambda **x: lm.score(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
         (lambda **x: lm.forward(TOKENS, **x), {"past_key_values": None}, "cache"),
         (lambda **x: lm.generate(TOKENS, 2, **x), {"attention_mask": real}, "padding_mask"),
+        (lambda **x: lm.generate(TOKENS, **x), {"max_length": 5}, "max_new_tokens"),
+        (lambda **x: seq2seq.generate(SOURCE, 2, **x), {"padding_mask": real}, "src_padding_mask"),
+        (
+            lambda **x: seq2seq.generate(SOURCE, 2, **x),
+            {"attention_mask": real},
+            "src_padding_mask",
+        ),
+        (lambda **x: seq2seq.generate(SOURCE, **x), {"max_new_tokens": 2}, "max_length"),
         (lambda **x: lm.generate(TOKENS, 2, **x), {"eos_token_id": 2}, "end_token"),
         (lambda **x: lm.generate(TOKENS, 2, **x), {"do_sample": True}, "key"),
         (lambda **x: next(lm.stream(TOKENS, 2, **x)), {"pad_token_id": 2}, "pad_token"),
@@ -754,6 +762,7 @@ def test_names_that_arguments_have_elsewhere(no_shape_checker):
         (lambda **x: encoder(TOKENS, **x), {"token_type_ids": TOKENS}, "token_types"),
         (lambda **x: encoder.embed(TOKENS, **x), {"attention_mask": real}, "padding_mask"),
         (lambda **x: TransformerLM(VOCAB, **x), {"num_attention_heads": 2}, "num_heads"),
+        (lambda **x: lm(TOKENS, **x), {"pad_mask": real}, "padding_mask"),
     ]:
         for error in (ValueError, TypeError):
             name = next(iter(given))

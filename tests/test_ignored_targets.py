@@ -1,5 +1,6 @@
 """Targets that do not count, -100, and ids that do not exist: the same wherever they are given."""
 
+from collections import UserDict
 from functools import partial
 
 import equinox as eqx
@@ -24,6 +25,7 @@ from jaxformers import (
     train_step,
 )
 from jaxformers.training import count_targets, objectives
+from jaxformers.training.step import _train_step
 
 # Users hand in NumPy's arrays as well.
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
@@ -146,6 +148,45 @@ def test_parts_of_a_batch_are_weighed_by_what_counts():
         np.testing.assert_allclose(other[2], whole[2], rtol=1e-6)
         for a, b in zip(jax.tree.leaves(other[1]), jax.tree.leaves(whole[1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_labels_of_a_loss_of_ones_own_are_counted():
+    """By their rows, the parts of an accumulated batch would have other weights than its mean."""
+    labels = with_ignored()
+    assert count_targets({"input_ids": TEXT[:, :-1], "labels": labels}) == COUNTED.sum() == 10
+    assert count_targets({"x": TEXT[:, :-1], "labels": TEXT[:, 0]}) == B
+    assert count_targets({"labels": labels, "targets": TEXT, "x": TEXT}) == TEXT.size
+    assert count_targets({"x": TEXT[:, :-1], "labels": None}) == B
+
+
+@pytest.mark.parametrize("kind", ["torch", "lists", "mapping"])
+def test_a_step_takes_the_arrays_that_fit_takes(kind):
+    batch = language_batch(targets=with_ignored())
+    if kind == "torch":
+        torch = pytest.importorskip("torch", reason="its tensors are given")
+        given = {name: torch.tensor(x) for name, x in batch.items()}
+    else:
+        given = {name: x.tolist() for name, x in batch.items()}
+        given = given if kind == "lists" else UserDict(batch)
+
+    def step(batch):
+        model, optimizer = language_model(), AdamW(1e-2)
+        return train_step(
+            model,
+            optimizer.init(model),
+            batch,
+            optimizer=optimizer,
+            loss=language_model_loss,
+            key=KEY,
+            accumulate=2,
+        )
+
+    expected = step(batch)
+    compiled = _train_step._cached._cache_size()
+    assert jax.tree.all(jax.tree.map(np.array_equal, step(given), expected))
+    assert _train_step._cached._cache_size() == compiled  # numbers are no constants
+    with pytest.raises(ValueError, match="targets must be ids from 0 to 16 .* got 40"):
+        step(given | {"targets": np.where(COUNTED, 40, -100).tolist()})
 
 
 def test_if_nothing_counts_nothing_is_learned():

@@ -226,6 +226,26 @@ def test_the_last_save_must_succeed(tmp_path, full_disk):
     assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
 
 
+def test_the_last_save_must_begin(tmp_path, monkeypatch):
+    """It fails at once where the directory is gone, and not only in the background."""
+    save = Checkpoints.save
+
+    def fail(self, training, step):
+        if step == 6:
+            raise FileNotFoundError(2, "No such file or directory")
+        save(self, training, step)
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with (
+        pytest.warns(UserWarning, match="a checkpoint is missing"),
+        pytest.raises(FileNotFoundError, match="No such file") as error,
+    ):
+        small_run(tmp_path)
+    assert "could not be saved" in error.value.__notes__[0] and error.value.training.step == 6
+    monkeypatch.undo()
+    assert same(small_run(tmp_path), small_run(tmp_path / "whole"))
+
+
 def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
     small_run(tmp_path)
 

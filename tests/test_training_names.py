@@ -20,7 +20,7 @@ from jaxformers import (
     train_step,
 )
 from jaxformers.checks import OptionError, explain_options
-from jaxformers.training import names
+from jaxformers.elsewhere import ARGUMENTS, ARRAYS
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 KEY = jax.random.key(3)
@@ -109,6 +109,9 @@ REST = {"loss": language_model_loss, "key": KEY}
         (fit, "checkpoints", "checkpoint"),
         (fit, "lr", "optimizer"),
         (fit, "calback", "callbacks"),
+        (fit, "gradient_clip", "optimizer"),
+        (fit, "warmup_steps", "optimizer"),
+        (fit, "shuffle", "batches"),
         (train_step, "acumulate", "accumulate"),
         (train_step, "opt_state", "state"),
         (train_step, "rng", "key"),
@@ -130,13 +133,25 @@ def test_an_argument_that_nobody_means():
         fit(language_model(), AdamW(1e-3), [], steps=1, **REST, zzz=3)
 
 
+@pytest.mark.parametrize("given", ["gradient_noise", "device", "warm_restarts"])
+def test_what_is_not_near_is_not_suggested(given):
+    """Such as accumulate, since elsewhere that is called gradient_accumulation."""
+    with pytest.raises(OptionError, match=f"fit has no option '{given}'. Its options are"):
+        fit(**{given: 3})
+
+
+def test_arrays_without_a_name_are_no_crash():
+    with pytest.raises(OptionError, match="a language model has no array '1'. Its arrays are"):
+        language_model_loss(language_model(), {1: IDS, "tokens": IDS})
+
+
 def test_every_suggestion_exists():
     functions = fit, train_step, evaluate
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    assert {name for here in names.ARGUMENTS.values() for name in here} == known
+    assert {name for here in ARGUMENTS.values() for name in here} == known
     arrays = "tokens targets padding_mask loss_mask positions segment_ids token_types"
     arrays += " src tgt src_padding_mask tgt_padding_mask"
-    assert {name for here in names.ARRAYS.values() for name in here} == set(arrays.split())
+    assert {name for here in ARRAYS.values() for name in here} == set(arrays.split())
 
 
 def test_a_function_that_suggests_names_is_as_before():

@@ -55,9 +55,9 @@ def with_row(i, row):
 @pytest.mark.parametrize(
     ("batches", "options", "kind", "note"),
     [
-        (lambda: generated(3), {}, OSError, "batch 3 raised when it was fetched"),
-        (exhausted, {}, RuntimeError, "batch 3 raised when it was fetched"),
-        (Indexed, {}, KeyError, "batch 3 raised when it was fetched"),
+        (lambda: generated(3), {}, OSError, "Batch 3 raised this error when it was fetched"),
+        (exhausted, {}, RuntimeError, "Batch 3 raised this error when it was fetched"),
+        (Indexed, {}, KeyError, "Batch 3 raised this error when it was fetched"),
         (lambda: with_row(3, [1, 2]), {}, ValueError, "state after step 3"),
         (
             lambda: with_row(3, {name: x[:3] for name, x in BATCHES[3].items()}),

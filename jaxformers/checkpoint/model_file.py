@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,12 @@ class SavedState(dict[str, Any]):
         self.model = model
 
 
-def write_object(path: Path, x: Any) -> None:
-    """Write a file under another name, and give it its own when it is safe on the disk."""
-    texts = {"format": _FORMAT}
+def write_object(path: Path, x: Any, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a file under another name, and give it its own when it is safe on the disk.
+
+    Notes are numbers and text that the file has beside the object; see `read_notes`.
+    """
+    texts = {"format": _FORMAT} | ({} if notes is None else {"notes": json.dumps(dict(notes))})
     if isinstance(x, SavedState):
         x, texts["model"] = dict(x), x.model
     encoder = Encoder()
@@ -105,6 +108,16 @@ def write_object(path: Path, x: Any) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Returns the notes in a file of `write_object`, none if there are none.
+
+    Raises:
+        ValueError: if there is no file that can be read.
+    """
+    _, metadata = read_header_and_metadata(path)
+    return parse_json(metadata.get("notes", "{}").encode(), f"the notes in {path}")
 
 
 def _sync_directory(directory: Path) -> None:

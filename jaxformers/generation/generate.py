@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import SPARE, Cache
-from jaxformers.checks import check_options, check_size, is_known
+from jaxformers.checks import check_size, is_known
 from jaxformers.generation import checkpoint_settings
 from jaxformers.generation.beams import Beams, best_of, run_beams
 from jaxformers.generation.loop import State, advance_stream, run, start_stream
-from jaxformers.generation.plan import AllOptions, Plan, make_plan
+from jaxformers.generation.plan import Plan, make_plan
 from jaxformers.generation.prompts import (
     Prompt,
     Tokens,
@@ -87,7 +87,6 @@ def read_request(
 
     What they do not say of special tokens is as the model's checkpoint, its `origin`, says.
     """
-    check_options(options, AllOptions.__annotations__, "generate")
     check_size(max_new_tokens=max_new_tokens)
     max_new_tokens = int(max_new_tokens)
     if not isinstance(prompt, Prompt):

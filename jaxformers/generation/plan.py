@@ -236,7 +236,7 @@ def check_effect(key: Keys | None, max_new_tokens: int, options: dict[str, Any])
         given.remove("temperature")  # the default, which greedy decoding does not contradict
     if key is None and given:
         raise ValueError(
-            f"{' and '.join(given)} only matter when sampling, got no key, which means greedy "
+            f"{' and '.join(given)} can only matter when sampling, got no key, which means greedy "
             "decoding. Pass key=jax.random.key(0) to sample, or leave them out."
         )
     least = options.get("min_new_tokens")

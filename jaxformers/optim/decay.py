@@ -6,16 +6,16 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from jaxformers.optim.layout import default_layout
-from jaxformers.paths import path_name
+from jaxformers.optim.layout import default_layout, leaf_path
 
 
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
     """The model's tree with a bool for each leaf, True for weights, False for norms and biases.
 
     Weight decay applies where it is True: to inexact arrays of at least two axes (a layer's, where
-    layers are scanned) in a field named neither as a gain (`gain`) nor as a bias (`b`, `bq`,
-    `b_in`, `bias`; attention's have two axes, so axes alone do not tell).
+    layers are stacked) that belong to no norm, in a field named neither as a gain (`gain`, `scale`)
+    nor as a bias (`b`, `bq`, `b_in`, `bias`; attention's have two axes, so axes alone do not tell).
+    See `default_layout`.
 
     Arguments:
         model: any pytree.
@@ -28,7 +28,7 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
-        name = path_name(path)
+        name = leaf_path(model, path)
         embedding = any(word in name.lower() for word in ("embed", "position"))
         spared = embedding and not decay_embeddings
         return eqx.is_inexact_array(leaf) and default_layout(name, leaf).inputs > 0 and not spared

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxformers.checks import check_callable, check_positive
 from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
 from jaxformers.paths import path_name
 
@@ -125,7 +126,7 @@ class Groups(Optimizer):
         def owner(path: tuple, leaf: Any) -> int | None:
             if not eqx.is_inexact_array(leaf):
                 return None
-            seen = path_name(path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            seen = leaf_path(model, path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             holds = (i for i, predicate in enumerate(self.predicates) if predicate(*seen))
             return next(holds, len(self.predicates))
 

@@ -14,8 +14,8 @@ from jaxformers.checks import check_nonnegative, check_positive, is_known
 from jaxformers.layers import widened
 from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer
-from jaxformers.paths import path_name
 
 Moments = dict[str, Array]
 
@@ -100,7 +100,7 @@ class LeafwiseOptimizer(Optimizer):
         trained = eqx.filter(model, eqx.is_inexact_array)
         # A set of buffers for each leaf: a function that donates the state must not get one twice.
         moments = jax.tree_util.tree_map_with_path(
-            lambda path, p: self.moments(path_name(path), p), trained
+            lambda path, p: self.moments(leaf_path(trained, path), p), trained
         )
         return State(step=jnp.zeros((), jnp.int32), moments=moments)
 
@@ -129,7 +129,7 @@ class LeafwiseOptimizer(Optimizer):
         def change(path: tuple, p: Any, g: Any, moments: Any, decays: bool) -> tuple[Any, Any]:
             if g is None:
                 return p, moments
-            name = path_name(path)
+            name = leaf_path(model, path)
             self._check_moments(name, p, moments)
             wide, g = widened(p), g.astype(jnp.float32)
             step, moments = self.direction(name, wide.astype(jnp.float32), g, moments, state.step)

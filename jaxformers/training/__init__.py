@@ -3,11 +3,12 @@
 Read `objectives` (the losses of the three models, and what a batch is), `step` (gradients, then the
 optimiser, as one compiled program), `loop` (what is around it: resume, evaluation, curves).
 `run` is the state that the loop works on; `batches` brings them to the device; `evaluation`
-measures; `log` and `events` write figures down; `notices` are for whoever watches; `interrupt` ends
-a run between two steps; `names` knows what arguments and arrays are called elsewhere.
+measures; `log` and `events` write figures down; `notices` are for
+whoever watches; `interrupt` ends a run between two steps; `names` knows what arguments and arrays
+are called elsewhere.
 """
 
-from jaxformers.training.evaluation import evaluate
+from jaxformers.training.evaluation import MeanLoss, evaluate
 from jaxformers.training.loop import fit
 from jaxformers.training.objectives import (
     count_targets,

@@ -19,6 +19,25 @@ def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
     return jax.device_put(arrays, may_alias=False)  # a loader may write the next one over it
 
 
+def as_dict(batch: Any) -> Any:
+    """The batch of a step as a dict whose arrays JAX knows, if it is a mapping of any kind.
+
+    Tensors of torch and lists of numbers become NumPy's arrays; what else there is stays.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+
+    def known(x: Any) -> Any:
+        numbers = isinstance(x, list | tuple) and all(
+            isinstance(y, bool | int | float)
+            for y in jax.tree.leaves(x, is_leaf=lambda y: y is None)
+        )
+        foreign = hasattr(x, "__array__") and not isinstance(x, jax.Array | np.ndarray | np.generic)
+        return _as_array(x) if numbers or foreign else x
+
+    return {name: known(x) for name, x in batch.items()}
+
+
 def in_order(batches: Any) -> Iterator[Batch]:
     """What there is to evaluate on, once."""
     own = getattr(batches, "in_order", None)
@@ -32,7 +51,7 @@ class Feed:
         batches: anything with `batches[i]`, or an iterable; both start again at their end.
         position: the number of the first one that is wanted.
         prepare: function `(batch, name) -> arrays` that makes it ready for the device.
-        fetch: function that calls the one it is given; it raises `Stopped` once the run is to end.
+        fetch: function that calls the function it is given, or raises `Stopped` after a signal.
     """
 
     def __init__(
@@ -55,7 +74,7 @@ class Feed:
         self._iterator = None if by_index else self._iterate(position)
 
     def advance(self) -> bool:
-        """Make the next batch; False if there is none, or the run is to end."""
+        """Prepares the next batch. Returns False if there is none, or after a signal."""
         iterator = self._iterator
         try:
             batch = self._fetch(lambda: next(iterator) if iterator else self._at(self.position))
@@ -65,14 +84,14 @@ class Feed:
         except Stopped:
             return False
         except Exception as error:
-            error.add_note(f"This is what batch {self.position} raised when it was fetched.")
+            error.add_note(f"Batch {self.position} raised this error when it was fetched.")
             raise
         self.batch = self._prepare(batch, f"batch {self.position}")
         self.position += 1
         return True
 
     def close(self) -> None:
-        """Let go of an iterator, and so of its worker processes."""
+        """Closes the iterator, which ends the worker processes of a loader."""
         if self._iterator is not None:
             self._iterator.close()
 

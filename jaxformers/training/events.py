@@ -15,12 +15,12 @@ class Events:
 
     @classmethod
     def opened(cls, directory: Path, done: int) -> "Events | None":
-        """The file, or None without the package, or with one that does not work."""
+        """Returns the file, or None if the package is missing or fails."""
         try:
             return cls(directory, done)
         except ImportError:
             return None
-        except Exception as error:  # such as a TypeError of a protobuf that does not fit
+        except Exception as error:  # for instance a TypeError of an incompatible protobuf
             LOGGER.warning("There are no TensorBoard events: %r", error)
             return None
 

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM as a question that is answered between two steps.
+"""Ctrl-C and SIGTERM: a run saves its state and ends.
 
-Python runs the handler of a signal in the main thread, between two of its instructions. While that
-thread is in a loader, a compiler or a callback, this can take long. So a second thread, which the
-system wakes at once, saves what was reached, and has the main thread leave a loader that does not
-return.
+Python runs the handler of a signal in the main thread, between two instructions of the interpreter.
+The handler therefore waits while the main thread is inside a compiler or a loader written in C. A
+second thread is woken by the system at once. It saves the state, and it makes the main thread leave
+a loader that does not return.
 """
 
 import contextlib
@@ -19,31 +19,34 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
-PATIENCE = 2.0  # seconds that a loader has to return once a signal has come
-# Its handler interrupts a sleep or a wait of the main thread; without one, nothing happens at it.
-NUDGE = getattr(signal, "SIGURG", None)  # Windows has neither of the two
+PATIENCE = 2.0  # seconds in which a loader has to return after a signal
+# This signal interrupts a sleep or a wait of the main thread. Without a handler it does nothing.
+NUDGE = getattr(signal, "SIGURG", None)  # Windows has neither SIGURG nor SIGCHLD
 CHILD = getattr(signal, "SIGCHLD", None)
 
 
 class Stopped(BaseException):
-    """Leaves a loader after a signal; no `Exception`, which a loader may take for a failed read."""
+    """Is raised to leave a loader after a signal.
+
+    It is no `Exception`, because a loader may catch those and read again.
+    """
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C and SIGTERM set `asked`; a second one does what it did before.
+    """A context in which Ctrl-C and SIGTERM set `asked`. A second signal has its usual effect.
 
-    Only the main thread can listen to signals; elsewhere nothing is changed.
+    Only the main thread can handle signals. In other threads the context changes nothing.
 
     Arguments:
-        save: function that saves what was reached. The second thread calls it after a signal, at
-            once or as soon as the main thread is `elsewhere`.
+        save: a function that saves the state of the run. The second thread calls it after a signal,
+            while the main thread is in `foreign_code`.
     """
 
     def __init__(self, save: Callable[[], None]) -> None:
         self.asked: signal.Signals | None = None
         self._save = save
         self._before: dict[int, Any] = {}
-        self._state = threading.Lock()  # the main thread has it, except while it is elsewhere
+        self._state = threading.Lock()  # the main thread holds it, except in `foreign_code`
         self._state.acquire()
         self._error: Exception | None = None  # of saving in the second thread
         self._fetching = False
@@ -65,24 +68,24 @@ class Interrupt:
             self._watch = None
 
     @contextlib.contextmanager
-    def elsewhere(self) -> Iterator[None]:
-        """While it is entered, the main thread neither changes what `save` saves nor saves."""
+    def foreign_code(self) -> Iterator[None]:
+        """A context in which the main thread does not touch the state, so that `save` may run."""
         self._state.release()
         try:
             yield
         finally:
-            self._fetching = False  # even if `Stopped` came just before `fetch` was to say so
-            self._state.acquire()  # if it is being saved, wait for that
+            self._fetching = False  # `Stopped` may have been raised before `fetch` could set it
+            self._state.acquire()  # waits while the state is being saved
             error, self._error = self._error, None
             if error is not None:
                 raise error
 
     def fetch(self, get: Callable[[], Item]) -> Item:
-        """What a loader's function returns.
+        """Returns what `get`, a function of a loader, returns.
 
         Raises:
-            Stopped: if a signal came before or meanwhile. Whatever the loader raises then is due to
-                it: Ctrl-C in a terminal reaches the processes of a loader, too, and ends them.
+            Stopped: if a signal came before or during the call. An error of the loader is then a
+                consequence of the signal: Ctrl-C in a terminal also ends its worker processes.
         """
         if self.asked is None:
             try:
@@ -98,7 +101,7 @@ class Interrupt:
         raise Stopped
 
     def each(self, begin: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-        """The items of a loader, which a function begins to read, each by `fetch`."""
+        """Yields the items of the iterator that `begin` returns, each obtained by `fetch`."""
         iterator = self.fetch(begin)
         while True:
             try:
@@ -108,14 +111,14 @@ class Interrupt:
             yield item
 
     def pass_on(self) -> None:
-        """What SIGTERM was to do, once all is saved: end the program, unless others handle it."""
+        """Gives SIGTERM its usual effect: it ends the program, or the user's handler runs."""
         if self.asked == signal.SIGTERM:
             if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-                sys.exit(128 + signal.SIGTERM)  # as a shell counts it, but with all cleaned up
+                sys.exit(128 + signal.SIGTERM)  # the status that a shell reports, after cleaning up
             signal.raise_signal(signal.SIGTERM)
 
     def forget(self) -> None:
-        """In a forked child, such as a loader's worker: signals do what they did before."""
+        """Restores the usual effect of signals in a forked child, such as a loader's worker."""
         with contextlib.suppress(ValueError):
             self._restore(*self._before)
             if self._watch is not None:
@@ -140,18 +143,18 @@ class Interrupt:
     def _restore(self, *numbers: int) -> None:
         for number in numbers:
             if number in self._before:
-                # None is a handler that was not set from Python: there is no way to bring it back.
+                # None is a handler that was not set from Python, and cannot be restored.
                 before = self._before.pop(number)
                 signal.signal(number, signal.SIG_DFL if before is None else before)
 
-    # What the second thread does.
+    # The second thread calls these two.
 
     def _rescue(self) -> None:
         if self._state.acquire(blocking=False):
             try:
                 self._save()
             except Exception as error:
-                self._error = error  # for the main thread
+                self._error = error  # the main thread raises it
             finally:
                 self._state.release()
 
@@ -167,22 +170,23 @@ class _Watch:
     """The second thread. The system writes the number of each signal to a socket that it reads.
 
     Arguments:
-        rescue: called at once when one of `SIGNALS` comes.
-        insist: called every `PATIENCE` seconds after that.
+        rescue: is called at once when one of `SIGNALS` comes.
+        insist: is called every `PATIENCE` seconds after that.
     """
 
     def __init__(self, rescue: Callable[[], None], insist: Callable[[], None]):
         self._rescue, self._insist = rescue, insist
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
-        # What others, such as a loop of asyncio, have to be told, too; -1 if there are none.
+        # The file descriptor that was set before, for instance by a loop of asyncio, or -1.
         self.others = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def end(self) -> None:
         signal.set_wakeup_fd(self.others)
-        self._mouth.send(b"\0")  # no signal has this number; forked children keep it open
+        # No signal has the number 0. Closing is not enough, since forked children have copies.
+        self._mouth.send(b"\0")
         self._thread.join()
         self._ear.close()
         self._mouth.close()
@@ -217,7 +221,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _without_errors(handler: Callable[..., Any]) -> Callable[..., None]:
-    """A handler of SIGCHLD; torch's raises an error, wherever the main thread is."""
+    """Returns the handler of a signal without its errors.
+
+    PyTorch's handler of SIGCHLD raises one when a worker has ended, wherever the main thread is.
+    """
 
     def quiet(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):

@@ -17,7 +17,7 @@ from jaxformers.training.events import Events
 from jaxformers.training.notices import LOGGER, warn_and_go_on
 
 FILE_NAME = "metrics.jsonl"
-REPORTED = "reported"  # a file with the last step whose evaluation and callbacks were completed
+REPORTED = "reported"  # this file has the last step with a complete evaluation and callbacks
 REFRESH = 1.0  # seconds over which the speed is taken
 SMOOTHING = 0.95  # of the loss it shows
 
@@ -32,10 +32,10 @@ class Log:
         done: the steps made before.
         steps: those there will be in all.
         progress: whether to show a progress bar, on standard error, if tqdm is installed.
-        due: whether step `done` is one to report on. `due` of the log says whether the run before
-            did not come to the end of that: its evaluation, if there is a line of it, is dropped.
+        due: whether an evaluation and callbacks follow step `done`. The attribute `due` says
+            whether they are missing; a line of such an evaluation is dropped.
 
-    `metrics` are the figures of step `done`, as far as they are known.
+    The attribute `metrics` has the figures of step `done` that are in the log.
 
     Raises:
         ValueError: if the directory cannot be written.
@@ -57,7 +57,7 @@ class Log:
             self._reported = Path(directory, REPORTED)
             before = _read_step(self._reported)
             self.due = due and before < done
-            if before > done:  # steps that are made again are reported on again
+            if before > done:  # later steps, and their evaluations, are made again
                 self.reported(done)
             self._file = _File(Path(directory), done, self.due)
             self.metrics = self._file.last
@@ -79,27 +79,27 @@ class Log:
             self._each("say", text)
 
     def tell(self, text: str) -> None:
-        """Say it where it is seen, with or without a bar. It is no warning: nothing is wrong."""
+        """Shows a line above the progress bar, or logs it. Nothing is wrong, so nothing warns."""
         if self._bar is not None:
             self._each("say", text)
-        else:  # Python shows this level on standard error where nobody has set up `logging`
+        else:  # without any setup of `logging`, Python shows this level on standard error
             LOGGER.warning(text)
 
     def warn(self, text: str) -> None:
-        """Say what the caller has to know of, above the bar or as a warning."""
+        """Shows a line above the progress bar, or warns."""
         if self._bar is not None:
             self._each("say", text)
         else:
             warn_and_go_on(text, 5)
 
     def compiling(self) -> None:
-        """Say that the first step takes longer."""
+        """Shows that the first step is being compiled."""
         self._each("compiling")
 
     def reported(self, step: int) -> None:
-        """Remember that the evaluation and the callbacks of a step are complete."""
+        """Records that the evaluation and the callbacks after a step are complete."""
         if self._reported is not None:
-            with contextlib.suppress(OSError):  # then they are called again if the run is resumed
+            with contextlib.suppress(OSError):  # a resumed run then does them again
                 self._reported.write_text(f"{step}\n")
 
     def _each(self, what: str, *args: Any) -> None:
@@ -153,7 +153,7 @@ class _File:
     Arguments:
         directory: where it is.
         done: the last step whose lines are kept.
-        again: whether that step is evaluated again, so that its line of that is not kept.
+        again: whether the evaluation after that step is made again, so that its line is dropped.
     """
 
     name = FILE_NAME
@@ -213,7 +213,7 @@ class _Bar:
 
     @classmethod
     def opened(cls, done: int, steps: int) -> "_Bar | None":
-        """A bar, or None where it cannot be had: a run is worth more."""
+        """Returns a bar, or None if tqdm is missing or fails."""
         try:
             return cls(done, steps)
         except ImportError:
@@ -258,10 +258,10 @@ class _Bar:
             f"{skipped:.0f} skipped" if skipped else "",
         ]
         self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
-        if self.first:  # counts as made before, so that it is not part of tqdm's rate either
+        if self.first:  # as if it had been made before, so that tqdm's rate leaves it out
             self.first = False
             self.bar.n = self.bar.initial = self.bar.last_print_n = self.bar.n + 1
-            self.bar.unpause()  # its clock starts here
+            self.bar.unpause()  # starts its clock
             self.bar.refresh()
         else:
             self.bar.update(1)
@@ -297,7 +297,7 @@ def _can_show() -> bool:
 
 
 def _read_step(path: Path) -> int:
-    """The step in a file; -1 if there is none."""
+    """Returns the step in a file, or -1 if there is none."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -305,7 +305,7 @@ def _read_step(path: Path) -> int:
 
 
 def _figures(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The figures of the lines of one step; None there was not finite."""
+    """Returns the figures in the lines of one step. None in a line was not finite."""
     found = {name: math.nan if x is None else x for row in rows for name, x in row.items()}
     found.pop("step", None)
     return {name: float(x) for name, x in found.items() if isinstance(x, int | float)}

@@ -36,6 +36,7 @@ def fit(
     eval_batches: Any = None,
     eval_loss: Loss | None = None,
     eval_every: int = 500,
+    eval_weights: Callable[[Any, Any], Any] | None = None,
     checkpoint: Any = None,
     callbacks: Sequence[Callable[[Report], Any]] = (),
     log: Any = None,
@@ -74,12 +75,18 @@ def fit(
         steps: how many there are to be in all, those of the runs before included.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
         eval_batches: what to evaluate on: a source of `jaxformers.data`, or a list of batches.
-        eval_loss: what to evaluate, in the type of the weights; None is `loss`.
+        eval_loss: what to evaluate, in the type of the weights; None is `loss`. The cross-entropy
+            in it is evaluated, too.
         eval_every: steps between evaluations, and calls of the callbacks; both also at the end.
+        eval_weights: function `(weights, optimizer_state) -> weights`, which gives those that are
+            evaluated and handed to the callbacks in place of the trained ones. Weights are the
+            model without what is no floating-point array. None is `optimizer.averaged`: an average,
+            if the optimiser keeps one. For schedule-free optimisers of optax it is
+            `lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights)`.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
             `OrbaxCheckpoints`; None is nowhere.
         callbacks: functions called with a `Report`; training ends early if one returns True. What
-            they remember themselves is not resumed.
+            they remember themselves is not resumed; `KeepBest` has it in its file.
         log: directory for `metrics.jsonl`, a line for each step, and for TensorBoard's events if
             that package is installed; None is the checkpoints' directory, if there is one. Lines
             there of steps that are made now, all of them without a checkpoint, are replaced.
@@ -120,10 +127,7 @@ def fit(
         3
     """
     check_size(steps=steps, eval_every=eval_every)
-    if not isinstance(callbacks, Sequence):
-        raise ValueError(f"callbacks must be a list of functions, got {callbacks!r}. Pass [it].")
-    check_callable(**{f"callbacks[{i}]": callback for i, callback in enumerate(callbacks)})
-    _check_pieces(bad_steps, checkpoint, eval_batches)
+    _check_pieces(callbacks, eval_weights, bad_steps, checkpoint, eval_batches)
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
@@ -131,14 +135,13 @@ def fit(
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # if the caller does not hold it either, its memory is free
     done = int(training.step)
-    evaluation = Evaluation(eval_batches, eval_loss, count, callbacks)
+    evaluation = Evaluation(eval_batches, eval_loss, count, callbacks, eval_weights)
     due = evaluation.wanted and done > 0 and (done == steps or done % eval_every == 0)
     with Log(_log(log, checkpoint), done, steps, progress, due) as writer:
         run = Run(training, gradients, optimizer, bad_steps, evaluation, checkpoint, writer)
         del training
         if done:
-            what = "going on" if done < steps else f"nothing is left of {steps} steps to make"
-            writer.tell(f"{what}: {checkpoint.directory} is at step {done}")
+            writer.tell(_progress_of(checkpoint, done, steps))
         with Interrupt(_saver(run)) as interrupt:
             feed = Feed(
                 batches,
@@ -156,8 +159,7 @@ def fit(
         if interrupt.asked is not None and run.step < steps:
             writer.warn(f"{interrupt.asked.name}: stopped after step {run.step} of {steps}")
         elif feed.ended:
-            text = f"training ends after {run.step} steps: there are no more batches."
-            warn_and_go_on(text, 4)
+            warn_and_go_on(f"training ends after {run.step} steps: there are no more batches.", 4)
     try:
         interrupt.pass_on()
     except BaseException as end:
@@ -167,14 +169,14 @@ def fit(
 
 
 def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrupt) -> None:
-    """All the steps that are left."""
+    """Makes the steps that are left, with the evaluations and checkpoints between them."""
     save_every = steps if run.checkpoint is None else run.checkpoint.every
 
     def advance_feed() -> bool:
-        with interrupt.elsewhere():
+        with interrupt.foreign_code():
             return run.step < steps and feed.advance()
 
-    # First what a run before had still to do after its last step.
+    # The run before may have ended before the evaluation that followed its last step.
     more = not (_agreed(run.log.due) and run.report(interrupt)) and advance_feed()
     while more:
         run.advance(feed.batch)
@@ -183,20 +185,25 @@ def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrup
         save = not more or run.step % save_every == 0
         run.read(0 if report or save else IN_FLIGHT)
         if save:
-            run.save()  # before an evaluation, which may take long
+            run.save()  # before the evaluation, which may take long
         if report and run.report(interrupt):
             more = False
         more = more and interrupt.asked is None
     run.finish()
 
 
+def _progress_of(checkpoint: Any, done: int, steps: int) -> str:
+    what = "going on" if done < steps else f"nothing is left of {steps} steps to make"
+    return f"{what}: {checkpoint.directory} is at step {done}"
+
+
 def _saver(run: Run) -> Callable[[], None]:
-    """What saves a run after a signal: hosts cannot save apart from each other."""
+    """Returns the function that saves a run after a signal. Hosts cannot save independently."""
     return run.save if jax.process_count() == 1 else lambda: None
 
 
 def _agreed(due: bool) -> bool:
-    """What the first of many hosts, which has the log, says of it."""
+    """Returns what the first of many hosts says, which has the log."""
     if jax.process_count() == 1:
         return due
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
@@ -237,7 +244,14 @@ def _log(log: Any, checkpoint: Any) -> Any:
     return checkpoint.directory
 
 
-def _check_pieces(bad_steps: Any, checkpoint: Any, eval_batches: Any) -> None:
+def _check_pieces(
+    callbacks: Any, eval_weights: Any, bad_steps: Any, checkpoint: Any, eval_batches: Any
+) -> None:
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks must be a list of functions, got {callbacks!r}. Pass [it].")
+    check_callable(**{f"callbacks[{i}]": callback for i, callback in enumerate(callbacks)})
+    if eval_weights is not None:
+        check_callable(eval_weights=eval_weights)
     if not isinstance(bad_steps, BadSteps):
         raise ValueError(f"bad_steps must be BadSteps(allowed=...), got {bad_steps!r}.")
     if checkpoint is not None and not hasattr(checkpoint, "restore"):
@@ -258,7 +272,7 @@ def _check_pieces(bad_steps: Any, checkpoint: Any, eval_batches: Any) -> None:
 
 
 def _check_first(eval_batches: Any, loss: Loss, model: Any) -> None:
-    """What is wrong with batches to evaluate on is known before the first step."""
+    """Checks the first batch to evaluate on, so that an error comes before the first step."""
     if eval_batches is not None:
         first = next(in_order(eval_batches), None)
         if first is None:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on."""
+"""Messages about a run that goes on."""
 
 import logging
 import warnings
@@ -7,7 +7,7 @@ LOGGER = logging.getLogger("jaxformers.training")
 
 
 def warn_and_go_on(text: str, level: int) -> None:
-    """Warn; where warnings are errors, log it: a run must not end by saying that it goes on."""
+    """Warns, or logs the text if warnings are errors, since the run must not end here."""
     try:
         warnings.warn(text, stacklevel=level)
     except UserWarning:

@@ -31,10 +31,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_options, check_tokens, is_known
+from jaxformers.elsewhere import ARRAYS
 from jaxformers.layers import split_key
 from jaxformers.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.masks import AttentionMask
-from jaxformers.training.names import ARRAYS, advise, among
+from jaxformers.training.names import advise
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
@@ -70,13 +71,17 @@ def language_model_loss(
         >>> text = jnp.array([[3, 1, 4, 1, 5]])
         >>> loss = language_model_loss(model, {"tokens": text[:, :-1], "targets": text[:, 1:]})
     """
+    return _mean(model, _language(model, batch, key), batch, label_smoothing, z_loss)
+
+
+def _language(model: TransformerLM, batch: Batch, key: PRNGKeyArray | None) -> Array:
+    """Returns the hidden states that predict the targets."""
     optional = "padding_mask", "loss_mask", "positions", "segment_ids"
     _check_model(model, "forward", "language_model_loss", "TransformerLM")
     _check_batch(batch, ("tokens", "targets"), optional, "a language model")
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
     padding_mask = batch.get("padding_mask")
-    hidden, _ = model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)
-    return _mean(model, hidden, batch, label_smoothing, z_loss)
+    return model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)[0]
 
 
 def sequence_to_sequence_loss(
@@ -107,14 +112,18 @@ def sequence_to_sequence_loss(
         >>> batch = {"src": jnp.array([[3, 4, 5]]), "tgt": answer[:, :-1], "targets": answer[:, 1:]}
         >>> loss = sequence_to_sequence_loss(model, batch)
     """
+    return _mean(model, _pair(model, batch, key), batch, label_smoothing, z_loss)
+
+
+def _pair(model: Transformer, batch: Batch, key: PRNGKeyArray | None) -> Array:
+    """Returns the decoder's hidden states, which predict the targets."""
     optional = "src_padding_mask", "tgt_padding_mask", "loss_mask"
     _check_model(model, "decode", "sequence_to_sequence_loss", "Transformer")
     _check_batch(batch, ("src", "tgt", "targets"), optional, "an encoder-decoder")
     src_key, tgt_key = split_key(key, 2)
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
-    hidden = model.decode(batch["tgt"], memory, key=tgt_key, **padding)
-    return _mean(model, hidden, batch, label_smoothing, z_loss)
+    return model.decode(batch["tgt"], memory, key=tgt_key, **padding)
 
 
 def masked_language_model_loss(
@@ -143,25 +152,60 @@ def masked_language_model_loss(
         >>> batch = {"tokens": jnp.where(hidden, 8, tokens), "targets": tokens, "loss_mask": hidden}
         >>> loss = masked_language_model_loss(bert, batch)
     """
+    return _mean(model, _masked(model, batch, key), batch, label_smoothing, z_loss)
+
+
+def _masked(model: TransformerEncoder, batch: Batch, key: PRNGKeyArray | None) -> Array:
+    """Returns the encoder's hidden states, which predict what was masked."""
     needed = "tokens", "targets", "loss_mask"
     optional = "padding_mask", "token_types", "positions", "segment_ids"
     _check_model(model, "embed", "masked_language_model_loss", "TransformerEncoder")
     _check_batch(batch, needed, optional, "a masked language model")
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
-    hidden = model(batch["tokens"], mask, key, **given)
-    return _mean(model, hidden, batch, label_smoothing, z_loss)
+    return model(batch["tokens"], mask, key, **given)
 
 
 OBJECTIVES = language_model_loss, sequence_to_sequence_loss, masked_language_model_loss
+_HIDDEN = _language, _pair, _masked
+
+
+def measure(
+    loss: Loss, model: Any, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
+    """Returns the loss of a batch without dropout, and the cross-entropy in it.
+
+    That is without label smoothing and z-loss, and None for a loss that is none of those here.
+    """
+    options = _options(loss)
+    if options is None:
+        return loss(model, batch, None), None
+    compute = _HIDDEN[OBJECTIVES.index(getattr(loss, "func", loss))]
+    hidden = compute(model, batch, None)
+    value = _mean(model, hidden, batch, *options)
+    return value, _mean(model, hidden, batch, 0.0, 0.0) if any(options) else value
+
+
+def is_regularized(loss: Loss) -> bool:
+    """Returns whether a loss is known to hold more than the cross-entropy."""
+    return any(_options(loss) or ())
+
+
+def _options(loss: Loss) -> tuple[float, float] | None:
+    """Returns the label smoothing and the z-loss of a loss here, None for other losses."""
+    given = getattr(loss, "keywords", {})
+    known = given.keys() <= {"label_smoothing", "z_loss"} and not getattr(loss, "args", ())
+    if not known or getattr(loss, "func", loss) not in OBJECTIVES:
+        return None
+    return given.get("label_smoothing", 0.0), given.get("z_loss", 0.0)
 
 
 def count_targets(batch: Batch) -> Any:
     """How many targets count: the weight of a batch where a mean over several is taken.
 
     Those that `loss_mask` marks, or else those of real inputs (`padding_mask`, `tgt_padding_mask`,
-    `positions`), or else all, without those that are -100. Without `targets` it is the number of
-    rows.
+    `positions`), or else all, without those that are -100. In the batch of a loss of your own
+    `labels` are taken for `targets`; without either it is the number of rows.
 
     Arguments:
         batch: a dict of arrays, see this module.
@@ -171,6 +215,7 @@ def count_targets(batch: Batch) -> Any:
         2
     """
     targets, mask = batch.get("targets"), _mask(batch)
+    targets = batch.get("labels") if targets is None else targets
     if targets is None:
         return len(next(iter(batch.values()))) if mask is None else mask.sum()
     counted = None
@@ -278,8 +323,8 @@ def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...
     if not isinstance(batch, Mapping):
         raise ValueError(f"the batch of {of} must be a dict of arrays, got {type(batch).__name__}.")
     known = needed + optional
-    advice = advise([name for name in batch if name not in known], of)
-    check_options(batch, known, f"the batch of {of}", among(known, ARRAYS), "array", advice)
+    advice = advise([str(name) for name in batch if name not in known], of)
+    check_options(batch, known, f"the batch of {of}", ARRAYS, "array", advice)
     missing = [name for name in needed if batch.get(name) is None]
     if missing:
         hint = " Of targets that are -100 elsewhere it is targets != -100."

@@ -1,4 +1,4 @@
-"""The state of a run, and what is done with it: steps, reports, saving, rescue."""
+"""The state of a run: its steps, its evaluations, its checkpoints."""
 
 import contextlib
 from collections import deque
@@ -17,8 +17,8 @@ from jaxformers.training.evaluation import evaluate
 from jaxformers.training.interrupt import Interrupt, Stopped
 from jaxformers.training.log import Log
 from jaxformers.training.notices import warn_and_go_on
-from jaxformers.training.objectives import Batch, Loss, check_ids
-from jaxformers.training.step import BadSteps, Gradients, Training, one_step
+from jaxformers.training.objectives import Batch, Loss, check_ids, is_regularized
+from jaxformers.training.step import BadSteps, Gradients, Training, one_step, trained_parts
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,37 @@ class Report:
     Arguments:
         step: how many steps were made.
         metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
-            `skipped`), and `eval_loss` if there are batches to evaluate on.
-        model: the model, its averaged weights if the optimiser keeps an average; a copy, which
-            stays usable.
+            `skipped`), and `eval_loss` if there are batches to evaluate on. Where that has label
+            smoothing or z-loss in it, `eval_cross_entropy` has them not.
+        model: the model with the weights that are evaluated, an average if the optimiser keeps one;
+            a copy, which stays usable.
+        begun: the step from which the run goes on in this process, 0 if it was begun here.
     """
 
     step: int
     metrics: dict[str, float]
     model: Any
+    begun: int = 0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is looked at between steps."""
+    """The evaluation and the callbacks, which come between steps."""
 
     batches: Any
     loss: Loss
     count: Callable[[Batch], Any]
     callbacks: Sequence[Callable[[Report], Any]]
+    weights: Callable[[Any, Any], Any] | None = None
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are batches to evaluate on, or callbacks."""
         return self.batches is not None or bool(self.callbacks)
 
 
 class Run:
-    """The state of a run, and what is done with it."""
+    """The state of a run and the parts that work on it."""
 
     def __init__(
         self,
@@ -68,15 +72,16 @@ class Run:
     ):
         self.training, self.step = training, int(training.step)
         self.gradients, self.optimizer, self.bad_steps = gradients, optimizer, bad_steps
-        self.trains = optimizer.trains(training.model)
+        self.trains = trained_parts(training.model, optimizer)
         self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
         self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics = log.metrics
         self.begun = self.saved = self.step
+        self._failed: OSError | None = None  # what the last attempt to save raised
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first batch
 
     def advance(self, batch: dict[str, Any]) -> None:
-        """Have the device make a step."""
+        """Starts a step on the device."""
         shapes = {name: np.shape(x) for name, x in batch.items()}
         if not self._shapes:
             self._shapes = shapes
@@ -88,14 +93,14 @@ class Run:
             if shapes != self._shapes:
                 error.add_note(
                     f"Batch {self.step} has the shapes {shapes}, the first one {self._shapes}. If "
-                    "the last batch of a loader is smaller, have it leave that out, or fill it up."
+                    "the last batch of a loader is smaller, drop it (drop_last=True) or pad it."
                 )
             raise
         self.step += 1
         self.unread.append((self.step, metrics, batch))
 
     def read(self, in_flight: int) -> None:
-        """Put down the figures of all steps but the last few, which the device may be at."""
+        """Writes the figures of all steps but the last `in_flight`, which may be running."""
         while len(self.unread) > in_flight:
             step, metrics, batch = self.unread.popleft()
             metrics = jax.device_get(metrics)
@@ -114,13 +119,13 @@ class Run:
             self.log.write(step, self.metrics)
 
     def report(self, interrupt: Interrupt) -> bool:
-        """Evaluate, and call the callbacks; whether one of them wants to end the training.
+        """Evaluates and calls the callbacks. Returns whether one of them ends the training.
 
-        After a signal nothing more of it is begun: the run that goes on makes up for it.
+        A signal cuts this short. The next run of the checkpoint then does all of it.
         """
         if not self.evaluation.wanted or interrupt.asked is not None:
             return False
-        model = self.optimizer.averaged(self.training.model, self.training.optimizer_state)
+        model = self._evaluated_model()
         if self.evaluation.batches is not None:
             try:
                 self._evaluate(model, interrupt)
@@ -131,93 +136,113 @@ class Run:
         callbacks = self.evaluation.callbacks
         if callbacks:  # may keep it, while the next step writes over the weights
             model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
-            report = Report(self.step, dict(self.metrics), model)
-            with interrupt.elsewhere():  # all are called, whatever the first says
+            report = Report(self.step, dict(self.metrics), model, self.begun)
+            with interrupt.foreign_code():  # all are called, whatever the first says
                 answers = [callback(report) for callback in callbacks]
         self.log.reported(self.step)
         return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
 
+    def _evaluated_model(self) -> Any:
+        model, state = self.training.model, self.training.optimizer_state
+        if self.evaluation.weights is None:
+            return self.optimizer.averaged(model, state)
+        trained, rest = eqx.partition(model, eqx.is_inexact_array)
+        weights = self.evaluation.weights(trained, state)
+        given: Any = jax.tree.structure(trained)
+        got: Any = jax.tree.structure(weights)
+        if given != got:
+            raise ValueError(
+                "eval_weights must return weights of the form that it is given, the model without "
+                f"what is no floating-point array: expected {given}, got {got}."
+            )
+        return eqx.combine(weights, rest)
+
     def _evaluate(self, model: Any, interrupt: Interrupt) -> None:
         what = self.evaluation
-        with interrupt.elsewhere():
+        with interrupt.foreign_code():
             batches = interrupt.each(lambda: in_order(what.batches))
             value = evaluate(model, batches, loss=what.loss, count=what.count)
-        self.log.write(self.step, {"eval_loss": value})
-        self.log.say(f"step {self.step}: evaluation loss {value:.4f}")
-        self.metrics["eval_loss"] = value
+        found, text = {"eval_loss": float(value)}, f"step {self.step}: evaluation loss {value:.4f}"
+        if value.cross_entropy is not None and is_regularized(what.loss):
+            found["eval_cross_entropy"] = value.cross_entropy
+            text += f", cross-entropy {value.cross_entropy:.4f}"
+        self.log.write(self.step, found)
+        self.log.say(text)
+        self.metrics |= found
 
     def save(self) -> None:
-        """Begin to save this step, unless that was done; it is written in the background."""
+        """Starts to save the state, unless it is saved. It is written in the background."""
         failed = self._begin_to_save()
         if failed is not None:
             # To stop would lose the steps since the last checkpoint; the next may succeed.
             warn_and_go_on(f"a checkpoint is missing, training goes on: {failed}", 6)
 
     def finish(self) -> None:
-        """Save this step, unless that was done, and wait until it is there."""
+        """Saves the state, unless it is saved, and waits until it is written."""
         if self.checkpoint is None:
             return
-        failed = self._begin_to_save()  # of this one, or of the one before
+        new = self._begin_to_save()
         self.checkpoint.wait()
-        if failed is None:
-            return
-        if self.step not in self.checkpoint.steps():
+        failed = self._failed if new is None else new  # of this one, or of the one before
+        if failed is not None and self.step not in self.checkpoint.steps():
             raise failed
-        warn_and_go_on(f"a checkpoint is missing: {failed}", 6)
+        if new is not None:
+            warn_and_go_on(f"a checkpoint is missing: {failed}", 6)
 
     def _begin_to_save(self) -> OSError | None:
         if self.checkpoint is None:
             return None
-        self.read(0)  # the log has the steps of a checkpoint
+        self.read(0)  # the log has every step that a checkpoint has
         if self.saved == self.step:
             return None
+        self._failed = None
         try:
             self.log.sync()
             self.saved = self.step
             self.checkpoint.save(self.training, self.step)
         except OSError as error:
-            return error
-        return None
+            self._failed = error
+        return self._failed
 
     def rescue(self, error: BaseException) -> None:
-        """Save what was reached before an error, and hand it over as the error's `training`."""
+        """Saves the state before an error, and sets it as the attribute `training` of the error."""
         try:
             reached = self._mend()
         except Exception as second:
-            error.add_note(f"What was reached is lost: {second}")
+            error.add_note(f"The state of the training is lost: {second}")
             return
         if not reached:
             return
         self.hand_over(error)
         if self.checkpoint is None or not isinstance(error, Exception | SystemExit):
             error.add_note(
-                f"The state after step {self.step} is this error's `training`: catch the error, or "
-                "look at sys.last_value.training in an interactive session."
+                f"The state after step {self.step} is the attribute `training` of this error. "
+                "Catch the error, or read sys.last_value.training in an interactive session."
             )
             return
         try:
             self.finish()
             error.add_note(f"Step {self.step} is saved in {self.checkpoint.directory}.")
         except Exception as second:
-            error.add_note(f"What was reached could not be saved: {second}")
+            error.add_note(f"The state after step {self.step} could not be saved: {second}")
 
     def hand_over(self, error: BaseException) -> None:
-        """Give an error the state as its attribute `training`."""
+        """Sets the state as the attribute `training` of an error."""
         with contextlib.suppress(AttributeError):
             error.training = self.training  # type: ignore[attr-defined]
 
     def _mend(self) -> bool:
-        """Have a state from which a run can go on; False if there is no new one."""
+        """Makes the state one that can be resumed. Returns False if no step was made."""
         arrays = jax.tree.leaves(eqx.filter(self.training, eqx.is_array))
         if any(x.is_deleted() for x in arrays):
             if self.step == self.begun:
                 return False
-            raise RuntimeError("the step that failed had begun to write over it.")
+            raise RuntimeError("the step that failed had begun to overwrite it.")
         if int(self.training.step) == self.begun:
             return False
         with contextlib.suppress(ValueError):
             self.read(0)
-        # Whoever goes on is where this run was: one more bad step is too many again.
+        # A resumed run is where this one was: one more bad step is too many again.
         guard = self.training.guard
         in_a_row = jnp.minimum(guard.in_a_row, self.bad_steps.allowed)
         guard = guard._replace(failed=jnp.zeros_like(guard.failed), in_a_row=in_a_row)

@@ -15,6 +15,7 @@ from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.optim.compiled import own_arrays
 from jaxformers.precision import is_narrow, noticed
+from jaxformers.training.batches import as_dict
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
@@ -56,7 +57,7 @@ def train_step(
     Arguments:
         model: the model to train.
         state: `optimizer.init(model)`, or what the last step returned.
-        batch: what `loss` takes.
+        batch: what `loss` takes, a dict of arrays: of NumPy, JAX or torch, or lists of numbers.
         optimizer: `AdamW` or another `Optimizer`, or an optax transformation, which is given
             `value=`, the loss, if it takes it. One that evaluates the loss itself, as line searches
             do, is refused.
@@ -90,6 +91,7 @@ def train_step(
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     optimizer, key = as_optimizer(optimizer), check_key(key)
     check_usable(model=model, state=state, key=key)
+    batch = as_dict(batch)
     check_ids(loss, model, batch)
     owner = getattr(optimizer, "transformation", optimizer)
     with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
@@ -142,15 +144,17 @@ def _donating(step: Callable, kept: PyTree, *given: PyTree) -> Any:
 
     An optimiser's state may begin with the weights themselves, and two leaves may be one array.
     """
-    seen = {id(x) for x in jax.tree.leaves(kept) if isinstance(x, jax.Array)}
+    arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array) and is_known(x)]
+    seen = {id(x) for x in jax.tree.leaves(kept)}.union(_shared.keys())
+    if len({id(x) for x in arrays} - seen) < len(arrays):
 
-    def own(x: Any) -> Any:
-        if isinstance(x, jax.Array) and is_known(x):
-            x = x.copy() if id(x) in seen or _shared.get(id(x)) is x else x
-            seen.add(id(x))
-        return x
+        def own(x: Any) -> Any:
+            if not isinstance(x, jax.Array) or id(x) not in seen:
+                seen.add(id(x))
+                return x
+            return x.copy()
 
-    given = jax.tree.map(own, given)
+        given = jax.tree.map(own, given)
     try:
         return step(kept, *given)
     except jax.errors.JaxRuntimeError as error:
@@ -262,18 +266,27 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
     )
 
 
+def trained_parts(model: PyTree, optimizer: Optimizer) -> PyTree[bool] | None:
+    """Returns which leaves a step writes over, or None where these are all arrays."""
+    trains = optimizer.trains(model)
+    rest = eqx.filter(model, trains, inverse=True)
+    return trains if any(map(eqx.is_array, jax.tree.leaves(rest))) else None
+
+
 def one_step(
     gradients: Gradients,
     optimizer: Optimizer,
     bad_steps: BadSteps,
     batch: Batch,
     training: Training,
-    trains: PyTree[bool],
+    trains: PyTree[bool] | None,
 ) -> tuple[Training, dict[str, Array]]:
     """Returns the state after one more step, and its figures; what is frozen stays where it is."""
+    kept = gradients, optimizer, bad_steps, batch
+    if trains is None:
+        return advance((*kept, None), training)
     trained, rest = eqx.partition(training.model, trains)
-    kept = gradients, optimizer, bad_steps, batch, rest
-    training, metrics = advance(kept, dataclasses.replace(training, model=trained))
+    training, metrics = advance((*kept, rest), dataclasses.replace(training, model=trained))
     model = eqx.combine(training.model, rest)
     return dataclasses.replace(training, model=model), metrics
 
@@ -282,7 +295,8 @@ def one_step(
 def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]]:
     """The state after one more step, and what there is to tell about it."""
     gradients, optimizer, bad_steps, batch, rest = kept
-    old = eqx.combine(training.model, rest), training.optimizer_state
+    model = training.model if rest is None else eqx.combine(training.model, rest)
+    old = model, training.optimizer_state
     key = jax.random.fold_in(training.key, training.step)
     value, grads = gradients(optimizer, old[0], batch, key)
     norm = global_norm(grads)
@@ -295,5 +309,6 @@ def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]
     model, state = _new_if(good, new, old)
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
-    training = Training(_changed(model, rest), state, training.key, step, skipped, guard)
+    model = model if rest is None else _changed(model, rest)
+    training = Training(model, state, training.key, step, skipped, guard)
     return training, metrics | {"skipped": training.skipped, "failed": guard.failed}
