@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxformers.checks import check_usable
 from jaxformers.paths import path_name
 
 Tree = TypeVar("Tree", bound=PyTree)
@@ -45,6 +46,7 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
         (dtype('float32'), (1, 9))
     """
     dtype = check_float_dtype(dtype=dtype)
+    check_usable(model=model)
     floats, rest = eqx.partition(model, _is_float)
     return eqx.combine(jax.tree.map(lambda x: x.astype(dtype), floats), rest)
 

@@ -19,6 +19,7 @@ from jaxformers.checks import (
     check_seq_length,
     check_size,
     check_tokens,
+    check_usable,
     explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -238,6 +239,7 @@ class Transformer(eqx.Module):
         src_padding_mask: Bool[Array, "*b s"] | None = None,
     ) -> Float[Array, "*b s d"]:
         """The encoder's output; arguments as for `__call__`."""
+        check_usable(model=self)
         src = check_tokens(src, self.src_vocab_size, "src")
         mask = place(src_mask, src.shape, src_padding_mask, name="src_padding_mask")
         embedding_key, encoder_key = split_key(key, 2)
@@ -296,6 +298,7 @@ class Transformer(eqx.Module):
                     "got src_padding_mask as well. Give one of the two."
                 )
             cross = cross.replace(k_positions=padding_to_positions(jnp.asarray(src_padding_mask)))
+        check_usable(model=self)
         tgt = check_tokens(tgt, self.tgt_vocab_size, "tgt")
         seen = None if cache is None else cache.token_counts
         mask = place(tgt_mask, tgt.shape, tgt_padding_mask, seen, "tgt_padding_mask")

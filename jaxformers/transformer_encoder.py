@@ -16,6 +16,7 @@ from jaxformers.checks import (
     check_flag,
     check_key,
     check_tokens,
+    check_usable,
     explain_options,
 )
 from jaxformers.embedding import TransformerEmbedding
@@ -315,6 +316,7 @@ class TransformerEncoder(eqx.Module):
         token_types: ArrayLike | None,
     ) -> tuple[Float[Array, "*b t d"], Int[Array, "*#b t"]]:
         """The hidden states, and the position of each."""
+        check_usable(model=self)
         tokens = check_tokens(tokens, self.vocab_size)
         mask = place(mask, tokens.shape, padding_mask)
         embedding_key, encoder_key = split_key(key, 2)

@@ -14,6 +14,7 @@ from jaxformers.checks import (
     check_seq_length,
     check_size,
     check_tokens,
+    check_usable,
     explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -174,6 +175,7 @@ class TransformerLM(eqx.Module):
                 keeps no booleans of a mask: what `LongScaling` has read again, attends to all
                 tokens before it.
         """
+        check_usable(model=self)
         tokens = check_tokens(tokens, self.vocab_size)
         seen = None if cache is None else cache.token_counts
         mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)

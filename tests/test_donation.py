@@ -13,11 +13,17 @@ from jaxformers import (
     Averaged,
     Groups,
     Muon,
+    Transformer,
+    TransformerEncoder,
+    TransformerLM,
     as_optimizer,
+    cast_floating,
     cross_entropy,
     evaluate,
     fit,
     freeze,
+    language_model_loss,
+    save,
     train_step,
 )
 from jaxformers.optim import Optimizer
@@ -296,6 +302,32 @@ def test_a_donated_model_says_so():
     grads = eqx.filter_grad(loss)(tiny(), BATCH)
     with pytest.raises(ValueError, match=words):
         optimizer.update(grads, optimizer.init(tiny()), model)
+
+
+def test_whatever_uses_a_donated_model_says_so(tmp_path):
+    tokens, options = jnp.asarray([[1, 2, 3]]), {"key": KEY}
+    decoder = TransformerLM(V, 8, 2, 1, 8, 6, **options)
+    pair = Transformer(V, V, 8, 2, 1, 1, 8, 6, **options)
+    encoder = TransformerEncoder(V, 8, 2, 1, 8, 6, **options)
+    for x in jax.tree.leaves(eqx.filter((decoder, pair, encoder), eqx.is_array)):
+        x.delete()  # as a step does
+    for use in (
+        lambda: decoder(tokens),
+        lambda: decoder.generate(tokens, 2),
+        lambda: decoder.score(tokens),
+        lambda: list(decoder.stream(tokens, 2)),
+        lambda: language_model_loss(decoder, {"tokens": tokens, "targets": tokens}),
+        lambda: pair(tokens, tokens),
+        lambda: pair.encode(tokens),
+        lambda: pair.generate(tokens, 3, 1),
+        lambda: pair.score(tokens, tokens),
+        lambda: encoder(tokens),
+        lambda: cast_floating(decoder, jnp.bfloat16),
+        lambda: save(tmp_path / "model.safetensors", decoder),
+        lambda: Averaged(AdamW(1e-2)).init(decoder),
+    ):
+        with pytest.raises(ValueError, match=r"model\..* was donated to an earlier step"):
+            use()
 
 
 def test_what_is_frozen_is_neither_copied_nor_donated_by_fit():

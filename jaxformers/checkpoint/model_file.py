@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxformers.checkpoint.construction import Decoder, Encoder
+from jaxformers.checks import check_usable
 from jaxformers.hf.json_file import parse_json, shorten
 from jaxformers.hf.load import put
 from jaxformers.hf.safetensors_file import (
@@ -54,6 +55,7 @@ def save(path: str | os.PathLike, model: Any) -> None:
         True
     """
     path = check_path(path)
+    check_usable(model=model)
     if path.is_dir():
         raise ValueError(f"{path} is a directory. Pass the file, such as {path}/model.safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import Cache
+from jaxformers.checks import check_usable
 from jaxformers.row_lengths import at_lengths, same_until
 
 
@@ -20,6 +21,9 @@ class LMStep(eqx.Module):
     """Drives a decoder-only model."""
 
     model: Any
+
+    def __check_init__(self) -> None:
+        check_usable(model=self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +98,9 @@ class Seq2SeqStep(eqx.Module):
     model: Any
     src: Int[Array, "b s"]
     src_padding_mask: Bool[Array, "b s"] | None
+
+    def __check_init__(self) -> None:
+        check_usable(model=self.model)
 
     @property
     def vocab_size(self) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
-from jaxformers.checks import check_rate, is_known
+from jaxformers.checks import check_rate, check_usable, is_known
 from jaxformers.layers import widened
 from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
@@ -59,6 +59,7 @@ class Averaged(Optimizer):
 
     def init(self, model: PyTree) -> AveragedState:
         """The state before the first update; the average is a copy of the trained leaves."""
+        check_usable(model=model)
         trained = eqx.filter(model, self.trains(model))
         average = jax.tree.map(lambda p: jnp.array(widened(p), copy=True), trained)
         step = jnp.zeros((), jnp.int32)
