@@ -221,6 +221,31 @@ class Keeping(Optimizer):
         return model, state | {"last": last, "again": [last, last], "count": model.count}
 
 
+class Weighing(Optimizer):
+    """Gradient descent of one's own that asks for the loss, and whose state changes its type."""
+
+    def init(self, model):
+        return jnp.zeros((), jnp.int32)
+
+    @eqx.filter_jit
+    def update(self, grads, state, model, value):
+        updates = jax.tree.map(lambda g: -0.1 * value * g, grads)
+        return eqx.apply_updates(model, updates), state.astype(jnp.float32) + value
+
+
+def test_an_optimizer_of_ones_own_may_ask_for_the_loss():
+    expected, total = tiny(), 0.0
+    for _ in range(2):
+        value, grads = eqx.filter_value_and_grad(loss)(expected, BATCH)
+        expected = eqx.apply_updates(expected, jax.tree.map(lambda g, v=value: -0.1 * v * g, grads))
+        total += value
+    for optimizer in (Weighing(), Groups([(lambda path, x: True, Weighing())], None)):
+        model, state = steps(tiny(), optimizer, 2)
+        assert_same(model, expected)
+        np.testing.assert_allclose(jax.tree.leaves(state)[0], total, rtol=1e-6)
+        assert_same(run(tiny(), optimizer, [BATCH], steps=2).model, expected)
+
+
 def test_states_may_hold_the_weights_in_any_number_of_places():
     expected, grads = tiny(), None
     for _ in range(3):

@@ -16,6 +16,7 @@ from jaxformers import (
     Checkpoints,
     Groups,
     Muon,
+    OrbaxCheckpoints,
     TransformerLM,
     as_optimizer,
     cast_floating,
@@ -144,6 +145,15 @@ def test_a_run_that_was_begun_with_16_bit_weights_goes_on_in_float32(tmp_path):
     checkpoints.save(training, 3)
     with pytest.raises(ValueError, match="float32 .* there, bfloat16 .* here"):
         checkpoints.restore(narrow)
+
+
+def test_orbax_gives_16_bit_weights_back_in_float32(tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="another format of checkpoints")
+    checkpoints = OrbaxCheckpoints(tmp_path)
+    half = {"w": jnp.asarray([0.1, 0.7], jnp.bfloat16)}
+    checkpoints.save(half, 2)
+    wide, _ = checkpoints.restore({"w": jnp.zeros(2)})
+    assert same(wide, cast_floating(half, jnp.float32))
 
 
 def told(function):

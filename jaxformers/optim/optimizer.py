@@ -3,7 +3,8 @@
     state = optimizer.init(model)
     model, state = optimizer.update(grads, state, model)
 
-`grads` come from `eqx.filter_grad`: None for what is not trained.
+`grads` come from `eqx.filter_grad`: None for what is not trained. An `update` that takes `value=`
+as well is given the loss by `train_step` and `fit`.
 """
 
 import inspect

@@ -127,7 +127,9 @@ def _new_if(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
         )
 
     def choose(x: Any, y: Any) -> Any:
-        return jnp.where(good, x, y) if eqx.is_array(x) and x is not y else x
+        if not eqx.is_array(x) or x is y:
+            return x
+        return jnp.where(good, x, y if y.dtype == x.dtype else y.astype(x.dtype))
 
     return jax.tree.map(choose, new, old)
 
