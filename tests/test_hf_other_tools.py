@@ -554,6 +554,26 @@ def test_a_repository_without_a_checkpoint(monkeypatch, tmp_path):
         from_pretrained("somebody/something-GGUF")
 
 
+@pytest.mark.parametrize(
+    "files, passed, words",
+    [
+        (["x.gguf"], "", "no tokenizer.json in .*'x.gguf'. GGUF is"),
+        (["x.gguf"], "x.gguf", "no tokenizer that is read. GGUF is"),
+        (["adapter_config.json"], "", "no tokenizer.json in .*An adapter has to be merged"),
+        (["model.onnx"], "", "no tokenizer.json in .*An exported graph"),
+        ([], "", "Is this the directory of the tokenizer"),
+        (["spiece.model"], "spiece.model", "only spiece.model. Convert it once .* compare"),
+        (["qwen.tiktoken"], "qwen.tiktoken", "only qwen.tiktoken. Convert it once .* compare"),
+        (["source.spm", "tokenizer.json"], "source.spm", "source.spm is not read, and .*r.json is"),
+    ],
+)
+def test_what_is_found_in_place_of_a_tokenizer(files, passed, words, tmp_path):
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(tmp_path / passed)
+
+
 def test_converting_a_tokenizer_has_to_be_checked(tmp_path):
     (tmp_path / "spiece.model").touch()
     with pytest.raises(ValueError, match="AutoTokenizer.*Then compare what both give"):

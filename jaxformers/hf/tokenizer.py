@@ -12,8 +12,15 @@ from jaxtyping import Array, Bool, Int
 from jaxformers.checks import check_flag, check_size
 from jaxformers.hf.chat import choose_template, continue_chat, render_chat
 from jaxformers.hf.files import locate
+from jaxformers.hf.found import describe_directory
 from jaxformers.hf.json_file import shorten
-from jaxformers.hf.tokenizer_files import TOKENIZER_FILES, guarded, read_files, read_parts
+from jaxformers.hf.tokenizer_files import (
+    TOKENIZER_FILES,
+    check_kind,
+    guarded,
+    read_files,
+    read_parts,
+)
 
 
 def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
@@ -37,9 +44,14 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
     """
     path = Path(path_or_hub_name).expanduser()
     if path.is_file():
+        check_kind(path)
         return Tokenizer(read_files(path.parent) | {"tokenizer.json": path.read_bytes()})
-
-    return Tokenizer(read_files(locate(path_or_hub_name, TOKENIZER_FILES)))
+    directory = locate(path_or_hub_name, TOKENIZER_FILES)
+    files = read_files(directory)
+    if not files:
+        found = describe_directory(directory) or "Is this the directory of the tokenizer?"
+        raise ValueError(f"there is no tokenizer.json in {directory}. {found}")
+    return Tokenizer(files)
 
 
 class Tokenizer:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxformers.hf.found import describe_file
 from jaxformers.hf.json_file import parse_json, shorten, what_it_is
 
 # Names and patterns of the files that belong to a tokenizer.
@@ -32,6 +33,9 @@ TOKENIZER_FILES = [
 
 # Those of formats from before tokenizer.json.
 OLDER_FILES = TOKENIZER_FILES[TOKENIZER_FILES.index("vocab.txt") :]
+
+# SentencePiece, tiktoken and the codes of fastBPE.
+OTHER_FORMATS = (".model", ".spm", ".tiktoken", ".codes")
 
 # The special tokens that files name, and the usual spellings of each.
 SPECIAL_TOKENS = {
@@ -65,6 +69,18 @@ def read_files(directory: Path) -> dict[str, bytes]:
     """The contents of the tokenizer files of a directory, by name."""
     found = (path for pattern in TOKENIZER_FILES for path in sorted(directory.glob(pattern)))
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in found if p.is_file()}
+
+
+def check_kind(path: Path) -> None:
+    """Raise for a file of a tokenizer that is in another format, by its name."""
+    beside = path.parent / "tokenizer.json"
+    is_other = path.suffix in OTHER_FORMATS or path.name in OLDER_FILES
+    if is_other and beside.exists():
+        raise ValueError(f"{path} is not read, and {beside} is: pass that, or the directory.")
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} has no tokenizer that is read. {describe_file(path)}")
+    if is_other:
+        raise ValueError(_how_to_convert({path.name: b""}))
 
 
 def read_parts(files: Mapping[str, bytes]) -> Parts:
@@ -126,7 +142,7 @@ def _read_backend(files: Mapping[str, bytes]) -> Any:
 
 def _how_to_convert(files: Mapping[str, bytes]) -> str:
     """The error where there is no `tokenizer.json`, by what there is."""
-    older = [name for name in OLDER_FILES if name in files]
+    older = [name for name in files if name in OLDER_FILES or Path(name).suffix in OTHER_FORMATS]
     if not older:
         return "there is no tokenizer.json. Is this the directory of the tokenizer?"
     if "source.spm" in older:
