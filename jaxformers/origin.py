@@ -31,9 +31,11 @@ class Origin:
         directory: where it lay, for the tokenizer's files; models that differ in nothing else are
             of one kind.
         special_tokens: what `generate` uses where it is told nothing else.
+        trained_length: how many tokens the texts had that it was trained on, by its config.json.
     """
 
     config: str = dataclasses.field(repr=False)
     generation_config: str | None = dataclasses.field(default=None, repr=False)
     directory: str | None = dataclasses.field(default=None, compare=False)
     special_tokens: SpecialTokens = SpecialTokens()
+    trained_length: int | None = None

@@ -35,6 +35,7 @@ from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions, place
+from jaxformers.mistakes import warn_of_text
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
@@ -241,7 +242,11 @@ class Transformer(eqx.Module):
         """The encoder's output; arguments as for `__call__`."""
         check_usable(model=self)
         src = check_tokens(src, self.src_vocab_size, "src")
+        is_masked = src_mask is not None or src_padding_mask is not None
         mask = place(src_mask, src.shape, src_padding_mask, name="src_padding_mask")
+        if key is None:  # of training nobody is warned
+            limit, names = self.src_embedding.max_seq_length, ("src", "src_padding_mask")
+            warn_of_text(src, is_masked, mask.q_positions, self.origin, limit, *names)
         embedding_key, encoder_key = split_key(key, 2)
         x = self._source_embedding(src, embedding_key, positions=mask.q_positions)
         return self.encoder(x, mask, encoder_key)
@@ -466,6 +471,7 @@ class Transformer(eqx.Module):
             max_source_length=self.src_embedding.max_seq_length,
             vocab_size=self.tgt_vocab_size,
             max_seq_length=self.max_seq_length,
+            origin=self.origin,
         )
 
     def _forward(

@@ -26,6 +26,7 @@ from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.layers import as_module, construct, split_key
 from jaxformers.masks import Mask, as_mask, place
+from jaxformers.mistakes import warn_of_text
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
@@ -318,7 +319,10 @@ class TransformerEncoder(eqx.Module):
         """The hidden states, and the position of each."""
         check_usable(model=self)
         tokens = check_tokens(tokens, self.vocab_size)
+        is_masked = mask is not None or padding_mask is not None
         mask = place(mask, tokens.shape, padding_mask)
+        if key is None:  # of training nobody is warned
+            warn_of_text(tokens, is_masked, mask.q_positions, self.origin, self.max_seq_length)
         embedding_key, encoder_key = split_key(key, 2)
         x = self.embedding(
             tokens, embedding_key, positions=mask.q_positions, token_types=token_types

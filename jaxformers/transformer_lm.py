@@ -342,6 +342,7 @@ class TransformerLM(eqx.Module):
             padding_mask,
             vocab_size=self.vocab_size,
             max_seq_length=self.max_seq_length,
+            origin=self.origin,
         )
 
     def _forward(

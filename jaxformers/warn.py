@@ -18,17 +18,20 @@ def warn_once(message: str) -> None:
         _said.clear()
         _filters = warnings.filters  # type: ignore[assignment]
     if message not in _said:
-        warnings.warn(message, UserWarning, stacklevel=_user_level())
+        frame = sys._getframe(1)
+        while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+            frame = frame.f_back
+        warnings.warn_explicit(
+            message,
+            UserWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+            module=frame.f_globals.get("__name__"),
+            registry=frame.f_globals.setdefault("__warningregistry__", {}),
+        )
         _said.add(message)
 
 
-def _user_level() -> int:
-    """Returns how many calls from `warn_once` on lie within this package."""
-    level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _is_ours(name: str) -> bool:
+    """Returns whether a module is of this package, or stands between two of its functions."""
     return name.partition(".")[0] in ("jaxformers", "jaxtyping", "equinox", "jax", "contextlib")

@@ -25,10 +25,12 @@ from jaxformers.generation.prompts import (
     check_room,
     read_prompt,
     read_source,
+    warn_of_unmasked,
 )
 from jaxformers.generation.sampling import per_row
 from jaxformers.generation.speculative import LookupDraft, ModelDraft, run_speculative
-from jaxformers.origin import Origin
+from jaxformers.mistakes import special_of, warn_of_length
+from jaxformers.origin import Origin, SpecialTokens
 
 
 class Generation(NamedTuple):
@@ -89,20 +91,38 @@ def read_request(
     """
     check_size(max_new_tokens=max_new_tokens)
     max_new_tokens = int(max_new_tokens)
+    is_start = isinstance(prompt, Prompt)  # of a target, which begins with a single token
     if not isinstance(prompt, Prompt):
         prompt = read_prompt(prompt, padding_mask, vocab_size)
-    check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
+    longest = check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
     batch_size, start = prompt.tokens.shape
     checkpoint_settings.warn_of_neglected(origin, options)
     is_beginning = start == 1 and options.get("cache") is None
     options = checkpoint_settings.complete(origin, options, is_beginning)
     plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options)
+    if not is_start:
+        warn_of_unmasked(prompt, padding_mask, "prompt", special_in(options, origin, vocab_size))
+    if is_known(prompt.real):
+        warn_of_length(longest, origin, max_seq_length, "with its new tokens a row may reach")
     columns = bucket(start, max_seq_length)
     slots, stop = columns + bucket(max_new_tokens), start + max_new_tokens
     if max_seq_length is not None:
         slots = max(min(slots, max_seq_length), columns, stop)
     slots += read_draft_length(options)  # guesses may go beyond the last column
     return Request(plan, prompt, columns, slots, start, stop)
+
+
+def special_in(options: dict[str, Any], origin: Origin | None, vocab_size: int) -> SpecialTokens:
+    """The special tokens of a call, whose options are `complete`, and of its model's checkpoint."""
+    special = special_of(origin)
+    ends, pads = (
+        check_ids(name, options.get(name), vocab_size).tolist()
+        for name in ("end_token", "pad_token")
+    )
+    pad = next(iter(pads), None)
+    # What a call fills rows with need not be padding where it stands in a prompt.
+    filling = () if pad in (None, special.pad_token) else (pad,)
+    return special._replace(end_token=(*special.end_token, *ends, *filling), pad_token=pad)
 
 
 def generate(
@@ -262,7 +282,8 @@ def generate_from_source(
                 f"{name} is for models without an encoder, whose sequences can be continued. "
                 "Leave it out."
             )
-    source, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length)
+    origin = rest.get("origin")
+    source, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length, origin)
     (start,) = check_ids("start_token", [start_token], vocab_size)
     step = make_step(*arrays)
     prompt = source.begin(int(start))

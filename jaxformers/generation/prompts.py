@@ -15,6 +15,8 @@ from jaxtyping import Array, ArrayLike, Bool, Int
 from jaxformers.cache import Cache, LayerCache
 from jaxformers.checks import check_padding_mask, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
+from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
+from jaxformers.origin import Origin, SpecialTokens
 
 
 class Prompt(NamedTuple):
@@ -67,6 +69,9 @@ class Prompt(NamedTuple):
         return jax.device_put(x, where)
 
 
+_MASK_NAMES = {"src": "src_padding_mask", "tgt": "tgt_padding_mask"}
+
+
 def read_prompt(
     prompt: Tokens, padding_mask: ArrayLike | None, vocab_size: int, name: str = "prompt"
 ) -> Prompt:
@@ -75,7 +80,7 @@ def read_prompt(
     Raises:
         ValueError: if it holds no ids of the vocabulary, or a row has no token.
     """
-    mask_name = {"src": "src_padding_mask", "tgt": "tgt_padding_mask"}.get(name, "padding_mask")
+    mask_name = _MASK_NAMES.get(name, "padding_mask")
     given, padding_mask = _fill_ragged(prompt, padding_mask, name, mask_name)
     committed = isinstance(given, jax.Array) and is_known(given) and given.committed
     sharding = given.sharding if committed else None
@@ -98,13 +103,41 @@ def read_prompt(
     return Prompt(tokens, real, batched, sharding)
 
 
+def read_text(
+    tokens: Tokens,
+    padding_mask: ArrayLike | None,
+    vocab_size: int,
+    max_length: int | None,
+    name: str,
+    origin: Origin | None,
+) -> Prompt:
+    """Text to be read, checked, with warnings of what is seldom meant."""
+    text = read_prompt(tokens, padding_mask, vocab_size, name)
+    check_length(name, text, max_length)
+    warn_of_unmasked(text, padding_mask, name, special_of(origin))
+    if is_known(text.real):
+        warn_of_length(int(_lengths(text).max()), origin, max_length, f"{name} has rows that reach")
+    return text
+
+
 def read_source(
-    src: Tokens, padding_mask: ArrayLike | None, vocab_size: int, max_length: int | None
+    src: Tokens,
+    padding_mask: ArrayLike | None,
+    vocab_size: int,
+    max_length: int | None,
+    origin: Origin | None,
 ) -> tuple[Prompt, tuple[Int[Array, "b s"], Bool[Array, "b s"]]]:
     """A source, checked, and its tokens and padding mask in the columns of its bucket."""
-    source = read_prompt(src, padding_mask, vocab_size, "src")
-    check_length("src", source, max_length)
+    source = read_text(src, padding_mask, vocab_size, max_length, "src", origin)
     return source, source.to_bucket(bucket(source.tokens.shape[1], max_length))
+
+
+def warn_of_unmasked(
+    prompt: Prompt, padding_mask: ArrayLike | None, name: str, special: SpecialTokens
+) -> None:
+    """Warns of padding in a prompt that was given no mask, and does not say itself what is real."""
+    if padding_mask is None and is_known(prompt.real) and prompt.real.all():
+        warn_of_padding(prompt.tokens, name, _MASK_NAMES.get(name, "padding_mask"), special)
 
 
 def _fill_ragged(
@@ -143,8 +176,8 @@ def put(numbers: ArrayLike) -> Array:
 
 def check_room(
     prompt: Prompt, max_new_tokens: int, max_seq_length: int | None, cache: Any = None
-) -> None:
-    """Raise if a row is longer with its new tokens than the model knows positions."""
+) -> int:
+    """How long rows get with their new tokens; raise if the model does not know the positions."""
     lengths = _lengths(prompt)
     if cache is not None:
         rows, wanted = cache.positions.shape[0], prompt.tokens.shape[0]
@@ -160,6 +193,7 @@ def check_room(
             "fewer tokens, shorten the prompt, build the model with a larger max_seq_length, or "
             "use position=RotaryPositionalEncoding(), which has no limit."
         )
+    return longest + max_new_tokens
 
 
 def check_cache(step: Any, cache: Any) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_size
-from jaxformers.generation.prompts import bucket, check_length, read_prompt, read_source
+from jaxformers.generation.prompts import bucket, read_source, read_text
 from jaxformers.ids import Tokens, as_ids
+from jaxformers.origin import Origin
 
 
 def score(
@@ -22,11 +23,11 @@ def score(
     *,
     vocab_size: int,
     max_seq_length: int | None,
+    origin: Origin | None = None,
     name: str = "tokens",
 ) -> Float[Array, "*b t"]:
     """The log-probability of each token given those before; see the models' own `score`."""
-    text = read_prompt(tokens, padding_mask, vocab_size, name)
-    check_length(name, text, max_seq_length)
+    text = read_text(tokens, padding_mask, vocab_size, max_seq_length, name, origin)
     t = text.tokens.shape[1]
     log_probs = _score(step, *text.to_bucket(bucket(t, max_seq_length)))
     return text.place(text.cut(log_probs, 0, t))
@@ -41,11 +42,12 @@ def score_with_source(
     *,
     src_vocab_size: int,
     max_source_length: int | None,
+    origin: Origin | None = None,
     **sizes: Any,
 ) -> Float[Array, "*b t"]:
     """`score` of a target given a source."""
-    _, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length)
-    return score(make_step(*arrays), tgt, tgt_padding_mask, **sizes, name="tgt")
+    _, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length, origin)
+    return score(make_step(*arrays), tgt, tgt_padding_mask, **sizes, origin=origin, name="tgt")
 
 
 @eqx.filter_jit

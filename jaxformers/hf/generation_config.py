@@ -8,6 +8,7 @@ from typing import Any
 from jaxformers.generation.checkpoint_settings import SETTINGS, TOKEN_KEYS, is_set
 from jaxformers.hf.family import Family
 from jaxformers.hf.json_file import read_json
+from jaxformers.hf.trained_length import trained_length
 from jaxformers.origin import Origin, SpecialTokens
 
 
@@ -29,6 +30,7 @@ def read_origin(
         generation_config=None if generation is None else json.dumps(generation),
         directory=str(directory.absolute()),
         special_tokens=special,
+        trained_length=trained_length(config, family),
     )
 
 
