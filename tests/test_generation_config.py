@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="what checkpoints are made with")
 pytest.importorskip("safetensors", reason="the files that checkpoints come in")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="transformers runs on PyTorch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="what checkpoints are made with")
 safetensors = pytest.importorskip("safetensors", reason="the files that checkpoints come in")
 
