@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", reason="what checkpoints are made with")
-pytest.importorskip("safetensors", reason="the files that checkpoints come in")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
 
 from hf_checkpoints import make  # noqa: E402
 

@@ -148,7 +148,7 @@ def test_a_run_that_was_begun_with_16_bit_weights_goes_on_in_float32(tmp_path):
 
 
 def test_orbax_gives_16_bit_weights_back_in_float32(tmp_path):
-    pytest.importorskip("orbax.checkpoint", reason="another format of checkpoints")
+    pytest.importorskip("orbax.checkpoint")
     checkpoints = OrbaxCheckpoints(tmp_path)
     half = {"w": jnp.asarray([0.1, 0.7], jnp.bfloat16)}
     checkpoints.save(half, 2)
