@@ -167,6 +167,11 @@ OF_A_FAMILY = {
     "falcon": {"n_embed": 24, "apply_residual_connection_post_layernorm": False},
     "modernbert": {"reference_compile": False, "position_embedding_type": "absolute"},
     "mpt": {"verbose": 0, "learned_pos_emb": True, "embedding_fraction": 1.0, "hidden_size": 24},
+    "opt": {"learned_embeddings": True, "scale_embeddings": False, "prefix": "</s>"},
+    "llama_older_file": {
+        "rope_scaling": {"type": "linear", "factor": 4.0, "finetuned": True},
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
     "phi3": {"embd_pdrop": 0.0, "original_max_position_embeddings": 4096},
 }
 

@@ -48,7 +48,7 @@ _KNOWN = {
 }
 _ALWAYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
-    "original_max_position_embeddings",
+    *("original_max_position_embeddings", "finetuned"),
 }
 
 

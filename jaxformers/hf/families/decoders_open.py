@@ -39,7 +39,7 @@ OPT = Family(
         Setting("enable_bias", "qkv_bias", True, "flag"),
         Derived("out_bias", lambda f: f["qkv_bias"]),
         Derived("ff_bias", lambda f: f["qkv_bias"]),
-        Kept(("activation_dropout", "layerdrop")),
+        Kept(("activation_dropout", "layerdrop", "learned_embeddings")),
         Tied(True, table="model.decoder.embed_tokens.weight"),
     ),
     weights=rules(
