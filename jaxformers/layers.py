@@ -133,7 +133,7 @@ def construct(name: str, constructor: Callable, sizes: dict[str, Any], **options
     made = constructor(*sizes.values(), **options)
     if not callable(made):
         raise ValueError(
-            f"{name} must be a constructor, which returns a module or a function, got "
+            f"{name} must be a constructor, which returns a module or a function to call, got "
             f"{constructor!r:.80}, which returned {made!r:.80}."
         )
     return made

@@ -276,6 +276,11 @@ class TransformerLM(eqx.Module):
             ValueError: if an option is out of its range or would be without effect, or the new
                 tokens go beyond `max_seq_length`.
             FloatingPointError: if the logits are NaN.
+
+        Warns:
+            UserWarning: once, if rows begin or end with padding and there is no mask; if rows grow
+                beyond the length that the model's checkpoint was trained with; or if the checkpoint
+                asks for beams, sampling or penalties of which the call says nothing.
         """
         return generate(
             LMStep(self),

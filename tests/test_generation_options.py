@@ -101,7 +101,9 @@ def test_forced_and_banned_tokens_and_early_ends(lm):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"key": KEY}, {"prompt_lookup": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"key": KEY}, {"prompt_lookup": 2}], ids=["greedy", "sampled", "lookup"]
+)
 def test_stop_sequences_do_not_count_before_the_least_number_of_tokens(lm, options):
     """One that is complete with the last of these ends the row; with no end at all none does."""
     prompt = prompt_of(4, 2)
