@@ -28,7 +28,7 @@ from jaxformers.rotary_scaling import DynamicScaling, Frequencies, LongScaling, 
 BY_LENGTH = DynamicScaling, LongScaling
 
 
-class AtLength(eqx.Module):
+class _AtLength(eqx.Module):
     """A scaling as it is for rows of the given lengths, whatever part of them a call holds."""
 
     scaling: RotaryScaling
@@ -56,7 +56,7 @@ def at_lengths(model: Any, lengths: Int[Array, " b"]) -> Any:
         return isinstance(x, BY_LENGTH)
 
     decoder = jax.tree.map(  # lengths are of rows, so they cannot be stacked as layers are
-        lambda x: AtLength(x, lengths) if is_one(x) else x,
+        lambda x: _AtLength(x, lengths) if is_one(x) else x,
         unroll_layers(model.decoder),
         is_leaf=is_one,
     )
