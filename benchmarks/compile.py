@@ -4,7 +4,7 @@
 
 Each measurement is a process of its own, because a process compiles a program only once. The models
 are decoders of equal shape, narrow, so that hardly any time goes into numbers; a step is forward,
-backward and AdamW. `build` is the model and the optimiser's state, `first step` is tracing,
+backward and AdamW. `build` is the model and the optimizer's state, `first step` is tracing,
 compiling and running it once, of which `compiled` is in the compiler. Every contender is measured
 without JAX's persistent compilation cache, with an empty one and with the one that this has filled.
 Imports do not count. Contenders whose packages are not installed are left out.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxformers
-from jaxformers.hf.files import TensorFiles, write_tensors
+from jaxformers.files.hub import TensorFiles, write_tensors
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ Each row of ours has what the rows above it have:
     plain      makes all attention weights and all logits
     attention  the default kernel
     chunks     the default loss, which makes logits for some rows at a time
-    again      computes layers again in the backward pass (`rematerialise`)
+    again      computes layers again in the backward pass (`rematerialize`)
     scanned    does so in a loop (`scan_layers`): no layer's buffers are made before its turn
     bfloat16   computes in 16 bits on weights in 32
 
@@ -58,7 +58,7 @@ def ours(config, plain=False, chunks=False, again=False, scanned=False, dtype=No
     pieces = {"attention_fn": jaxformers.dot_product_attention} if plain else {}
     model = train.our_decoder(config, **pieces)
     model = jaxformers.scan_layers(model) if scanned else model
-    model = jaxformers.rematerialise(model) if again else model
+    model = jaxformers.rematerialize(model) if again else model
     rows = jnp.array(task.decoder_text(config))
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
     optimizer = jaxformers.AdamW(task.RATE, task.B1, task.B2, task.EPS, task.DECAY)

@@ -19,8 +19,7 @@ import torch  # noqa: E402
 from hf_cases import CASES  # noqa: E402
 from hf_checkpoints import make  # noqa: E402
 
-from jaxformers.hf.reference import torch_without_gradients  # noqa: E402
-from jaxformers.hf.verify import (  # noqa: E402
+from jaxformers.cli.compare import (  # noqa: E402
     FARTHER,
     LEAST,
     LEFT,
@@ -31,6 +30,7 @@ from jaxformers.hf.verify import (  # noqa: E402
     Row,
     verify,
 )
+from jaxformers.cli.reference import torch_without_gradients  # noqa: E402
 
 PACKAGES = "jax", "equinox", "torch", "transformers"
 # What rows a column holds: those whose names match.

@@ -171,7 +171,7 @@ def plain(config):
     return ours(config, attention_fn=jaxformers.dot_product_attention)
 
 
-def utilisation(gpu: str | None, config: dict, row: dict) -> str:
+def utilization(gpu: str | None, config: dict, row: dict) -> str:
     """The share of the GPU's peak that the model's own work is (PaLM, appendix B)."""
     peak = next((x for name, x in PEAK_FLOPS.items() if name in (gpu or "")), None)
     if peak is None or "dtype" not in config:
@@ -201,7 +201,7 @@ def main():
         CONTENDERS,
         CONFIGS | (ON_GPU if gpu or child else {}),
         repeats=REPEATS,
-        remark=partial(utilisation, gpu),
+        remark=partial(utilization, gpu),
     )
 
 

@@ -10,15 +10,13 @@ from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.generation.generate import Generation
 from jaxformers.generation.scoring import perplexity
 from jaxformers.heads import Classifier
-from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.kernels.blockwise import blockwise_attention
 from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import dot_product_attention
-from jaxformers.layer_stack import rematerialise, scan_layers, unroll_layers
+from jaxformers.layer_stack import rematerialize, scan_layers, unroll_layers
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
-from jaxformers.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.masks import (
     AttentionMask,
     create_causal_mask,
@@ -40,20 +38,30 @@ from jaxformers.optim import (
     default_decay_mask,
     freeze,
     global_norm,
+    schedules,
+)
+from jaxformers.optim.schedules import (
+    Schedule,
+    inverse_square_root,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
 )
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces
-from jaxformers.positional_encoding import (
-    ALiBi,
+from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
-    RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
-    T5PositionBias,
     positional_encoding,
 )
-from jaxformers.precision import cast_floating
-from jaxformers.pretrained import from_pretrained
-from jaxformers.rotary_scaling import (
+from jaxformers.positions.bias import (
+    ALiBi,
+    T5PositionBias,
+)
+from jaxformers.positions.rotary import (
+    RotaryPositionalEncoding,
+)
+from jaxformers.positions.scaling import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
@@ -63,13 +71,9 @@ from jaxformers.rotary_scaling import (
     long_attention_factor,
     yarn_attention_factor,
 )
-from jaxformers.schedules import (
-    Schedule,
-    inverse_square_root,
-    warmup_cosine,
-    warmup_linear,
-    warmup_stable_decay,
-)
+from jaxformers.precision import cast_floating
+from jaxformers.pretrained import from_pretrained
+from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.training import (
     BadSteps,
     count_targets,
@@ -80,6 +84,7 @@ from jaxformers.training import (
     sequence_to_sequence_loss,
     train_step,
 )
+from jaxformers.training.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM

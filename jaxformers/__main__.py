@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxformers.data.tokenize import add_tokenize
-from jaxformers.data.train_tokenizer import add_train_tokenizer
+from jaxformers.cli.tokenize import add_tokenize
+from jaxformers.cli.train_tokenizer import add_train_tokenizer
+from jaxformers.cli.verify import add_verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,49 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def add_verify(commands: argparse._SubParsersAction) -> None:
-    """`verify PATH`"""
-    parser = commands.add_parser(
-        "verify",
-        help="compare a checkpoint with transformers and torch",
-        description="Compare a checkpoint under transformers and torch with the same one here: "
-        "its outputs with and without padding, what it generates, its outputs with weights of 16 "
-        "bits, and what saving makes of it. The exit status is 1 if a difference is larger than "
-        "allowed.",
-    )
-    parser.add_argument("path", metavar="PATH", help="the checkpoint's directory")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default 0)")
-    parser.add_argument(
-        "--no-generation", action="store_true", help="do not compare generated tokens"
-    )
-    parser.add_argument(
-        "--no-16-bits",
-        action="store_false",
-        dest="sixteen_bits",
-        help="do not compare with weights of 16 bits",
-    )
-    parser.set_defaults(run=run_verify)
-
-
-def run_verify(options: argparse.Namespace) -> int:
-    from jaxformers.compilation_cache import keep_compiled_programs
-    from jaxformers.hf.verify import table, verify
-
-    try:
-        note = f"compiled programs are kept in {keep_compiled_programs()}"
-    except ValueError as error:
-        note = f"compiled programs are not kept: {error}"
-    print(note, file=sys.stderr)  # the table alone is the output
-    rows = verify(
-        options.path,
-        seed=options.seed,
-        generate=not options.no_generation,
-        sixteen_bits=options.sixteen_bits,
-    )
-    print(table(rows))
-    return int(not all(row.passed for row in rows))
 
 
 if __name__ == "__main__":

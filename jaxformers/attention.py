@@ -37,7 +37,10 @@ from jaxformers.kernels.plain import AttentionFunction, attention_weights, mix
 from jaxformers.layers import as_module, linear, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.norms import build_head_norm
-from jaxformers.positional_encoding import RotatingPosition, acts_as
+from jaxformers.positions.scheme import (
+    RotatingPosition,
+    acts_as,
+)
 
 
 class KV(NamedTuple):

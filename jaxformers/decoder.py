@@ -17,7 +17,7 @@ from jaxformers.checks import (
     check_same_batch,
     check_size,
 )
-from jaxformers.layer_stack import Rematerialisation, ScannedLayers, run_layers
+from jaxformers.layer_stack import Rematerialization, ScannedLayers, run_layers
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
@@ -35,7 +35,9 @@ from jaxformers.pieces import (
     read_parallel,
     take_score_bias,
 )
-from jaxformers.positional_encoding import BiasPosition
+from jaxformers.positions.scheme import (
+    BiasPosition,
+)
 from jaxformers.row_lengths import scalings_of
 
 
@@ -197,7 +199,7 @@ class Decoder(eqx.Module):
     layers: tuple[DecoderLayer, ...] | ScannedLayers
     norm: Callable | None
     score_bias: BiasPosition | None
-    rematerialisation: Rematerialisation | None
+    rematerialization: Rematerialization | None
 
     def __init__(
         self,
@@ -223,7 +225,7 @@ class Decoder(eqx.Module):
             for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
-        self.rematerialisation = None
+        self.rematerialization = None
 
     def __call__(
         self,
@@ -265,7 +267,7 @@ class Decoder(eqx.Module):
         def step(layer, x, key, layer_cache):
             return layer.forward(x, encoder_output, mask, cross_mask, key, layer_cache, slot)
 
-        x, written = run_layers(self.layers, step, x, key, caches, self.rematerialisation)
+        x, written = run_layers(self.layers, step, x, key, caches, self.rematerialization)
         x = x if self.norm is None else self.norm(x)
         if cache is not None and written is not None:
             cache = dataclasses.replace(cache, layers=written)

@@ -19,11 +19,13 @@ from jaxformers.checks import (
 )
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import Dense, add, as_module, construct, dropout, lookup, split_key
-from jaxformers.positional_encoding import (
-    AbsolutePosition,
+from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
-    PositionScheme,
     SinusoidalPositionalEncoding,
+)
+from jaxformers.positions.scheme import (
+    AbsolutePosition,
+    PositionScheme,
     acts_as,
 )
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_activations, check_key, check_size
-from jaxformers.layer_stack import Rematerialisation, ScannedLayers, run_layers
+from jaxformers.layer_stack import Rematerialization, ScannedLayers, run_layers
 from jaxformers.layers import Residual, as_module, split_key
 from jaxformers.masks import Mask, as_mask
 from jaxformers.pieces import (
@@ -25,7 +25,9 @@ from jaxformers.pieces import (
     read_parallel,
     take_score_bias,
 )
-from jaxformers.positional_encoding import BiasPosition
+from jaxformers.positions.scheme import (
+    BiasPosition,
+)
 
 
 class EncoderLayer(eqx.Module):
@@ -48,8 +50,8 @@ class EncoderLayer(eqx.Module):
         (2, 10, 64)
     """
 
-    attention: MultiHeadAttention
-    attention_residual: Residual
+    self_attention: MultiHeadAttention
+    self_attention_residual: Residual
     feed_forward: Callable = eqx.field(converter=as_module)
     feed_forward_residual: Residual
     parallel: str | None = eqx.field(static=True)
@@ -66,8 +68,8 @@ class EncoderLayer(eqx.Module):
     ):
         check_pieces(pieces, type(self), STACK_PIECES)
         attention_key, feed_forward_key = split_key(check_key(key), 2)
-        self.attention = build_self_attention(d_model, num_heads, attention_key, **pieces)
-        self.attention_residual = build_residual(d_model, dropout_rate, **pieces)
+        self.self_attention = build_self_attention(d_model, num_heads, attention_key, **pieces)
+        self.self_attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
         self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
         self.parallel = read_parallel(**pieces)
@@ -89,11 +91,11 @@ class EncoderLayer(eqx.Module):
         Raises:
             ValueError: if shapes or types do not fit.
         """
-        check_activations(x, self.attention.d_model)
+        check_activations(x, self.self_attention.d_model)
         weights_key, attention_key, feed_forward_key = split_key(key, 3)
-        start, seen = x, self.attention_residual.read(x)
-        attended = self.attention(seen, mask=mask, key=weights_key)
-        x = self.attention_residual.write(x, attended, attention_key)
+        start, seen = x, self.self_attention_residual.read(x)
+        attended = self.self_attention(seen, mask=mask, key=weights_key)
+        x = self.self_attention_residual.write(x, attended, attention_key)
 
         # Beside attention, the feed-forward reads what attention read.
         read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
@@ -128,7 +130,7 @@ class Encoder(eqx.Module):
     layers: tuple[EncoderLayer, ...] | ScannedLayers
     norm: Callable | None
     score_bias: BiasPosition | None
-    rematerialisation: Rematerialisation | None
+    rematerialization: Rematerialization | None
     layer_order: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
@@ -154,7 +156,7 @@ class Encoder(eqx.Module):
             for i, layer_key in enumerate(split_key(check_key(key), num_layers))
         )
         self.norm = build_final_norm(d_model, final_norm, **pieces)
-        self.rematerialisation = None
+        self.rematerialization = None
         self.layer_order = order = None if layer_order is None else tuple(layer_order)
         whole = order is None or all(type(i) is int for i in order)
         if order is not None and not (whole and set(order) == set(range(num_layers))):
@@ -177,5 +179,5 @@ class Encoder(eqx.Module):
         def step(layer, x, key, cache):
             return layer(x, mask, key), cache
 
-        x, _ = run_layers(layers, step, x, key, rematerialisation=self.rematerialisation)
+        x, _ = run_layers(layers, step, x, key, rematerialization=self.rematerialization)
         return x if self.norm is None else self.norm(x)

@@ -75,7 +75,7 @@ class ScannedLayers(eqx.Module):
         return lax.scan(body, x, (arrays, keys))[0]
 
 
-class Rematerialisation(eqx.Module):
+class Rematerialization(eqx.Module):
     """What the gradient keeps of a layer: its inputs, and the sites with these names."""
 
     keep: tuple[str, ...] = eqx.field(static=True)
@@ -84,13 +84,13 @@ class Rematerialisation(eqx.Module):
         """A step as in `run_layers` that computes the rest again."""
         policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
 
-        def rematerialised(*inputs):
+        def rematerialized(*inputs):
             # What the step closes over, an encoder's output for instance, has a gradient as well.
             closed = eqx.filter_closure_convert(step, *inputs)
             again = eqx.filter_checkpoint(closed, policy=policy, prevent_cse=False)
             return _recomputed_late((again, inputs))
 
-        return rematerialised
+        return rematerialized
 
 
 @eqx.filter_custom_vjp
@@ -123,7 +123,7 @@ def _backward(kept_and_rest, gradient, perturbed, step_and_inputs):
     return eqx.combine(kept, rest)(gradient)[0]
 
 
-def _materialised(x: Array) -> Array:
+def _materialized(x: Array) -> Array:
     """`x`, which XLA's CPU backend is to compute once.
 
     It fuses sums into all that reads them, so that each layer would add up anew what all others
@@ -146,7 +146,7 @@ def run_layers(
     x: Float[Array, "*b t d"],
     key: PRNGKeyArray | None,
     caches: Sequence[Any] | None = None,
-    rematerialisation: Rematerialisation | None = None,
+    rematerialization: Rematerialization | None = None,
 ) -> tuple[Float[Array, "*b t d"], tuple[Any, ...] | None]:
     """`x` after all layers, and their caches if there are any.
 
@@ -156,17 +156,17 @@ def run_layers(
         x: the residual stream.
         key: PRNG key for dropout, of which each layer gets its own.
         caches: one for each layer; None is no cache.
-        rematerialisation: what the gradient keeps; None is all that it needs.
+        rematerialization: what the gradient keeps; None is all that it needs.
     """
-    if rematerialisation is not None and caches is None:
-        step = rematerialisation(step)
+    if rematerialization is not None and caches is None:
+        step = rematerialization(step)
     # A scan would copy all caches at every token.
     if isinstance(layers, ScannedLayers) and caches is None:
         return layers.scan(step, x, key), None
     written = []
     for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
         x, cache = step(layer, x, layer_key, None if caches is None else caches[i])
-        x = _materialised(x) if caches is None else x
+        x = _materialized(x) if caches is None else x
         written.append(cache)
     return x, None if caches is None else tuple(written)
 
@@ -222,7 +222,7 @@ def unroll_layers(model: Model) -> Model:
     )
 
 
-def rematerialise(model: Model, keep: Sequence[str] | None = ()) -> Model:
+def rematerialize(model: Model, keep: Sequence[str] | None = ()) -> Model:
     """The same model, of whose layers the gradient keeps little and computes the rest again.
 
     Activations take up most of the memory of training. If only each layer's inputs are kept, they
@@ -240,26 +240,26 @@ def rematerialise(model: Model, keep: Sequence[str] | None = ()) -> Model:
         ValueError: if there is no such site, or there are no layers.
 
     Example:
-        >>> model = rematerialise(model, keep=("head_outputs",))
-        >>> as_it_was = rematerialise(model, keep=None)
+        >>> model = rematerialize(model, keep=("head_outputs",))
+        >>> as_it_was = rematerialize(model, keep=None)
     """
     unknown = [] if keep is None else [name for name in keep if name not in SITES]
     if isinstance(keep, str) or unknown:
         raise ValueError(
             f"keep must be names of sites, {', '.join(SITES)}, or None for all, got {keep!r}."
         )
-    new = None if keep is None else Rematerialisation(tuple(keep))
+    new = None if keep is None else Rematerialization(tuple(keep))
     return _change_stacks(
         model,
         lambda stack: eqx.tree_at(
-            lambda x: x.rematerialisation, stack, new, is_leaf=lambda x: x is None
+            lambda x: x.rematerialization, stack, new, is_leaf=lambda x: x is None
         ),
     )
 
 
 def _change_stacks(model: Any, change: Callable) -> Any:
     def is_stack(x):
-        return hasattr(x, "layers") and hasattr(x, "rematerialisation")
+        return hasattr(x, "layers") and hasattr(x, "rematerialization")
 
     if not any(map(is_stack, jax.tree.leaves(model, is_leaf=is_stack))):
         raise ValueError(

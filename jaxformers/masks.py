@@ -15,7 +15,10 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_flag, check_padding_mask, check_size
-from jaxformers.positional_encoding import BiasPosition, acts_as
+from jaxformers.positions.scheme import (
+    BiasPosition,
+    acts_as,
+)
 
 
 class AttentionMask(eqx.Module):

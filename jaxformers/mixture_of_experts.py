@@ -32,7 +32,7 @@ class MixtureOfExperts(eqx.Module):
         num_experts: number of experts e.
         top_k: how many of them a token meets.
         activation: applied to the gates, SiLU.
-        renormalise: whether the weights of the k are scaled to sum to 1, True as in Mixtral.
+        renormalize: whether the weights of the k are scaled to sum to 1, True as in Mixtral.
         shared_d_ff: width of one more expert that all tokens meet, times a trained gate in (0, 1)
             (Qwen2-MoE); None, the default, is without.
         use_bias: must be False, the default: experts have no biases.
@@ -60,7 +60,7 @@ class MixtureOfExperts(eqx.Module):
     w_shared_gate: Float[Array, "d 1"] | None
     activation: Callable
     top_k: int = eqx.field(static=True)
-    renormalise: bool = eqx.field(static=True)
+    renormalize: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class MixtureOfExperts(eqx.Module):
         num_experts: int,
         top_k: int,
         activation: Callable = silu,
-        renormalise: bool = True,
+        renormalize: bool = True,
         shared_d_ff: int | None = None,
         *,
         use_bias: bool = False,
@@ -78,7 +78,7 @@ class MixtureOfExperts(eqx.Module):
         key: PRNGKeyArray | None = None,
     ):
         check_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts, top_k=top_k)
-        check_flag(use_bias=use_bias, renormalise=renormalise)
+        check_flag(use_bias=use_bias, renormalize=renormalize)
         _check_experts(num_experts, top_k, use_bias)
         keys = split_key(check_key(key), 6)
         inner, outer = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
@@ -102,7 +102,7 @@ class MixtureOfExperts(eqx.Module):
             )
             self.w_shared_gate = init(keys[5], (d_model, 1), d_model, 1)
         self.top_k = int(top_k)
-        self.renormalise = bool(renormalise)
+        self.renormalize = bool(renormalize)
 
     @property
     def num_experts(self) -> int:
@@ -125,7 +125,7 @@ class MixtureOfExperts(eqx.Module):
     ) -> tuple[Float[Array, "*b {self.top_k}"], Int[Array, "*b {self.top_k}"]]:
         """Weights (in float32) and indices of the experts of each token, `(..., k)`, best first."""
         weights, experts = lax.top_k(self._probabilities(x), self.top_k)
-        if self.renormalise:
+        if self.renormalize:
             weights = weights / weights.sum(-1, keepdims=True)
         return weights, experts
 

@@ -55,9 +55,9 @@ class LayerNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps)
+        centered = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.eps)
         if self.gain is not None:
             y = y * (self.gain.astype(jnp.float32) + self.gain_offset)
         y = y if self.b is None else y + self.b.astype(jnp.float32)

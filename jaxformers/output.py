@@ -88,7 +88,7 @@ class OutputLayer(eqx.Module):
     def logits(
         self, x: Float[Array, "*b t d"], table: Float[Array, "v e"] | None = None
     ) -> Float[Array, "*b t v"]:
-        """Unnormalised log-probabilities in float32.
+        """Unnormalized log-probabilities in float32.
 
         Arguments:
             x: `(b, t, d_model)`.

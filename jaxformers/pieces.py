@@ -18,7 +18,11 @@ from jaxformers.kernels.plain import AttentionFunction
 from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, construct, split_key
 from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
-from jaxformers.positional_encoding import BiasPosition, PositionScheme, acts_as
+from jaxformers.positions.scheme import (
+    BiasPosition,
+    PositionScheme,
+    acts_as,
+)
 
 
 class Pieces(TypedDict, total=False):

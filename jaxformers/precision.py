@@ -22,7 +22,7 @@ Tree = TypeVar("Tree", bound=PyTree)
 # The types that models are kept and computed in.
 FLOATS = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
 
-_noticed: set[int] = set()  # the optimisers of which it was said that they train 16 bits
+_noticed: set[int] = set()  # the optimizers of which it was said that they train 16 bits
 _within: ContextVar[bool] = ContextVar("within", default=False)
 
 
@@ -71,7 +71,7 @@ def widened_beside(model: Tree, others: PyTree) -> Tree:
 
 @contextlib.contextmanager
 def noticed(optimizer: Any, model: PyTree, trained: Callable[[], PyTree]) -> Iterator[None]:
-    """Warns, once for each optimiser, if weights of 16 bits are trained; what is within does not.
+    """Warns, once for each optimizer, if weights of 16 bits are trained; what is within does not.
 
     Arguments:
         optimizer: whose steps they are.

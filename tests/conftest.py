@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-# Most programs here run once: compiled with less optimising, the tests take three quarters of the
+# Most programs here run once: compiled with less optimizing, the tests take three quarters of the
 # time. Read when the first device starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 

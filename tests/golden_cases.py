@@ -262,7 +262,7 @@ def llama(**options: Any) -> TransformerLM:
 
 
 def scanned() -> Any:
-    return jaxformers.rematerialise(jaxformers.scan_layers(decoder(num_layers=2)))
+    return jaxformers.rematerialize(jaxformers.scan_layers(decoder(num_layers=2)))
 
 
 def seq2seq() -> Transformer:

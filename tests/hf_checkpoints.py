@@ -26,7 +26,7 @@ def make(name, directory, seed=0):
         model = architecture(config, **made.options)
         if made.untied:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        randomise(model)
+        randomize(model)
     model.to(getattr(torch, made.dtype)).save_pretrained(directory)
     respell(Path(directory), made, model.state_dict())
     return load(name, directory)
@@ -44,7 +44,7 @@ def load(name, directory, **settings):
     return architecture.from_pretrained(directory, **options, **made.options)
 
 
-def randomise(model):
+def randomize(model):
     """Random values everywhere: no bias is 0, no gain is 1, and attention is far from even."""
     import torch
 

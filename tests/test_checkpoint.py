@@ -313,7 +313,7 @@ def test_a_full_disk_is_told_at_the_next_call(tmp_path, monkeypatch):
     checkpoints.wait()
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("jaxformers.hf.safetensors_file._made", lambda _: fail(errno.ENOSPC))
+        patch.setattr("jaxformers.files.safetensors_file._made", lambda _: fail(errno.ENOSPC))
         checkpoints.save({"x": jnp.ones(3)}, 2)
         with pytest.raises(OSError, match="No space left on device.*as it was") as error:
             checkpoints.wait()

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformers.hf import json_file
-from jaxformers.hf.files import INDEX, SINGLE, TensorFiles, locate, read_json, write_tensors
-from jaxformers.hf.safetensors_file import DTYPES, NAMES, allocate, read_header
+from jaxformers.files import json_file
+from jaxformers.files.hub import INDEX, SINGLE, TensorFiles, locate, read_json, write_tensors
+from jaxformers.files.safetensors_file import DTYPES, NAMES, allocate, read_header
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -250,7 +250,7 @@ def test_reading_holds_what_was_read(tmp_path):
     program = """
 import re, sys
 import jax, numpy as np
-from jaxformers.hf.files import TensorFiles
+from jaxformers.files.hub import TensorFiles
 
 def status(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -378,7 +378,7 @@ def test_hostile_file(tmp_path, name, small_memory):
 
 
 def test_a_header_of_a_size_that_no_model_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxformers.hf.safetensors_file.MAX_JSON_BYTES", 100)
+    monkeypatch.setattr("jaxformers.files.safetensors_file.MAX_JSON_BYTES", 100)
     (tmp_path / SINGLE).write_bytes(raw(GOOD))
     with pytest.raises(ValueError, match="at most 100"):
         TensorFiles(tmp_path)

@@ -181,7 +181,7 @@ def test_ten_billion_windows_take_no_memory_and_no_time():
 
 
 def test_permutations_are_random():
-    """Chi-squared of where each number goes, of which pairs are neighbours, and of whole orders."""
+    """Chi-squared of where each number goes, of which pairs are neighbors, and of whole orders."""
     keys = scramble(7, np.arange(24_000))
     goes = np.stack([permute(np.full(24_000, x), 6, keys) for x in range(6)], axis=1)
     assert (np.sort(goes, axis=1) == np.arange(6)).all()
@@ -192,7 +192,7 @@ def test_permutations_are_random():
             ~np.eye(6, dtype=bool)], degrees=29)  # fmt: skip
     four = np.stack([permute(np.full(24_000, x), 4, keys) for x in range(4)], axis=1)
     expected(np.unique(four, axis=0, return_counts=True)[1], degrees=23)
-    # Large ones: distances of neighbours are spread as those of any two.
+    # Large ones: distances of neighbors are spread as those of any two.
     where = permute(np.arange(40_000), 40_000, scramble(3))
     gaps = np.abs(np.diff(where)) / 40_000
     assert abs(gaps.mean() - 1 / 3) < 0.005 and abs((gaps < 0.01).mean() - 0.0199) < 0.003
@@ -379,20 +379,20 @@ def test_packing_is_best_fit(sizes):
     assert pieces == Counter((size, k) for size in counts for k in range(counts[size]))
 
 
-def test_rows_are_full_and_neighbours_change():
+def test_rows_are_full_and_neighbors_change():
     lengths = np.random.default_rng(0).integers(2, 65, 3000).tolist()
     source = PackedDocuments(documents_of(lengths), 64, 16, seed=1)
     assert source.fill > 0.97
     assert source.order.count == best_fit_decreasing(np.array(lengths) - 1, 64)
     rows = np.arange(source.order.count)
-    neighbours = [
+    neighbors = [
         {
             tuple(sorted(pieces))
             for pieces in source._pieces_of(Picked(rows, 0 * rows + epoch, rows))
         }
         for epoch in range(2)
     ]
-    assert len(neighbours[0] & neighbours[1]) < 0.2 * len(neighbours[0])
+    assert len(neighbors[0] & neighbors[1]) < 0.2 * len(neighbors[0])
 
 
 def test_packed_is_separate():
@@ -479,7 +479,7 @@ TALK = [
 def chatty(tmp_path_factory):
     """A directory with a byte-level tokenizer that has the template of ChatML."""
     pytest.importorskip("tokenizers")
-    from jaxformers.data.train_tokenizer import save_new, train_bpe
+    from jaxformers.tokenizers.training import save_new, train_bpe
 
     texts = [m["content"] + m["role"] for m in TALK] * 5
     specials = ["<|im_start|>", "<|im_end|>"]

@@ -320,7 +320,7 @@ def test_directories_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
 
 def test_two_tokenizers_are_not_mixed(tmp_path, monkeypatch):
     """Of two that are saved to one directory at once, one is there and the other an error."""
-    from jaxformers.data.train_tokenizer import save_new, train_bpe
+    from jaxformers.tokenizers.training import save_new, train_bpe
 
     made = [train_bpe([word * 9], 270 + k) for k, word in enumerate(("abcd", "efgh"))]
     wait, save = Barrier(2), type(made[0]).save

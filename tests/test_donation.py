@@ -356,7 +356,7 @@ def test_whatever_uses_a_donated_model_says_so(tmp_path):
 
 
 def test_what_is_frozen_is_neither_copied_nor_donated_by_fit():
-    """Nor what an optimiser does not differentiate; if it changes that all the same, it may."""
+    """Nor what an optimizer does not differentiate; if it changes that all the same, it may."""
 
     class Counting(Keeping):
         def update(self, grads, state, model):

@@ -67,7 +67,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_cross_entropy_is_beside_what_is_minimised(name, monkeypatch):
+def test_the_cross_entropy_is_beside_what_is_minimized(name, monkeypatch):
     build, loss, data = CASES[name]
     model, smooth = build(), partial(loss, label_smoothing=0.2)
     plain = evaluate(model, data, loss=loss)

@@ -31,7 +31,7 @@ def value(parameter):
     return jnp.asarray(parameter.detach().numpy())
 
 
-def randomise(model, seed=0, spread=0.6):
+def randomize(model, seed=0, spread=0.6):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def llama():
         intermediate_size=D_FF, num_hidden_layers=LAYERS, max_position_embeddings=MAX,
         rms_norm_eps=1e-6, eos_token_id=END, pad_token_id=PAD, bos_token_id=1,
     )  # fmt: skip
-    theirs = randomise(transformers.LlamaForCausalLM(config))
+    theirs = randomize(transformers.LlamaForCausalLM(config))
     ours = TransformerLM(
         V, D, N, LAYERS, D_FF, num_kv_heads=G, use_bias=False, norm=RMSNorm,
         feed_forward=GatedFeedForward, position=RotaryPositionalEncoding(), embedding_scale=1.0,
@@ -115,7 +115,7 @@ def gpt2():
         vocab_size=V, n_embd=D, n_head=N, n_layer=LAYERS, n_inner=D_FF, n_positions=MAX,
         eos_token_id=END, pad_token_id=PAD, bos_token_id=1,
     )  # fmt: skip
-    theirs = randomise(transformers.GPT2LMHeadModel(config))
+    theirs = randomize(transformers.GPT2LMHeadModel(config))
     ours = TransformerLM(
         V, D, N, LAYERS, D_FF, MAX, learnable_pos=True, tie_embeddings=True, embedding_scale=1.0,
         feed_forward=partial(FeedForward, activation=jax.nn.gelu), key=jax.random.key(0),
@@ -171,7 +171,7 @@ def marian():
     theirs = transformers.MarianMTModel(config)
     tables = [theirs.model.encoder.embed_positions, theirs.model.decoder.embed_positions]
     kept = [table.weight.detach().clone() for table in tables]
-    randomise(theirs, seed=2)
+    randomize(theirs, seed=2)
     with torch.no_grad():
         for table, weight in zip(tables, kept, strict=True):
             table.weight.copy_(weight)

@@ -41,8 +41,8 @@ from jaxformers import (  # noqa: E402
     TransformerLM,
     from_pretrained,
 )
+from jaxformers.files.hub import TensorFiles, write_tensors  # noqa: E402
 from jaxformers.hf.describe import describe  # noqa: E402
-from jaxformers.hf.files import TensorFiles, write_tensors  # noqa: E402
 from jaxformers.hf.settings import HARMLESS  # noqa: E402
 from jaxformers.kernels.plain import dot_product_attention  # noqa: E402
 
@@ -57,7 +57,7 @@ MEGABYTE = 2**20
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimising."""
+    """Programs that run once on tiny arrays are not worth optimizing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -670,7 +670,7 @@ def test_a_trained_model_is_saved(name, made, tmp_path):
 
 
 def train(model, steps):
-    optimiser = AdamW(1e-2)
+    optimizer = AdamW(1e-2)
 
     def loss(model):
         if isinstance(model, TransformerEncoder):
@@ -687,9 +687,9 @@ def train(model, steps):
     def step(model, state):
         traces.append(0)
         value, gradient = eqx.filter_value_and_grad(loss)(model)
-        return *optimiser.update(gradient, state, model), value
+        return *optimizer.update(gradient, state, model), value
 
-    state = optimiser.init(model)
+    state = optimizer.init(model)
     for _ in range(steps):
         model, state, value = step(model, state)
         losses.append(float(value))

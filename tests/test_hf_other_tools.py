@@ -1,4 +1,4 @@
-"""Checkpoints of older and neighbouring tools, and what lies where a checkpoint should be."""
+"""Checkpoints of older and neighboring tools, and what lies where a checkpoint should be."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ from hf_checkpoints import make  # noqa: E402
 
 import jaxformers  # noqa: E402
 from jaxformers import TransformerLM, from_pretrained, load_tokenizer  # noqa: E402
+from jaxformers.files.hub import TensorFiles, write_tensors  # noqa: E402
 from jaxformers.hf.describe import describe  # noqa: E402
 from jaxformers.hf.families import FAMILIES  # noqa: E402
-from jaxformers.hf.files import TensorFiles, write_tensors  # noqa: E402
 from jaxformers.hf.harmless import HARMLESS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")

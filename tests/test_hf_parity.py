@@ -21,8 +21,8 @@ from hf_checkpoints import load, make  # noqa: E402
 
 from jaxformers import TransformerLM, from_pretrained  # noqa: E402
 from jaxformers.__main__ import main  # noqa: E402
-from jaxformers.hf import verify as verification  # noqa: E402
-from jaxformers.hf.verify import Row, table, verify  # noqa: E402
+from jaxformers.cli import compare as verification  # noqa: E402
+from jaxformers.cli.compare import Row, table, verify  # noqa: E402
 
 torch.set_num_threads(1)  # on arrays this small, more threads only wait for each other
 CASES_AND_SETTINGS = [(name, i) for name, case in CASES.items() for i in range(len(case.off))]
@@ -30,7 +30,7 @@ CASES_AND_SETTINGS = [(name, i) for name, case in CASES.items() for i in range(l
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimising."""
+    """Programs that run once on tiny arrays are not worth optimizing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

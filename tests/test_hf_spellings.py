@@ -23,9 +23,9 @@ from hf_checkpoints import load, make  # noqa: E402
 from hf_readers import forget, outputs, part, repeat, table_of, tie, untie  # noqa: E402
 
 from jaxformers import TransformerLM, YarnScaling, from_pretrained  # noqa: E402
+from jaxformers.files.hub import TensorFiles  # noqa: E402
 from jaxformers.hf.describe import describe  # noqa: E402
 from jaxformers.hf.families import FAMILIES  # noqa: E402
-from jaxformers.hf.files import TensorFiles  # noqa: E402
 from jaxformers.hf.load import read_settings  # noqa: E402
 from jaxformers.hf.rope_settings import OLDER_KEYS  # noqa: E402
 from jaxformers.hf.settings import Tied  # noqa: E402
@@ -38,7 +38,7 @@ TOKENS = np.array([[8, 9, 30, 12, 25, 33, 41, 50, 11], [13, 14, 52, 44, 20, 19, 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimising."""
+    """Programs that run once on tiny arrays are not worth optimizing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -24,7 +24,7 @@ from jaxformers import (
     fast_attention,
     flash_attention,
     language_model_loss,
-    rematerialise,
+    rematerialize,
 )
 
 KERNELS = {
@@ -241,14 +241,14 @@ def test_gradient_of_a_bias_in_sixteen_bits(getkey):
     assert jnp.abs(flash - exact).max() < 0.01 * jnp.abs(exact).max()
 
 
-def test_what_rematerialisation_keeps_of_flash(getkey):
+def test_what_rematerialization_keeps_of_flash(getkey):
     """With its outputs kept, none of its loops run again."""
     attention = partial(flash_attention, blocks=(8, 8))
     model = TransformerLM(11, 12, 3, 1, 20, 32, attention_fn=attention, key=getkey())
     batch = {"tokens": jnp.ones((1, 32), int), "targets": jnp.ones((1, 32), int)}
 
     def exponentials(keep):
-        kept = rematerialise(model, keep=keep)
+        kept = rematerialize(model, keep=keep)
         gradient = eqx.filter_make_jaxpr(eqx.filter_grad(language_model_loss))(kept, batch)[0]
         # Without an effect on what is computed, they are left out when it is compiled.
         jaxpr, _ = pe.dce_jaxpr(gradient.jaxpr, [True] * len(gradient.jaxpr.outvars))

@@ -27,12 +27,12 @@ from jaxformers import (
     default_decay_mask,
     from_pretrained,
     language_model_loss,
-    rematerialise,
+    rematerialize,
     scan_layers,
     train_step,
     unroll_layers,
 )
-from jaxformers.layer_stack import SITES, _materialised
+from jaxformers.layer_stack import SITES, _materialized
 
 VOCAB, D, N, L, F, MAX = 13, 8, 2, 2, 12, 20
 B, T = 3, 5
@@ -100,13 +100,13 @@ def test_same_values_and_gradients(name, getkey):
     model, key = MODELS[name](key=getkey()), getkey()
     value, gradient = value_and_gradient(model, key)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) > 1e-3
-    others = [scan_layers(model), rematerialise(model, ("queries", "residual"))]
+    others = [scan_layers(model), rematerialize(model, ("queries", "residual"))]
     if name == "rotary":
-        others += [rematerialise(scan_layers(model), SITES), scan_layers(rematerialise(model))]
+        others += [rematerialize(scan_layers(model), SITES), scan_layers(rematerialize(model))]
     for other in others:
         other_value, other_gradient = value_and_gradient(other, key)
         assert_close(other_value, value)
-        back = rematerialise(unroll_layers(other_gradient), None)
+        back = rematerialize(unroll_layers(other_gradient), None)
         jax.tree.map(assert_close, back, gradient)
 
 
@@ -118,7 +118,7 @@ def test_there_and_back(name, getkey):
     assert_same(unroll_layers(scanned), model)
     assert_same(unroll_layers(model), model)
     assert_same(scan_layers(scanned), scanned)
-    assert_same(rematerialise(rematerialise(scanned), None), scanned)
+    assert_same(rematerialize(rematerialize(scanned), None), scanned)
     stack = model.encoder if name == "encoder" else model.decoder
     other = scan_layers(stack).layers
     assert len(other) == len(stack.layers)
@@ -133,7 +133,7 @@ def test_generation(getkey):
     model, prompt = MODELS["rotary"](key=getkey()), ids(B, T)
     real = jnp.arange(T) >= jnp.array([[0], [2], [1]])
     options = dict(prompt=prompt, max_new_tokens=9, padding_mask=real)
-    for change in (scan_layers, rematerialise):
+    for change in (scan_layers, rematerialize):
         assert_same(change(model).generate(**options), model.generate(**options))
     options |= dict(num_beams=2, end_token=1)
     assert_same(scan_layers(model).generate(**options), model.generate(**options))
@@ -156,22 +156,22 @@ def training_program(num_layers, change):
     return jax.jit(jax.grad(loss)).trace(change(model))
 
 
-def test_rematerialisation_saves_memory():
+def test_rematerialization_saves_memory():
     """Of six layers, one at a time has its activations."""
 
     def temporary(change):
         compiled = training_program(6, change).lower().compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary(rematerialise) < 0.5 * temporary(lambda model: model)
-    both = temporary(lambda model: rematerialise(scan_layers(model)))
+    assert temporary(rematerialize) < 0.5 * temporary(lambda model: model)
+    both = temporary(lambda model: rematerialize(scan_layers(model)))
     assert both < 0.5 * temporary(scan_layers)
 
 
 def test_scanned_programs_do_not_grow():
     def size(num_layers):
         def change(model):
-            return rematerialise(scan_layers(model))
+            return rematerialize(scan_layers(model))
 
         return len(str(training_program(num_layers, change).jaxpr).splitlines())
 
@@ -195,7 +195,7 @@ def test_the_stream_is_not_changed_between_layers(dtype):
     for first in numbers:
         x = jnp.concatenate([first[None], numbers])
         np.testing.assert_array_equal(
-            *(y.astype("float32") for y in (jax.jit(_materialised)(x), x))
+            *(y.astype("float32") for y in (jax.jit(_materialized)(x), x))
         )
 
 
@@ -215,19 +215,19 @@ def test_layers_that_differ_cannot_be_scanned(getkey):
         scan_layers(TransformerEncoder(*SIZES, layer_order=[0, 1, 0], key=getkey()))
 
 
-def test_layers_in_an_order_are_rematerialised(getkey):
+def test_layers_in_an_order_are_rematerialized(getkey):
     model, key = TransformerEncoder(*SIZES, layer_order=[0, 1, 0], key=getkey()), getkey()
-    a, b = value_and_gradient(model, key), value_and_gradient(rematerialise(model), key)
+    a, b = value_and_gradient(model, key), value_and_gradient(rematerialize(model), key)
     jax.tree.map(assert_close, jax.tree.leaves(a), jax.tree.leaves(b))
 
 
 @pytest.mark.parametrize("keep", ["queries", ["query"], ("keys", "key")])
 def test_sites_that_are_not_there(keep, getkey):
     with pytest.raises(ValueError, match="names of sites, queries, keys, values"):
-        rematerialise(MODELS["rotary"](key=getkey()), keep)
+        rematerialize(MODELS["rotary"](key=getkey()), keep)
 
 
-@pytest.mark.parametrize("change", [scan_layers, unroll_layers, rematerialise])
+@pytest.mark.parametrize("change", [scan_layers, unroll_layers, rematerialize])
 def test_models_without_layers(change):
     with pytest.raises(ValueError, match="expected a model with layers.*LayerNorm"):
         change(jaxformers.LayerNorm(4))
@@ -242,7 +242,7 @@ def test_sites_are_those_of_the_modules():
     assert names == set(SITES)
 
 
-@pytest.mark.parametrize("change", [scan_layers, rematerialise])
+@pytest.mark.parametrize("change", [scan_layers, rematerialize])
 def test_a_changed_model_is_a_pytree(change, getkey, tmp_path):
     model = change(MODELS["rotary"](key=getkey()))
     assert_same(pickle.loads(pickle.dumps(model)), model)
@@ -265,11 +265,11 @@ def test_decay_masks_agree(name, getkey):
 
 
 def test_training(getkey):
-    """Two updates of a scanned and rematerialised model are those of the model."""
+    """Two updates of a scanned and rematerialized model are those of the model."""
     optimizer, key = AdamW(1e-2), getkey()
     batch = {"tokens": ids(B, T), "targets": ids(B, T, seed=1)}
     model = MODELS["rotary"](key=getkey())
-    changed = rematerialise(scan_layers(model))
+    changed = rematerialize(scan_layers(model))
     results = []
     for m in (model, changed):
         m, state = jax.tree.map(jnp.copy, m), optimizer.init(m)
@@ -277,11 +277,11 @@ def test_training(getkey):
             m, state, value = train_step(
                 m, state, batch, optimizer=optimizer, loss=language_model_loss, key=key
             )
-        results.append((rematerialise(unroll_layers(m), None), value))
+        results.append((rematerialize(unroll_layers(m), None), value))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
-@pytest.mark.parametrize("change", [scan_layers, rematerialise])
+@pytest.mark.parametrize("change", [scan_layers, rematerialize])
 def test_saved_as_a_checkpoint(change, getkey, tmp_path):
     pytest.importorskip("safetensors")
     gelu = partial(jaxformers.FeedForward, activation=jaxformers.activations.gelu_tanh)

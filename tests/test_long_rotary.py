@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_checkpoints import randomise
+from hf_checkpoints import randomize
 from programs import trace
 from test_generation import KEY, V, compiled_run, make_lm, make_seq2seq, prompt_of
 
@@ -318,7 +318,7 @@ def test_transformers_across_the_border(kind, tmp_path):
         )
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    randomise(theirs.eval())
+    randomize(theirs.eval())
     theirs.save_pretrained(tmp_path)
     ours = TransformerLM.from_pretrained(tmp_path)
     for row in ROWS:

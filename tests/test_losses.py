@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformers import Dense, LayerNorm, OutputLayer
-from jaxformers.losses import chunked_cross_entropy, cross_entropy
+from jaxformers.training.losses import chunked_cross_entropy, cross_entropy
 
 B, T, V = 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -133,7 +133,7 @@ def test_large_logits_lose_no_digits():
         np.testing.assert_allclose(value, expected, rtol=3e-6)
 
 
-def test_bfloat16_logits_are_normalised_in_float32():
+def test_bfloat16_logits_are_normalized_in_float32():
     half = logits.astype(jnp.bfloat16)
     value, grad = jax.value_and_grad(cross_entropy)(half, targets)
     assert (value.dtype, grad.dtype) == (jnp.float32, jnp.bfloat16)

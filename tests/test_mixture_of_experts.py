@@ -41,7 +41,7 @@ def definition(module, x):
         probabilities = np.exp(row @ router)
         probabilities /= probabilities.sum()
         experts = np.argsort(-probabilities)[: module.top_k]
-        scale = probabilities[experts].sum() if module.renormalise else 1.0
+        scale = probabilities[experts].sum() if module.renormalize else 1.0
         for i in experts:
             hidden = silu(row @ w_gate[i]) * (row @ w_up[i])
             y[t] += probabilities[i] / scale * (hidden @ w_down[i])
@@ -56,17 +56,17 @@ def output_and_routes(module, x):
 # Against transformers.
 
 
-def mixtral(torch, renormalise):
+def mixtral(torch, renormalize):
     from transformers.models.mixtral import modeling_mixtral
 
-    assert renormalise
+    assert renormalize
     config = modeling_mixtral.MixtralConfig(
         hidden_size=D, intermediate_size=F, num_local_experts=EXPERTS, num_experts_per_tok=K
     )
     return modeling_mixtral.MixtralSparseMoeBlock(config)
 
 
-def qwen3(torch, renormalise):
+def qwen3(torch, renormalize):
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     config = modeling_qwen3_moe.Qwen3MoeConfig(
@@ -74,12 +74,12 @@ def qwen3(torch, renormalise):
         moe_intermediate_size=F,
         num_experts=EXPERTS,
         num_experts_per_tok=K,
-        norm_topk_prob=renormalise,
+        norm_topk_prob=renormalize,
     )
     return modeling_qwen3_moe.Qwen3MoeSparseMoeBlock(config)
 
 
-def qwen2(torch, renormalise):
+def qwen2(torch, renormalize):
     from transformers.models.qwen2_moe import modeling_qwen2_moe
 
     config = modeling_qwen2_moe.Qwen2MoeConfig(
@@ -88,7 +88,7 @@ def qwen2(torch, renormalise):
         shared_expert_intermediate_size=SHARED,
         num_experts=EXPERTS,
         num_experts_per_tok=K,
-        norm_topk_prob=renormalise,
+        norm_topk_prob=renormalize,
     )
     return modeling_qwen2_moe.Qwen2MoeSparseMoeBlock(config)
 
@@ -111,15 +111,15 @@ def arrays_of(block, read):
 
 
 @pytest.mark.parametrize(
-    "reference, renormalise, shared_d_ff",
+    "reference, renormalize, shared_d_ff",
     [(mixtral, True, None), (qwen3, True, None), (qwen3, False, None), (qwen2, False, SHARED)],
 )
-def test_parity(reference, renormalise, shared_d_ff):
+def test_parity(reference, renormalize, shared_d_ff):
     """Values, and gradients by the input and by all weights."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     torch.set_num_threads(1)
-    block, rng = reference(torch, renormalise), np.random.default_rng(1)
+    block, rng = reference(torch, renormalize), np.random.default_rng(1)
     with torch.no_grad():
         for parameter in block.parameters():
             scale = parameter.shape[-1] ** -0.5
@@ -130,7 +130,7 @@ def test_parity(reference, renormalise, shared_d_ff):
     (their_y * torch.tensor(np.asarray(weights))).sum().backward()
 
     values = arrays_of(block, lambda parameter: parameter.detach().numpy())
-    ours = mixture(F, EXPERTS, K, jax.nn.silu, renormalise, shared_d_ff)
+    ours = mixture(F, EXPERTS, K, jax.nn.silu, renormalize, shared_d_ff)
     ours = jax.tree.map_with_path(
         lambda path, leaf: jnp.asarray(values.pop(jax.tree_util.keystr(path))), ours
     )
@@ -175,17 +175,17 @@ def test_load_balancing_loss_is_least_where_tokens_spread_evenly():
 @pytest.mark.parametrize(
     "d_ff, num_experts, top_k", [(F, 5, 5), (F, 5, 1), (F, 1, 1), (1, 3, 2), (F, 40, 3)]
 )
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_definition(d_ff, num_experts, top_k, renormalise):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_definition(d_ff, num_experts, top_k, renormalize):
     """All, one and one of one; fewer tokens than experts and more."""
-    module = mixture(d_ff, num_experts, top_k, renormalise=renormalise)
+    module = mixture(d_ff, num_experts, top_k, renormalize=renormalize)
     for shape in ((D,), (B, T, D)):
         x = inputs(*shape)
         y, (weights, experts) = output_and_routes(module, x)
         assert_close(y, definition(module, x))
         assert weights.shape == experts.shape == (*shape[:-1], top_k)
         assert len(np.unique(experts.reshape(-1, top_k)[0])) == top_k
-        assert np.allclose(weights.sum(-1), 1.0) == (renormalise or top_k == num_experts)
+        assert np.allclose(weights.sum(-1), 1.0) == (renormalize or top_k == num_experts)
 
 
 def test_one_expert_is_a_gated_feed_forward():
@@ -427,8 +427,8 @@ def test_training():
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_k": None}, "top_k must be an integer of at least 1, got None"),
         ({"top_k": EXPERTS + 1}, "top_k must be at most num_experts = 5, got 6"),
-        ({"renormalise": "no"}, "renormalise must be True or False, got 'no'"),
-        ({"renormalise": None}, "renormalise must be True or False, got None"),
+        ({"renormalize": "no"}, "renormalize must be True or False, got 'no'"),
+        ({"renormalize": None}, "renormalize must be True or False, got None"),
         ({"shared_d_ff": 0}, "shared_d_ff must be an integer of at least 1, got 0"),
         ({"shared_d_ff": False}, "shared_d_ff must be an integer of at least 1, got False"),
         ({"use_bias": True}, "experts have no biases.*use_bias=False"),

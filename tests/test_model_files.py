@@ -34,7 +34,7 @@ from jaxformers import (
     save,
     warmup_cosine,
 )
-from jaxformers.hf.safetensors_file import Unsaved, write_sealed_file
+from jaxformers.files.safetensors_file import Unsaved, write_sealed_file
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 SIZES = {"d_model": 12, "num_heads": 6, "d_ff": 20, "max_seq_length": 17}
@@ -98,7 +98,7 @@ def bert(key):
 
 
 def scanned(key):
-    return jaxformers.rematerialise(jaxformers.scan_layers(gpt(key)), keep=("queries",))
+    return jaxformers.rematerialize(jaxformers.scan_layers(gpt(key)), keep=("queries",))
 
 
 def half(key):
@@ -403,7 +403,7 @@ def record(name, **fields):
         ({"name": "jax.numpy:load"}, "not looked for"),
         ({"name": "jaxformers:save"}, "not looked for"),
         ({"name": "jaxformers:from_pretrained"}, "not looked for"),
-        (record("jaxformers.hf.safetensors_file:Unsaved"), "not looked for"),
+        (record("jaxformers.files.safetensors_file:Unsaved"), "not looked for"),
         ({"name": "jaxformers.checkpoint:os"}, "not looked for"),
         ({"name": "jaxformers:__builtins__"}, "not looked for"),
         ({"name": "antigravity"}, "not looked for"),

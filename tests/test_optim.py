@@ -1,4 +1,4 @@
-"""AdamW against optax's and torch's, what it leaves alone, and the one protocol of optimisers."""
+"""AdamW against optax's and torch's, what it leaves alone, and the one protocol of optimizers."""
 
 import ast
 import functools

@@ -26,7 +26,7 @@ from jaxformers.optim import (
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_fast():
-    """Programs that run a few times on tiny arrays are not worth optimising."""
+    """Programs that run a few times on tiny arrays are not worth optimizing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -224,7 +224,7 @@ def test_the_state_of_another_optimizer_is_refused():
     weights = draw(1)
     optimizers = AdamW(0.1), freeze(AdamW(0.1), is_table), Averaged(AdamW(0.1))
     for optimizer, other in zip(optimizers, (*optimizers[1:], optimizers[0]), strict=True):
-        with pytest.raises(ValueError, match="state must be that of this optimiser.*expected"):
+        with pytest.raises(ValueError, match="state must be that of this optimizer.*expected"):
             optimizer.update(weights, other.init(weights), weights)
     three = Groups([(is_table, None), (is_vector, Lion(0.1))], AdamW(0.1))
     with pytest.raises(ValueError, match="expected tuple of 2, got"):

@@ -12,12 +12,12 @@ import jaxformers as jf
 from jaxformers import optim, schedules
 from jaxformers.hf.plan import arrays_by_path
 from jaxformers.optim import Adafactor, Lion, Muon, OrthogonalMomentum, default_decay_mask
-from jaxformers.optim.muon import orthogonalise
+from jaxformers.optim.muon import orthogonalize
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_fast():
-    """Programs that run a few times on tiny arrays are not worth optimising."""
+    """Programs that run a few times on tiny arrays are not worth optimizing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -294,16 +294,16 @@ def test_nesterov_in_muon_is_torch_s_and_not_optax_s():
         plain = 0.9 * momentum + 0.1 * g
         corrected = 0.9 * momentum / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
         for wanted, got in ((plain, -moved["w"]), (corrected, -direction["w"])):
-            wanted = orthogonalise(jnp.asarray(wanted, jnp.float32))
+            wanted = orthogonalize(jnp.asarray(wanted, jnp.float32))
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
     assert np.abs(moved["w"] - direction["w"]).max() > 1e-2
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (13, 4)])
-def test_orthogonalise_changes_singular_values_alone(shape):
+def test_orthogonalize_changes_singular_values_alone(shape):
     """Each by the polynomial, computed in float64; and as optax does it."""
     x = np.random.default_rng(3).normal(size=(2, *shape))
-    made = orthogonalise(jnp.asarray(x, jnp.float32))
+    made = orthogonalize(jnp.asarray(x, jnp.float32))
     u, values, vt = np.linalg.svd(x, full_matrices=False)
     values /= np.linalg.norm(x, axis=(-2, -1))[:, None]
     for _ in range(5):

@@ -40,8 +40,8 @@ assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 # Weights: one mapping from torch's layout to ours, which reads values and gradients alike.
 
 
-def randomise(module, rng):
-    """All parameters drawn anew, those too that torch initialises to 0 and 1."""
+def randomize(module, rng):
+    """All parameters drawn anew, those too that torch initializes to 0 and 1."""
     with torch.no_grad():
         for parameter in module.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
@@ -167,7 +167,7 @@ def check_parity(ours, theirs, our_call, torch_call, shapes, shown=None, porter=
 
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
-        randomise(theirs, rng)
+        randomize(theirs, rng)
         theirs.zero_grad()
         inputs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
         tensors = [torch.tensor(x, requires_grad=True) for x in inputs]
@@ -486,8 +486,8 @@ def test_rotary_is_that_of_llama_and_gptj():
     sin, cos = gptj.create_sinusoidal_positions(50, part)[torch_positions].chunk(2, -1)
     expected = torch_q.clone().transpose(1, 2)
     expected[..., :part] = gptj.apply_rotary_pos_emb(expected[..., :part], sin, cos)
-    neighbours = RotaryPositionalEncoding(rotary_dim=part, interleaved=True)
-    assert_close(neighbours.rotate(q, positions), expected.transpose(1, 2).numpy())
+    neighbors = RotaryPositionalEncoding(rotary_dim=part, interleaved=True)
+    assert_close(neighbors.rotate(q, positions), expected.transpose(1, 2).numpy())
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 8, 12, 20])

@@ -121,15 +121,15 @@ def test_a_residual_puts_its_norms_where_it_says(getkey):
 def test_parallel_layers_read_the_stream_once(getkey):
     x = x_of(getkey, B, T, D)
     for parallel, read in [
-        ("one norm", "attention_residual"),
+        ("one norm", "self_attention_residual"),
         ("two norms", "feed_forward_residual"),
     ]:
         layer = EncoderLayer(D, N, F, 0.0, parallel=parallel, key=KEY)
-        layer = eqx.tree_at(lambda m: m.attention_residual.norm.gain, layer, x_of(getkey, D))
+        layer = eqx.tree_at(lambda m: m.self_attention_residual.norm.gain, layer, x_of(getkey, D))
         if parallel == "two norms":
             gain = x_of(getkey, D)
             layer = eqx.tree_at(lambda m: m.feed_forward_residual.norm.gain, layer, gain)
-        attended = layer.attention(layer.attention_residual.norm(x))
+        attended = layer.self_attention(layer.self_attention_residual.norm(x))
         expected = x + attended + layer.feed_forward(getattr(layer, read).norm(x))
         np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
@@ -181,7 +181,7 @@ def test_both_stacks_have_their_own_sizes():
     model = Transformer(
         VOCAB, VOCAB, D, N, 1, 2, F, 9, decoder_num_heads=4, decoder_d_ff=10, key=KEY
     )
-    assert model.encoder.layers[0].attention.num_heads == N
+    assert model.encoder.layers[0].self_attention.num_heads == N
     assert model.decoder.layers[0].cross_attention.num_heads == 4
     assert model.decoder.layers[1].feed_forward.w_in.shape == (D, 10)
 
@@ -259,5 +259,5 @@ def test_models_still_share_their_pieces():
     options = Pieces(norm=RMSNorm, feed_forward=GatedFeedForward, softcap=3.0)
     a, b = language_model(**options), TransformerEncoder(VOCAB, D, N, 1, F, 9, key=KEY, **options)
     assert a.decoder.layers[0].self_attention.softcap == 3.0
-    assert b.encoder.layers[0].attention.softcap == 3.0
+    assert b.encoder.layers[0].self_attention.softcap == 3.0
     assert MultiHeadAttention(D, N, key=KEY).softcap is None

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from jaxformers import AttentionMask, Transformer, TransformerLM
-from jaxformers.positional_encoding import (
-    ALiBi,
+from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
-    RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
+)
+from jaxformers.positions.bias import (
+    ALiBi,
     T5PositionBias,
 )
-from jaxformers.rotary_scaling import (
+from jaxformers.positions.rotary import (
+    RotaryPositionalEncoding,
+)
+from jaxformers.positions.scaling import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

@@ -579,7 +579,7 @@ def test_a_key_decides_the_model(getkey):
         assert np.unique(a).size == 1 or not np.allclose(a, c)
 
 
-def test_initialisers_reach_their_arrays(getkey):
+def test_initializers_reach_their_arrays(getkey):
     """Everything random is drawn by `init`, what writes to the stream by `residual_init`."""
 
     def constant(number):

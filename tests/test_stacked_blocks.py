@@ -1,4 +1,4 @@
-"""Blocks of one's own, stacked by `eqx.filter_vmap`, are optimised as single ones are."""
+"""Blocks of one's own, stacked by `eqx.filter_vmap`, are optimized as single ones are."""
 
 import equinox as eqx
 import jax
@@ -104,7 +104,7 @@ def test_matrices_decay_and_vectors_do_not():
     twice = jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, stack)
     for tree in (blocks[0], stack, twice, eqx.filter(stack, eqx.is_inexact_array)):
         assert paths_where(default_decay_mask(tree)) == MATRICES
-        # As for an optimiser that has some of the leaves.
+        # As for an optimizer that has some of the leaves.
         part = eqx.tree_at(lambda b: (b.up, b.raw), tree, (None, None), is_leaf=lambda x: x is None)
         mask = default_decay_mask(part)
         assert paths_where(mask) == MATRICES - {"up.weight", "raw"}

@@ -15,8 +15,8 @@ from jaxformers.data import tokenize as tokenize_module
 from jaxformers.data.joined import Joined
 from jaxformers.data.text_files import Piece, read_pieces
 from jaxformers.data.tokenize import tokenize
-from jaxformers.data.train_tokenizer import texts_of
 from jaxformers.data.verbatim import verbatim
+from jaxformers.tokenizers.training import texts_of
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -659,7 +659,7 @@ def test_where_templates_come_from(tmp_path):
     ],
 )
 def test_hostile_templates(template, match):
-    from jaxformers.hf.chat import render_chat
+    from jaxformers.tokenizers.chat import render_chat
 
     pytest.importorskip("jinja2")
     with pytest.raises(ValueError, match=match):
@@ -1094,7 +1094,7 @@ def test_wrong_calls(bert, match, no_shape_checker):
 
 
 def test_missing_packages(bert, tmp_path, monkeypatch):
-    from jaxformers.hf.chat import render_chat
+    from jaxformers.tokenizers.chat import render_chat
 
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxformers\[hf\]'"):

@@ -33,15 +33,15 @@ from jaxformers import (
     TransformerLM,
     from_pretrained,
 )
-from jaxformers.hf import torch_names, torch_pickle, zip_file
-from jaxformers.hf.files import (
+from jaxformers.files import torch_names, torch_pickle, zip_file
+from jaxformers.files.hub import (
     TORCH_INDEX,
     TORCH_SINGLE,
     TensorFiles,
     has_safetensors,
     write_tensors,
 )
-from jaxformers.hf.torch_file import read_torch_file
+from jaxformers.files.torch_file import read_torch_file
 
 # Of each call, the checker of shapes would take longer than what is tested.
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
@@ -376,7 +376,7 @@ def test_reading_holds_what_was_read(tmp_path, legacy):
     program = """
 import re, sys
 import jax, numpy as np
-from jaxformers.hf.files import TensorFiles
+from jaxformers.files.hub import TensorFiles
 
 def status(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -1,4 +1,4 @@
-"""The compiled training step, and the optimiser on a real model against optax and torch."""
+"""The compiled training step, and the optimizer on a real model against optax and torch."""
 
 import re
 from functools import partial

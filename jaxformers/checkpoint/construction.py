@@ -23,8 +23,8 @@ from jaxformers.checkpoint.migration import (
     rename_fields,
 )
 from jaxformers.checkpoint.names import field_names, is_record, known_objects, public_name
-from jaxformers.hf.json_file import shorten
-from jaxformers.hf.safetensors_file import DTYPES, NAMES
+from jaxformers.files.json_file import shorten
+from jaxformers.files.safetensors_file import DTYPES, NAMES
 
 _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
 

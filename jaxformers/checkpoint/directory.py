@@ -19,8 +19,8 @@ from jaxformers.checkpoint.training_state import (
     snapshot,
 )
 from jaxformers.checks import check_size
-from jaxformers.directory_claim import claim
-from jaxformers.hf.safetensors_file import check_package
+from jaxformers.files.claim import claim
+from jaxformers.files.safetensors_file import check_package
 
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 _LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.\d+\.tmp")

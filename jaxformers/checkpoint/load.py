@@ -15,8 +15,8 @@ from jaxformers.checkpoint.orbax_model import has_orbax_checkpoints, read_orbax_
 from jaxformers.checkpoint.trained_model import Wanted, build_model
 from jaxformers.checkpoint.training_state import HostKey
 from jaxformers.checks import check_flag
-from jaxformers.hf.json_file import shorten
-from jaxformers.hf.safetensors_file import Stored
+from jaxformers.files.json_file import shorten
+from jaxformers.files.safetensors_file import Stored
 
 
 def load(

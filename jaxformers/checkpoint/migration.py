@@ -23,7 +23,15 @@ Table = dict[str, dict[str, Any]]
 # By the public name of a class: the fields that have another name now. A field that moved into a
 # part of its object, or out of one, has a path: {"EncoderLayer": {"scale": "residual.scale"}}. A
 # name that was given up is not used again for something else.
-RENAMED: dict[str, dict[str, str]] = {}
+RENAMED: dict[str, dict[str, str]] = {
+    "EncoderLayer": {
+        "attention": "self_attention",
+        "attention_residual": "self_attention_residual",
+    },
+    "Encoder": {"rematerialisation": "rematerialization"},
+    "Decoder": {"rematerialisation": "rematerialization"},
+    "MixtureOfExperts": {"renormalise": "renormalize"},
+}
 
 # What a file means that does not have a new field. In native files the default that the class
 # declares holds without a line here; in states of trainings every new array needs one.

@@ -19,9 +19,8 @@ import numpy as np
 
 from jaxformers.checkpoint.construction import Decoder, Encoder
 from jaxformers.checks import check_usable
-from jaxformers.hf.json_file import parse_json, shorten
-from jaxformers.hf.load import put
-from jaxformers.hf.safetensors_file import (
+from jaxformers.files.json_file import parse_json, shorten
+from jaxformers.files.safetensors_file import (
     Stored,
     Unsaved,
     check_seal,
@@ -29,6 +28,7 @@ from jaxformers.hf.safetensors_file import (
     read_tensor,
     write_sealed_file,
 )
+from jaxformers.hf.load import put
 
 _FORMAT = "jaxformers 1"
 

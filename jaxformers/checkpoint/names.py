@@ -26,26 +26,23 @@ from jaxformers import (
     initializers,
     layer_stack,
     layers,
-    losses,
     masks,
     mixture_of_experts,
     norms,
     optim,
     origin,
     output,
-    positional_encoding,
-    rotary_scaling,
-    schedules,
     training,
     transformer,
     transformer_encoder,
     transformer_lm,
 )
 from jaxformers.checkpoint import training_state
-from jaxformers.hf.safetensors_file import DTYPES
+from jaxformers.files.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
-from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer
-from jaxformers.training import run, step
+from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer, schedules
+from jaxformers.positions import absolute, bias, rotary, scaling
+from jaxformers.training import losses, run, step
 
 # A new class or function that a model, an optimizer or a state of a training may hold gets a line
 # here. A line's object may change, its name may not. Functions only compute: one that writes, a
@@ -63,7 +60,7 @@ OURS: dict[str, Any] = {
     "Decoder": decoder.Decoder,
     "DecoderLayer": decoder.DecoderLayer,
     "ScannedLayers": layer_stack.ScannedLayers,
-    "Rematerialization": layer_stack.Rematerialisation,
+    "Rematerialization": layer_stack.Rematerialization,
     "TokenEmbedding": embedding.TokenEmbedding,
     "TransformerEmbedding": embedding.TransformerEmbedding,
     "OutputLayer": output.OutputLayer,
@@ -80,21 +77,21 @@ OURS: dict[str, Any] = {
     "PerHeadNorm": norms.PerHeadNorm,
     "AllHeadsNorm": norms.AllHeadsNorm,
     # Positions.
-    "SinusoidalPositionalEncoding": positional_encoding.SinusoidalPositionalEncoding,
-    "LearnablePositionalEncoding": positional_encoding.LearnablePositionalEncoding,
-    "RotaryPositionalEncoding": positional_encoding.RotaryPositionalEncoding,
-    "ALiBi": positional_encoding.ALiBi,
-    "T5PositionBias": positional_encoding.T5PositionBias,
-    "LinearScaling": rotary_scaling.LinearScaling,
-    "ProportionalScaling": rotary_scaling.ProportionalScaling,
-    "Llama3Scaling": rotary_scaling.Llama3Scaling,
-    "YarnScaling": rotary_scaling.YarnScaling,
-    "DynamicScaling": rotary_scaling.DynamicScaling,
-    "LongScaling": rotary_scaling.LongScaling,
-    "sinusoid": positional_encoding.sinusoid,
-    "positional_encoding": positional_encoding.positional_encoding,
-    "alibi_slopes": positional_encoding.alibi_slopes,
-    "t5_buckets": positional_encoding.t5_buckets,
+    "SinusoidalPositionalEncoding": absolute.SinusoidalPositionalEncoding,
+    "LearnablePositionalEncoding": absolute.LearnablePositionalEncoding,
+    "RotaryPositionalEncoding": rotary.RotaryPositionalEncoding,
+    "ALiBi": bias.ALiBi,
+    "T5PositionBias": bias.T5PositionBias,
+    "LinearScaling": scaling.LinearScaling,
+    "ProportionalScaling": scaling.ProportionalScaling,
+    "Llama3Scaling": scaling.Llama3Scaling,
+    "YarnScaling": scaling.YarnScaling,
+    "DynamicScaling": scaling.DynamicScaling,
+    "LongScaling": scaling.LongScaling,
+    "sinusoid": absolute.sinusoid,
+    "positional_encoding": absolute.positional_encoding,
+    "alibi_slopes": bias.alibi_slopes,
+    "t5_buckets": bias.t5_buckets,
     # Masks and caches.
     "AttentionMask": masks.AttentionMask,
     "KV": attention.KV,
@@ -146,7 +143,7 @@ OURS: dict[str, Any] = {
     "default_layout": optim.default_layout,
     "default_decay_mask": optim.default_decay_mask,
     "is_hidden_matrix": optim.is_hidden_matrix,
-    "orthogonalize": muon.orthogonalise,
+    "orthogonalize": muon.orthogonalize,
     "match_adamw": optim.match_adamw,
     "match_width": optim.match_width,
     "global_norm": optim.global_norm,

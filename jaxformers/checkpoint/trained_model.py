@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from jaxformers.checkpoint.construction import Decoder, Encoder, kind_of
 from jaxformers.checkpoint.training_state import named_leaves
-from jaxformers.hf.json_file import parse_json
+from jaxformers.files.json_file import parse_json
 from jaxformers.optim.averaged import AveragedState, kept_average
 from jaxformers.optim.leafwise import State
 from jaxformers.optim.optimizer import Optimizer

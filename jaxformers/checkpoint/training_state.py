@@ -145,7 +145,7 @@ def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
         more = f"\nand {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
             f"{where} was begun with other settings, and does not fit this training: pass the "
-            "model, the optimiser and the options that it was begun with, or another directory.\n"
+            "model, the optimizer and the options that it was begun with, or another directory.\n"
             + "\n".join(lines)
             + more
         )

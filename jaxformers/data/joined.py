@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxformers.data.text_files import Piece
-from jaxformers.hf.tokenizer_files import guarded
+from jaxformers.tokenizers.files import guarded
 
 AGREED = 8  # tokens before and after a border that are the same in both pieces
 
@@ -40,7 +40,7 @@ class Joined:
         start, offset: with which to go on later, with what is not joined yet.
 
     Example:
-        >>> from jaxformers.data.train_tokenizer import bytes_tokenizer
+        >>> from jaxformers.tokenizers.training import bytes_tokenizer
         >>> joined = Joined(bytes_tokenizer().backend)
         >>> joined.add([Piece("ab", 2, False, "", "c"), Piece("c", 3, True, "ab", "")])
         [Part(ids=[97, 98, 99], ends=True)]

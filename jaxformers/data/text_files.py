@@ -164,3 +164,10 @@ def _cut(block: bytes) -> int:
     while at > len(block) - 4 and block[at] & 0xC0 == 0x80:  # within a character
         at -= 1
     return at
+
+
+def texts_of(paths: list[Path], field: str) -> Iterator[str]:
+    """The texts of files, piece by piece."""
+    for path in paths:
+        for piece in read_pieces(path, field=field):
+            yield piece.text

@@ -6,10 +6,8 @@ result is the same to the byte. `tokens.json` is written last, and without it no
 file.
 """
 
-import argparse
 import hashlib
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,18 +25,17 @@ from jaxformers.data.growing_files import (
     sync,
 )
 from jaxformers.data.joined import Joined, Part
-from jaxformers.data.text_files import Piece, check_inputs, read_pieces
+from jaxformers.data.text_files import Piece, check_inputs, read_pieces, texts_of
 from jaxformers.data.tokens import FORMAT, Tokens, open_tokens, token_dtype
-from jaxformers.data.train_tokenizer import (
+from jaxformers.data.verbatim import verbatim
+from jaxformers.files.claim import LOCK, alone
+from jaxformers.files.json_file import read_json
+from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.tokenizers.training import (
     bytes_tokenizer,
     characters_tokenizer,
     save_new,
-    texts_of,
 )
-from jaxformers.data.verbatim import verbatim
-from jaxformers.directory_claim import LOCK, alone
-from jaxformers.hf.json_file import read_json
-from jaxformers.hf.tokenizer import Tokenizer, load_tokenizer
 
 STEP = 2**21  # bytes of text between two entries in progress.json
 
@@ -114,50 +111,6 @@ def tokenize(
         return _tokenize(*options)
     with alone(out, "tokens", "another tokenize", _clean):
         return _tokenize(*options)
-
-
-def add_tokenize(commands: "argparse._SubParsersAction") -> None:
-    """`tokenize FILE ... --out DIR --tokenizer DIR`"""
-    parser = commands.add_parser(
-        "tokenize",
-        help="make a token file of text files",
-        description="Write the token ids of text files to a directory that "
-        "jaxformers.data.open_tokens reads. Each text file (UTF-8) is a document, and so is each "
-        "line of a .jsonl file. If it is stopped, the same command goes on where it was.",
-    )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="text")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="DIR",
-        help='directory of a tokenizer, or "bytes", or "characters"',
-    )
-    parser.add_argument("--field", default="text", help="of a JSON line (default: text)")
-    parser.add_argument(
-        "--end-token", metavar="TEXT", help="ends a document (default: the tokenizer's)"
-    )
-    parser.add_argument("--no-end-token", action="store_true", help="nothing ends a document")
-    parser.set_defaults(run=run_tokenize)
-
-
-def run_tokenize(options: argparse.Namespace) -> int:
-    try:
-        tokens = tokenize(
-            options.inputs,
-            options.out,
-            options.tokenizer,
-            field=options.field,
-            end_token=options.end_token,
-            add_end=not options.no_end_token,
-        )
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130  # as shells say it
-    print(tokens)
-    if empty := read_json(options.out / "tokens.json")["empty"]:
-        print(f"note: {empty} documents without a token were left out", file=sys.stderr)
-    return 0
 
 
 def _check_place(out: Path) -> None:

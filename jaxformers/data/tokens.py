@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxformers.checks import check_size
-from jaxformers.hf.json_file import read_json
+from jaxformers.files.json_file import read_json
 
 FORMAT = "jaxformers tokens 1"
 CHUNK = 2**22

@@ -4,8 +4,8 @@ import copy
 import json
 from typing import Any
 
-from jaxformers.hf.tokenizer import Tokenizer
-from jaxformers.hf.tokenizer_files import guarded
+from jaxformers.tokenizers.files import guarded
+from jaxformers.tokenizers.tokenizer import Tokenizer
 
 
 def verbatim(tokenizer: Tokenizer) -> Any:
@@ -16,7 +16,7 @@ def verbatim(tokenizer: Tokenizer) -> Any:
     the spaces around it away.
 
     Example:
-        >>> from jaxformers.data.train_tokenizer import bytes_tokenizer
+        >>> from jaxformers.tokenizers.training import bytes_tokenizer
         >>> verbatim(bytes_tokenizer()).encode("<|endoftext|>").ids[:3]
         [60, 124, 101]
     """

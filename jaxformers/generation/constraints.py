@@ -72,9 +72,9 @@ class Constraints(eqx.Module):
         """The logits to choose from, -inf for what is banned; `limit` ends the columns."""
         new = history.length - history.start
         if self.repetition_penalty is not None:
-            logits = penalise_repetition(logits, history, self.repetition_penalty)
+            logits = penalize_repetition(logits, history, self.repetition_penalty)
         if self.frequency_penalty is not None or self.presence_penalty is not None:
-            logits = penalise_counts(logits, history, self.frequency_penalty, self.presence_penalty)
+            logits = penalize_counts(logits, history, self.frequency_penalty, self.presence_penalty)
         if self.no_repeat_ngram_size is not None:
             banned = repeated_ngrams(history, self.no_repeat_ngram_size, logits.shape[-1])
             logits = jnp.where(banned, -jnp.inf, logits)
@@ -110,7 +110,7 @@ class Constraints(eqx.Module):
         return dataclasses.replace(self, **per_row)
 
 
-def penalise_repetition(
+def penalize_repetition(
     logits: Float[Array, "b v"], history: History, penalty: Float[Array, " b"]
 ) -> Float[Array, "b v"]:
     """Logits of the tokens that the row has, divided by the penalty if positive, else times it.
@@ -124,7 +124,7 @@ def penalise_repetition(
     return jnp.where(counts(history, history.real, logits) > 0, lower, logits)
 
 
-def penalise_counts(
+def penalize_counts(
     logits: Float[Array, "b v"],
     history: History,
     frequency: Float[Array, " b"] | None,

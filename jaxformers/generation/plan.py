@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
         num_return_sequences: how many of them are returned for each row, best first, one below
             the other; default 1.
         length_penalty: scores of beams are divided by their length to this power; default 1,
-            above 0 favours long ones.
+            above 0 favors long ones.
         early_stopping: when a row's search ends: True as soon as `num_beams` sequences have
             ended, False (default) when no running one of the same length could beat them, "never"
             when no longer one could either.

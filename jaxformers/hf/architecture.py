@@ -23,12 +23,16 @@ from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces
-from jaxformers.positional_encoding import (
-    ALiBi,
+from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
-    RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
+)
+from jaxformers.positions.bias import (
+    ALiBi,
     T5PositionBias,
+)
+from jaxformers.positions.rotary import (
+    RotaryPositionalEncoding,
 )
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -117,7 +121,7 @@ class Architecture:
     experts: int | None = None
     experts_used: int | None = None
     shared_expert_d_ff: int | None = None
-    renormalise: bool = True
+    renormalize: bool = True
     # the embedding
     embedding_scale: float = 1.0
     embedding_norm: bool = False
@@ -223,7 +227,7 @@ def build(a: Architecture, model: Any, init: Initializer, key: PRNGKeyArray) -> 
             **pieces,
         )
     if not a.first_attention_norm:
-        built = eqx.tree_at(lambda m: m.encoder.layers[0].attention_residual.norm, built, None)
+        built = eqx.tree_at(lambda m: m.encoder.layers[0].self_attention_residual.norm, built, None)
     if a.position != "t5" and a.t5_buckets is not None:
         bias = _t5_bias(a, init, jax.random.fold_in(key, 1))
         none = {"is_leaf": lambda x: x is None}
@@ -307,7 +311,7 @@ def _feed_forward(a: Architecture) -> Callable:
             num_experts=a.experts,
             top_k=a.experts_used or 1,
             activation=activation,
-            renormalise=a.renormalise,
+            renormalize=a.renormalize,
             shared_d_ff=a.shared_expert_d_ff,
         )
     return partial(GatedFeedForward if a.gated else FeedForward, activation=activation)

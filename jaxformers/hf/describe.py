@@ -16,12 +16,16 @@ from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layers import Dense, FeedForward, Function, GatedFeedForward
 from jaxformers.mixture_of_experts import MixtureOfExperts
 from jaxformers.norms import AllHeadsNorm, LayerNorm, PerHeadNorm, RMSNorm
-from jaxformers.positional_encoding import (
-    ALiBi,
+from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
-    RotaryPositionalEncoding,
     SinusoidalPositionalEncoding,
+)
+from jaxformers.positions.bias import (
+    ALiBi,
     T5PositionBias,
+)
+from jaxformers.positions.rotary import (
+    RotaryPositionalEncoding,
 )
 
 # They compute the same.
@@ -90,7 +94,7 @@ def _attentions(layer: Any) -> list[Any]:
 
 
 def _residuals(layer: Any) -> list[Any]:
-    names = ("attention_residual", "self_attention_residual", "cross_attention_residual")
+    names = ("self_attention_residual", "self_attention_residual", "cross_attention_residual")
     found = [getattr(layer, name, None) for name in names]
     return [x for x in found if x is not None]
 
@@ -128,8 +132,8 @@ def _head_norms(model: Any) -> list[Any]:
 def _stream(layers: list[Any], other_norms: list[Any]) -> dict[str, Any]:
     first_lacks = (
         isinstance(layers[0], EncoderLayer)
-        and layers[0].attention_residual.norm is None
-        and layers[0].attention_residual.placement == "pre"
+        and layers[0].self_attention_residual.norm is None
+        and layers[0].self_attention_residual.placement == "pre"
         and not layers[0].parallel
     )
     joints = [joint for layer in layers for joint in _residuals(layer)]
@@ -199,7 +203,7 @@ def _feed_forward(layers: list[Any]) -> dict[str, Any]:
             own = {
                 "experts": ff.num_experts,
                 "experts_used": ff.top_k,
-                "renormalise": ff.renormalise,
+                "renormalize": ff.renormalize,
                 "shared_expert_d_ff": None if shared is None else shared.w_down.shape[0],
                 "gated": True,
             }

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxformers.files.json_file import read_json
 from jaxformers.generation.checkpoint_settings import SETTINGS, TOKEN_KEYS, is_set
 from jaxformers.hf.family import Family
-from jaxformers.hf.json_file import read_json
 from jaxformers.hf.trained_length import trained_length
 from jaxformers.origin import Origin, SpecialTokens
 

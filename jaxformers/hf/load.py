@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxformers.files.hub import TensorFiles, check_there, has_safetensors, locate
+from jaxformers.files.json_file import read_json
 from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import TensorFiles, check_there, has_safetensors, locate
 from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.harmless import REDUNDANT, check_not_quantized
-from jaxformers.hf.json_file import read_json
 from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
-from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.origin import Origin
 from jaxformers.precision import check_float_dtype
+from jaxformers.tokenizers.files import TOKENIZER_FILES
 
 # What is fetched of a hub's repository beside the tokenizer's files.
 PATTERNS = (

@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxformers.files.hub import TensorFiles
+from jaxformers.files.json_file import shorten
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import TensorFiles
-from jaxformers.hf.json_file import shorten
 from jaxformers.hf.tensors import FileTensors
 
 KEY = "model_type"

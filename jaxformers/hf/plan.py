@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from jaxformers.files.json_file import shorten
 from jaxformers.hf.architecture import Architecture, build
 from jaxformers.hf.family import Family
-from jaxformers.hf.json_file import shorten
 from jaxformers.hf.layouts import Rule, tensor_shapes
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.paths import path_name

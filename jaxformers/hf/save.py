@@ -15,11 +15,11 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from jaxformers.files.hub import write_tensors
 from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.describe import describe
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import write_tensors
 from jaxformers.hf.generation_config import generation_entries
 from jaxformers.hf.harmless import REDUNDANT
 from jaxformers.hf.layouts import Rule, to_theirs
@@ -30,9 +30,9 @@ from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
 from jaxformers.hf.settings import Kept, Older, Tied
 from jaxformers.hf.special_settings import T5Scale, Vocabularies
 from jaxformers.hf.tensors import ModelTensors
-from jaxformers.hf.tokenizer_files import TOKENIZER_FILES
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
+from jaxformers.tokenizers.files import TOKENIZER_FILES
 
 # What the sentence-transformers package reads beside a checkpoint.
 SENTENCE_FILES = (
@@ -89,7 +89,7 @@ def check_arrays(arrays: Mapping[str, Any]) -> str:
     """The dtype of a model's weights; raise unless they are there, for one model and of one dtype.
 
     Raises:
-        ValueError: for a model inside of a transformation, of shapes alone, stacked or quantised.
+        ValueError: for a model inside of a transformation, of shapes alone, stacked or quantized.
     """
     unreal = jax.core.Tracer, jax.ShapeDtypeStruct
     if not arrays or any(isinstance(x, unreal) for x in arrays.values()):

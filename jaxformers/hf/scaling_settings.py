@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxformers.hf.settings import KINDS, NAMES, Config
-from jaxformers.rotary_scaling import (
+from jaxformers.positions.scaling import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

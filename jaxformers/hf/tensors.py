@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxformers.files.hub import TensorFiles
 from jaxformers.hf.family import Family
-from jaxformers.hf.files import TensorFiles
 
 # Files that began in TensorFlow have its names for the two halves of a norm.
 OLDER_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))

@@ -68,7 +68,7 @@ def _flash(inputs: Any, softcap: float | None, sizes: Blocks) -> Float[Array, "*
 
 @_flash.def_fwd
 def _flash_forward(perturbed, inputs, softcap, sizes):
-    # What rematerialisation has to keep for none of this to run again.
+    # What rematerialization has to keep for none of this to run again.
     kept = partial(checkpoint_name, name="head_outputs")
     out, *rest = jax.tree.map(kept, _forward(inputs, softcap, sizes))
     return out, (out, *rest)

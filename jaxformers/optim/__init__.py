@@ -1,4 +1,4 @@
-"""Optimisers written out, gradient clipping, and one protocol for every optimiser."""
+"""Optimizers written out, gradient clipping, and one protocol for every optimizer."""
 
 from jaxformers.optim.adafactor import Adafactor, relative_step
 from jaxformers.optim.adamw import AdamW

@@ -11,7 +11,7 @@ from jaxformers.checks import check_nonnegative, check_positive
 from jaxformers.optim.decay import default_decay_mask
 from jaxformers.optim.layout import LayoutFunction, default_layout
 from jaxformers.optim.leafwise import LeafwiseOptimizer, Moments, learning_rate
-from jaxformers.schedules import Schedule
+from jaxformers.optim.schedules import Schedule
 
 
 def relative_step(largest: float = 0.01) -> Schedule:

@@ -31,7 +31,7 @@ def _decay(value: Any) -> Any:
 
 
 class Averaged(Optimizer):
-    """An optimiser that keeps an exponential moving average of the weights beside them.
+    """An optimizer that keeps an exponential moving average of the weights beside them.
 
         average <- decay average + (1 - decay) p
 
@@ -46,7 +46,7 @@ class Averaged(Optimizer):
             it is: `schedules.constant(0.999)` for the plain average.
 
     Raises:
-        ValueError: if `decay` is out of its range or the optimiser is none.
+        ValueError: if `decay` is out of its range or the optimizer is none.
 
     Example:
         >>> optimizer = Averaged(AdamW(1e-3), decay=0.99)
@@ -69,7 +69,7 @@ class Averaged(Optimizer):
     def update(
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, AveragedState]:
-        """The model after one update of the optimiser, and the average with it."""
+        """The model after one update of the optimizer, and the average with it."""
         check_state(state, AveragedState)
         check_fit(model, average=state.average)
         model, inner = self.optimizer.update(grads, state.inner, model, **extra)
@@ -90,15 +90,15 @@ class Averaged(Optimizer):
         return model, AveragedState(step=t, average=average, inner=inner)
 
     def takes(self, name: str) -> bool:
-        """Whatever the optimiser takes."""
+        """Whatever the optimizer takes."""
         return self.optimizer.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """What the optimiser trains."""
+        """What the optimizer trains."""
         return self.optimizer.trains(model)
 
     def rate(self, state: AveragedState) -> Float[Array, ""] | None:
-        """The optimiser's learning rate."""
+        """The optimizer's learning rate."""
         return self.optimizer.rate(state.inner)
 
     def averaged(self, model: Model, state: AveragedState) -> Model:

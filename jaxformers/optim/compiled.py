@@ -82,6 +82,6 @@ def check_state(state: Any, kind: type[Any], length: int | None = None) -> None:
     if not fits:
         count = "" if length is None else f" of {length}"
         raise ValueError(
-            "the state must be that of this optimiser, from init or the last update: expected "
+            "the state must be that of this optimizer, from init or the last update: expected "
             f"{kind.__name__}{count}, got {eqx.tree_pformat(state):.200}"
         )

@@ -1,4 +1,4 @@
-"""Another optimiser, or none, for some of the leaves."""
+"""Another optimizer, or none, for some of the leaves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,21 +18,21 @@ Predicate = Callable[[str, Any], Any]
 
 
 class Groups(Optimizer):
-    """An optimiser for each group of leaves, and none for those that are frozen.
+    """An optimizer for each group of leaves, and none for those that are frozen.
 
     Frozen leaves cost neither gradients (in `train_step`) nor moments.
 
     Arguments:
-        groups: pairs of a predicate and an optimiser, ours or optax's; None freezes. A predicate
+        groups: pairs of a predicate and an optimizer, ours or optax's; None freezes. A predicate
             is a function `(path, array) -> bool` with paths such as
             "decoder.layers.0.self_attention.wq", of whose arrays shape and dtype may be read. The
             first that holds decides.
-        rest: the optimiser of all other leaves; None freezes them.
+        rest: the optimizer of all other leaves; None freezes them.
         max_grad_norm: gradients are first clipped to this norm, over all groups together; None for
-            no clipping. An optimiser's own limit is for its group alone.
+            no clipping. An optimizer's own limit is for its group alone.
 
     Raises:
-        ValueError: if a predicate is no function or an optimiser is none; by `init`, if a predicate
+        ValueError: if a predicate is no function or an optimizer is none; by `init`, if a predicate
             gets no leaf, or none is left to train.
 
     Example:
@@ -82,7 +82,7 @@ class Groups(Optimizer):
         """The model and the states after one update; gradients of frozen leaves do not count."""
         for name in extra:
             if not self.takes(name):
-                raise TypeError(f"none of the optimisers takes {name}=.")
+                raise TypeError(f"none of the optimizers takes {name}=.")
         check_state(state, tuple, len(self.optimizers))
         check_fit(model, grads=grads)
         grads = eqx.filter(grads, self.trains(model))
@@ -99,11 +99,11 @@ class Groups(Optimizer):
         return eqx.combine(*parts, model), tuple(states)
 
     def takes(self, name: str) -> bool:
-        """What one of the optimisers takes."""
+        """What one of the optimizers takes."""
         return any(x is not None and x.takes(name) for x in self.optimizers)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """True where the optimiser of the leaf's group differentiates it."""
+        """True where the optimizer of the leaf's group differentiates it."""
         parts = zip(self.optimizers, self._split(model, model), strict=True)
         trained = [optimizer.trains(part) for optimizer, part in parts if optimizer is not None]
         return eqx.combine(*trained, jax.tree.map(lambda _: False, model))
@@ -150,18 +150,18 @@ class Groups(Optimizer):
                     f"taken. It is called with paths such as {paths}."
                 )
         if not any(jax.tree.leaves(self.trains(model))):
-            raise ValueError("all arrays are frozen: leave some for an optimiser to train.")
+            raise ValueError("all arrays are frozen: leave some for an optimizer to train.")
 
 
 def freeze(optimizer: Any, predicate: Predicate) -> Groups:
-    """The optimiser for all leaves but those for which the predicate holds; these are frozen.
+    """The optimizer for all leaves but those for which the predicate holds; these are frozen.
 
     Arguments:
         optimizer: an `Optimizer` or an optax transformation.
         predicate: function `(path, array) -> bool`, True where a leaf stays as it is.
 
     Raises:
-        ValueError: if the predicate is no function or the optimiser is none; by `init`, if the
+        ValueError: if the predicate is no function or the optimizer is none; by `init`, if the
             predicate holds for no leaf, or for all.
 
     Example:

@@ -138,7 +138,7 @@ def default_layout(path: str, x: Any) -> Layout:
     `equinox.nn` or have fields annotated like `Float[Array, "d n h"]`.
 
     Arguments:
-        path: such as "decoder.layers.0.self_attention.wq"; where an optimiser calls it, a
+        path: such as "decoder.layers.0.self_attention.wq"; where an optimizer calls it, a
             `LeafPath`.
         x: the array, or its shape as a `jax.ShapeDtypeStruct`.
 

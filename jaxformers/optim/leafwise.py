@@ -39,7 +39,7 @@ def learning_rate(value: Any) -> Any:
 
 
 class LeafwiseOptimizer(Optimizer):
-    """An optimiser whose rule says for one leaf at a time in which direction it goes.
+    """An optimizer whose rule says for one leaf at a time in which direction it goes.
 
     Each trained leaf `p` becomes `p - rate (direction + weight_decay p)`, computed in float32 and
     rounded once to the type of `p`. A leaf that is no inexact array or whose gradient is None stays
@@ -151,6 +151,6 @@ class LeafwiseOptimizer(Optimizer):
         shapes = [jax.tree.map(lambda x: x.shape, x) for x in (moments, expected)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"the state must be that of this optimiser and this model, from init: {path} of "
+                f"the state must be that of this optimizer and this model, from init: {path} of "
                 f"shape {p.shape} needs moments of shapes {shapes[1]}, got {shapes[0]}."
             )

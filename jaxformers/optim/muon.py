@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model, another optimiser for the rest."""
+"""Muon for the matrices inside a model, another optimizer for the rest."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ Coefficients = tuple[tuple[float, float, float], ...]
 QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-def orthogonalise(
+def orthogonalize(
     x: Float[Array, "*n i o"], coefficients: Coefficients = QUINTIC
 ) -> Float[Array, "*n i o"]:
     """Matrices with about the same singular vectors and with singular values near 1.
@@ -38,12 +38,12 @@ def orthogonalise(
         coefficients: a triple `(a, b, c)` for each step.
 
     Example:
-        >>> orthogonalise(jnp.asarray([[3.0, 0.0], [0.0, -0.2]])).round(1)
+        >>> orthogonalize(jnp.asarray([[3.0, 0.0], [0.0, -0.2]])).round(1)
         Array([[ 0.7,  0. ],
                [ 0. , -1.1]], dtype=float32)
     """
     if x.shape[-2] > x.shape[-1]:  # the smaller of the two squares
-        return jnp.swapaxes(orthogonalise(jnp.swapaxes(x, -1, -2), coefficients), -1, -2)
+        return jnp.swapaxes(orthogonalize(jnp.swapaxes(x, -1, -2), coefficients), -1, -2)
 
     def step(x, abc):
         a, b, c = abc
@@ -129,7 +129,7 @@ class OrthogonalMomentum(LeafwiseOptimizer):
         if self.layout(path, p).inputs == 0:
             raise ValueError(
                 f"Muon is for matrices, got {path} of shape {p.shape}, which the layout says is a "
-                "vector. Leave it to another optimiser: Groups([(is_hidden_matrix, ...)], rest)."
+                "vector. Leave it to another optimizer: Groups([(is_hidden_matrix, ...)], rest)."
             )
         return {"momentum": jnp.zeros(p.shape, jnp.float32)}
 
@@ -145,7 +145,7 @@ class OrthogonalMomentum(LeafwiseOptimizer):
         ahead = self.momentum * momentum + (1 - self.momentum) * g if self.nesterov else momentum
         matrices = self.layout(path, p).matrices(ahead)
         scale = self.scale(*matrices.shape[1:])
-        update = scale * orthogonalise(matrices, self.coefficients)
+        update = scale * orthogonalize(matrices, self.coefficients)
         return update.reshape(p.shape), {"momentum": momentum}
 
 
@@ -155,21 +155,21 @@ class Muon(Optimizer):
     For matrices inside the model, with `g` their gradients:
 
         momentum <- m momentum + (1 - m) g
-        p <- p - rate (scale(inputs, outputs) orthogonalise(m momentum + (1 - m) g)
+        p <- p - rate (scale(inputs, outputs) orthogonalize(m momentum + (1 - m) g)
                        + weight_decay p)
 
     as in `torch.optim.Muon`, and in float32 where that computes in bfloat16. optax's `muon` differs
     where `nesterov` is True: in update t (the first is 1) it divides `m momentum` by
     `1 - m^(t + 1)` and `(1 - m) g` by `1 - m^t`, so that the newest gradient weighs more at first;
     where it is False, both are the same. Embeddings, the output
-    layer, norms and biases are trained by another optimiser. Heads of attention are one matrix
+    layer, norms and biases are trained by another optimizer. Heads of attention are one matrix
     together; layers and experts are matrices of their own.
 
     Arguments:
         learning_rate: a number of at least 0, or a schedule `step -> rate` (step 0 comes first).
         momentum: decay of the mean of gradients, in [0, 1), 0.95.
         weight_decay: at least 0, 0.1; multiplied by the learning rate of the step.
-        rest: the optimiser for what is no such matrix, ours or optax's. None is `AdamW` with the
+        rest: the optimizer for what is no such matrix, ours or optax's. None is `AdamW` with the
             same learning rate and weight decay.
         max_grad_norm: gradients are first clipped to this global norm, those of the rest included;
             None for no clipping.
@@ -228,7 +228,7 @@ class Muon(Optimizer):
         return self.groups.update(grads, state, model, **extra)
 
     def takes(self, name: str) -> bool:
-        """What the optimiser of the rest takes."""
+        """What the optimizer of the rest takes."""
         return self.groups.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:

@@ -1,4 +1,4 @@
-"""One protocol for every optimiser, ours and optax's.
+"""One protocol for every optimizer, ours and optax's.
 
     state = optimizer.init(model)
     model, state = optimizer.update(grads, state, model)
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=PyTree)
 
 
 class Optimizer(eqx.Module):
-    """The protocol; derive from it to write an optimiser of your own.
+    """The protocol; derive from it to write an optimizer of your own.
 
     Example:
         >>> class GradientDescent(Optimizer):
@@ -125,7 +125,7 @@ def _takes(function: Callable, name: str) -> bool:
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
-    """An optimiser in our protocol: an `Optimizer` as it is, an optax transformation wrapped.
+    """An optimizer in our protocol: an `Optimizer` as it is, an optax transformation wrapped.
 
     Arguments:
         optimizer: an `Optimizer` or an `optax.GradientTransformation`; what the latter takes

@@ -1,7 +1,7 @@
-"""Training: what is minimised, one step, and the loop.
+"""Training: what is minimized, one step, and the loop.
 
 Read `objectives` (the losses of the three models, and what a batch is), `step` (gradients, then the
-optimiser, as one compiled program), `loop` (what is around it: resume, evaluation, curves).
+optimizer, as one compiled program), `loop` (what is around it: resume, evaluation, curves).
 `run` is the state that the loop works on; `batches` brings them to the device; `evaluation`
 measures; `log` and `events` write figures down; `notices` are for
 whoever watches; `interrupt` ends a run between two steps; `names` knows what arguments and arrays

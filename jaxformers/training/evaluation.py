@@ -23,7 +23,7 @@ class MeanLoss(float):
     """The mean loss of an evaluation: a number that has the cross-entropy beside it.
 
     Arguments:
-        loss: the mean of what is minimised, label smoothing and z-loss included.
+        loss: the mean of what is minimized, label smoothing and z-loss included.
         cross_entropy: the mean without them, in nats for each target; None for a loss that is none
             of this package.
 

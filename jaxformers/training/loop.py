@@ -81,7 +81,7 @@ def fit(
         eval_weights: function `(weights, optimizer_state) -> weights`, which gives those that are
             evaluated and handed to the callbacks in place of the trained ones. Weights are the
             model without what is no floating-point array. None is `optimizer.averaged`: an average,
-            if the optimiser keeps one. For schedule-free optimisers of optax it is
+            if the optimizer keeps one. For schedule-free optimizers of optax it is
             `lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights)`.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
             `OrbaxCheckpoints`; None is nowhere.
@@ -96,12 +96,12 @@ def fit(
         compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where
             weights are trained in it.
 
-    Of what a run was begun with, the shapes of the weights, the kind of optimiser and the key are
+    Of what a run was begun with, the shapes of the weights, the kind of optimizer and the key are
     held against the checkpoint. Other settings, data and learning rates among them, may be changed;
     the steps from there on are made with them.
 
     Returns:
-        The state at the end: `model`, `optimizer_state`, `step`, `skipped`, `key`. If the optimiser
+        The state at the end: `model`, `optimizer_state`, `step`, `skipped`, `key`. If the optimizer
         keeps an average of the weights, `optimizer.averaged(model, optimizer_state)` has it.
 
     Raises:

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.checks import check_options, check_tokens, is_known
 from jaxformers.elsewhere import ARRAYS
 from jaxformers.layers import split_key
-from jaxformers.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.masks import AttentionMask
+from jaxformers.training.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.training.names import advise
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder

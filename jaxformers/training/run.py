@@ -30,7 +30,7 @@ class Report:
         metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
             `skipped`), and `eval_loss` if there are batches to evaluate on. Where that has label
             smoothing or z-loss in it, `eval_cross_entropy` has them not.
-        model: the model with the weights that are evaluated, an average if the optimiser keeps one;
+        model: the model with the weights that are evaluated, an average if the optimizer keeps one;
             a copy, which stays usable.
         begun: the step from which the run goes on in this process, 0 if it was begun here.
     """

@@ -1,4 +1,4 @@
-"""One step of training: gradients of the loss, then the optimiser, as one compiled program."""
+"""One step of training: gradients of the loss, then the optimizer, as one compiled program."""
 
 import dataclasses
 import weakref
@@ -40,7 +40,7 @@ def train_step(
     accumulate: int = 1,
     count: Callable[[Batch], Any] = count_targets,
 ) -> tuple[Model, PyTree, Float[Array, ""]]:
-    """One update: gradients of the loss, then the optimiser, as one compiled program.
+    """One update: gradients of the loss, then the optimizer, as one compiled program.
 
     The arrays of `model` and `state` are donated: their memory is used for the result, so only the
     returned ones may be used afterwards.
@@ -144,7 +144,7 @@ def _changed(model: Model, rest: Model) -> Model:
 def _donating(step: Callable, kept: PyTree, *given: PyTree) -> Any:
     """Calls a step that writes its results over the arrays given, each of which is at one place.
 
-    An optimiser's state may begin with the weights themselves, and two leaves may be one array.
+    An optimizer's state may begin with the weights themselves, and two leaves may be one array.
     """
     arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array) and is_known(x)]
     seen = {id(x) for x in jax.tree.leaves(kept)}.union(_shared.keys())
@@ -179,7 +179,7 @@ class BadSteps(eqx.Module):
     """Which steps are bad, and how many of them are skipped.
 
     A step whose loss or gradients are not finite, or whose gradients are much larger than usual,
-    changes neither the weights nor the optimiser's state (Chowdhery et al. 2022 skip batches at
+    changes neither the weights nor the optimizer's state (Chowdhery et al. 2022 skip batches at
     spikes of the loss).
 
     Arguments:

@@ -49,7 +49,7 @@ MIXTRAL = llama_like(
         SILU,
         Setting("num_local_experts", "experts", 8),
         Setting("num_experts_per_tok", "experts_used", 2),
-        Fixed({"renormalise": True}),
+        Fixed({"renormalize": True}),
         Windows(None, typed=False),
         *rotary(131072, theta=1e6, partial_key=None),
         Tied(False),
@@ -68,7 +68,7 @@ QWEN_SHARED = (
     RMS_GATED,
     rms(1e-6),
     SILU,
-    Setting("norm_topk_prob", "renormalise", False, "flag"),
+    Setting("norm_topk_prob", "renormalize", False, "flag"),
     # Some layers could be dense; in the models that are published none is.
     Only("decoder_sparse_step", (1,), 1),
     Only("mlp_only_layers", ([], None), None),

@@ -15,7 +15,7 @@ from jaxformers.hf.settings import (
 )
 
 LAYER = "encoder.layers.{i}"
-ATTENTION = f"{LAYER}.attention"
+ATTENTION = f"{LAYER}.self_attention"
 TABLE = "embedding.token_embedding.weight"
 IGNORED = (r"\.position_ids$",)
 
@@ -92,7 +92,7 @@ def layers(name: str):
         linear(f"{ATTENTION}.wk", f"{layer}.attention.self.key"),
         linear(f"{ATTENTION}.wv", f"{layer}.attention.self.value"),
         linear(f"{ATTENTION}.wo", f"{layer}.attention.output.dense"),
-        norm(f"{LAYER}.attention_residual.norm", f"{layer}.attention.output.LayerNorm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{layer}.attention.output.LayerNorm"),
         linear(f"{LAYER}.feed_forward.w_in", f"{layer}.intermediate.dense"),
         linear(f"{LAYER}.feed_forward.w_out", f"{layer}.output.dense"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{layer}.output.LayerNorm"),
@@ -244,7 +244,7 @@ DISTILBERT = Family(
         embeddings("distilbert"),
         *(linear(f"{ATTENTION}.w{x}", f"{D}.attention.{x}_lin") for x in "qkv"),
         linear(f"{ATTENTION}.wo", f"{D}.attention.out_lin"),
-        norm(f"{LAYER}.attention_residual.norm", f"{D}.sa_layer_norm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{D}.sa_layer_norm"),
         linear(f"{LAYER}.feed_forward.w_in", f"{D}.ffn.lin1"),
         linear(f"{LAYER}.feed_forward.w_out", f"{D}.ffn.lin2"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{D}.output_layer_norm"),

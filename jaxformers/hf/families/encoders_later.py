@@ -103,7 +103,7 @@ ALBERT = Family(
         linear(f"{ATTENTION}.wk", f"{A}.attention.key"),
         linear(f"{ATTENTION}.wv", f"{A}.attention.value"),
         linear(f"{ATTENTION}.wo", f"{A}.attention.dense"),
-        norm(f"{LAYER}.attention_residual.norm", f"{A}.attention.LayerNorm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{A}.attention.LayerNorm"),
         linear(f"{LAYER}.feed_forward.w_in", f"{A}.ffn"),
         linear(f"{LAYER}.feed_forward.w_out", f"{A}.ffn_output"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{A}.full_layer_layer_norm"),
@@ -143,7 +143,7 @@ MPNET = Family(
     weights=rules(
         embeddings("mpnet"),
         *(linear(f"{ATTENTION}.w{x}", f"{MP}.attention.attn.{x}") for x in "qkvo"),
-        norm(f"{LAYER}.attention_residual.norm", f"{MP}.attention.LayerNorm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{MP}.attention.LayerNorm"),
         linear(f"{LAYER}.feed_forward.w_in", f"{MP}.intermediate.dense"),
         linear(f"{LAYER}.feed_forward.w_out", f"{MP}.output.dense"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{MP}.output.LayerNorm"),

@@ -86,7 +86,7 @@ MODERNBERT = Family(
     weights=rules(
         same(TABLE, "model.embeddings.tok_embeddings.weight"),
         norm("embedding.norm", "model.embeddings.norm"),
-        norm(f"{LAYER}.attention_residual.norm", f"{M}.attn_norm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{M}.attn_norm"),
         fused(tuple(f"{ATTENTION}.w{x}" for x in "qkv"), f"{M}.attn.Wqkv", "linear rows"),
         linear(f"{ATTENTION}.wo", f"{M}.attn.Wo"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{M}.mlp_norm"),
@@ -160,7 +160,7 @@ NOMIC_BERT = Family(
         norm("embedding.norm", "nomic_bert.emb_ln"),
         fused(tuple(f"{ATTENTION}.w{x}" for x in "qkv"), f"{N}.attn.Wqkv", "linear rows"),
         linear(f"{ATTENTION}.wo", f"{N}.attn.out_proj"),
-        norm(f"{LAYER}.attention_residual.norm", f"{N}.norm1"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{N}.norm1"),
         linear(f"{LAYER}.feed_forward.w_up", f"{N}.mlp.fc11"),
         linear(f"{LAYER}.feed_forward.w_gate", f"{N}.mlp.fc12"),
         linear(f"{LAYER}.feed_forward.w_down", f"{N}.mlp.fc2"),
@@ -212,7 +212,7 @@ EUROBERT = Family(
     ),
     weights=rules(
         same(TABLE, "model.embed_tokens.weight"),
-        norm(f"{LAYER}.attention_residual.norm", f"{M}.input_layernorm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{M}.input_layernorm"),
         *(linear(f"{ATTENTION}.w{x}", f"{M}.self_attn.{x}_proj") for x in "qkvo"),
         norm(f"{LAYER}.feed_forward_residual.norm", f"{M}.post_attention_layernorm"),
         *(

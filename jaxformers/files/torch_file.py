@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxformers.hf.json_file import regular_file, shorten, what_it_is
-from jaxformers.hf.safetensors_file import allocate
-from jaxformers.hf.torch_names import Storage, Tensor
-from jaxformers.hf.torch_pickle import load_pickle
-from jaxformers.hf.zip_file import Entry, read_entries
+from jaxformers.files.json_file import regular_file, shorten, what_it_is
+from jaxformers.files.safetensors_file import allocate
+from jaxformers.files.torch_names import Storage, Tensor
+from jaxformers.files.torch_pickle import load_pickle
+from jaxformers.files.zip_file import Entry, read_entries
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
 # Tensors may share numbers, as tied ones do, or repeat them. Their sum is bounded all the same.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxformers.hf.found import describe_file
-from jaxformers.hf.json_file import parse_json, shorten, what_it_is
+from jaxformers.files.found import describe_file
+from jaxformers.files.json_file import parse_json, shorten, what_it_is
 
 # Names and patterns of the files that belong to a tokenizer.
 TOKENIZER_FILES = [

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxformers.checks import check_flag, check_size
-from jaxformers.hf.chat import choose_template, continue_chat, render_chat
-from jaxformers.hf.files import locate
-from jaxformers.hf.found import describe_directory
-from jaxformers.hf.json_file import shorten
-from jaxformers.hf.tokenizer_files import (
+from jaxformers.files.found import describe_directory
+from jaxformers.files.hub import locate
+from jaxformers.files.json_file import shorten
+from jaxformers.tokenizers.chat import choose_template, continue_chat, render_chat
+from jaxformers.tokenizers.files import (
     TOKENIZER_FILES,
     check_kind,
     guarded,

@@ -1,22 +1,17 @@
 """Tokenizers made here: byte-level BPE that is trained, and those of bytes and characters."""
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxformers.checks import check_size
-from jaxformers.data.text_files import check_inputs, read_pieces
-from jaxformers.hf.tokenizer import Tokenizer
+from jaxformers.tokenizers.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
-ROLES = ("end", "start", "pad", "mask")  # of special tokens, as the command line names them
-NAMES = {"end": "eos_token", "start": "bos_token", "pad": "pad_token", "mask": "mask_token"}
 
 
 def train_bpe(
@@ -142,66 +137,6 @@ def check_new(directory: Path) -> None:
     """Raise if there is something in a directory."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty. Choose another directory, or remove it.")
-
-
-def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
-    """`train-tokenizer FILE ... --out DIR --vocab-size N`"""
-    parser = commands.add_parser(
-        "train-tokenizer",
-        help="train a byte-level BPE tokenizer",
-        description="Train a byte-level BPE tokenizer on text files (UTF-8) or JSON lines "
-        "(.jsonl), and save it as load_tokenizer and transformers' AutoTokenizer read it.",
-    )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="text to learn from")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to save")
-    parser.add_argument(
-        "--vocab-size", required=True, type=int, metavar="N", help="tokens, special ones included"
-    )
-    parser.add_argument("--field", default="text", help="of a JSON line (default: text)")
-    parser.add_argument(
-        "--min-frequency", type=int, default=2, metavar="N", help="of a pair (default: 2)"
-    )
-    for role in ROLES:
-        default = END if role == "end" else None
-        parser.add_argument(
-            f"--{role}-token",
-            default=default,
-            metavar="TEXT",
-            help=f"special token (default: {default or 'none'})",
-        )
-    parser.add_argument(
-        "--special-tokens", nargs="+", default=[], metavar="TEXT", help="more special tokens"
-    )
-    parser.set_defaults(run=run_train_tokenizer)
-
-
-def run_train_tokenizer(options: argparse.Namespace) -> int:
-    check_inputs(options.inputs)
-    check_new(options.out)  # before the work
-    given = {NAMES[role]: getattr(options, f"{role}_token") for role in ROLES}
-    tokenizer = train_bpe(
-        texts_of(options.inputs, options.field),
-        options.vocab_size,
-        special_tokens={name: token for name, token in given.items() if token is not None},
-        others=options.special_tokens,
-        min_frequency=options.min_frequency,
-        progress=sys.stderr.isatty(),
-    )
-    save_new(tokenizer, options.out)
-    print(f"{options.out}: {tokenizer.vocab_size} tokens")
-    if tokenizer.vocab_size < options.vocab_size:
-        print(
-            f"note: not {options.vocab_size}, no more pairs come {options.min_frequency} times",
-            file=sys.stderr,
-        )
-    return 0
-
-
-def texts_of(paths: list[Path], field: str) -> Iterator[str]:
-    """The texts of files, piece by piece."""
-    for path in paths:
-        for piece in read_pieces(path, field=field):
-            yield piece.text
 
 
 def _package() -> Any:

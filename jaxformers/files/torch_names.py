@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.hf.json_file import shorten
+from jaxformers.files.json_file import shorten
 
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype(np.float32),

@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxformers.checks import check_size
-from jaxformers.hf.found import describe_directory, describe_file, describe_hub, list_names
-from jaxformers.hf.json_file import read_json as read_json
-from jaxformers.hf.json_file import shorten
-from jaxformers.hf.safetensors_file import (
+from jaxformers.files.found import describe_directory, describe_file, describe_hub, list_names
+from jaxformers.files.json_file import read_json as read_json
+from jaxformers.files.json_file import shorten
+from jaxformers.files.safetensors_file import (
     NAMES,
     Stored,
     Unsaved,
     read_header,
     write_file,
 )
-from jaxformers.hf.torch_file import TorchTensor, read_torch_file
+from jaxformers.files.torch_file import TorchTensor, read_torch_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

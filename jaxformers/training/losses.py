@@ -32,7 +32,7 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The mean over counted tokens of `-log p(target)`, in nats, float32.
 
-    The scores are normalised here, in float32, so both `model.logits(...)` and the log-probs that
+    The scores are normalized here, in float32, so both `model.logits(...)` and the log-probs that
     `model(...)` returns may be given: the log-softmax of log-probs is the log-probs again. Only
     z-loss needs the logits (the logsumexp of log-probs is 0, and so is their z-loss). If no token
     counts, the loss is 0 and so is its gradient.
@@ -198,7 +198,7 @@ def _share(
 
 
 def _picked(logits: Float[Array, "*n v"], targets: Integer[Array, "*n"]) -> Float[Array, "*n"]:
-    """The logit of each target, NaN where there is none (JAX would read a neighbour's)."""
+    """The logit of each target, NaN where there is none (JAX would read a neighbor's)."""
     # Clipping and a small select: filling inside the gather costs a third more on CPU.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
     # A factor, not a choice: the gradient has to be NaN as well, or a step would apply it.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.hf.json_file import (
+from jaxformers.files.json_file import (
     MAX_JSON_BYTES,
     parse_json,
     regular_file,

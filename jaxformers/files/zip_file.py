@@ -9,7 +9,7 @@ another, with a directory at the end
 import struct
 from typing import BinaryIO, NamedTuple
 
-from jaxformers.hf.json_file import shorten
+from jaxformers.files.json_file import shorten
 
 MAX_ENTRIES = 2**17
 MAX_DIRECTORY_BYTES = 32 * 2**20

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxformers.hf.json_file import shorten
+from jaxformers.files.json_file import shorten
 
 MAX_NAMES = 2000  # that are looked at in a directory, and a tenth of it in each below
 

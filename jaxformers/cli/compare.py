@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.hf.reference import (
+from jaxformers.cli.reference import (
     Batch,
     Model,
     Outputs,

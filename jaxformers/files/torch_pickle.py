@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxformers.hf.json_file import shorten
-from jaxformers.hf.torch_names import Name, Storage, find_name, set_item
+from jaxformers.files.json_file import shorten
+from jaxformers.files.torch_names import Name, Storage, find_name, set_item
 
 # A tensor takes about 35 instructions and 250 bytes, so both suffice for 30,000 tensors in a file.
 MAX_PICKLE_BYTES = 16 * 2**20

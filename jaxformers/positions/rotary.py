@@ -1,0 +1,96 @@
+"""Rotary positions: queries and keys are rotated by angles that grow with the position."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxformers.checks import check_flag, check_positive, check_size
+from jaxformers.positions.scaling import RotaryScaling, rotary_frequencies
+from jaxformers.positions.scheme import acts_as
+
+
+class RotaryPositionalEncoding(eqx.Module):
+    """Rotary positions: queries and keys turn by an angle that grows with the position.
+
+    Their product then depends on the distance alone (Su et al. 2021, RoFormer). Angles are
+    computed in float32 whatever the activations' type: bfloat16 cannot tell 257 from 256.
+    There is no longest sequence.
+
+    Arguments:
+        theta: base of the geometric series of wavelengths, 10000 in the paper.
+        rotary_dim: how many of the `head_dim` features turn (even); None turns all of them.
+        interleaved: True pairs neighbouring features as the paper (and GPT-J) does; False, the
+            default, pairs feature i with feature i + rotary_dim / 2 as Llama and GPT-NeoX do.
+        scaling: how the angles are stretched for longer sequences, a module of
+            `jaxformers.positions.scaling` such as `YarnScaling(4.0, 32768)`; None leaves them.
+
+    Example:
+        >>> model = TransformerLM(65, position=RotaryPositionalEncoding(theta=5e5), key=key)
+    """
+
+    theta: float = eqx.field(static=True)
+    rotary_dim: int | None = eqx.field(static=True)
+    interleaved: bool = eqx.field(static=True)
+    scaling: RotaryScaling | None
+
+    def __init__(
+        self,
+        theta: float = 10000.0,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        scaling: RotaryScaling | None = None,
+    ):
+        check_positive(theta=theta)
+        if rotary_dim is not None:
+            _check_even(rotary_dim)
+        check_flag(interleaved=interleaved)
+        if scaling is not None and not acts_as(scaling, RotaryScaling):
+            raise ValueError(
+                f"scaling must be a scaling of rotary frequencies, as LinearScaling(4.0), got "
+                f"{scaling!r}."
+            )
+        self.theta = float(theta)
+        self.rotary_dim = None if rotary_dim is None else int(rotary_dim)
+        self.interleaved = bool(interleaved)
+        self.scaling = scaling
+
+    def rotate(
+        self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
+    ) -> Float[Array, "*b n t h"]:
+        """`x` (queries or keys per head) turned according to `positions`."""
+        head_dim = x.shape[-1]
+        dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        _check_even(dim)
+        if dim > head_dim:
+            raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
+        cos, sin = self._turns(dim, positions)
+        turning, still = x[..., :dim].astype(jnp.float32), x[..., dim:]
+        # A pair of features is a point in the plane; pairs lie on the last axis or the one before.
+        pairs = (dim // 2, 2) if self.interleaved else (2, dim // 2)
+        axis = -1 if self.interleaved else -2
+        points = turning.reshape(*x.shape[:-1], *pairs)
+        a, b = (lax.index_in_dim(points, i, axis, keepdims=False) for i in (0, 1))
+        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
+        turned = turned.reshape(*x.shape[:-1], dim).astype(x.dtype)
+        return jnp.concatenate([turned, still], axis=-1)
+
+    def _turns(self, dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
+        """Cosine and sine of the angle of each pair, alike for all heads: `(*b, 1, t, dim / 2)`."""
+        frequencies: Array | np.ndarray = rotary_frequencies(self.theta, dim)
+        factor = 1.0
+        if self.scaling is not None:
+            frequencies, factor = self.scaling.frequencies(self.theta, dim, positions)
+        per_row = frequencies.astype(np.float32)[..., None, None, :]
+        angles = positions[..., None, :, None].astype(jnp.float32) * per_row
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def _check_even(rotary_dim: int) -> None:
+    check_size(rotary_dim=rotary_dim)
+    if rotary_dim % 2:
+        raise ValueError(
+            f"rotary positions turn pairs of features, so their number must be even, got "
+            f"{rotary_dim}. Pass rotary_dim= (even, at most head_dim)."
+        )
