@@ -16,7 +16,7 @@ from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import dot_product_attention
 from jaxformers.layer_stack import rematerialize, scan_layers, unroll_layers
-from jaxformers.layers import Dense, FeedForward, GatedFeedForward, Residual
+from jaxformers.layers import Dense, FeedForward, GatedFeedForward
 from jaxformers.masks import (
     AttentionMask,
     create_causal_mask,
@@ -73,6 +73,7 @@ from jaxformers.positions.scaling import (
 )
 from jaxformers.precision import cast_floating
 from jaxformers.pretrained import from_pretrained
+from jaxformers.residual import Residual
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.training import (
     BadSteps,

@@ -18,7 +18,7 @@ from jaxformers.checks import (
     check_size,
 )
 from jaxformers.layer_stack import Rematerialization, ScannedLayers, run_layers
-from jaxformers.layers import Residual, as_module, split_key
+from jaxformers.layers import as_module, split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
     MODEL_PIECES,
@@ -38,6 +38,7 @@ from jaxformers.pieces import (
 from jaxformers.positions.scheme import (
     BiasPosition,
 )
+from jaxformers.residual import Residual
 from jaxformers.row_lengths import scalings_of
 
 

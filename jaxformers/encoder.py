@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checks import check_activations, check_key, check_size
 from jaxformers.layer_stack import Rematerialization, ScannedLayers, run_layers
-from jaxformers.layers import Residual, as_module, split_key
+from jaxformers.layers import as_module, split_key
 from jaxformers.masks import Mask, as_mask
 from jaxformers.pieces import (
     MODEL_PIECES,
@@ -28,6 +28,7 @@ from jaxformers.pieces import (
 from jaxformers.positions.scheme import (
     BiasPosition,
 )
+from jaxformers.residual import Residual
 
 
 class EncoderLayer(eqx.Module):

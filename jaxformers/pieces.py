@@ -15,7 +15,7 @@ from jaxformers.checks import check_callable, check_choice, check_flag, check_op
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, check_initializer, xavier_uniform
 from jaxformers.kernels.plain import AttentionFunction
-from jaxformers.layers import PLACEMENTS, FeedForward, Residual, as_module, construct, split_key
+from jaxformers.layers import FeedForward, as_module, construct, split_key
 from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
 from jaxformers.positions.scheme import (
@@ -23,6 +23,7 @@ from jaxformers.positions.scheme import (
     PositionScheme,
     acts_as,
 )
+from jaxformers.residual import PLACEMENTS, Residual
 
 
 class Pieces(TypedDict, total=False):

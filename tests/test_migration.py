@@ -19,7 +19,8 @@ import jaxformers
 from jaxformers import Checkpoints, LayerNorm, RMSNorm, load, save
 from jaxformers.checkpoint import migration, names
 from jaxformers.checkpoint.names import is_record
-from jaxformers.layers import Residual, as_module, split_key
+from jaxformers.layers import as_module, split_key
+from jaxformers.residual import Residual
 
 pytest.importorskip("safetensors")
 
