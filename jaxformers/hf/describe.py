@@ -86,7 +86,7 @@ def describe(model: Any) -> Architecture:
 
 def _own(layer: Any) -> MultiHeadAttention:
     """A layer's attention over its own sequence."""
-    return layer.attention if hasattr(layer, "attention") else layer.self_attention
+    return layer.self_attention
 
 
 def _attentions(layer: Any) -> list[Any]:
@@ -94,7 +94,7 @@ def _attentions(layer: Any) -> list[Any]:
 
 
 def _residuals(layer: Any) -> list[Any]:
-    names = ("self_attention_residual", "self_attention_residual", "cross_attention_residual")
+    names = ("self_attention_residual", "cross_attention_residual")
     found = [getattr(layer, name, None) for name in names]
     return [x for x in found if x is not None]
 

@@ -1,10 +1,8 @@
 """Settings of encoders: what stands on them, and what some do with their embeddings and layers."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
 from jaxformers.hf.architecture import Architecture
 from jaxformers.hf.settings import Config, Named
 
@@ -123,25 +121,6 @@ class EmbeddingSize(NamedTuple):
         config[self.key] = a.d_model if a.embedding_dim is None else a.embedding_dim
 
 
-class SharedLayers(NamedTuple):
-    """ALBERT's layers, of which each runs several times."""
-
-    layers: int = 12
-    groups: int = 1
-
-    def read(self, config: Config, fields: dict[str, Any]) -> None:
-        layers = config.get("num_hidden_layers", self.layers, "layers")
-        groups = config.get("num_hidden_groups", self.groups, "layers")
-        if groups > layers:
-            config.refuse("num_hidden_groups", f"there are {layers} layers.")
-        fields["num_layers"] = groups
-        fields["layer_order"] = tuple(int(i / (layers / groups)) for i in range(layers))
-
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["num_hidden_layers"] = a.num_layers if a.layer_order is None else len(a.layer_order)
-        config["num_hidden_groups"] = a.num_layers
-
-
 class Pooling(NamedTuple):
     """How a classifier of sequences gathers the tokens' states."""
 
@@ -158,22 +137,3 @@ class Pooling(NamedTuple):
     @property
     def _named(self) -> Named:
         return Named("classifier_pooling", "classifier", self.default, self.names)
-
-
-class DenseHead(NamedTuple):
-    """ModernBERT's dense layer, which stands before the vocabulary or before the classes."""
-
-    activation: Named = Named("classifier_activation", "transform", "gelu", ACTIVATION_NAMES)
-
-    def read(self, config: Config, fields: dict[str, Any]) -> None:
-        self.activation.read(config, fields)
-        bias = config.get("classifier_bias", False, "flag")
-        fields |= {"transform_bias": bias, "classifier_bias": bias, "classifier_norm": True}
-        fields["classifier_transform"] = fields["transform"]
-
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        if a.labels is not None:
-            a = replace(a, transform=a.classifier_transform, transform_bias=a.classifier_bias)
-        if a.transform is not None:
-            self.activation.write(a, config)
-            config["classifier_bias"] = a.transform_bias

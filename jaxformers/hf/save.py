@@ -27,8 +27,7 @@ from jaxformers.hf.load import is_finite, read_settings
 from jaxformers.hf.model_type import family_of
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
-from jaxformers.hf.settings import Kept, Older, Tied
-from jaxformers.hf.special_settings import T5Scale, Vocabularies
+from jaxformers.hf.settings import Kept, Older
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
@@ -274,7 +273,7 @@ def _respell(
     config: dict[str, Any] = {}
     for setting in family.settings:
         twice = isinstance(setting, Rotary | Windows) or getattr(setting, "twice", False)
-        anew = isinstance(setting, Tied | Vocabularies | T5Scale)
+        anew = getattr(setting, "anew", False)
         if twice or anew or getattr(setting, "disputed", False):
             before = dict(words)
             with contextlib.suppress(ValueError):  # the file says what we have no words for

@@ -282,6 +282,11 @@ class Tied(NamedTuple):
     stacks: bool = False  # whether it also says that source and target share a table, as they do
     never: bool = False  # whether files shall have a tensor for the output layer in any case
 
+    @property
+    def anew(self) -> bool:
+        """That its entries are replaced at each save: see `Tied`."""
+        return True
+
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         says = config.get(self.key, self.default, "flag") or self.by_file
         fields["tied"] = says and config.tensors.merge(self.head, self.table)

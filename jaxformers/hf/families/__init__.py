@@ -1,32 +1,82 @@
-"""The families of Hugging Face, one table each: data only.
+"""The families of Hugging Face: a file per lineage, which holds data only.
 
-Facts are those of the library's configuration and modelling files; the paper stands beside each
-family. How to add one: `docs/families.md`.
+The facts are those of the configuration and modeling files of transformers. A comment above each
+family names its paper. docs/families.md says how to add a family.
 """
 
-from jaxformers.hf.families.decoders import DECODERS
-from jaxformers.hf.families.decoders_classic import CLASSIC_DECODERS
-from jaxformers.hf.families.decoders_further import FURTHER_DECODERS
-from jaxformers.hf.families.decoders_later import LATER_DECODERS
-from jaxformers.hf.families.decoders_mixtures import MIXTURE_DECODERS
-from jaxformers.hf.families.decoders_open import OPEN_DECODERS
-from jaxformers.hf.families.encoder_decoders import ENCODER_DECODERS
-from jaxformers.hf.families.encoders import ENCODERS
-from jaxformers.hf.families.encoders_later import LATER_ENCODERS
-from jaxformers.hf.families.encoders_rotary import ROTARY_ENCODERS
+from jaxformers.hf.families import (
+    albert,
+    arcee,
+    bart,
+    bert,
+    bloom,
+    cohere,
+    distilbert,
+    electra,
+    eurobert,
+    exaone4,
+    falcon,
+    gemma,
+    glm,
+    gpt,
+    granite,
+    helium,
+    llama,
+    mistral,
+    modernbert,
+    mpnet,
+    mpt,
+    nemotron,
+    nomic_bert,
+    olmo,
+    opt,
+    phi,
+    qwen,
+    roberta,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+    t5,
+)
 
+# A model that comes from no checkpoint is saved in the first family that fits, in this order.
 FAMILIES = {
     family.model_type: family
-    for family in (
-        *DECODERS,
-        *LATER_DECODERS,
-        *FURTHER_DECODERS,
-        *MIXTURE_DECODERS,
-        *CLASSIC_DECODERS,
-        *OPEN_DECODERS,
-        *ENCODER_DECODERS,
-        *ENCODERS,
-        *LATER_ENCODERS,
-        *ROTARY_ENCODERS,
+    for families in (
+        llama.FAMILIES,
+        mistral.FAMILIES,
+        qwen.FAMILIES,
+        gemma.FAMILIES,
+        phi.FAMILIES,
+        olmo.FAMILIES,
+        smollm3.FAMILIES,
+        granite.FAMILIES,
+        cohere.FAMILIES,
+        starcoder2.FAMILIES,
+        seed_oss.FAMILIES,
+        arcee.FAMILIES,
+        nemotron.FAMILIES,
+        exaone4.FAMILIES,
+        glm.FAMILIES,
+        helium.FAMILIES,
+        stablelm.FAMILIES,
+        gpt.FAMILIES,
+        opt.FAMILIES,
+        bloom.FAMILIES,
+        mpt.FAMILIES,
+        falcon.FAMILIES,
+        t5.FAMILIES,
+        bart.FAMILIES,
+        bert.FAMILIES,
+        roberta.FAMILIES,
+        distilbert.FAMILIES,
+        electra.FAMILIES,
+        albert.FAMILIES,
+        mpnet.FAMILIES,
+        modernbert.FAMILIES,
+        nomic_bert.FAMILIES,
+        eurobert.FAMILIES,
     )
+    for family in families
 }

@@ -1,17 +1,95 @@
-"""Decoder-only families before Llama: GPT-2 and those that grew from it."""
+"""GPT-2 and the families that grew from it: GPT-Neo, GPT-J and GPT-NeoX."""
+
+from typing import Any, NamedTuple
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.families.decoders import ATTENTION, FEED_FORWARD, LAYER, TABLE
+from jaxformers.hf.architecture import Architecture, Rope
+from jaxformers.hf.families.decoder_paths import (
+    ATTENTION,
+    FEED_FORWARD,
+    FOUR_TIMES,
+    LAYER,
+    QKV,
+    TABLE,
+)
 from jaxformers.hf.family import Family, conv1d, fused, linear, norm, rules, same
 from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, Tied
-from jaxformers.hf.special_settings import LayerScale, LocalLayers, RotaryDim
+from jaxformers.hf.settings import Config, Derived, Fixed, Kept, Named, Setting, Tied
 
-QKV = tuple(f"{ATTENTION}.w{x}" for x in "qkv")
+
+class LayerScale(NamedTuple):
+    """GPT-2's two switches for the scale of attention scores."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        scaled = config.get("scale_attn_weights", True, "flag")
+        by_layer = config.get("scale_attn_by_inverse_layer_idx", False, "flag")
+        head_dim = fields["d_model"] // fields["num_heads"]
+        scale = max(1, head_dim) ** -0.5 if scaled else 1.0
+        fields["attention_scale"] = None if scaled and not by_layer else scale
+        if by_layer:
+            fields["attention_scale"] = tuple(scale / (i + 1) for i in range(fields["num_layers"]))
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        first = a.layer("attention_scale", 0)
+        config["scale_attn_weights"] = first != 1.0
+        config["scale_attn_by_inverse_layer_idx"] = isinstance(a.attention_scale, tuple)
+
+
+class RotaryDim(NamedTuple):
+    """GPT-J's rotary positions, of which files say nothing but how many features turn."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        dim = config.get("rotary_dim", 64, "size")
+        fields["rope"] = Rope(10000.0, dim, interleaved=True)
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if not isinstance(a.rope, Rope):
+            raise ValueError("layers differ in their rotary positions.")
+        config["rotary_dim"] = a.rope.dim  # what else it is, is seen when this is read again
+
+
+class LocalLayers(NamedTuple):
+    """GPT-Neo's layers, each of which sees everything or a window."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        layers = fields["num_layers"]
+        window = config.get("window_size", 256, "size")
+        types = config.get("attention_types", [[["global", "local"], 12]], "list")
+        kinds = config.get("attention_layers", None, "list", optional=True)
+        key = "attention_types" if kinds is None else "attention_layers"
+        kinds = self._expand(types, layers) if kinds is None else kinds
+        if len(kinds) != layers or any(kind not in ("global", "local") for kind in kinds):
+            raise ValueError(
+                f"config.json: {key} must say 'global' or 'local' for each of the {layers} layers, "
+                f"got {config.entries.get(key)!r:.120}."
+            )
+        fields["window"] = tuple(window if kind == "local" else None for kind in kinds)
+
+    def _expand(self, types: list[Any], layers: int) -> list[Any]:
+        """Lists of kinds, each of which is repeated: `[[["global", "local"], 12]]`."""
+        kinds: list[Any] = []
+        for item in types:
+            match item:
+                case [list() as some, int() as times] if len(some) * times <= layers:
+                    kinds += some * times
+                case _:
+                    return []
+        return kinds
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        windows = [a.layer("window", i) for i in range(a.num_layers)]
+        sizes = {window for window in windows if window is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"layers have windows of different size, {sorted(sizes)}.")
+        config["window_size"] = next(iter(sizes), 256)
+        kinds = ["global" if window is None else "local" for window in windows]
+        config["attention_types"] = [[kinds, 1]]
+        config.pop("attention_layers", None)
+
+
 H = "transformer.h.{i}"
 GPT_TABLE = "transformer.wte.weight"
 GPT_IGNORED = (r"\.attn\.(attention\.)?(masked_)?bias$",)
-FOUR_TIMES = Derived("d_ff", lambda fields: fields["d_ff"] or 4 * fields["d_model"])
 INNER = (Setting("n_inner", "d_ff", None, optional=True), FOUR_TIMES)
 
 # Radford et al. 2019.
@@ -53,6 +131,7 @@ GPT2 = Family(
 )
 
 NEOX_LAYER = "gpt_neox.layers.{i}"
+
 # Black et al. 2022; Biderman et al. 2023 (Pythia).
 GPT_NEOX = Family(
     model_type="gpt_neox",
@@ -175,45 +254,9 @@ GPT_NEO = Family(
     special={"bos_token_id": 50256, "eos_token_id": 50256},
 )
 
-PHI_LAYER = "model.layers.{i}"
-# Gunasekar et al. 2023; Li et al. 2023.
-PHI = Family(
-    model_type="phi",
-    shape="lm",
-    classes={"output": "PhiForCausalLM", "base": "PhiModel"},
-    settings=(
-        Setting("vocab_size", "vocab_size", 51200),
-        Setting("hidden_size", "d_model", 2048),
-        Setting("intermediate_size", "d_ff", 8192),
-        Setting("num_hidden_layers", "num_layers", 24, "layers"),
-        Setting("num_attention_heads", "num_heads", 32),
-        Setting("num_key_value_heads", "num_kv_heads", None, optional=True),
-        Setting("resid_pdrop", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Named("hidden_act", "activation", "gelu_new", ACTIVATION_NAMES),
-        Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
-        Named("qk_layernorm", "qk_norm", False, {False: None, True: "head"}),
-        Fixed({"parallel": "one norm", "qkv_bias": True, "out_bias": True, "ff_bias": True}),
-        Fixed({"logits_bias": True}),
-        Rotary(partial=0.5, max_length=2048),
-        Kept(("embd_pdrop",), {"max_position_embeddings": 2048}),
-        Tied(False),
-    ),
-    weights=rules(
-        same(TABLE, "model.embed_tokens.weight"),
-        norm(f"{LAYER}.self_attention_residual.norm", f"{PHI_LAYER}.input_layernorm"),
-        *(linear(f"{ATTENTION}.w{x}", f"{PHI_LAYER}.self_attn.{x}_proj") for x in "qkv"),
-        linear(f"{ATTENTION}.wo", f"{PHI_LAYER}.self_attn.dense"),
-        norm(f"{ATTENTION}.q_norm", f"{PHI_LAYER}.self_attn.q_layernorm"),
-        norm(f"{ATTENTION}.k_norm", f"{PHI_LAYER}.self_attn.k_layernorm"),
-        linear(f"{FEED_FORWARD}.w_in", f"{PHI_LAYER}.mlp.fc1"),
-        linear(f"{FEED_FORWARD}.w_out", f"{PHI_LAYER}.mlp.fc2"),
-        norm("decoder.norm", "model.final_layernorm"),
-        linear("output.w", "lm_head"),
-    ),
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
-    special={"bos_token_id": 1, "eos_token_id": 2},
+FAMILIES = (
+    GPT2,
+    GPT_NEOX,
+    GPTJ,
+    GPT_NEO,
 )
-
-CLASSIC_DECODERS = (GPT2, GPT_NEOX, GPTJ, GPT_NEO, PHI)

@@ -1,115 +1,54 @@
-"""Encoder-decoder families."""
+"""BART and its successors: mBART, Marian, Pegasus and M2M-100."""
+
+from typing import Any, NamedTuple
 
 from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.family import Family, linear, norm, rules, same, when
-from jaxformers.hf.layouts import Rule
-from jaxformers.hf.settings import Fixed, Kept, Named, Present, Scaled, Setting, Tied
-from jaxformers.hf.special_settings import FirstPosition, GatedName, T5Scale, Vocabularies
+from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.family import Family, Rule, linear, norm, rules, same, when
+from jaxformers.hf.settings import Config, Fixed, Kept, Named, Present, Scaled, Setting, Tied
+
+
+class FirstPosition(NamedTuple):
+    """M2M-100's positions, counted on from the id of padding."""
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        fields["position_offset"] = config.get("pad_token_id", 1, "count") + 1
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config["pad_token_id"] = a.position_offset - 1 if a.position_offset > 0 else 1
+
+
+class Vocabularies(NamedTuple):
+    """Marian's: one token table for source and target, or one for each."""
+
+    @property
+    def anew(self) -> bool:
+        """That its entries are replaced at each save: see `Tied`."""
+        return True
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        source = config.get("vocab_size", 58101, "size")
+        target = config.get("decoder_vocab_size", None, "size", optional=True) or source
+        shared = config.get("share_encoder_decoder_embeddings", True, "flag")
+        if shared and source != target:
+            config.refuse("decoder_vocab_size", "one table for both must be that of vocab_size.")
+        if shared:
+            for stack in ("encoder", "decoder"):
+                config.tensors.merge(f"model.{stack}.embed_tokens.weight", "model.shared.weight")
+        table = "model.shared.weight" if shared else "model.decoder.embed_tokens.weight"
+        Tied(True, table=table).read(config, fields)
+        fields |= {"src_vocab_size": source, "vocab_size": target, "shared": shared}
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        config["vocab_size"] = a.src_vocab_size
+        config["decoder_vocab_size"] = a.vocab_size
+        config["share_encoder_decoder_embeddings"] = a.shared
+        config["tie_word_embeddings"] = a.tied if a.output else a.shared
+        if config.get("decoder_start_token_id") is None:
+            config["decoder_start_token_id"] = -1  # none, which its class has no other word for
+
 
 TARGET_TABLE = "tgt_embedding.token_embedding.weight"
-
-
-def t5_attention(ours: str, theirs: str):
-    """One of T5's attentions."""
-    return rules(*(linear(f"{ours}.w{x}", f"{theirs}.{x}") for x in "qkvo"))
-
-
-def t5_stack(stack: str, attentions: dict[str, int], feed_forward: int):
-    """One of T5's stacks: `attentions` are ours with their place in the block and their name."""
-    ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.block.{{i}}.layer"
-    parts = []
-    for name, place in attentions.items():
-        kind = "EncDecAttention" if name == "cross_attention" else "SelfAttention"
-        parts += [
-            t5_attention(f"{ours}.{name}", f"{theirs}.{place}.{kind}"),
-            norm(f"{ours}.{name}_residual.norm", f"{theirs}.{place}.layer_norm"),
-        ]
-    dense = f"{theirs}.{feed_forward}.DenseReluDense"
-    return rules(
-        *parts,
-        linear(f"{ours}.feed_forward.w_in", f"{dense}.wi"),
-        linear(f"{ours}.feed_forward.w_out", f"{dense}.wo"),
-        linear(f"{ours}.feed_forward.w_gate", f"{dense}.wi_0"),
-        linear(f"{ours}.feed_forward.w_up", f"{dense}.wi_1"),
-        linear(f"{ours}.feed_forward.w_down", f"{dense}.wo"),
-        norm(f"{ours}.feed_forward_residual.norm", f"{theirs}.{feed_forward}.layer_norm"),
-        norm(f"{stack}.norm", f"{stack}.final_layer_norm"),
-        same(
-            f"{stack}.score_bias.weight",
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        ),
-    )
-
-
-T5_TIED = Tied(True, table="shared.weight", by_file=True)
-
-
-def t5_settings(
-    vocab_size: int,
-    d_ff: int,
-    num_layers: int,
-    num_heads: int,
-    feed_forward: str,
-    tied: Tied = T5_TIED,
-):
-    """What T5 and its successors have in common, with a family's defaults."""
-    return (
-        Setting("vocab_size", "vocab_size", vocab_size),
-        Setting("d_model", "d_model", 512, alias="hidden_size"),
-        Setting("d_kv", "head_dim", 64, alias="head_dim"),
-        Setting("d_ff", "d_ff", d_ff),
-        Setting("num_layers", "num_layers", num_layers, "layers", alias="num_hidden_layers"),
-        Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
-        Setting("num_heads", "num_heads", num_heads, alias="num_attention_heads"),
-        Setting("relative_attention_num_buckets", "t5_buckets", 32),
-        Setting("relative_attention_max_distance", "t5_distance", 128, "distance"),
-        Setting("dropout_rate", "dropout", 0.1, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
-        Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
-        GatedName(feed_forward),
-        Kept(("n_positions", "max_position_embeddings", "is_decoder")),
-        tied,
-    )
-
-
-T5_WEIGHTS = rules(
-    same(TARGET_TABLE, "shared.weight"),
-    t5_stack("encoder", {"attention": 0}, 1),
-    t5_stack("decoder", {"self_attention": 0, "cross_attention": 1}, 2),
-    linear("output.w", "lm_head"),
-)
-T5_COPIES = tuple(
-    (f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")
-)
-T5_IGNORED = (r"EncDecAttention\.relative_attention_bias",)
-T5_REPEATS = (("lm_head.weight", "shared.weight"),)
-
-# Raffel et al. 2020; v1.1 and Flan have gated feed-forwards and an output layer of their own.
-T5 = Family(
-    model_type="t5",
-    shape="seq2seq",
-    classes={"output": "T5ForConditionalGeneration"},
-    settings=(*t5_settings(32128, 2048, 6, 8, "relu"), T5Scale()),
-    weights=T5_WEIGHTS,
-    copies=T5_COPIES,
-    repeats=T5_REPEATS,
-    ignored=T5_IGNORED,
-    special={"pad_token_id": 0, "eos_token_id": 1},
-)
-
-# Xue et al. 2021.
-MT5 = Family(
-    model_type="mt5",
-    shape="seq2seq",
-    classes={"output": "MT5ForConditionalGeneration"},
-    # transformers 4 scales the logits of a tied output layer here too, and 5 does not.
-    settings=t5_settings(250112, 1024, 8, 6, "gated-gelu", T5_TIED._replace(never=True)),
-    weights=T5_WEIGHTS,
-    copies=T5_COPIES,
-    repeats=T5_REPEATS,
-    ignored=T5_IGNORED,
-    special={"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
-)
 
 
 def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scaled: bool = False):
@@ -175,21 +114,25 @@ def bart_stack(stack: str, attentions: dict[str, str]):
 
 
 BART_STACKS = rules(
-    bart_stack("encoder", {"attention": "self_attn"}),
+    bart_stack("encoder", {"self_attention": "self_attn"}),
     bart_stack("decoder", {"self_attention": "self_attn", "cross_attention": "encoder_attn"}),
     linear("output.w", "lm_head")[:1],
 )
+
 BART_BIAS = (Rule(("output.b",), ("final_logits_bias",), "row"),)
 BART_TABLE = same(TARGET_TABLE, "model.shared.weight")
 BART_POSITIONS = rules(
     same("src_embedding.position.weight", "model.encoder.embed_positions.weight"),
     same("tgt_embedding.position.weight", "model.decoder.embed_positions.weight"),
 )
+
 BART_COPIES = tuple(
     (f"model.{stack}.embed_tokens.weight", "model.shared.weight")
     for stack in ("encoder", "decoder")
 )
+
 BART_IGNORED = (r"coder\.version$",)
+
 # Sinusoids that are stored.
 SINUSOIDS_IGNORED = (*BART_IGNORED, r"embed_positions\.weights?$")
 
@@ -289,4 +232,10 @@ M2M_100 = Family(
     },
 )
 
-ENCODER_DECODERS = (T5, MT5, BART, MARIAN, MBART, PEGASUS, M2M_100)
+FAMILIES = (
+    BART,
+    MBART,
+    MARIAN,
+    PEGASUS,
+    M2M_100,
+)

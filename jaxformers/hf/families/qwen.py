@@ -1,67 +1,54 @@
-"""Decoder-only families with a mixture of experts in place of the feed-forward."""
+"""Qwen, with and without a mixture of experts."""
 
-from jaxformers.hf.families.decoders import (
+from jaxformers.hf.families.decoder_paths import FEED_FORWARD
+from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
-    FEED_FORWARD,
     LLAMA_ATTENTION,
     LLAMA_ENDS,
     LLAMA_NORMS,
+    LLAMA_WEIGHTS,
     QK_NORMS,
     RMS_GATED,
     SILU,
     L,
+    experts,
     llama_like,
     rms,
     rotary,
     sizes,
 )
-from jaxformers.hf.family import Rule, linear, rules
+from jaxformers.hf.family import linear, rules
 from jaxformers.hf.rope_settings import Windows
 from jaxformers.hf.settings import Fixed, Kept, Only, Setting, Tied
 
+QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+QWEN_LAYERS = (
+    RMS_GATED,
+    rms(1e-6),
+    SILU,
+    Windows(4096, "last", enabled_key="use_sliding_window"),
+    *rotary(32768, partial_key=None),
+    Tied(False),
+)
 
-def experts(module, gate, up, down):
-    """A router and its experts; `module` is theirs, and the others are its maps' names."""
-    names = {"gate": gate, "up": up, "down": down}
-    return rules(
-        linear(f"{FEED_FORWARD}.router", f"{module}.gate")[:1],
-        *(
-            [
-                Rule(
-                    (f"{FEED_FORWARD}.w_{x}",),
-                    (f"{module}.experts.{{e}}.{name}.weight",),
-                    "experts",
-                )
-            ]
-            for x, name in names.items()
-        ),
-    )
+# Yang et al. 2024.
+QWEN2 = llama_like(
+    "qwen2",
+    "Qwen2",
+    (*sizes(**QWEN_SIZES), Fixed({"qkv_bias": True}), *QWEN_LAYERS),
+)
 
-
-# Jiang et al. 2024.
-MIXTRAL = llama_like(
-    "mixtral",
-    "Mixtral",
+# Yang et al. 2025.
+QWEN3 = llama_like(
+    "qwen3",
+    "Qwen3",
     (
-        *sizes(intermediate_size=14336, num_key_value_heads=8),
-        RMS_GATED,
-        rms(1e-5),
-        SILU,
-        Setting("num_local_experts", "experts", 8),
-        Setting("num_experts_per_tok", "experts_used", 2),
-        Fixed({"renormalize": True}),
-        Windows(None, typed=False),
-        *rotary(131072, theta=1e6, partial_key=None),
-        Tied(False),
+        *sizes(**QWEN_SIZES, head_dim=128),
+        *ATTENTION_BIAS,
+        Fixed({"qk_norm": "head"}),
+        *QWEN_LAYERS,
     ),
-    rules(
-        LLAMA_ENDS,
-        LLAMA_NORMS,
-        LLAMA_ATTENTION,
-        experts(f"{L}.block_sparse_moe", "w1", "w3", "w2"),
-    ),
-    bos=1,
-    eos=2,
+    rules(LLAMA_WEIGHTS, QK_NORMS),
 )
 
 QWEN_SHARED = (
@@ -75,6 +62,7 @@ QWEN_SHARED = (
     *rotary(32768, partial_key=None),
     Tied(False),
 )
+
 QWEN_EXPERTS = experts(f"{L}.mlp", "gate_proj", "up_proj", "down_proj")
 
 
@@ -110,6 +98,7 @@ QWEN2_MOE = llama_like(
         linear(f"{FEED_FORWARD}.w_shared_gate", f"{L}.mlp.shared_expert_gate")[:1],
     ),
 )
+
 # Yang et al. 2025.
 QWEN3_MOE = llama_like(
     "qwen3_moe",
@@ -127,4 +116,9 @@ QWEN3_MOE = llama_like(
     rules(LLAMA_ENDS, LLAMA_NORMS, LLAMA_ATTENTION, QK_NORMS, QWEN_EXPERTS),
 )
 
-MIXTURE_DECODERS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+FAMILIES = (
+    QWEN2,
+    QWEN3,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)

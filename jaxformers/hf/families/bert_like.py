@@ -1,0 +1,130 @@
+"""The settings and weights that BERT began and most encoder-only families have kept."""
+
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.encoder_settings import OutputBias
+from jaxformers.hf.family import linear, norm, rules, same, when
+from jaxformers.hf.settings import Fixed, Named, Only, Setting, Tied, with_defaults
+
+LAYER = "encoder.layers.{i}"
+ATTENTION = f"{LAYER}.self_attention"
+TABLE = "embedding.token_embedding.weight"
+IGNORED = (r"\.position_ids$",)
+
+# Classifiers by pooling: of sequences by BERT's pooler, of sequences by their first token after a
+# dense layer, and of tokens.
+POOLED, PER_TOKEN = {"classifier": "pooler"}, {"classifier": "none"}
+
+
+def first(activation: str) -> dict[str, str]:
+    return {"classifier": "first", "classifier_transform": activation}
+
+
+def classes(name: str, **more: str) -> dict[str, str]:
+    """The names of a family's classes, which all end in the same way."""
+    return {
+        "output": f"{name}ForMaskedLM",
+        "base": f"{name}Model",
+        "sequence": f"{name}ForSequenceClassification",
+        "tokens": f"{name}ForTokenClassification",
+        **more,
+    }
+
+
+# Devlin et al. 2019. The layers of RoBERTa, ELECTRA and others have the same names.
+SIZES = (
+    Setting("vocab_size", "vocab_size", 30522),
+    Setting("hidden_size", "d_model", 768),
+    Setting("num_hidden_layers", "num_layers", 12, "layers"),
+    Setting("num_attention_heads", "num_heads", 12),
+    Setting("intermediate_size", "d_ff", 3072),
+    Setting("type_vocab_size", "token_types", 2),
+    Setting("layer_norm_eps", "norm_eps", 1e-12, "positive"),
+    Setting("hidden_dropout_prob", "dropout", 0.1, "number"),
+    Setting("attention_probs_dropout_prob", "attention_dropout", 0.1, "number"),
+    Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
+)
+
+
+def sizes(**defaults):
+    """BERT's sizes with the defaults of another family."""
+    return with_defaults(SIZES, **defaults)
+
+
+POSITIONS = (Setting("max_position_embeddings", "max_seq_length", 512),)
+BERT_LIKE = (
+    Only("position_embedding_type", ("absolute",), "absolute"),
+    Only("is_decoder", (False,), False),
+    Only("add_cross_attention", (False,), False),
+    Fixed(
+        {
+            **{"position": "learned", "placement": "post", "final_norm": False},
+            **{"qkv_bias": True, "out_bias": True, "ff_bias": True, "embedding_norm": True},
+            **{"logits_bias": True},
+        }
+    ),
+)
+
+
+def embeddings(name: str):
+    """The tables and the norm at the entrance of the model that files call `name`."""
+    return rules(
+        same(TABLE, f"{name}.embeddings.word_embeddings.weight"),
+        same("embedding.position.weight", f"{name}.embeddings.position_embeddings.weight"),
+        same("embedding.type_embedding.weight", f"{name}.embeddings.token_type_embeddings.weight"),
+        norm("embedding.norm", f"{name}.embeddings.LayerNorm"),
+    )
+
+
+def layers(name: str):
+    """The layers and the pooler of the model that files call `name`."""
+    layer = f"{name}.encoder.layer.{{i}}"
+    return rules(
+        linear(f"{ATTENTION}.wq", f"{layer}.attention.self.query"),
+        linear(f"{ATTENTION}.wk", f"{layer}.attention.self.key"),
+        linear(f"{ATTENTION}.wv", f"{layer}.attention.self.value"),
+        linear(f"{ATTENTION}.wo", f"{layer}.attention.output.dense"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{layer}.attention.output.LayerNorm"),
+        linear(f"{LAYER}.feed_forward.w_in", f"{layer}.intermediate.dense"),
+        linear(f"{LAYER}.feed_forward.w_out", f"{layer}.output.dense"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{layer}.output.LayerNorm"),
+        linear("pooler.w", f"{name}.pooler.dense"),
+    )
+
+
+def masked_lm(head: str, dense: str, layer_norm: str):
+    """A masked-LM head that has a bias of its own beside that of the map to the vocabulary."""
+    weight, bias = linear("output.w", f"{head}.decoder")
+    [_, alone] = linear("output.w", head)
+    return rules(
+        linear("output.transform.w", f"{head}.{dense}"),
+        norm("output.transform.norm", f"{head}.{layer_norm}"),
+        [weight],
+        when(lambda a: a.tied, [alone]),
+        when(lambda a: not a.tied, [bias]),
+    )
+
+
+def masked_lm_settings(head: str, name: str):
+    """Whether the map to the vocabulary of such a head is the token table."""
+    return (
+        Tied(True, f"{head}.decoder.weight", f"{name}.embeddings.word_embeddings.weight"),
+        OutputBias(f"{head}.bias", f"{head}.decoder.bias"),
+    )
+
+
+def masked_lm_repeats(head: str):
+    """The bias of such a head, which version 4 of transformers reads under the one name only."""
+    return ((f"{head}.bias", f"{head}.decoder.bias"),)
+
+
+def classifiers(condition, out: str, dense: str | None = None):
+    """The names of the classifier's maps where the condition holds."""
+    transform = [] if dense is None else linear("classifier.transform.w", dense)
+    return when(condition, linear("classifier.out.w", out), transform)
+
+
+# Of sequences, with a dense layer, and of tokens, without: files call them differently.
+DENSE_CLASSIFIER = rules(
+    classifiers(lambda a: a.classifier == "first", "classifier.out_proj", "classifier.dense"),
+    classifiers(lambda a: a.classifier == "none" and not a.classifier_transform, "classifier"),
+)

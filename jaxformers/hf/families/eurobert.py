@@ -1,0 +1,64 @@
+"""EuroBERT."""
+
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.encoder_settings import Heads, Pooling
+from jaxformers.hf.families.bert_like import ATTENTION, LAYER, PER_TOKEN, TABLE, classes
+from jaxformers.hf.families.modernbert import M
+from jaxformers.hf.family import Family, linear, norm, rules, same
+from jaxformers.hf.rope_settings import Rotary
+from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Older, Only, Setting
+
+# Boizard et al. 2025.
+EUROBERT = Family(
+    model_type="eurobert",
+    shape="encoder",
+    classes=classes("EuroBert"),
+    settings=(
+        Older({"clf_pooling": "classifier_pooling"}),
+        Setting("vocab_size", "vocab_size", 128256),
+        Setting("hidden_size", "d_model", 768),
+        Setting("num_hidden_layers", "num_layers", 12, "layers"),
+        Setting("num_attention_heads", "num_heads", 12),
+        Setting("num_key_value_heads", "num_kv_heads", None, optional=True),
+        Setting("head_dim", "head_dim", None, optional=True),
+        Setting("intermediate_size", "d_ff", 3072),
+        Setting("rms_norm_eps", "norm_eps", 1e-5, "positive"),
+        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+        Named("hidden_act", "activation", "silu", ACTIVATION_NAMES),
+        Setting("attention_bias", "qkv_bias", False, "flag"),
+        Derived("out_bias", lambda fields: fields["qkv_bias"]),
+        Setting("mlp_bias", "ff_bias", False, "flag"),
+        Derived("logits_bias", lambda fields: fields["ff_bias"]),
+        Fixed({"norm": "rms", "gated": True}),
+        Rotary(partial_key=None, max_length=8192),
+        # A tied output layer would leave nothing in a file that says that it is there.
+        Only("tie_word_embeddings", (False,), False),
+        Pooling("late", {"bos": "first", "mean": "mean", "late": "late"}),
+        Heads(
+            output="lm_head.weight",
+            pooler="",
+            sequence={"classifier.weight": {"classifier_transform": "gelu"}},
+            tokens={"classifier.weight": PER_TOKEN},
+        ),
+        Kept(("pretraining_tp", "hidden_dropout")),
+        Kept((), {"max_position_embeddings": 8192}),
+    ),
+    weights=rules(
+        same(TABLE, "model.embed_tokens.weight"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{M}.input_layernorm"),
+        *(linear(f"{ATTENTION}.w{x}", f"{M}.self_attn.{x}_proj") for x in "qkvo"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{M}.post_attention_layernorm"),
+        *(
+            linear(f"{LAYER}.feed_forward.w_{x}", f"{M}.mlp.{x}_proj")
+            for x in ("gate", "up", "down")
+        ),
+        norm("encoder.norm", "model.norm"),
+        linear("output.w", "lm_head"),
+        linear("classifier.transform.w", "dense"),
+        linear("classifier.out.w", "classifier"),
+    ),
+    prefix="model.",
+    special={"pad_token_id": 128001, "bos_token_id": 128000, "eos_token_id": 128001},
+)
+
+FAMILIES = (EUROBERT,)

@@ -1,0 +1,69 @@
+"""Mistral, Ministral and Mixtral."""
+
+from jaxformers.hf.families.llama_like import (
+    LLAMA_ATTENTION,
+    LLAMA_ENDS,
+    LLAMA_NORMS,
+    RMS_GATED,
+    SILU,
+    L,
+    experts,
+    llama_like,
+    rms,
+    rotary,
+    sizes,
+)
+from jaxformers.hf.family import rules
+from jaxformers.hf.rope_settings import Windows
+from jaxformers.hf.settings import Fixed, Setting, Tied
+
+
+def mistral(model_type, name, windows):
+    """Mistral's tables differ in their windows alone."""
+    settings = (
+        *sizes(intermediate_size=14336, num_key_value_heads=8),
+        RMS_GATED,
+        rms(1e-6),
+        SILU,
+        windows,
+        *rotary(131072, partial_key=None),
+        Tied(False),
+    )
+    return llama_like(model_type, name, settings, bos=1, eos=2)
+
+
+# Jiang et al. 2023; Mistral AI 2024, with windows in some layers.
+MISTRAL = mistral("mistral", "Mistral", Windows(4096, typed=False))
+MINISTRAL = mistral("ministral", "Ministral", Windows(4096))
+
+# Jiang et al. 2024.
+MIXTRAL = llama_like(
+    "mixtral",
+    "Mixtral",
+    (
+        *sizes(intermediate_size=14336, num_key_value_heads=8),
+        RMS_GATED,
+        rms(1e-5),
+        SILU,
+        Setting("num_local_experts", "experts", 8),
+        Setting("num_experts_per_tok", "experts_used", 2),
+        Fixed({"renormalize": True}),
+        Windows(None, typed=False),
+        *rotary(131072, theta=1e6, partial_key=None),
+        Tied(False),
+    ),
+    rules(
+        LLAMA_ENDS,
+        LLAMA_NORMS,
+        LLAMA_ATTENTION,
+        experts(f"{L}.block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    bos=1,
+    eos=2,
+)
+
+FAMILIES = (
+    MISTRAL,
+    MINISTRAL,
+    MIXTRAL,
+)

@@ -1,0 +1,123 @@
+"""ModernBERT."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.encoder_settings import Heads, Pooling
+from jaxformers.hf.families.bert_like import ATTENTION, LAYER, PER_TOKEN, TABLE, classes
+from jaxformers.hf.family import Family, fused, linear, norm, rules, same, when
+from jaxformers.hf.rope_settings import Rotary, Windows
+from jaxformers.hf.settings import Config, Derived, Fixed, Kept, Named, Setting, Tied
+
+
+class DenseHead(NamedTuple):
+    """ModernBERT's dense layer, which stands before the vocabulary or before the classes."""
+
+    activation: Named = Named("classifier_activation", "transform", "gelu", ACTIVATION_NAMES)
+
+    def read(self, config: Config, fields: dict[str, Any]) -> None:
+        self.activation.read(config, fields)
+        bias = config.get("classifier_bias", False, "flag")
+        fields |= {"transform_bias": bias, "classifier_bias": bias, "classifier_norm": True}
+        fields["classifier_transform"] = fields["transform"]
+
+    def write(self, a: Architecture, config: dict[str, Any]) -> None:
+        if a.labels is not None:
+            a = replace(a, transform=a.classifier_transform, transform_bias=a.classifier_bias)
+        if a.transform is not None:
+            self.activation.write(a, config)
+            config["classifier_bias"] = a.transform_bias
+
+
+M = "model.layers.{i}"
+
+
+def dense_head(ours: str):
+    """What stands before the vocabulary, or before the classes, under the same names."""
+    return rules(
+        linear(f"{ours}.transform.w", "head.dense"),
+        norm(f"{ours}.transform.norm", "head.norm"),
+    )
+
+
+# Warner et al. 2024.
+MODERNBERT = Family(
+    model_type="modernbert",
+    shape="encoder",
+    classes=classes("ModernBert"),
+    settings=(
+        Setting("vocab_size", "vocab_size", 50368),
+        Setting("hidden_size", "d_model", 768),
+        Setting("num_hidden_layers", "num_layers", 22, "layers"),
+        Setting("num_attention_heads", "num_heads", 12),
+        Setting("intermediate_size", "d_ff", 1152),
+        Setting("norm_eps", "norm_eps", 1e-5, "positive"),
+        Setting("norm_bias", "norm_bias", False, "flag"),
+        Setting("attention_bias", "qkv_bias", False, "flag"),
+        Derived("out_bias", lambda fields: fields["qkv_bias"]),
+        Setting("mlp_bias", "ff_bias", False, "flag"),
+        Named("hidden_activation", "activation", "gelu", ACTIVATION_NAMES),
+        Setting("embedding_dropout", "dropout", 0.0, "number"),
+        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+        Fixed({"gated": True, "embedding_norm": True, "first_attention_norm": False}),
+        Windows(
+            128,
+            "first",
+            every=3,
+            key="local_attention",
+            every_key="global_attn_every_n_layers",
+            both_sides=True,
+        ),
+        Rotary(
+            theta=160000.0,
+            theta_key="global_rope_theta",
+            sliding_theta=10000.0,
+            sliding_theta_key="local_rope_theta",
+            partial_key=None,
+            max_length=8192,
+        ),
+        Setting("decoder_bias", "logits_bias", True, "flag"),
+        DenseHead(),
+        Pooling("cls", {"cls": "first", "mean": "mean"}),
+        Tied(True, "decoder.weight", "model.embeddings.tok_embeddings.weight"),
+        Heads(
+            output="head.dense.weight",
+            pooler="",
+            sequence={"classifier.weight": {}},
+            tokens={"classifier.weight": PER_TOKEN},
+            shared=True,
+        ),
+        Kept(
+            ("mlp_dropout", "position_embedding_type", "layer_norm_eps", "repad_logits_with_grad")
+        ),
+        # Of the training.
+        Kept(("initializer_cutoff_factor", "sparse_prediction", "sparse_pred_ignore_index")),
+        Kept((), {"max_position_embeddings": 8192}),
+    ),
+    weights=rules(
+        same(TABLE, "model.embeddings.tok_embeddings.weight"),
+        norm("embedding.norm", "model.embeddings.norm"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{M}.attn_norm"),
+        fused(tuple(f"{ATTENTION}.w{x}" for x in "qkv"), f"{M}.attn.Wqkv", "linear rows"),
+        linear(f"{ATTENTION}.wo", f"{M}.attn.Wo"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{M}.mlp_norm"),
+        fused(
+            (f"{LAYER}.feed_forward.w_gate", f"{LAYER}.feed_forward.w_up"),
+            f"{M}.mlp.Wi",
+            "linear rows",
+        ),
+        linear(f"{LAYER}.feed_forward.w_down", f"{M}.mlp.Wo"),
+        norm("encoder.norm", "model.final_norm"),
+        when(lambda a: a.labels is None, dense_head("output")),
+        when(lambda a: not a.output, dense_head("classifier")),
+        linear("output.w", "decoder"),
+        linear("classifier.out.w", "classifier"),
+    ),
+    prefix="model.",
+    special={"pad_token_id": 50283, "bos_token_id": 50281, "eos_token_id": 50282},
+    newer=("rope_parameters", "layer_types"),
+)
+
+FAMILIES = (MODERNBERT,)

@@ -1,0 +1,62 @@
+"""OPT."""
+
+from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.families.decoder_paths import ATTENTION, FEED_FORWARD, LAYER, TABLE
+from jaxformers.hf.family import Family, linear, norm, rules, same
+from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, Tied
+
+OPT_LAYER = "model.decoder.layers.{i}"
+
+# Zhang et al. 2022.
+OPT = Family(
+    model_type="opt",
+    shape="lm",
+    classes={"output": "OPTForCausalLM", "base": "OPTModel"},
+    settings=(
+        Setting("vocab_size", "vocab_size", 50272),
+        Setting("max_position_embeddings", "max_seq_length", 2048),
+        Setting("hidden_size", "d_model", 768),
+        Setting("num_hidden_layers", "num_layers", 12, "layers"),
+        Setting("num_attention_heads", "num_heads", 12),
+        Setting("ffn_dim", "d_ff", 3072),
+        Named("activation_function", "activation", "relu", ACTIVATION_NAMES),
+        Setting("dropout", "dropout", 0.1, "number"),
+        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+        Fixed({"position": "learned", "position_offset": 2}),
+        # A table of another width is mapped into the stream, and what leaves it back.
+        Setting("word_embed_proj_dim", "embedding_dim", None, optional=True),
+        Derived("project_tokens", lambda f: f["embedding_dim"] not in (None, f["d_model"])),
+        Derived("embedding_dim", lambda f: f["embedding_dim"] if f["project_tokens"] else None),
+        Derived("transform", lambda f: "linear" if f["project_tokens"] else None),
+        Derived("transform_bias", lambda f: not f["project_tokens"]),
+        Named("do_layer_norm_before", "placement", True, {True: "pre", False: "post"}),
+        Named("_remove_final_layer_norm", "final_norm", False, {False: True, True: False}),
+        Derived("final_norm", lambda f: f["final_norm"] and f["placement"] == "pre"),
+        Setting("layer_norm_elementwise_affine", "norm_gain", True, "flag"),
+        Derived("norm_bias", lambda f: f["norm_gain"]),
+        Setting("enable_bias", "qkv_bias", True, "flag"),
+        Derived("out_bias", lambda f: f["qkv_bias"]),
+        Derived("ff_bias", lambda f: f["qkv_bias"]),
+        Kept(("activation_dropout", "layerdrop", "learned_embeddings")),
+        Tied(True, table="model.decoder.embed_tokens.weight"),
+    ),
+    weights=rules(
+        same(TABLE, "model.decoder.embed_tokens.weight"),
+        same("embedding.position.weight", "model.decoder.embed_positions.weight"),
+        linear("embedding.projection.w", "model.decoder.project_in"),
+        norm(f"{LAYER}.self_attention_residual.norm", f"{OPT_LAYER}.self_attn_layer_norm"),
+        *(linear(f"{ATTENTION}.w{x}", f"{OPT_LAYER}.self_attn.{x}_proj") for x in "qkv"),
+        linear(f"{ATTENTION}.wo", f"{OPT_LAYER}.self_attn.out_proj"),
+        norm(f"{LAYER}.feed_forward_residual.norm", f"{OPT_LAYER}.final_layer_norm"),
+        linear(f"{FEED_FORWARD}.w_in", f"{OPT_LAYER}.fc1"),
+        linear(f"{FEED_FORWARD}.w_out", f"{OPT_LAYER}.fc2"),
+        norm("decoder.norm", "model.decoder.final_layer_norm"),
+        linear("output.transform.w", "model.decoder.project_out"),
+        linear("output.w", "lm_head"),
+    ),
+    prefix="model.",
+    ignored=(r"decoder\.version$",),
+    special={"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+)
+
+FAMILIES = (OPT,)
