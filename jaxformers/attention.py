@@ -5,14 +5,17 @@ The letters of all shapes in this package, in annotations and einsums alike:
     b batch            n query heads              d width of the residual stream (d_model)
     t query position   g key/value heads          f width inside the feed-forward (d_ff)
     s key position     h features of one head     v vocabulary
+    l layer            e expert
 
-and where they are needed: c classes, e width of the token table or experts, i and o what goes into
-and comes out of a map, j features of a value, p rows of a table, `*b` an optional batch.
+and where they are needed: c classes, i inputs and o outputs of any linear map, j features of a
+value, k experts of one token, m width of the vectors in an embedding, p rows of a table of
+positions or of distances, r rank of a weight that is a product, y token types, `*b` an optional
+batch. `axes.py` reads the annotations of fields.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers import layers
+from jaxformers.axes import Letters
 from jaxformers.checks import (
     check_accepts,
     check_activations,
@@ -150,8 +154,8 @@ class MultiHeadAttention(eqx.Module):
     bk: Float[Array, "g h"] | None
     bv: Float[Array, "g h"] | None
     bo: Float[Array, " d"] | None
-    q_norm: Callable | None
-    k_norm: Callable | None
+    q_norm: Annotated[Callable | None, Letters(d="h")]
+    k_norm: Annotated[Callable | None, Letters(d="h", n="g")]
     position: RotatingPosition | None
     attention_fn: Callable = eqx.field(converter=as_module)
     window: int | None = eqx.field(static=True)

@@ -1,12 +1,14 @@
 """Token embeddings, and the sum of tokens and positions that enters a stack."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from jaxformers.axes import Letters
 from jaxformers.checks import (
     check_flag,
     check_key,
@@ -103,11 +105,11 @@ class TransformerEmbedding(eqx.Module):
         (1, 3, 64)
     """
 
-    token_embedding: TokenEmbedding | None
-    position: AbsolutePosition | None
-    type_embedding: TokenEmbedding | None
-    norm: Callable | None
-    projection: Dense | None
+    token_embedding: Annotated[TokenEmbedding | None, Letters(d="m")]
+    position: Annotated[AbsolutePosition | None, Letters(d="m")]
+    type_embedding: Annotated[TokenEmbedding | None, Letters(v="y", d="m")]
+    norm: Annotated[Callable | None, Letters(d="m")]
+    projection: Annotated[Dense | None, Letters(i="m", o="d")]
     project_tokens: bool = eqx.field(static=True)
     dropout_rate: float = eqx.field(static=True)
     scale: float = eqx.field(static=True)
@@ -185,7 +187,7 @@ class TransformerEmbedding(eqx.Module):
         return self._tokens.vocab_size
 
     @property
-    def table(self) -> Float[Array, "v e"]:
+    def table(self) -> Float[Array, "v m"]:
         """The token table, which a tied output layer shares."""
         return self._tokens.weight
 

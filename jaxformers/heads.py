@@ -1,11 +1,13 @@
 """What stands on top of an encoder beside a vocabulary: pooling and classification."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformers.axes import Letters
 from jaxformers.checks import check_choice, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import Dense, as_module, construct, split_key
@@ -59,8 +61,8 @@ class Classifier(eqx.Module):
         (1, 3)
     """
 
-    transform: Callable | None
-    out: Dense
+    transform: Annotated[Callable | None, Letters(i="d", o="d")]
+    out: Annotated[Dense, Letters(i="d", o="c")]
     pooling: str = eqx.field(static=True)
 
     def __init__(

@@ -6,7 +6,7 @@ one program serves them all, which compiles as fast as a single layer and runs s
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxformers.axes import Stacked
 from jaxformers.checks import check_key
 from jaxformers.layers import split_key
 
@@ -38,7 +39,7 @@ class ScannedLayers(eqx.Module):
         ValueError: if they differ in anything else.
     """
 
-    stacked: Any
+    stacked: Annotated[Any, Stacked("l")]
 
     def __init__(self, layers: Sequence[Any]):
         for i, layer in enumerate(layers):

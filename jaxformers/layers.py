@@ -1,7 +1,7 @@
 """The small parts: linear maps, dropout and feed-forwards."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.activations import relu, silu
+from jaxformers.axes import Letters
 from jaxformers.checks import (
     check_accepts,
     check_flag,
@@ -265,7 +266,7 @@ class Dense(eqx.Module):
     w: Float[Array, "i o"]
     b: Float[Array, " o"] | None
     activation: Callable | None
-    norm: Callable | None
+    norm: Annotated[Callable | None, Letters(d="o")]
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """A feed-forward made of many, of which each token meets a few.
 
-The letters of shapes are those of `attention.py`, and e experts, k experts of one token.
+The letters of shapes are those of `attention.py`.
 """
 
 import copy

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Annotated
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxformers.axes import Letters
 from jaxformers.checks import check_flag, check_nonnegative, check_positive, check_size
 from jaxformers.layers import as_module, construct
 
@@ -112,7 +114,7 @@ class PerHeadNorm(eqx.Module):
         >>> mha = MultiHeadAttention(64, 8, qk_norm=partial(PerHeadNorm, LayerNorm), key=key)
     """
 
-    norm: Callable  # its arrays have a leading axis of heads
+    norm: Annotated[Callable, Letters(d="n d")]  # its arrays have a leading axis of heads
 
     def __init__(self, norm: Callable, head_dim: int, num_heads: int):
         self.norm = eqx.filter_vmap(lambda: norm(head_dim), axis_size=num_heads)()
@@ -133,7 +135,7 @@ class AllHeadsNorm(eqx.Module):
         >>> mha = MultiHeadAttention(64, 8, qk_norm=partial(AllHeadsNorm, RMSNorm), key=key)
     """
 
-    norm: Callable
+    norm: Annotated[Callable, Letters(d="n*d")]
 
     def __init__(self, norm: Callable, head_dim: int, num_heads: int):
         self.norm = norm(num_heads * head_dim)

@@ -1,12 +1,14 @@
 """The output layer: from the residual stream to the vocabulary."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxformers.axes import Letters
 from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import as_module, construct, linear
@@ -35,9 +37,9 @@ class OutputLayer(eqx.Module):
         (2, 10, 65)
     """
 
-    w: Float[Array, "e v"] | None
+    w: Float[Array, "m v"] | None
     b: Float[Array, " v"] | None
-    transform: Callable | None
+    transform: Annotated[Callable | None, Letters(i="d", o="m")]
     scale: float = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True)
 
@@ -80,13 +82,13 @@ class OutputLayer(eqx.Module):
         return self.w is None
 
     def __call__(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v e"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Array, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Log-probabilities in float32; arguments and errors as for `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
     def logits(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v e"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Array, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Unnormalized log-probabilities in float32.
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from jaxformers.axes import Letters
 from jaxformers.checks import (
     check_callable,
     check_choice,
@@ -70,7 +71,7 @@ class TransformerEncoder(eqx.Module):
     embedding: TransformerEmbedding
     encoder: Encoder
     output: OutputLayer | None
-    pooler: Callable | None
+    pooler: Annotated[Callable | None, Letters(i="d", o="d")]
     classifier: Classifier | None
     origin: Origin | None = eqx.field(static=True)
 
