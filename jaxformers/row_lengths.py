@@ -23,7 +23,8 @@ from jaxformers.cache import CHUNK, Cache, LayerCache, narrow
 from jaxformers.checks import is_known
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.masks import AttentionMask
-from jaxformers.positions.scaling import DynamicScaling, Frequencies, LongScaling, RotaryScaling
+from jaxformers.positions.length_scaling import DynamicScaling, LongScaling
+from jaxformers.positions.scaling import Frequencies, RotaryScaling
 
 BY_LENGTH = DynamicScaling, LongScaling
 

@@ -19,17 +19,19 @@ from jaxformers.positions.bias import (
     ALiBi,
     T5PositionBias,
 )
+from jaxformers.positions.length_scaling import (
+    DynamicScaling,
+    LongScaling,
+    long_attention_factor,
+)
 from jaxformers.positions.rotary import (
     RotaryPositionalEncoding,
 )
 from jaxformers.positions.scaling import (
-    DynamicScaling,
     LinearScaling,
     Llama3Scaling,
-    LongScaling,
     ProportionalScaling,
     YarnScaling,
-    long_attention_factor,
     yarn_attention_factor,
 )
 

@@ -42,7 +42,7 @@ from jaxformers.checkpoint import training_state
 from jaxformers.files.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
 from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer, schedules
-from jaxformers.positions import absolute, bias, rotary, scaling
+from jaxformers.positions import absolute, bias, length_scaling, rotary, scaling
 from jaxformers.training import losses, run, step
 
 # A new class or function that a model, an optimizer or a state of a training may hold gets a line
@@ -87,8 +87,8 @@ OURS: dict[str, Any] = {
     "ProportionalScaling": scaling.ProportionalScaling,
     "Llama3Scaling": scaling.Llama3Scaling,
     "YarnScaling": scaling.YarnScaling,
-    "DynamicScaling": scaling.DynamicScaling,
-    "LongScaling": scaling.LongScaling,
+    "DynamicScaling": length_scaling.DynamicScaling,
+    "LongScaling": length_scaling.LongScaling,
     "sinusoid": absolute.sinusoid,
     "positional_encoding": absolute.positional_encoding,
     "alibi_slopes": bias.alibi_slopes,

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxformers.hf.settings import KINDS, NAMES, Config
-from jaxformers.positions.scaling import (
+from jaxformers.positions.length_scaling import (
     DynamicScaling,
+    LongScaling,
+    long_attention_factor,
+)
+from jaxformers.positions.scaling import (
     LinearScaling,
     Llama3Scaling,
-    LongScaling,
     YarnScaling,
-    long_attention_factor,
     yarn_attention_factor,
 )
 

@@ -1,1 +1,1 @@
-"""Position schemes: what the place of a token in its sequence does to the computation."""
+"""Position schemes: how the position of a token in its sequence enters the computation."""

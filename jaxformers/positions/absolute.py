@@ -13,10 +13,11 @@ from jaxformers.layers import lookup
 def sinusoid(
     positions: Int[Array, "*b t"], d_model: int, interleaved: bool = True, inclusive: bool = False
 ) -> Float[Array, "*b t {d_model}"]:
-    """Sines in the even and cosines in the odd features, or all sines before all cosines; float32.
+    """Returns sinusoids in float32, of shape `(*b, t, d_model)`, for integer positions `(*b, t)`.
 
     `PE(p, 2i) = sin(p / 10000^(2i/d))`, `PE(p, 2i+1) = cos(p / 10000^(2i/d))`
-    (Vaswani et al. 2017, section 3.5); if inclusive, the last `2i/d` is 1.
+    (Vaswani et al. 2017, section 3.5). If `interleaved` is False, all sines come before all
+    cosines. If `inclusive` is True, the last exponent `2i/d` is 1.
     """
     exponents = np.arange(0, d_model, 2) / d_model
     exponents = exponents / exponents.max() if inclusive else exponents
@@ -27,7 +28,7 @@ def sinusoid(
 
 
 def positional_encoding(seq_length: int, d_model: int) -> Float[Array, "t d"]:
-    """The sinusoidal encoding of positions `0 .. seq_length - 1`, shape `(seq_length, d_model)`.
+    """Returns the sinusoidal encoding of positions `0 .. seq_length - 1`, `(seq_length, d_model)`.
 
     Raises:
         ValueError: if a size is not a positive integer.
@@ -41,17 +42,22 @@ def positional_encoding(seq_length: int, d_model: int) -> Float[Array, "t d"]:
 
 
 class SinusoidalPositionalEncoding(eqx.Module):
-    """Fixed sines and cosines, added to the token embeddings (Vaswani et al. 2017, section 3.5).
+    """Fixed sines and cosines that are added to the token embeddings (Vaswani et al. 2017, 3.5).
 
-    The values are computed from the positions, never stored: a stored table would be trained.
+    The values are computed from the positions and never stored: a stored table would be trained.
 
     Arguments:
-        max_seq_length: the longest sequence the model is meant for; longer ones are refused.
-        d_model: width of the encoding.
-        interleaved: True, the default, puts each sine beside its cosine as the paper does; False
+        max_seq_length: the longest sequence of the model. A longer one raises an error.
+        d_model: the width of the encoding.
+        interleaved: True, the default, puts each sine beside its cosine as the paper does. False
             puts all sines before all cosines, as Marian and Pegasus do.
-        inclusive: whether the wavelengths reach `10000 * 2 pi` and do not end just below, as in
-            the original Transformer's code (M2M-100); then `d_model` is even and at least 4.
+        inclusive: whether the longest wavelength is exactly `10000 * 2 pi`, as in the original
+            Transformer's code (M2M-100); then `d_model` is even and at least 4. If False, the
+            default, the longest wavelength is slightly shorter.
+        offset: the number of position 0, at least 0; default 0. M2M-100 counts from another one.
+
+    Raises:
+        ValueError: if an argument is out of its range.
         offset: the number that position 0 has, as some count from another (M2M-100).
 
     Example:
@@ -84,26 +90,28 @@ class SinusoidalPositionalEncoding(eqx.Module):
         self.d_model = int(d_model)
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """The vectors of the given positions (of padding: those of position 0)."""
+        """Returns the vectors of the given positions. Padding has the vector of position 0."""
         numbers = jnp.maximum(positions, 0) + self.offset
         return sinusoid(numbers, self.d_model, self.interleaved, self.inclusive)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
-        """The encoding of positions `0 .. seq_length - 1`."""
+        """Returns the encoding of positions `0 .. seq_length - 1`."""
         return self.embed(_first_positions(seq_length, self.max_seq_length))
 
 
 class LearnablePositionalEncoding(eqx.Module):
-    """A trained vector per position, added to the token embeddings (BERT, GPT-2).
+    """A table with a trained vector per position, added to the token embeddings (BERT, GPT-2).
 
     Arguments:
-        max_seq_length: number of positions; longer sequences are refused.
-        d_model: width of a row.
-        offset: rows of the table before that of position 0, as some checkpoints have them (BART
-            and OPT 2, RoBERTa its padding id + 1); 0.
-        init: how the table is drawn, Xavier-uniform unless told otherwise.
+        max_seq_length: the number of positions. A longer sequence raises an error.
+        d_model: the width of a row.
+        offset: the number of rows before the row of position 0, default 0. Some checkpoints have
+            such rows: BART and OPT have 2, RoBERTa has its padding id + 1.
+        init: the initializer of the table, Xavier-uniform by default.
         key: PRNG key, required.
 
+    Raises:
+        ValueError: if an argument is out of its range, or there is no key.
     Example:
         >>> LearnablePositionalEncoding(512, 64, key=jax.random.key(0))(10).shape
         (10, 64)
@@ -131,12 +139,12 @@ class LearnablePositionalEncoding(eqx.Module):
         return self.weight.shape[0] - self.offset
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """The rows of the given positions: of padding that of position 0, beyond the table NaN."""
+        """Returns the rows of the given positions: row 0 for padding, NaN beyond the table."""
         rows = jnp.maximum(positions, 0) + self.offset
         return lookup(self.weight, rows)
 
     def __call__(self, seq_length: int) -> Float[Array, "t d"]:
-        """The rows of positions `0 .. seq_length - 1`."""
+        """Returns the rows of positions `0 .. seq_length - 1`."""
         return self.embed(_first_positions(seq_length, self.max_seq_length))
 
 

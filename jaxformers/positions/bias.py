@@ -1,4 +1,4 @@
-"""Positions as a bias that is added to the attention scores: ALiBi, and the buckets of T5."""
+"""Position schemes that add a bias to the attention scores: ALiBi, and the buckets of T5."""
 
 import math
 
@@ -12,9 +12,10 @@ from jaxformers.initializers import Initializer, xavier_uniform
 
 
 class ALiBi(eqx.Module):
-    """Attention with linear biases: a score falls with the distance, by a slope per head.
+    """Attention with linear biases (Press et al. 2022).
 
-    Nothing is added to the embeddings and there is no longest sequence (Press et al. 2022).
+    A score decreases linearly with the distance between query and key, by a slope per head.
+    Nothing is added to the embeddings, and the length of a sequence is not limited.
 
     Example:
         >>> model = TransformerLM(65, position=ALiBi(), key=key)
@@ -27,17 +28,18 @@ class ALiBi(eqx.Module):
         num_heads: int,
         causal: bool = False,
     ) -> Float[Array, "*b n t s"]:
-        """`-slope * |q - k|` for each head, whether or not keys ahead are hidden."""
+        """Returns `-slope * |q - k|` for each head. The bias is the same for any mask."""
         distance = jnp.abs(q_positions[..., :, None] - k_positions[..., None, :])
         slopes = jnp.asarray(alibi_slopes(num_heads))[:, None, None]
         return -slopes * distance[..., None, :, :].astype(jnp.float32)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """The slopes of ALiBi: `2^(-8i/n)` for a power of two, else completed from the next one.
+    """Returns the slopes of ALiBi, one for each head, in float32.
 
-    Follows the authors' rule: the slopes of the largest power of two below, then every other
-    slope of twice that many heads. What BLOOM and MPT do comes to the same.
+    For a power of two they are `2^(-8i/n)`. For other numbers the authors' rule takes the slopes
+    of the largest power of two below, then every other slope of twice that many heads. BLOOM and
+    MPT compute the same slopes.
     """
     power = 2 ** int(np.log2(num_heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
@@ -46,21 +48,23 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 class T5PositionBias(eqx.Module):
-    """A trained number per head and bucket of distances, added to the scores (Raffel et al. 2020).
+    """A table of trained biases for the scores, one per head and bucket of distances (T5).
 
-    Small distances have a bucket each, larger ones share them, and all from `max_distance` on
-    share the last. Where the mask is not causal, keys ahead and keys behind have half each.
-    Nothing is added to the embeddings and there is no longest sequence.
+    Each small distance has a bucket of its own, and larger distances share buckets. All distances
+    from `max_distance` on share the last one. Where the mask is not causal, half of the buckets
+    are for keys before the query and half for keys after it. Nothing is added to the embeddings,
+    and the length of a sequence is not limited (Raffel et al. 2020).
 
     Arguments:
-        num_heads: query heads of the attention.
-        num_buckets: rows of the table, at least 4; 32.
-        max_distance: where the last bucket begins, above `num_buckets / 2`; 128.
-        init: how the table is drawn, Xavier-uniform unless told otherwise.
+        num_heads: the number of query heads.
+        num_buckets: the number of rows of the table, at least 4; default 32.
+        max_distance: the distance at which the last bucket begins, above `num_buckets / 2`;
+            default 128.
+        init: the initializer of the table, Xavier-uniform by default.
         key: PRNG key, required.
 
     Raises:
-        ValueError: if a size does not fit, or there is no key.
+        ValueError: if a size is out of its range, or there is no key.
 
     Example:
         >>> model = TransformerLM(65, position=lambda key: T5PositionBias(8, key=key), key=key)
@@ -103,7 +107,7 @@ class T5PositionBias(eqx.Module):
         num_heads: int,
         causal: bool = False,
     ) -> Float[Array, "*b n t s"]:
-        """The number of each head for the bucket of `k - q`, in float32."""
+        """Returns the bias of each head for the bucket of `k - q`, in float32."""
         if num_heads != self.num_heads:
             raise ValueError(
                 f"this T5PositionBias is for {self.num_heads} heads, got {num_heads}. Build it "
@@ -119,12 +123,15 @@ class T5PositionBias(eqx.Module):
 def t5_buckets(
     ahead: Int[np.ndarray, " r"], num_buckets: int, max_distance: int, causal: bool
 ) -> Int[np.ndarray, " r"]:
-    """The bucket of each distance `key - query`: half of them exact, then growing with the log."""
+    """Returns the bucket of each distance `key - query`.
+
+    Half of the buckets have one distance each. The width of the others grows with the logarithm.
+    """
     distance = np.maximum(-ahead, 0) if causal else np.abs(ahead)
     n = num_buckets if causal else num_buckets // 2
     exact = n // 2
     growth = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
-    # A bucket that begins at a whole distance has that one, however the logarithm was rounded.
+    # Without 1e-9 a rounding error could move the first distance of a bucket to the one before.
     shared = exact + (growth * (n - exact) + 1e-9).astype(int)
     bucket = np.where(distance < exact, distance, np.minimum(shared, n - 1))
     return bucket if causal else bucket + n * (ahead > 0)

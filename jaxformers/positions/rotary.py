@@ -12,19 +12,23 @@ from jaxformers.positions.scheme import acts_as
 
 
 class RotaryPositionalEncoding(eqx.Module):
-    """Rotary positions: queries and keys turn by an angle that grows with the position.
+    """Rotary positions: queries and keys are rotated by angles that grow with the position.
 
-    Their product then depends on the distance alone (Su et al. 2021, RoFormer). Angles are
-    computed in float32 whatever the activations' type: bfloat16 cannot tell 257 from 256.
-    There is no longest sequence.
+    The product of a query and a key then depends on their distance alone (Su et al. 2021,
+    RoFormer). The angles are computed in float32 for activations of any type, because bfloat16
+    cannot tell 257 from 256. The length of a sequence is not limited.
 
     Arguments:
-        theta: base of the geometric series of wavelengths, 10000 in the paper.
-        rotary_dim: how many of the `head_dim` features turn (even); None turns all of them.
-        interleaved: True pairs neighbouring features as the paper (and GPT-J) does; False, the
+        theta: the base of the geometric series of wavelengths, 10000 in the paper.
+        rotary_dim: how many of the `head_dim` features are rotated, an even number; None, the
+            default, rotates all of them.
+        interleaved: True pairs neighboring features as the paper (and GPT-J) does. False, the
             default, pairs feature i with feature i + rotary_dim / 2 as Llama and GPT-NeoX do.
-        scaling: how the angles are stretched for longer sequences, a module of
-            `jaxformers.positions.scaling` such as `YarnScaling(4.0, 32768)`; None leaves them.
+        scaling: a module that changes the frequencies for longer sequences, such as
+            `YarnScaling(4.0, 32768)`; None, the default, leaves them as they are.
+
+    Raises:
+        ValueError: if an argument is out of its range.
 
     Example:
         >>> model = TransformerLM(65, position=RotaryPositionalEncoding(theta=5e5), key=key)
@@ -59,25 +63,26 @@ class RotaryPositionalEncoding(eqx.Module):
     def rotate(
         self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
     ) -> Float[Array, "*b n t h"]:
-        """`x` (queries or keys per head) turned according to `positions`."""
+        """Returns `x` (queries or keys per head), rotated by the angles of `positions`."""
         head_dim = x.shape[-1]
         dim = head_dim if self.rotary_dim is None else self.rotary_dim
         _check_even(dim)
         if dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
-        cos, sin = self._turns(dim, positions)
-        turning, still = x[..., :dim].astype(jnp.float32), x[..., dim:]
-        # A pair of features is a point in the plane; pairs lie on the last axis or the one before.
+        cos, sin = self._cos_sin(dim, positions)
+        rotating, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
+        # A pair of features is a point in the plane. The two features of a pair lie along the last
+        # axis if they are interleaved, otherwise along the axis before it.
         pairs = (dim // 2, 2) if self.interleaved else (2, dim // 2)
         axis = -1 if self.interleaved else -2
-        points = turning.reshape(*x.shape[:-1], *pairs)
+        points = rotating.reshape(*x.shape[:-1], *pairs)
         a, b = (lax.index_in_dim(points, i, axis, keepdims=False) for i in (0, 1))
-        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
-        turned = turned.reshape(*x.shape[:-1], dim).astype(x.dtype)
-        return jnp.concatenate([turned, still], axis=-1)
+        rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
+        rotated = rotated.reshape(*x.shape[:-1], dim).astype(x.dtype)
+        return jnp.concatenate([rotated, rest], axis=-1)
 
-    def _turns(self, dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
-        """Cosine and sine of the angle of each pair, alike for all heads: `(*b, 1, t, dim / 2)`."""
+    def _cos_sin(self, dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
+        """Returns cosine and sine of the angle of each pair, `(*b, 1, t, dim / 2)`."""
         frequencies: Array | np.ndarray = rotary_frequencies(self.theta, dim)
         factor = 1.0
         if self.scaling is not None:
@@ -91,6 +96,6 @@ def _check_even(rotary_dim: int) -> None:
     check_size(rotary_dim=rotary_dim)
     if rotary_dim % 2:
         raise ValueError(
-            f"rotary positions turn pairs of features, so their number must be even, got "
+            f"rotary positions rotate pairs of features, so their number must be even, got "
             f"{rotary_dim}. Pass rotary_dim= (even, at most head_dim)."
         )

@@ -1,12 +1,13 @@
-"""Position schemes: what a token's place in the sequence does to the computation.
+"""The three kinds of position schemes.
 
-A position is an integer: 0 for the first real token of a sequence, -1 for padding. Everything
-here is a function of positions, so left padding, right padding and packed documents need no code
-of their own. A scheme acts at one of three places, and says so by the method it has:
+A position is an integer: 0 for the first real token of a sequence, -1 for padding. All schemes are
+functions of positions, so left padding, right padding and packed documents need no code of their
+own. The method of a scheme determines where it acts:
 
-- `embed(positions)` gives vectors that are added to the token embeddings (sinusoids, a table);
-- `rotate(x, positions)` turns queries and keys inside attention (rotary);
-- `bias(q_positions, k_positions, num_heads, causal)` is added to the attention scores (ALiBi, T5).
+- `embed(positions)` returns vectors that are added to the token embeddings (sinusoids, a table);
+- `rotate(x, positions)` rotates queries and keys inside attention (rotary);
+- `bias(q_positions, k_positions, num_heads, causal)` returns a bias that is added to the attention
+  scores (ALiBi, T5).
 """
 
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable
 class AbsolutePosition(Protocol):
-    """A scheme that is added to the token embeddings; it knows `max_seq_length` positions."""
+    """A scheme whose vectors are added to the token embeddings, for `max_seq_length` positions."""
 
     @property
     def max_seq_length(self) -> int: ...
@@ -26,7 +27,7 @@ class AbsolutePosition(Protocol):
 
 @runtime_checkable
 class RotatingPosition(Protocol):
-    """A scheme that turns queries and keys by an angle which depends on their position."""
+    """A scheme that rotates queries and keys by angles that depend on their positions."""
 
     def rotate(
         self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
@@ -35,7 +36,7 @@ class RotatingPosition(Protocol):
 
 @runtime_checkable
 class BiasPosition(Protocol):
-    """A scheme that adds a bias to each attention score, by whether keys ahead are hidden."""
+    """A scheme that adds a bias to each attention score."""
 
     def bias(
         self,
@@ -50,5 +51,5 @@ PositionScheme = AbsolutePosition | RotatingPosition | BiasPosition
 
 
 def acts_as(position: object, scheme: Any) -> TypeGuard[Any]:
-    """Whether it is a scheme of this kind; a class has the methods too, but is none yet."""
+    """Returns whether `position` is a scheme of this kind. A class is none, only its instance."""
     return isinstance(position, scheme) and not isinstance(position, type)
