@@ -1,11 +1,12 @@
-"""Training: what is minimized, one step, and the loop.
+"""Training: the losses, one step, and the loop.
 
-Read `objectives` (the losses of the three models, and what a batch is), `step` (gradients, then the
-optimizer, as one compiled program), `loop` (what is around it: resume, evaluation, curves).
-`run` is the state that the loop works on; `batches` brings them to the device; `evaluation`
-measures; `log` and `events` write figures down; `notices` are for
-whoever watches; `interrupt` ends a run between two steps; `names` knows what arguments and arrays
-are called elsewhere.
+- `objectives` has the losses of the three models and says which arrays a batch has.
+- `step` computes gradients and applies the optimizer, as one compiled program.
+- `loop` adds resuming, evaluation and callbacks; `run` is the state that it works on.
+- `batches` brings the batches to the device, `evaluation` computes mean losses.
+- `log` and `events` write figures to files, `notices` has the warnings of a running training.
+- `interrupt` ends a run between two steps after a signal.
+- `names` explains the names that other libraries have for arguments and arrays.
 """
 
 from jaxformers.training.evaluation import MeanLoss, evaluate

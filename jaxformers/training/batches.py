@@ -1,4 +1,4 @@
-"""Batches on their way to the device: looked at, brought into shape, one ahead of the step."""
+"""The way of batches to the device: they are checked, converted and fetched one step ahead."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
@@ -11,18 +11,18 @@ from jaxformers.training.objectives import Batch, Loss, check_ids
 
 
 def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
-    """A batch of whatever loader as arrays on the device, once its ids are in the vocabulary."""
+    """Returns a batch of any loader as arrays on the device, after a check of its ids."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
     check_ids(loss, model, arrays)
-    return jax.device_put(arrays, may_alias=False)  # a loader may write the next one over it
+    return jax.device_put(arrays, may_alias=False)  # a loader may overwrite its arrays
 
 
 def as_dict(batch: Any) -> Any:
-    """The batch of a step as a dict whose arrays JAX knows, if it is a mapping of any kind.
+    """Returns the batch of a step with arrays that JAX knows, if it is a mapping.
 
-    Tensors of torch and lists of numbers become NumPy's arrays; what else there is stays.
+    Tensors of torch and lists of numbers become NumPy arrays. Everything else stays as it is.
     """
     if not isinstance(batch, Mapping):
         return batch
@@ -39,18 +39,18 @@ def as_dict(batch: Any) -> Any:
 
 
 def in_order(batches: Any) -> Iterator[Batch]:
-    """What there is to evaluate on, once."""
+    """Returns an iterator over all batches of an evaluation, each of them once."""
     own = getattr(batches, "in_order", None)
     return own() if callable(own) else iter(batches)  # torch's loaders have a flag of that name
 
 
 class Feed:
-    """The batches from a position on.
+    """A stream of batches that begins at a position.
 
     Arguments:
-        batches: anything with `batches[i]`, or an iterable; both start again at their end.
-        position: the number of the first one that is wanted.
-        prepare: function `(batch, name) -> arrays` that makes it ready for the device.
+        batches: an object with `batches[i]`, or an iterable. Both start again at their end.
+        position: the number of the first batch.
+        prepare: function `(batch, name) -> arrays` that makes a batch ready for the device.
         fetch: function that calls the function it is given, or raises `Stopped` after a signal.
     """
 
@@ -102,7 +102,7 @@ class Feed:
         return self.batches[position if size is None else position % size]
 
     def _iterate(self, skip: int) -> Generator[Any, None, None]:
-        """Again and again, unless it is an iterator; without the first `skip`."""
+        """Yields the batches without the first `skip`, and repeats them if they can be repeated."""
         while True:
             empty = True
             for batch in self.batches:
@@ -118,7 +118,7 @@ class Feed:
 
 
 def _as_array(x: Any) -> Any:
-    """A loader's array, with integers as JAX has them."""
+    """Returns a loader's array, with integers of 64 bits as int32 if their values fit."""
     if isinstance(x, jax.Array):
         return x
     x = np.asarray(x)

@@ -16,16 +16,16 @@ from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets, measure
 
-IN_FLIGHT = 1  # batches that the device may be behind
+IN_FLIGHT = 1  # the number of batches that the device may be behind
 
 
 class MeanLoss(float):
-    """The mean loss of an evaluation: a number that has the cross-entropy beside it.
+    """The mean loss of an evaluation: a float with the attribute `cross_entropy`.
 
     Arguments:
-        loss: the mean of what is minimized, label smoothing and z-loss included.
-        cross_entropy: the mean without them, in nats for each target; None for a loss that is none
-            of this package.
+        loss: the mean of the loss, label smoothing and z-loss included.
+        cross_entropy: the mean without label smoothing and z-loss, in nats per target; None for a
+            loss that is not from this package.
 
     Example:
         >>> mean = MeanLoss(2.5, cross_entropy=2.0)
@@ -45,7 +45,7 @@ class MeanLoss(float):
 
     @property
     def perplexity(self) -> float | None:
-        """`exp(cross_entropy)`, None where that is not known."""
+        """`exp(cross_entropy)`, or None if the cross-entropy is not known."""
         if self.cross_entropy is None:
             return None
         return math.exp(self.cross_entropy) if self.cross_entropy < 700 else math.inf
@@ -59,21 +59,24 @@ def evaluate(
     loss: Loss,
     count: Callable[[Batch], Any] = count_targets,
 ) -> MeanLoss:
-    """The mean loss over batches, each weighted by what counts in it, without dropout.
+    """Returns the mean loss over batches, without dropout.
 
-    It is a number. Under label smoothing or z-loss that is no cross-entropy, which is beside it:
-    `evaluate(...).cross_entropy`, and `evaluate(...).perplexity`.
+    Each batch is weighted by the number of its targets that count. The result is a float. Label
+    smoothing and z-loss are part of it if `loss` has them; `evaluate(...).cross_entropy` and
+    `evaluate(...).perplexity` are without them.
 
     Arguments:
-        model: what `loss` takes, `optimizer.averaged(model, state)` for an average. If some of its
-            weights have 16 bits and others more, the loss is computed in the wider type.
-        batches: dicts of arrays; or a source of `jaxformers.data`, of which every example is taken
-            once. Batches of other shapes compile another program each.
-        loss: function `(model, batch, key) -> scalar`, a mean over what counts; key is None.
-        count: function `batch -> number`, of what `loss` takes the mean over.
+        model: the first argument of `loss`; for an average it is `optimizer.averaged(model,
+            state)`. If some of the weights have 16 bits and others more, the loss is computed in
+            the wider type.
+        batches: dicts of arrays, or a source of `jaxformers.data`, whose examples are all used
+            once. Each new shape of a batch compiles another program.
+        loss: function `(model, batch, key) -> scalar`, a mean over the targets that count. The key
+            is None.
+        count: function `batch -> number` that counts those targets, `count_targets` by default.
 
     Raises:
-        ValueError: if there are no batches, or nothing counts in any; and as `loss` does.
+        ValueError: if there are no batches, or no target counts in any; and as `loss` does.
 
     Example:
         >>> mean = evaluate(model, [batch, batch], loss=language_model_loss)
@@ -83,19 +86,19 @@ def evaluate(
     parts = []
     for i, batch in enumerate(in_order(batches)):
         batch = prepared(batch, f"evaluation batch {i}", loss, model)
-        check_ids(loss, model, batch, wait=True)  # a mean of NaN would say nothing
+        check_ids(loss, model, batch, wait=True)  # ids beyond the vocabulary would give NaN
         parts.append(_value((loss, count), model, batch))
-        jax.block_until_ready(parts[-1 - IN_FLIGHT :][0])  # few batches at a time are in memory
+        jax.block_until_ready(parts[-1 - IN_FLIGHT :][0])  # only few batches are in memory
     values, cross_entropies, weights = zip(*parts, strict=True) if parts else ((), (), ())
     weighed = np.array([float(x) for x in weights])
     if not weighed.any():
         raise ValueError(
             f"there must be targets that count, got {len(parts)} batches with none. An iterator "
-            "gives its batches once: pass a list, or a source of jaxformers.data."
+            "gives its batches only once: pass a list, or a source of jaxformers.data."
         )
 
     def mean(figures: Sequence[Any]) -> float:
-        # The loss of a batch in which nothing counts may be anything.
+        # The loss of a batch without targets that count is undefined, so it is left out.
         known = np.array([float(x) for x in figures])
         return float(np.average(known[weighed > 0], weights=weighed[weighed > 0]))
 

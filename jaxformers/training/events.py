@@ -1,4 +1,4 @@
-"""TensorBoard's curves."""
+"""The curves of a run for TensorBoard."""
 
 import time
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from jaxformers.training.notices import LOGGER
 
 
 class Events:
-    """TensorBoard's event file of the steps after `done`."""
+    """TensorBoard's event file for the steps after `done`."""
 
     name = "TensorBoard events"
 
     @classmethod
     def opened(cls, directory: Path, done: int) -> "Events | None":
-        """Returns the file, or None if the package is missing or fails."""
+        """Returns an open event file, or None if the package is missing or fails."""
         try:
             return cls(directory, done)
         except ImportError:
@@ -30,7 +30,7 @@ class Events:
 
         self.event, self.summary = event_pb2.Event, summary_pb2.Summary
         self.writer = EventFileWriter(str(directory))
-        # Has TensorBoard forget the steps from here on, which are made again.
+        # TensorBoard drops its old events from this step on, because these steps are made again.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self.add(done + 1, session_log=start)
 

@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients: in parts, and in which type they are computed."""
+"""The loss of a batch and its gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from jaxformers.training.objectives import Batch, Loss
 
 
 class Gradients(eqx.Module):
-    """How the loss of a batch and its gradients are computed; see `train_step`."""
+    """The way in which the loss of a batch and its gradients are computed, see `train_step`."""
 
     loss: Loss
     compute_dtype: Any = eqx.field(static=True)
@@ -48,7 +48,7 @@ class Gradients(eqx.Module):
         def add(sums, part):
             weight = jnp.asarray(self.count(part[0]), jnp.float32)
             new = *value_and_grad(trained, *part), jnp.ones(())
-            # The loss of a part in which nothing counts may be anything.
+            # The loss of a part without targets that count is undefined, so it becomes 0.
             new = jax.tree.map(
                 lambda x: jnp.where(weight == 0, 0, weight * x.astype(jnp.float32)), new
             )
@@ -58,13 +58,13 @@ class Gradients(eqx.Module):
         parts = _split_rows(batch, self.accumulate), jax.random.split(key, self.accumulate)
         sums, _ = jax.lax.scan(add, (jnp.zeros(()), shapes, jnp.zeros(())), parts)
         *means, weight = sums
-        weight = jnp.where(weight == 0, 1, weight)  # no target counts: the loss is 0
+        weight = jnp.where(weight == 0, 1, weight)  # if no target counts, the loss is 0
         value, grads = jax.tree.map(lambda x: x / weight, tuple(means))
         return value, grads
 
 
 def _split_rows(batch: Batch, parts: int) -> Batch:
-    """The rows of a batch in `parts` parts, along a new leading axis."""
+    """Splits the rows of a batch into `parts` parts, along a new leading axis."""
     shapes = {name: np.shape(x) for name, x in batch.items() if x is not None}
     rows = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(rows) != 1 or rows.pop() % parts or max(map(len, shapes.values())) < 2:
@@ -74,7 +74,7 @@ def _split_rows(batch: Batch, parts: int) -> Batch:
         )
 
     def split(x: Array) -> Array:
-        # Each part has rows from everywhere, so that a batch over many devices stays spread.
+        # Each part takes every `parts`-th row, so that a batch over many devices stays spread.
         x = jnp.asarray(x)
         return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 

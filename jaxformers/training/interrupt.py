@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run saves its state and ends.
+"""The effect of Ctrl-C and SIGTERM: a run saves its state and ends.
 
 Python runs the handler of a signal in the main thread, between two instructions of the interpreter.
 The handler therefore waits while the main thread is inside a compiler or a loader written in C. A
@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
-PATIENCE = 2.0  # seconds in which a loader has to return after a signal
+PATIENCE = 2.0  # seconds that a loader has after a signal to return
 # This signal interrupts a sleep or a wait of the main thread. Without a handler it does nothing.
 NUDGE = getattr(signal, "SIGURG", None)  # Windows has neither SIGURG nor SIGCHLD
 CHILD = getattr(signal, "SIGCHLD", None)
 
 
 class Stopped(BaseException):
-    """Is raised to leave a loader after a signal.
+    """An exception that leaves a loader after a signal.
 
-    It is no `Exception`, because a loader may catch those and read again.
+    It is not a subclass of `Exception`, because a loader may catch those and read again.
     """
 
 
@@ -48,7 +48,7 @@ class Interrupt:
         self._before: dict[int, Any] = {}
         self._state = threading.Lock()  # the main thread holds it, except in `foreign_code`
         self._state.acquire()
-        self._error: Exception | None = None  # of saving in the second thread
+        self._error: Exception | None = None  # raised when the second thread saved
         self._fetching = False
         self._watch: _Watch | None = None
 
@@ -69,7 +69,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def foreign_code(self) -> Iterator[None]:
-        """A context in which the main thread does not touch the state, so that `save` may run."""
+        """Opens a context in which the main thread leaves the state alone, so `save` may run."""
         self._state.release()
         try:
             yield
@@ -81,7 +81,7 @@ class Interrupt:
                 raise error
 
     def fetch(self, get: Callable[[], Item]) -> Item:
-        """Returns what `get`, a function of a loader, returns.
+        """Returns the result of `get`, a function of a loader.
 
         Raises:
             Stopped: if a signal came before or during the call. An error of the loader is then a
@@ -147,7 +147,7 @@ class Interrupt:
                 before = self._before.pop(number)
                 signal.signal(number, signal.SIG_DFL if before is None else before)
 
-    # The second thread calls these two.
+    # The second thread calls the next two methods.
 
     def _rescue(self) -> None:
         if self._state.acquire(blocking=False):
@@ -167,7 +167,7 @@ class Interrupt:
 
 
 class _Watch:
-    """The second thread. The system writes the number of each signal to a socket that it reads.
+    """The second thread, which reads a socket to which the system writes the number of each signal.
 
     Arguments:
         rescue: is called at once when one of `SIGNALS` comes.
@@ -221,9 +221,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _without_errors(handler: Callable[..., Any]) -> Callable[..., None]:
-    """Returns the handler of a signal without its errors.
+    """Returns the handler of a signal with its errors suppressed.
 
-    PyTorch's handler of SIGCHLD raises one when a worker has ended, wherever the main thread is.
+    PyTorch's handler of SIGCHLD raises an error when a worker has ended, and it does so in any
+    code that the main thread is running.
     """
 
     def quiet(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON for each step, TensorBoard's curves, a progress bar."""
+"""The log of a run: a line of JSON for each step, TensorBoard's curves, a progress bar."""
 
 import contextlib
 import json
@@ -18,22 +18,22 @@ from jaxformers.training.notices import LOGGER, warn_and_go_on
 
 FILE_NAME = "metrics.jsonl"
 REPORTED = "reported"  # this file has the last step with a complete evaluation and callbacks
-REFRESH = 1.0  # seconds over which the speed is taken
-SMOOTHING = 0.95  # of the loss it shows
+REFRESH = 1.0  # the speed is a mean over this many seconds
+SMOOTHING = 0.95  # of the loss in the progress bar
 
 
 class Log:
-    """Takes the figures of a run that goes on after step `done`; leave it to close the files.
+    """The log of a run that goes on after step `done`, a context that closes the files at its end.
 
     Arguments:
         directory: gets `metrics.jsonl` and, where the package tensorboard is installed, its event
-            file; None writes nothing. Lines there of steps after `done` are dropped: those steps
-            are made again.
-        done: the steps made before.
-        steps: those there will be in all.
-        progress: whether to show a progress bar, on standard error, if tqdm is installed.
+            file; None writes nothing. Lines of steps after `done` are removed from it, because
+            those steps are made again.
+        done: the number of steps made before.
+        steps: the number of steps in all.
+        progress: whether to show a progress bar on standard error, if tqdm is installed.
         due: whether an evaluation and callbacks follow step `done`. The attribute `due` says
-            whether they are missing; a line of such an evaluation is dropped.
+            whether they are still missing. If they are, the line of that evaluation is removed.
 
     The attribute `metrics` has the figures of step `done` that are in the log.
 
@@ -49,7 +49,7 @@ class Log:
         progress: bool,
         due: bool = False,
     ):
-        first = jax.process_index() == 0  # of many hosts, one tells
+        first = jax.process_index() == 0  # only the first of many hosts writes
         self.due, self.metrics = due, dict[str, float]()
         self._bar = _Bar.opened(done, steps) if progress and first and _can_show() else None
         self._file = self._events = self._reported = None
@@ -57,7 +57,7 @@ class Log:
             self._reported = Path(directory, REPORTED)
             before = _read_step(self._reported)
             self.due = due and before < done
-            if before > done:  # later steps, and their evaluations, are made again
+            if before > done:  # later steps and their evaluations are made again
                 self.reported(done)
             self._file = _File(Path(directory), done, self.due)
             self.metrics = self._file.last
@@ -70,16 +70,16 @@ class Log:
         self._each("close")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Put down the figures of a step."""
+        """Writes the figures of a step."""
         self._each("write", step, metrics)
 
     def say(self, text: str) -> None:
-        """Show a line above the progress bar, if there is one."""
+        """Shows a line above the progress bar, if there is one."""
         if self._bar is not None:
             self._each("say", text)
 
     def tell(self, text: str) -> None:
-        """Shows a line above the progress bar, or logs it. Nothing is wrong, so nothing warns."""
+        """Shows a line above the progress bar, or logs it. It is information, not a warning."""
         if self._bar is not None:
             self._each("say", text)
         else:  # without any setup of `logging`, Python shows this level on standard error
@@ -103,7 +103,7 @@ class Log:
                 self._reported.write_text(f"{step}\n")
 
     def _each(self, what: str, *args: Any) -> None:
-        """Have each do something; whatever cannot any more is let go, since a run is worth more."""
+        """Calls a method of each part. A part that fails is dropped, since the run must go on."""
         for name in ("_file", "_events", "_bar"):
             sink = getattr(self, name)
             try:
@@ -114,23 +114,23 @@ class Log:
                 warn_and_go_on(f"the run goes on without its {sink.name}: {error}", 5)
 
     def sync(self) -> None:
-        """Have what was written on disk, before a checkpoint is there that relies on it."""
+        """Forces the written lines to disk, before a checkpoint that relies on them exists."""
         if self._file is not None:
             self._file.sync()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a log, `metrics.jsonl` or the directory it is in, as dicts.
+    """Returns the lines of a log as dicts, from `metrics.jsonl` or the directory that has it.
 
-    What is not finite is None there. A line that a killed run left unfinished does not count.
+    A number that was not finite is None. A last line that a killed run did not finish is left out.
 
     Raises:
-        ValueError: if there is no such file, or a line before its end is no step's.
+        ValueError: if there is no such file, or a line before its end is not that of a step.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what ends in no newline is unfinished
+        lines = path.read_bytes().split(b"\n")[:-1]  # text after the last newline is unfinished
     except OSError as error:
         raise ValueError(f"there is no log to read at {path}: {error}.") from error
     rows = []
@@ -148,12 +148,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class _File:
-    """`metrics.jsonl`, opened after what is kept of it.
+    """The file `metrics.jsonl`, to which lines are appended.
 
     Arguments:
-        directory: where it is.
+        directory: the directory of the file.
         done: the last step whose lines are kept.
-        again: whether the evaluation after that step is made again, so that its line is dropped.
+        again: whether the evaluation after that step is made again, so that its line is removed.
     """
 
     name = FILE_NAME
@@ -186,7 +186,7 @@ class _File:
         try:
             self._flush()
         except OSError as error:
-            # A full disk is no reason to stop: the line is tried again with the next.
+            # A full disk is no reason to stop: the line is written again together with the next.
             warn_and_go_on(f"{self.path} cannot be written: {error}", 3)
 
     def _flush(self) -> None:
@@ -207,7 +207,7 @@ class _File:
 
 
 class _Bar:
-    """tqdm's bar with the latest figures."""
+    """The progress bar of tqdm with the latest figures."""
 
     name = "progress bar"
 
@@ -225,7 +225,7 @@ class _Bar:
     def __init__(self, done: int, steps: int):
         from tqdm import tqdm
 
-        # A terminal is painted over, a file gets longer.
+        # In a terminal the bar overwrites itself. In a file each refresh adds a line.
         interval = 0.1 if sys.stderr.isatty() else 10
         self.bar = tqdm(
             initial=done, total=steps, unit="step", mininterval=interval, dynamic_ncols=True
@@ -244,7 +244,7 @@ class _Bar:
             share = SMOOTHING if math.isfinite(self.loss) else 0.0
             self.loss = (1 - share) * loss + (share * self.loss if share else 0.0)
         self.tokens += metrics["tokens"]
-        if self.first:  # what compiling took says nothing about the steps to come
+        if self.first:  # the time of compiling says nothing about the next steps
             self.since, self.tokens = now, 0.0
         elif now - self.since >= REFRESH:
             self.speed = self.tokens / (now - self.since)
@@ -258,10 +258,10 @@ class _Bar:
             f"{skipped:.0f} skipped" if skipped else "",
         ]
         self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
-        if self.first:  # as if it had been made before, so that tqdm's rate leaves it out
+        if self.first:  # counts as made before, so that tqdm's rate leaves it out
             self.first = False
             self.bar.n = self.bar.initial = self.bar.last_print_n = self.bar.n + 1
-            self.bar.unpause()  # starts its clock
+            self.bar.unpause()  # starts the clock of tqdm
             self.bar.refresh()
         else:
             self.bar.update(1)
@@ -274,13 +274,13 @@ class _Bar:
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines there; of a damaged file, put aside, those before the damage."""
+    """Returns the lines of a log. If it is damaged, the file is renamed and good lines are kept."""
     try:
         return read_metrics(path)
     except ValueError as error:
         aside = path.with_suffix(".damaged")
         path.replace(aside)
-        warn_and_go_on(f"the log is damaged, and put aside as {aside}: {error}", 8)
+        warn_and_go_on(f"the log is damaged, it is renamed to {aside}: {error}", 8)
     whole = []
     for line in aside.read_bytes().split(b"\n"):
         try:
@@ -292,7 +292,7 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _can_show() -> bool:
-    """Whether there is somebody to show a bar to: a daemon's standard error is closed, or None."""
+    """Returns whether a bar can be shown: the standard error of a daemon is closed, or None."""
     return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
 
 
@@ -305,7 +305,7 @@ def _read_step(path: Path) -> int:
 
 
 def _figures(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the figures in the lines of one step. None in a line was not finite."""
+    """Returns the figures in the lines of one step. None means a number that is not finite."""
     found = {name: math.nan if x is None else x for row in rows for name, x in row.items()}
     found.pop("step", None)
     return {name: float(x) for name, x in found.items() if isinstance(x, int | float)}

@@ -20,7 +20,7 @@ from jaxformers.training.objectives import Batch, Loss, count_targets
 from jaxformers.training.run import Evaluation, Report, Run
 from jaxformers.training.step import BadSteps, Gradients, Training, begin
 
-IN_FLIGHT = 1  # steps that the device may be behind
+IN_FLIGHT = 1  # the number of steps that the device may be behind
 NONE_BAD = BadSteps()
 
 
@@ -46,72 +46,73 @@ def fit(
     accumulate: int = 1,
     count: Callable[[Batch], Any] = count_targets,
 ) -> Training:
-    """Train a model, from the beginning or from where a checkpoint of the same run left off.
+    """Trains a model from the beginning, or from the newest checkpoint of the same run.
 
-    A run that was killed and is started again ends with the same weights and the same log, bit for
-    bit on a CPU, as one that was not. The step is one compiled program; while the device works on
-    it, the next batch is made. The model that is passed in stays usable: the run has a copy of what
-    is trained.
+    A run that was killed and is started again ends with the same weights and the same log as an
+    uninterrupted run, bit for bit on a CPU. The step is one compiled program. While the device
+    works on it, the next batch is fetched. The model that is passed in stays usable, because the
+    run trains a copy.
 
-    What is trained are float32 weights, also of a model in 16 bits, whose updates would be rounded
-    away otherwise; `cast_floating(training.model, jnp.bfloat16)` gives 16 bits again. What is
-    frozen keeps its type and is not copied; `compute_dtype=jnp.bfloat16` computes with it as it is.
+    The trained weights are float32, also for a model in 16 bits, because rounding in 16 bits would
+    lose most updates. `cast_floating(training.model, jnp.bfloat16)` gives 16 bits again. Frozen
+    weights keep their type and are not copied; `compute_dtype=jnp.bfloat16` uses them as they are.
 
-    Ctrl-C ends a run: the state is saved and returned. SIGTERM saves, too, and then ends the
-    program with status 143, or does what you have it do. Either is served during an evaluation, a
-    callback or a slow loader as well: a second thread saves at once, no other batch is fetched, and
-    a loader that does not return within two seconds is left. An evaluation that was not completed,
-    and the callbacks after it, are made up for when the run goes on. A second Ctrl-C ends the run
-    at once.
+    Ctrl-C ends a run: the state is saved and returned. SIGTERM saves as well; then it ends the
+    program with status 143, or your own handler runs. Both also work during an evaluation, a
+    callback or a slow loader: a second thread saves at once, no other batch is fetched, and a
+    loader that does not return within two seconds is left. If an evaluation was not completed, the
+    next run makes it again, and the callbacks after it. A second Ctrl-C ends the run at once.
 
     Arguments:
         model: the model to train.
         optimizer: `AdamW` or another `Optimizer`, or an optax transformation.
-        batches: dicts of arrays, one a step: a source of `jaxformers.data` or anything with
-            `batches[i]` for step `i`; or an iterable, such as a list or a loader of Grain or torch,
-            which starts again at its end and must be the same in each run, since on resuming its
-            first batches are passed over.
+        batches: dicts of arrays, one for each step. They come from a source of `jaxformers.data`,
+            or any object with `batches[i]` for step `i`, or an iterable such as a list or a loader
+            of Grain or torch. An iterable starts again at its end. It must be the same in each
+            run, because a resumed run skips its first batches.
         loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`.
-        steps: how many there are to be in all, those of the runs before included.
+        steps: the number of steps in all, including those of earlier runs.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
-        eval_batches: what to evaluate on: a source of `jaxformers.data`, or a list of batches.
-        eval_loss: what to evaluate, in the type of the weights; None is `loss`. The cross-entropy
-            in it is evaluated, too.
-        eval_every: steps between evaluations, and calls of the callbacks; both also at the end.
-        eval_weights: function `(weights, optimizer_state) -> weights`, which gives those that are
-            evaluated and handed to the callbacks in place of the trained ones. Weights are the
-            model without what is no floating-point array. None is `optimizer.averaged`: an average,
-            if the optimizer keeps one. For schedule-free optimizers of optax it is
+        eval_batches: the data of the evaluation, a source of `jaxformers.data` or a list of
+            batches. None, the default, evaluates nothing.
+        eval_loss: the loss of the evaluation, computed in the type of the weights; None is `loss`.
+            Its cross-entropy is evaluated as well.
+        eval_every: the number of steps between evaluations and calls of the callbacks, default
+            500. Both also come at the end.
+        eval_weights: function `(weights, optimizer_state) -> weights`. The weights that it returns
+            are evaluated and given to the callbacks in place of the trained ones. Weights are the
+            model with only its floating-point arrays. None is `optimizer.averaged`, the average if
+            the optimizer keeps one. For schedule-free optimizers of optax it is
             `lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights)`.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
-            `OrbaxCheckpoints`; None is nowhere.
-        callbacks: functions called with a `Report`; training ends early if one returns True. What
-            they remember themselves is not resumed; `KeepBest` has it in its file.
-        log: directory for `metrics.jsonl`, a line for each step, and for TensorBoard's events if
-            that package is installed; None is the checkpoints' directory, if there is one. Lines
-            there of steps that are made now, all of them without a checkpoint, are replaced.
+            `OrbaxCheckpoints`. None, the default, does neither.
+        callbacks: functions that are called with a `Report`. The training ends early if one returns
+            True. Their own state is not resumed; `KeepBest` keeps its state in its file.
+        log: the directory of `metrics.jsonl`, which has a line for each step, and of TensorBoard's
+            events if that package is installed. None is the directory of the checkpoints, if there
+            is one. Existing lines of steps that are made again are replaced. Without a checkpoint
+            these are all lines.
         progress: whether to show a progress bar on standard error, if tqdm is installed.
-        bad_steps: which steps are skipped, and how many; by default the first one whose loss or
-            gradients are not finite ends the training with an error.
-        compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where
-            weights are trained in it.
+        bad_steps: the rule for bad steps and how many of them are skipped. By default, the first
+            step whose loss or gradients are not finite ends the training with an error.
+        compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where the
+            trained weights are float32.
 
-    Of what a run was begun with, the shapes of the weights, the kind of optimizer and the key are
-    held against the checkpoint. Other settings, data and learning rates among them, may be changed;
-    the steps from there on are made with them.
+    A resumed run must have the same shapes of weights, kind of optimizer and key as its checkpoint.
+    Other settings, such as the data and the learning rate, may change. They apply from there on.
 
     Returns:
         The state at the end: `model`, `optimizer_state`, `step`, `skipped`, `key`. If the optimizer
-        keeps an average of the weights, `optimizer.averaged(model, optimizer_state)` has it.
+        keeps an average of the weights, `optimizer.averaged(model, optimizer_state)` returns it.
 
     Raises:
-        ValueError: if something does not fit, ids are not in the vocabulary, more steps in a row
-            are bad than allowed, or the checkpoint is of another run.
-        OSError: if the last state cannot be saved. Before the end, that is a warning.
+        ValueError: if arguments do not fit together, ids are not in the vocabulary, more steps in a
+            row are bad than allowed, or the checkpoint is of another run.
+        OSError: if the last state cannot be saved. An earlier failure to save is a warning.
 
-    What was trained is not lost with an error, be it of a loader, a callback or the run: it is
-    saved, if there is a checkpoint, and the error has it as its attribute `training`. Batches of an
-    iterator that come to an end before `steps` end the run with a warning and no error.
+    An error of a loader, a callback or the run does not lose the trained state. It is saved if
+    there is a checkpoint, and it is the attribute `training` of the error. If an iterator of
+    batches ends before `steps`, the run ends with a warning and without an error.
 
     Example:
         >>> training = fit(
@@ -133,7 +134,7 @@ def fit(
     eval_loss = loss if eval_loss is None else eval_loss
     _check_first(eval_batches, eval_loss, model)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
-    del model  # if the caller does not hold it either, its memory is free
+    del model  # its memory is free if the caller does not hold it either
     done = int(training.step)
     evaluation = Evaluation(eval_batches, eval_loss, count, callbacks, eval_weights)
     due = evaluation.wanted and done > 0 and (done == steps or done % eval_every == 0)
@@ -169,14 +170,14 @@ def fit(
 
 
 def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrupt) -> None:
-    """Makes the steps that are left, with the evaluations and checkpoints between them."""
+    """Makes the remaining steps, with the evaluations and checkpoints between them."""
     save_every = steps if run.checkpoint is None else run.checkpoint.every
 
     def advance_feed() -> bool:
         with interrupt.foreign_code():
             return run.step < steps and feed.advance()
 
-    # The run before may have ended before the evaluation that followed its last step.
+    # The run before may have ended before the evaluation that follows its last step.
     more = not (_agreed(run.log.due) and run.report(interrupt)) and advance_feed()
     while more:
         run.advance(feed.batch)
@@ -203,19 +204,19 @@ def _saver(run: Run) -> Callable[[], None]:
 
 
 def _agreed(due: bool) -> bool:
-    """Returns what the first of many hosts says, which has the log."""
+    """Returns the value of the first host, which has the log."""
     if jax.process_count() == 1:
         return due
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
 
 def _resume(training: Training, checkpoint: Any) -> Training:
-    """The state of the newest checkpoint, if there is one."""
+    """Returns the state of the newest checkpoint, or the given state if there is none."""
     if checkpoint is None or not checkpoint.steps():
         return training
     key = jax.random.key_data(training.key).tolist()
     like = jax.tree.map(_outline, training)
-    del training  # the memory of two would be needed otherwise
+    del training  # otherwise two states would be in memory
     found, _ = checkpoint.restore(like)
     begun = jax.random.key_data(found.key).tolist()
     if key != begun:
@@ -227,14 +228,14 @@ def _resume(training: Training, checkpoint: Any) -> Training:
 
 
 def _outline(x: Any) -> Any:
-    """An array without its memory; scalars, which may be keys or weakly typed, as they are."""
+    """Returns the shape of an array. Scalars, which may be keys or weakly typed, stay arrays."""
     if not isinstance(x, jax.Array) or x.ndim == 0:
         return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
 
 
 def _log(log: Any, checkpoint: Any) -> Any:
-    """Where figures are written to."""
+    """Returns the directory of the log."""
     if log is not None or checkpoint is None:
         return log
     if "://" in os.fspath(checkpoint.directory):

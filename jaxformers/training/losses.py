@@ -11,14 +11,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxformers.checks import check_callable, check_nonnegative, check_size, is_known
 
-# Logits at a time: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which want more work at a
-# time. Fewer rows than these would spend more time on adding up the gradient of the weights (on CPU
-# 8 % with 256 rows, 18 % with 128). Less than two chunks at once need no more memory than one.
+# The number of logits in a chunk: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which need
+# more work at a time. With fewer than `CHUNK_ROWS` rows, adding up the gradient of the weights
+# costs too much time (on CPU 8 % with 256 rows, 18 % with 128). Up to two chunks are computed at
+# once, because that needs no more memory than one chunk.
 CHUNK_LOGITS = {"cpu": 2**25}
 CHUNK_LOGITS_ELSEWHERE = 2**28
 CHUNK_ROWS = 512
 
-IGNORED = -100  # what the field writes for a target that does not count
+IGNORED = -100  # the usual value of a target that does not count
 
 
 def cross_entropy(
@@ -30,28 +31,28 @@ def cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int | None = IGNORED,
 ) -> Float[Array, ""]:
-    """The mean over counted tokens of `-log p(target)`, in nats, float32.
+    """Returns the mean over counted tokens of `-log p(target)`, in nats, float32.
 
-    The scores are normalized here, in float32, so both `model.logits(...)` and the log-probs that
-    `model(...)` returns may be given: the log-softmax of log-probs is the log-probs again. Only
-    z-loss needs the logits (the logsumexp of log-probs is 0, and so is their z-loss). If no token
-    counts, the loss is 0 and so is its gradient.
+    The scores are normalized here, in float32. So `logits` may be `model.logits(...)` or the
+    log-probs that `model(...)` returns, since the log-softmax of log-probs is the same log-probs.
+    Only z-loss needs the logits: the logsumexp of log-probs is 0, and so is their z-loss. If no
+    token counts, the loss and its gradient are 0.
 
     Arguments:
         logits: logits or log-probs of shape `(b, t, v)` or `(t, v)`, any floating-point dtype.
-        targets: ids in `[0, v)` of shape `(b, t)` or `(t,)`; anything where they do not count.
+        targets: ids in `[0, v)` of shape `(b, t)` or `(t,)`; any integer where they do not count.
         mask: boolean, of the targets' shape, True where a token counts; None counts all.
-        label_smoothing: share of the target's probability that is spread evenly over the
-            vocabulary, in [0, 1] (Szegedy et al. 2016), 0.
-        z_loss: coefficient of the mean of `logsumexp(logits) ** 2`, which keeps logits from
-            drifting (1e-4 in Chowdhery et al. 2022, PaLM), 0.
-        ignore_index: targets equal to it do not count, whatever the mask says, -100 as in torch;
-            None is no such target.
+        label_smoothing: the share of the target's probability that is spread evenly over the
+            vocabulary, in [0, 1] (Szegedy et al. 2016); default 0.
+        z_loss: the coefficient of the mean of `logsumexp(logits) ** 2`, which keeps the logits
+            near 0 (1e-4 in Chowdhery et al. 2022, PaLM); default 0.
+        ignore_index: targets with this value do not count, whatever the mask says; default -100 as
+            in torch. None ignores no value.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, a coefficient is out of range, or a target that
-            counts is not in `[0, v)`. Under `jit`, where values cannot be looked at, such a target
-            makes the loss NaN and its gradient, too.
+            counts is not in `[0, v)`. Under `jit`, where values are not known, such a target makes
+            the loss and its gradient NaN.
 
     Example:
         >>> logits = jnp.log(jnp.asarray([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
@@ -77,21 +78,21 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int | None = IGNORED,
 ) -> Float[Array, ""]:
-    """`cross_entropy(project(hidden), targets, mask)` without all logits at once.
+    """Returns `cross_entropy(project(hidden), targets, mask)` without all logits in memory at once.
 
-    For a text of 16,384 tokens and a vocabulary of 50,304 the logits are 3 GB, and their gradient
-    again. Here they are made for some rows at a time and forgotten. If gradients are wanted, they
-    are computed along with the loss, so that no logit is computed twice; the gradients of the
-    weights are summed in float32.
+    For a text of 16,384 tokens and a vocabulary of 50,304 the logits need 3 GB, and their gradient
+    needs as much. Here the logits are computed for some rows at a time and then dropped. The
+    gradients are computed together with the loss, so no logit is computed twice. The gradients of
+    the weights are summed in float32.
 
     Arguments:
-        project: from hidden states `(rows, d)` to logits `(rows, v)`, each row for itself, such as
-            `model.project`. Gradients reach the weights that it holds.
+        project: function from hidden states `(rows, d)` to logits `(rows, v)`, which treats each
+            row alone, such as `model.project`. Gradients reach the weights that it holds.
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
-        chunk: the most rows at a time. None is as many as have 2**25 logits (on accelerators
-            2**28) but at least 512, and all if there are at most twice as many: those are passed
-            to `cross_entropy`.
+        chunk: the largest number of rows at a time. None takes as many as have 2**25 logits (on
+            accelerators 2**28), but at least 512. If all rows are at most twice as many, it takes
+            all at once, as `cross_entropy` does.
         label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
 
     Raises:
@@ -119,15 +120,16 @@ def chunked_cross_entropy(
 
     def split(x: Array) -> Array:
         x = x.reshape(rows, *x.shape[counted.ndim :])
-        # What fills up the last chunk does not count; copies are as finite as what they copy.
+        # The rows that fill up the last chunk do not count. They are copies, so they are finite
+        # if the others are.
         x = jnp.concatenate([x, jax.lax.stop_gradient(x[: -rows % chunks])])
-        # Each chunk has rows from everywhere, so that a batch over many devices stays spread.
+        # Each chunk takes every `chunks`-th row, so that a batch over many devices stays spread.
         return jnp.swapaxes(x.reshape(-1, chunks, *x.shape[1:]), 0, 1)
 
     hidden, targets, count = split(hidden), split(jnp.asarray(targets)), counted.sum()
     real = jnp.arange(chunks * hidden.shape[1]) < rows
     counted = split(counted) & jnp.swapaxes(real.reshape(-1, chunks), 0, 1)
-    project = eqx.filter_closure_convert(project, hidden[0])  # its weights as leaves of a tree
+    project = eqx.filter_closure_convert(project, hidden[0])  # its weights become leaves of a tree
     return _sum_of_shares(project, hidden, targets, counted, count, label_smoothing, z_loss)
 
 
@@ -139,7 +141,7 @@ def _choose_chunk(rows: int, vocab_size: int) -> int:
 
 @eqx.filter_custom_jvp
 def _sum_of_shares(project, hidden, targets, counted, *options):
-    """The loss of all chunks, which are the leading axis of the three arrays."""
+    """Returns the loss of all chunks, which are the leading axis of the three arrays."""
 
     def add(total, chunk):
         rows, *of_rows = chunk
@@ -150,7 +152,7 @@ def _sum_of_shares(project, hidden, targets, counted, *options):
 
 @_sum_of_shares.def_jvp
 def _sum_of_shares_jvp(primals, tangents):
-    """The gradients belong to the value's pass: reverse mode then keeps them, not the logits."""
+    """Computes gradients together with the value: reverse mode keeps them instead of the logits."""
     project, hidden, targets, counted, *options = primals
     moves = jax.tree.map(lambda x: x is not None, tangents[0], is_leaf=lambda x: x is None)
     weights, frozen = eqx.partition(project, moves)
@@ -180,11 +182,11 @@ def _share(
     label_smoothing: float,
     z_loss: float,
 ) -> Float[Array, ""]:
-    """What these rows add to the mean over `count` of them."""
-    # What does not count may be anything, NaN too, and must not reach a gradient.
+    """Returns the part that these rows add to the mean over `count` rows."""
+    # Logits that do not count may be NaN, and NaN must not reach a gradient.
     logits = jnp.where(counted[..., None], jnp.asarray(logits, jnp.float32), 0.0)
     targets = jnp.where(counted, jnp.asarray(targets, jnp.int32), 0)
-    # Everything relative to the largest logit: large logits would lose digits otherwise.
+    # All logits are taken relative to the largest one, since large ones would lose digits.
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     shifted = logits - top[..., None]
     log_z = jnp.log(jnp.exp(shifted).sum(axis=-1))
@@ -198,10 +200,10 @@ def _share(
 
 
 def _picked(logits: Float[Array, "*n v"], targets: Integer[Array, "*n"]) -> Float[Array, "*n"]:
-    """The logit of each target, NaN where there is none (JAX would read a neighbor's)."""
-    # Clipping and a small select: filling inside the gather costs a third more on CPU.
+    """Returns the logit of each target, NaN where there is none (JAX would read a neighbor's)."""
+    # Clipping and a product: filling inside the gather costs a third more time on CPU.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-    # A factor, not a choice: the gradient has to be NaN as well, or a step would apply it.
+    # It is a product because the gradient has to be NaN as well, or a step would apply it.
     exists = (targets >= 0) & (targets < logits.shape[-1])
     return picked * jnp.where(exists, jnp.float32(1), jnp.nan)
 
@@ -209,7 +211,7 @@ def _picked(logits: Float[Array, "*n v"], targets: Integer[Array, "*n"]) -> Floa
 def _counted(
     logits: Any, targets: ArrayLike, mask: ArrayLike | None, ignore_index: int | None
 ) -> Bool[Array, "*n"]:
-    """Which targets count, once everything fits together."""
+    """Returns which targets count, after a check of shapes and ids."""
     _check_shapes(logits, targets, mask)
     counted = jnp.ones(np.shape(targets), jnp.bool_) if mask is None else jnp.asarray(mask)
     if ignore_index is not None:
@@ -266,7 +268,7 @@ def _check_dtype(name: str, x: Any, kind: type) -> None:
 
 
 def check_targets(targets: np.ndarray, vocab_size: int) -> None:
-    """Raise unless all targets are ids in `[0, vocab_size)`."""
+    """Raises an error unless all targets are ids in `[0, vocab_size)`."""
     wrong = targets[(targets < 0) | (targets >= vocab_size)]
     if wrong.size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Errors that explain the names of other libraries in a training."""
+"""Errors that explain the names of other libraries for arguments and arrays of a training."""
 
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
@@ -9,7 +9,7 @@ from jaxformers.elsewhere import ARGUMENTS, ARRAYS
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Renaming alone is not enough for these.
+# These arrays need more than another name.
 LABELS = {
     "a language model": "Hugging Face's labels repeat the tokens, and its models shift them; here "
     "targets[:, i] is the token after tokens[:, i]: pass text[:, :-1] as tokens and text[:, 1:] as "
@@ -23,7 +23,7 @@ OTHER_MASKS = "PyTorch's key_padding_mask is True where there is padding: write 
 
 
 def explain_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of training with `explain_options` and the names of other libraries."""
+    """Decorates a function of training so that its errors explain names of other libraries."""
     return explain_options(function, ARGUMENTS)
 
 
@@ -32,7 +32,7 @@ def advise(unknown: Iterable[str], of: str) -> str:
 
     Arguments:
         unknown: the names of the arrays.
-        of: what the batch is for, such as "a language model".
+        of: the use of the batch, such as "a language model".
     """
     advice = []
     meant = {name: ARRAYS.get(name, ()) for name in unknown}

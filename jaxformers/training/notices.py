@@ -1,4 +1,4 @@
-"""Messages about a run that goes on."""
+"""Warnings of a run that goes on."""
 
 import logging
 import warnings
@@ -7,7 +7,7 @@ LOGGER = logging.getLogger("jaxformers.training")
 
 
 def warn_and_go_on(text: str, level: int) -> None:
-    """Warns, or logs the text if warnings are errors, since the run must not end here."""
+    """Shows a warning, or logs the text if warnings are errors, since the run must not end here."""
     try:
         warnings.warn(text, stacklevel=level)
     except UserWarning:

@@ -6,18 +6,19 @@ A batch is a dict of arrays:
     encoder-decoder         src (b, s), tgt (b, t), targets (b, t)
     masked language model   tokens (b, t), targets (b, t), loss_mask (b, t)
 
-and where there is padding, boolean masks of the same shapes, True where an input token is real:
-`padding_mask`; `src_padding_mask`, `tgt_padding_mask`. `loss_mask` marks the targets that count;
-without it those of real inputs do. A target of -100 never counts. Where a padded text is cut into
-inputs and targets, the last real input has padding for a target, so give both:
+Where there is padding, a batch also has boolean masks of the same shapes, True where an input token
+is real: `padding_mask`, or `src_padding_mask` and `tgt_padding_mask`. `loss_mask` marks the targets
+that count. Without it, the targets of real inputs count. A target of -100 never counts. If a padded
+text is cut into inputs and targets, the last real input has padding as its target. Give both masks
+then:
 
     real = text != PAD
     batch = {"tokens": text[:, :-1], "targets": text[:, 1:],
              "padding_mask": real[:, :-1], "loss_mask": real[:, 1:]}
 
-Rows of either language model that hold several documents have, in place of a padding mask,
-`positions` (b, t), which start again at 0 with each document and are -1 for padding, and
-`segment_ids` (b, t), the number of the document: no token sees another document.
+If the rows of a language model hold several documents each, the batch has two other arrays in place
+of a padding mask. `positions` (b, t) start again at 0 with each document and are -1 for padding.
+`segment_ids` (b, t) are the number of the document. No token sees another document.
 """
 
 import functools
@@ -52,19 +53,19 @@ def language_model_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy per counted token, in nats, of `batch["targets"]` given `batch["tokens"]`.
+    """Returns the mean cross-entropy per counted token of `targets` given `tokens`, in nats.
 
-    Of long texts the logits are never there all at once: see `chunked_cross_entropy`.
+    The logits of a long text are never all in memory at once, see `chunked_cross_entropy`.
 
     Arguments:
         model: a `TransformerLM`.
         batch: see this module; `targets[:, i]` is the token that follows `tokens[:, i]`.
-        key: PRNG key for dropout; None evaluates without.
-        label_smoothing, z_loss: as for `cross_entropy`. Give `train_step` or `fit` the loss with
-            them as `functools.partial(language_model_loss, z_loss=1e-4)`, made once.
+        key: PRNG key for dropout; None evaluates without dropout.
+        label_smoothing, z_loss: as for `cross_entropy`. For `train_step` or `fit`, create
+            `functools.partial(language_model_loss, z_loss=1e-4)` once and pass it as the loss.
 
     Raises:
-        ValueError: if the batch lacks an array or has one too many; and as model and
+        ValueError: if the batch lacks an array or has an unknown one; and as the model and
             `chunked_cross_entropy` do.
 
     Example:
@@ -92,15 +93,15 @@ def sequence_to_sequence_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy per counted token, in nats, of `batch["targets"]` given src and tgt.
+    """Returns the mean cross-entropy per counted token of `targets` given `src` and `tgt`, in nats.
 
-    Of long texts the logits are never there all at once: see `chunked_cross_entropy`.
+    The logits of a long text are never all in memory at once, see `chunked_cross_entropy`.
 
     Arguments:
         model: a `Transformer`.
         batch: see this module; `tgt` begins with the start token, and `targets[:, i]` is the
             token that follows `tgt[:, i]`.
-        key: PRNG key for dropout; None evaluates without.
+        key: PRNG key for dropout; None evaluates without dropout.
         label_smoothing, z_loss: as for `language_model_loss`.
 
     Raises:
@@ -134,13 +135,13 @@ def masked_language_model_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy per counted token, in nats, of what was hidden from an encoder.
+    """Returns the mean cross-entropy per counted token, in nats, of the masked tokens.
 
     Arguments:
         model: a `TransformerEncoder` with an output layer (Devlin et al. 2019).
-        batch: see this module; `targets[:, i]` is what stood at place i before some of the
-            `tokens` were masked, and `loss_mask` says which.
-        key: PRNG key for dropout; None evaluates without.
+        batch: see this module; `targets[:, i]` is the original token at position i, before some
+            of the `tokens` were masked, and `loss_mask` marks the masked positions.
+        key: PRNG key for dropout; None evaluates without dropout.
         label_smoothing, z_loss: as for `language_model_loss`.
 
     Raises:
@@ -156,7 +157,7 @@ def masked_language_model_loss(
 
 
 def _masked(model: TransformerEncoder, batch: Batch, key: PRNGKeyArray | None) -> Array:
-    """Returns the encoder's hidden states, which predict what was masked."""
+    """Returns the encoder's hidden states, which predict the masked tokens."""
     needed = "tokens", "targets", "loss_mask"
     optional = "padding_mask", "token_types", "positions", "segment_ids"
     _check_model(model, "embed", "masked_language_model_loss", "TransformerEncoder")
@@ -173,9 +174,10 @@ _HIDDEN = _language, _pair, _masked
 def measure(
     loss: Loss, model: Any, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
-    """Returns the loss of a batch without dropout, and the cross-entropy in it.
+    """Returns the loss of a batch without dropout, and its cross-entropy.
 
-    That is without label smoothing and z-loss, and None for a loss that is none of those here.
+    The cross-entropy is without label smoothing and z-loss. It is None for other losses than
+    those of this module.
     """
     options = _options(loss)
     if options is None:
@@ -187,12 +189,12 @@ def measure(
 
 
 def is_regularized(loss: Loss) -> bool:
-    """Returns whether a loss is known to hold more than the cross-entropy."""
+    """Returns whether a loss is known to add label smoothing or z-loss to the cross-entropy."""
     return any(_options(loss) or ())
 
 
 def _options(loss: Loss) -> tuple[float, float] | None:
-    """Returns the label smoothing and the z-loss of a loss here, None for other losses."""
+    """Returns the label smoothing and z-loss of a loss of this module, None for other losses."""
     given = getattr(loss, "keywords", {})
     known = given.keys() <= {"label_smoothing", "z_loss"} and not getattr(loss, "args", ())
     if not known or getattr(loss, "func", loss) not in OBJECTIVES:
@@ -201,11 +203,12 @@ def _options(loss: Loss) -> tuple[float, float] | None:
 
 
 def count_targets(batch: Batch) -> Any:
-    """How many targets count: the weight of a batch where a mean over several is taken.
+    """Returns how many targets count, the weight of a batch in a mean over several batches.
 
-    Those that `loss_mask` marks, or else those of real inputs (`padding_mask`, `tgt_padding_mask`,
-    `positions`), or else all, without those that are -100. In the batch of a loss of your own
-    `labels` are taken for `targets`; without either it is the number of rows.
+    These are the targets that `loss_mask` marks, or else those of real inputs (`padding_mask`,
+    `tgt_padding_mask`, `positions`), or else all. Targets of -100 never count. If the batch of
+    your own loss has `labels` and no `targets`, the labels are counted. If it has neither, the
+    result is the number of rows.
 
     Arguments:
         batch: a dict of arrays, see this module.
@@ -223,25 +226,25 @@ def count_targets(batch: Batch) -> Any:
         counted = differ(targets if hasattr(targets, "dtype") else np.asarray(targets))
     if mask is None:
         return np.size(targets) if counted is None else counted.sum()
-    # What a loss of the user's own does with a mask of another kind is not known here.
+    # For a mask of another kind, only the user's own loss knows what it means.
     alike = counted is not None and (mask.dtype, mask.shape) == (np.bool_, counted.shape)
     return (mask & counted if alike else mask).sum()
 
 
 def check_ids(loss: Loss, model: Any, batch: Batch, *, wait: bool = False) -> None:
-    """Raises if ids are not in the model's vocabulary; under `jit` nobody can see.
+    """Raises an error if ids are not in the model's vocabulary. Under `jit` it cannot know.
 
     Arguments:
-        loss: only the batches of the losses here are known.
+        loss: the loss; only batches of the losses of this module are checked.
         model: the model.
-        batch: its arrays, of NumPy or on a CPU, are looked at.
-        wait: whether arrays on accelerators are looked at, too, which waits for them.
+        batch: its arrays are checked if they are of NumPy or on a CPU.
+        wait: whether arrays on accelerators are checked as well, which waits for them.
     """
     if getattr(loss, "func", loss) not in OBJECTIVES or not isinstance(batch, Mapping):
         return
     for name, size in _vocabularies(model, batch).items():
         ids = _values(batch[name], wait)
-        if ids is not None and np.issubdtype(ids.dtype, np.integer):  # else the loss will say so
+        if ids is not None and np.issubdtype(ids.dtype, np.integer):  # else the loss raises
             check_tokens(ids, size, name)
     width = getattr(model, "vocab_size" if "tokens" in batch else "tgt_vocab_size", None)
     given, targets = _mask(batch), _values(batch.get("targets"), wait)
@@ -255,7 +258,7 @@ def check_ids(loss: Loss, model: Any, batch: Batch, *, wait: bool = False) -> No
 
 
 def _values(x: Any, wait: bool) -> np.ndarray | None:
-    """Returns the values of an array if they can be looked at, on accelerators only to wait."""
+    """Returns the values of an array if they are known, or can be read with `wait`; else None."""
     if isinstance(x, jax.Array) and is_known(x) and x.is_fully_addressable:
         here = wait or all(device.platform == "cpu" for device in x.devices())
         return np.asarray(x) if here else None
@@ -263,7 +266,7 @@ def _values(x: Any, wait: bool) -> np.ndarray | None:
 
 
 def _mask(batch: Batch) -> Any:
-    """Returns which targets count, except for those of -100: an array, or None where all do."""
+    """Returns which targets count, except for those of -100; None if all do."""
     if batch.get("loss_mask") is not None:
         return batch["loss_mask"]
     real = [batch[x] for x in ("padding_mask", "tgt_padding_mask") if batch.get(x) is not None]
@@ -274,7 +277,7 @@ def _mask(batch: Batch) -> Any:
 
 
 def _vocabularies(model: Any, batch: Batch) -> dict[str, int]:
-    """Returns the size of the vocabulary of each array of input ids that a batch has."""
+    """Returns the size of the vocabulary for each array of input ids in a batch."""
     sizes = {"tokens": "vocab_size", "src": "src_vocab_size", "tgt": "tgt_vocab_size"}
     known = {name: getattr(model, size, None) for name, size in sizes.items()}
     return {name: x for name, x in known.items() if x is not None and batch.get(name) is not None}
@@ -291,8 +294,8 @@ def _mean(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    # Ids that could be looked at are in the vocabulary. Others read anything: the loss and its
-    # gradient are NaN then.
+    # Ids with known values have been checked. Other ids beyond the vocabulary would read arbitrary
+    # rows, so the loss and its gradient are NaN then.
     for name, size in _vocabularies(model, batch).items():
         if not is_known(batch[name]):
             ids = batch[name].astype(jnp.int32)
@@ -313,7 +316,7 @@ def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:
 
 
 def _check_model(model: Any, method: str, loss: str, of: str) -> None:
-    # By its methods: a model of the user's own may have them, too.
+    # The check is by method, since a model of the user's own may have the method, too.
     if not hasattr(model, method):
         losses = ", ".join(f.__name__ for f in OBJECTIVES)
         raise ValueError(f"{loss} is for a {of}, got a {type(model).__name__}. There are {losses}.")

@@ -1,4 +1,4 @@
-"""The state of a run: its steps, its evaluations, its checkpoints."""
+"""The state of a run, with its steps, evaluations and checkpoints."""
 
 import contextlib
 from collections import deque
@@ -23,16 +23,16 @@ from jaxformers.training.step import BadSteps, Gradients, Training, one_step, tr
 
 @dataclass(frozen=True)
 class Report:
-    """What a callback of `fit` is given.
+    """The argument of the callbacks of `fit`.
 
     Arguments:
-        step: how many steps were made.
+        step: the number of steps made.
         metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
-            `skipped`), and `eval_loss` if there are batches to evaluate on. Where that has label
-            smoothing or z-loss in it, `eval_cross_entropy` has them not.
-        model: the model with the weights that are evaluated, an average if the optimizer keeps one;
-            a copy, which stays usable.
-        begun: the step from which the run goes on in this process, 0 if it was begun here.
+            `skipped`), and `eval_loss` if there are batches to evaluate on. If that loss includes
+            label smoothing or z-loss, `eval_cross_entropy` is the loss without them.
+        model: a copy of the model with the weights that are evaluated, an average if the optimizer
+            keeps one. It stays usable after the callback.
+        begun: the step at which the run goes on in this process, 0 if it was begun here.
     """
 
     step: int
@@ -43,7 +43,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation and the callbacks, which come between steps."""
+    """The evaluation and the callbacks, which run between steps."""
 
     batches: Any
     loss: Loss
@@ -77,7 +77,7 @@ class Run:
         self.unread: deque[tuple[int, dict, Batch]] = deque()
         self.metrics = log.metrics
         self.begun = self.saved = self.step
-        self._failed: OSError | None = None  # what the last attempt to save raised
+        self._failed: OSError | None = None  # the error of the last attempt to save
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first batch
 
     def advance(self, batch: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class Run:
         self.unread.append((self.step, metrics, batch))
 
     def read(self, in_flight: int) -> None:
-        """Writes the figures of all steps but the last `in_flight`, which may be running."""
+        """Writes the figures of all steps but the last `in_flight`, which may still be running."""
         while len(self.unread) > in_flight:
             step, metrics, batch = self.unread.popleft()
             metrics = jax.device_get(metrics)
@@ -108,7 +108,7 @@ class Run:
             self.metrics = {name: metrics[name].item() for name in order}
             if self.metrics.pop("failed"):
                 self.unread.clear()
-                # Ids on an accelerator are looked at only now.
+                # Ids on an accelerator are checked only now.
                 check_ids(self.gradients.loss, self.training.model, batch, wait=True)
                 raise ValueError(
                     f"step {step} is bad: its loss is {self.metrics['loss']}, the norm of its "
@@ -121,7 +121,7 @@ class Run:
     def report(self, interrupt: Interrupt) -> bool:
         """Evaluates and calls the callbacks. Returns whether one of them ends the training.
 
-        A signal cuts this short. The next run of the checkpoint then does all of it.
+        A signal stops both early. The next run of the checkpoint then makes them completely.
         """
         if not self.evaluation.wanted or interrupt.asked is not None:
             return False
@@ -134,10 +134,10 @@ class Run:
                 return False
         answers = []
         callbacks = self.evaluation.callbacks
-        if callbacks:  # may keep it, while the next step writes over the weights
+        if callbacks:  # a callback may keep the model, and the next step overwrites the weights
             model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
             report = Report(self.step, dict(self.metrics), model, self.begun)
-            with interrupt.foreign_code():  # all are called, whatever the first says
+            with interrupt.foreign_code():  # all are called, even if the first returns True
                 answers = [callback(report) for callback in callbacks]
         self.log.reported(self.step)
         return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
@@ -174,7 +174,7 @@ class Run:
         """Starts to save the state, unless it is saved. It is written in the background."""
         failed = self._begin_to_save()
         if failed is not None:
-            # To stop would lose the steps since the last checkpoint; the next may succeed.
+            # Stopping would lose the steps since the last checkpoint. The next save may succeed.
             warn_and_go_on(f"a checkpoint is missing, training goes on: {failed}", 6)
 
     def finish(self) -> None:
@@ -183,7 +183,7 @@ class Run:
             return
         new = self._begin_to_save()
         self.checkpoint.wait()
-        failed = self._failed if new is None else new  # of this one, or of the one before
+        failed = self._failed if new is None else new  # of this attempt, or of the one before
         if failed is not None and self.step not in self.checkpoint.steps():
             raise failed
         if new is not None:
@@ -192,7 +192,7 @@ class Run:
     def _begin_to_save(self) -> OSError | None:
         if self.checkpoint is None:
             return None
-        self.read(0)  # the log has every step that a checkpoint has
+        self.read(0)  # the log must have every step that a checkpoint has
         if self.saved == self.step:
             return None
         self._failed = None
@@ -242,11 +242,11 @@ class Run:
             return False
         with contextlib.suppress(ValueError):
             self.read(0)
-        # A resumed run is where this one was: one more bad step is too many again.
+        # The resumed run has the same count of bad steps, so one more bad step ends it again.
         guard = self.training.guard
         in_a_row = jnp.minimum(guard.in_a_row, self.bad_steps.allowed)
         guard = guard._replace(failed=jnp.zeros_like(guard.failed), in_a_row=in_a_row)
         self.training = eqx.tree_at(lambda x: x.guard, self.training, guard)
         self.step = int(self.training.step)
-        self.saved = self.begun  # it may have failed
+        self.saved = self.begun  # saving may have failed
         return True

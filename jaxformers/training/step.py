@@ -20,10 +20,10 @@ from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets
 
-MEMORY, LONGEST_START = 0.98, 20  # of the usual norm of gradients, in steps
+MEMORY, LONGEST_START = 0.98, 20  # the decay of the running mean of norms; its first steps
 
-# What `fit` does not train, by `id`: the model that it was given and the one that it returns have
-# the same arrays, over which no step may write.
+# The arrays that `fit` does not train, by `id`. The model that it is given and the one that it
+# returns share them, so no step may overwrite them.
 _shared: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
@@ -40,46 +40,46 @@ def train_step(
     accumulate: int = 1,
     count: Callable[[Batch], Any] = count_targets,
 ) -> tuple[Model, PyTree, Float[Array, ""]]:
-    """One update: gradients of the loss, then the optimizer, as one compiled program.
+    """Makes one update: computes the gradients and applies the optimizer, in one compiled program.
 
     The arrays of `model` and `state` are donated: their memory is used for the result, so only the
     returned ones may be used afterwards.
 
-    Weights are updated in the type that they have. In 16 bits most updates are rounded away, of
-    which a warning speaks: train float32 weights, `cast_floating(model, jnp.float32)`, as `fit`
-    does by itself. With `compute_dtype=jnp.bfloat16` the loss is computed by a copy of them in 16
-    bits (Micikevicius et al. 2018). Sums over tokens, softmax, norms and the loss are computed in
-    float32 either way.
+    The weights are updated in their own type. In 16 bits, rounding loses most updates, and a
+    warning says so. Train float32 weights instead, `cast_floating(model, jnp.float32)`; `fit` does
+    this by itself. With `compute_dtype=jnp.bfloat16` the loss is computed with a copy of the
+    weights in 16 bits (Micikevicius et al. 2018). Sums over tokens, softmax, norms and the loss
+    are computed in float32 either way.
 
     A loss that is not finite changes neither the weights nor the state. Ids beyond the vocabulary
-    give NaN on an accelerator; in NumPy's arrays and on a CPU they are refused beforehand.
+    raise an error if they are in NumPy arrays or on a CPU. On an accelerator the loss is NaN.
 
     Arguments:
         model: the model to train.
-        state: `optimizer.init(model)`, or what the last step returned.
-        batch: what `loss` takes, a dict of arrays: of NumPy, JAX or torch, or lists of numbers.
-        optimizer: `AdamW` or another `Optimizer`, or an optax transformation, which is given
-            `value=`, the loss, if it takes it. One that evaluates the loss itself, as line searches
-            do, is refused.
-        loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`: a mean over
-            what counts in the batch.
+        state: `optimizer.init(model)`, or the state that the last step returned.
+        batch: a dict of arrays (NumPy, JAX or torch) or lists of numbers, as `loss` takes it.
+        optimizer: `AdamW` or another `Optimizer`, or an optax transformation. If its `update` takes
+            `value=`, it gets the loss. One that evaluates the loss itself, such as a line search,
+            raises an error.
+        loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`; a mean over
+            the targets that count in the batch.
         key: PRNG key for dropout, a new one each step.
-        compute_dtype: the type to compute the loss and its gradients in, `jnp.bfloat16`; None is
-            that of the weights, and for frozen ones of 16 bits that of the trained ones, if it has
-            more. 16 bits save time where the hardware has them, as GPUs and TPUs do.
-        accumulate: in how many parts of equal size the rows of the batch are passed through the
-            model, one after another, 1. Their gradients are added up, weighted by `count`: the
-            same update with the memory of one part, but for the dropout drawn.
-        count: function `batch -> number`, of what `loss` takes the mean over.
+        compute_dtype: the type in which the loss and its gradients are computed, `jnp.bfloat16`.
+            None, the default, is the type of the weights; frozen weights of 16 bits are widened to
+            the type of the trained ones. 16 bits save time on hardware that computes with them,
+            such as GPUs and TPUs.
+        accumulate: the number of equal parts into which the rows of the batch are split, default 1.
+            The parts pass through the model one after another. Their gradients are summed, weighted
+            by `count`. The update is the same except for dropout, and needs the memory of one part.
+        count: function `batch -> number` that counts the targets over which `loss` takes its mean.
 
     Returns:
         The model and the state after the update, and the loss before it.
 
     Raises:
-        ValueError: if there is no key, a piece does not fit another, ids are not in the
-            vocabulary, the rows cannot be divided into `accumulate` parts, or
-            `compute_dtype` is no floating-point type, or float16, whose range is too small for
-            gradients.
+        ValueError: if there is no key, the arguments do not fit together, ids are not in the
+            vocabulary, the rows cannot be divided into `accumulate` parts, or `compute_dtype` is
+            not a floating-point type, or is float16, whose range is too small for gradients.
 
     Example:
         >>> optimizer = AdamW(1e-3)
@@ -103,7 +103,7 @@ def _train_step(kept, model, state):
     gradients, optimizer, batch, key = kept
     value, grads = gradients(optimizer, model, batch, key)
     new = _update(optimizer, grads, state, model, value)
-    # Not by the norm of the gradients: all would have to be there before the first is applied.
+    # The norm of the gradients is not checked: all gradients would have to be in memory for that.
     model, state = _new_if(jnp.isfinite(value), new, (model, state))
     return model, state, value
 
@@ -111,7 +111,7 @@ def _train_step(kept, model, state):
 def _update(
     optimizer: Optimizer, grads: Model, state: PyTree, model: Model, value: Float[Array, ""]
 ) -> tuple[Model, PyTree]:
-    """Returns the model and the state after an update, which is told the loss if it asks for it."""
+    """Returns the model and the state after an update, which gets the loss if it takes `value=`."""
     extra = {"value": value} if optimizer.takes("value") else {}
     return optimizer.update(grads, state, model, **extra)
 
@@ -135,14 +135,14 @@ def _new_if(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def _changed(model: Model, rest: Model) -> Model:
-    """Returns the model without the leaves that are those of `rest`: they stay where they are."""
+    """Returns the model without the leaves that it shares with `rest`, which need no copy."""
     return jax.tree.map(
         lambda kept, x: None if x is kept else x, rest, model, is_leaf=lambda x: x is None
     )
 
 
 def _donating(step: Callable, kept: PyTree, *given: PyTree) -> Any:
-    """Calls a step that writes its results over the arrays given, each of which is at one place.
+    """Calls a step that overwrites the arrays of `given`. Repeated arrays are copied before.
 
     An optimizer's state may begin with the weights themselves, and two leaves may be one array.
     """
@@ -162,12 +162,12 @@ def _donating(step: Callable, kept: PyTree, *given: PyTree) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if "donate" not in str(error):
             raise
-        # Two arrays have the same memory, as after `jax.device_put`. Nothing is donated yet.
+        # Two arrays share their memory, as after `jax.device_put`. Nothing is donated yet.
         return step(kept, *own_arrays(given))
 
 
 class Guard(NamedTuple):
-    """What `BadSteps` remembers: the usual norm of gradients, made of how many; failures."""
+    """The memory of `BadSteps`: the mean of norms, its steps, bad steps in a row, the failure."""
 
     usual: Float[Array, ""]
     seen: Int32[Array, ""]
@@ -176,17 +176,17 @@ class Guard(NamedTuple):
 
 
 class BadSteps(eqx.Module):
-    """Which steps are bad, and how many of them are skipped.
+    """A rule that decides which steps are bad and how many of them are skipped.
 
-    A step whose loss or gradients are not finite, or whose gradients are much larger than usual,
-    changes neither the weights nor the optimizer's state (Chowdhery et al. 2022 skip batches at
-    spikes of the loss).
+    A step is bad if its loss or gradients are not finite, or if its gradients are much larger than
+    usual. It changes neither the weights nor the optimizer's state (Chowdhery et al. 2022 skip
+    batches at spikes of the loss).
 
     Arguments:
-        allowed: how many bad steps in a row are skipped and counted. One more ends the training
-            with an error; 0 allows none.
-        spike: a norm of the gradients of more than `spike` times its running mean is bad as well,
-            after the first 20 steps; None, the default, is no limit.
+        allowed: how many bad steps in a row are skipped, default 0. One more ends the training
+            with an error.
+        spike: after the first 20 steps, a step is also bad if the norm of its gradients is more
+            than `spike` times the running mean of norms. None, the default, sets no limit.
 
     Raises:
         ValueError: if `allowed` is not a whole number from 0, or `spike` is not above 1.
@@ -210,14 +210,14 @@ class BadSteps(eqx.Module):
                 raise ValueError(f"spike must be above 1, the usual norm, got {self.spike!r}.")
 
     def start(self) -> Guard:
-        """What is remembered before the first step."""
+        """Returns the memory before the first step."""
         usual, seen, in_a_row = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return Guard(usual, seen, in_a_row, jnp.zeros((), jnp.bool_))
 
     def judge(
         self, guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""]
     ) -> tuple[Bool[Array, ""], Guard]:
-        """Whether a step is good, and what to remember; after a failure none is, and nothing."""
+        """Returns whether a step is good, and the new memory. After a failure no step is good."""
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if self.spike is not None:
             usual = guard.usual / (
@@ -232,10 +232,10 @@ class BadSteps(eqx.Module):
 
 
 class Training(eqx.Module):
-    """Everything that a run needs to go on: what `fit` returns and checkpoints hold.
+    """The whole state of a training: `fit` returns it and checkpoints hold it.
 
-    The position in the data is the step: batch `i` trains step `i`, counted from 0. Gradients are
-    accumulated within a step, so nothing of that is left between two.
+    The step is also the position in the data: batch `i` trains step `i`, counted from 0. Gradients
+    are accumulated within a step, so they are not part of the state.
     """
 
     model: PyTree
@@ -247,9 +247,9 @@ class Training(eqx.Module):
 
 
 def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyArray) -> Training:
-    """Returns the state before the first step; what steps write over has memory of its own.
+    """Returns the state before the first step. Steps overwrite it, so its memory is its own.
 
-    Weights that are trained are float32 or wider. What is frozen is neither cast nor copied.
+    Trained weights are float32 or wider. Frozen ones are neither cast nor copied.
     """
     check_usable(model=model)
     model = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, model)
@@ -269,7 +269,7 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
 
 
 def trained_parts(model: PyTree, optimizer: Optimizer) -> PyTree[bool] | None:
-    """Returns which leaves a step writes over, or None where these are all arrays."""
+    """Returns which leaves a step overwrites, or None if these are all arrays."""
     trains = optimizer.trains(model)
     rest = eqx.filter(model, trains, inverse=True)
     return trains if any(map(eqx.is_array, jax.tree.leaves(rest))) else None
@@ -283,7 +283,7 @@ def one_step(
     training: Training,
     trains: PyTree[bool] | None,
 ) -> tuple[Training, dict[str, Array]]:
-    """Returns the state after one more step, and its figures; what is frozen stays where it is."""
+    """Returns the state after one more step, and its figures. Frozen arrays are not copied."""
     kept = gradients, optimizer, bad_steps, batch
     if trains is None:
         return advance((*kept, None), training)
@@ -295,7 +295,7 @@ def one_step(
 
 @eqx.filter_jit(donate="all-except-first")
 def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]]:
-    """The state after one more step, and what there is to tell about it."""
+    """Returns the state after one more step, and the figures of the step."""
     gradients, optimizer, bad_steps, batch, rest = kept
     model = training.model if rest is None else eqx.combine(training.model, rest)
     old = model, training.optimizer_state
