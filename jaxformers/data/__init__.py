@@ -1,4 +1,4 @@
-"""Token files, and batches made of them: functions of a seed and a number, so runs can go on."""
+"""Token files, and batches of them as functions of a seed and a number, so that runs can resume."""
 
 from jaxformers.data.corruption import MaskedTokens, SpanCorruption
 from jaxformers.data.order import Bucketed, Picked, Shuffled

@@ -1,4 +1,4 @@
-"""Texts with something hidden, for a model to guess: BERT's masks and T5's spans."""
+"""Texts with hidden tokens that a model predicts: BERT's masks and T5's spans."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,22 +13,23 @@ from jaxformers.data.windows import Windows
 
 
 class MaskedTokens(Changed):
-    """Batches for a masked language model (Devlin et al. 2019), of another source's `tokens`.
+    """Batches for a masked language model, from another source's `tokens` (Devlin et al. 2019).
 
-    Of the tokens that are neither special nor padding, `rate` are to be guessed: 80 % of these
-    become the mask token, 10 % a random one, and 10 % stay. The last token of a document or a
-    padded text, as a rule its end, is only a target for those sources, so it is not read here.
+    A share `rate` of the tokens that are neither special nor padding is chosen as targets. Of these
+    80 % become the mask token, 10 % become a random token, and 10 % stay as they are. The last
+    token of a document or padded text (usually its end token) is only a target in those sources,
+    so it does not occur here.
 
     Arguments:
         source: `Windows`, `PackedDocuments` or another source of `tokens`.
-        mask_token: the id that hides.
-        vocab_size: random tokens are below this.
-        special_tokens: ids that are never hidden, such as those of [CLS] and [SEP].
-        rate: the share of tokens to guess.
+        mask_token: the id of the mask token.
+        vocab_size: the size of the vocabulary. Random tokens are below it.
+        special_tokens: ids that are never chosen, such as those of [CLS] and [SEP].
+        rate: the share of tokens that are chosen, in (0, 1); default 0.15.
 
     Batches:
-        `tokens` with something hidden; `targets`, the true tokens; `loss_mask`, True where one is
-        to be guessed; and `padding_mask`, `positions` and `segment_ids` where the source has them.
+        `tokens` after masking; `targets`, the original tokens; `loss_mask`, True for the chosen
+        tokens; and `padding_mask`, `positions` and `segment_ids` if the source has them.
 
     Raises:
         ValueError: if an id is not in the vocabulary, or `rate` is not in (0, 1).
@@ -72,28 +73,28 @@ class MaskedTokens(Changed):
 
 
 class SpanCorruption(Changed):
-    """Batches for an encoder-decoder that fills gaps (T5, Raffel et al. 2020), of windows.
+    """Batches for an encoder-decoder that fills gaps, from windows (T5, Raffel et al. 2020).
 
-    Spans of the text, at random places, are each replaced by a sentinel; the target is each
-    sentinel with what it replaced. All rows have the same lengths, so nothing is padded: of n
-    tokens, `round(n * noise_density)` are hidden in `round(hidden / mean_span)` spans, but at
-    least one token is hidden and one is not. `in_order()` may end with a window of a single token,
-    in which nothing is hidden: its target is the end alone.
+    Spans of the text at random positions are each replaced by a sentinel. The target is each
+    sentinel with the tokens that it replaced. All rows have the same lengths, so there is no
+    padding. Of n tokens, `round(n * noise_density)` are hidden in `round(hidden / mean_span)`
+    spans, but at least one token is hidden and at least one is not. The last window of
+    `in_order()` may have a single token. It is not hidden, and the target is only the end token.
 
     Arguments:
         source: `Windows` of at least 2 tokens.
         sentinels: ids in order of their use; T5's are `range(32099, 31999, -1)`.
-        end_token: ends sources and targets.
-        start_token: what the decoder reads first; T5's is its padding, 0.
-        noise_density: the share of tokens to hide, in (0, 1).
-        mean_span: how many tokens a span has on average, at least 1.
+        end_token: the last token of sources and targets.
+        start_token: the first input of the decoder; default 0, which is T5's padding.
+        noise_density: the share of hidden tokens, in (0, 1); default 0.15.
+        mean_span: the mean length of a span in tokens, at least 1; default 3.
 
     Batches:
         int32: `src` `(b, s)`, `tgt` and `targets` `(b, t)`.
 
     Raises:
-        ValueError: if the source is no `Windows`, there are too few sentinels, or a number is out
-            of range.
+        ValueError: if the source is not `Windows`, there are too few sentinels, or a number is out
+            of its range.
 
     Example:
         >>> length = SpanCorruption.text_length(512)
@@ -138,10 +139,10 @@ class SpanCorruption(Changed):
 
     @staticmethod
     def text_length(src_length: int, noise_density: float = 0.15, mean_span: float = 3.0) -> int:
-        """How long windows have to be for sources of (at most) this length.
+        """Returns the length of windows whose sources have at most `src_length` tokens.
 
         Raises:
-            ValueError: if a number is out of range.
+            ValueError: if a number is out of its range.
         """
         check_size(src_length=src_length)
         if src_length < 3:
@@ -173,14 +174,14 @@ class SpanCorruption(Changed):
         }
 
     def _hide(self, tokens: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and targets, without their ends."""
+        """Returns sources and targets, without their end tokens."""
         b, length = tokens.shape
         noise, spans = _count(length, self.noise_density, self.mean_span)
         if not spans:
             return tokens, tokens[:, :0]
         kept = _segments(uniform(numbers, max(length - noise - 1, 0), 0), length - noise, spans)
         hidden = _segments(uniform(numbers, max(noise - 1, 0), 1), noise, spans)
-        # Kept and hidden segments take turns, kept ones first.
+        # Kept and hidden segments alternate, and a kept one comes first.
         ends = np.cumsum(np.stack([kept, hidden], axis=2).reshape(b, -1), axis=1)
         begins = np.zeros((b, length + 1), np.int64)
         begins[np.arange(b)[:, None], ends[:, :-1]] = 1
@@ -197,17 +198,17 @@ class SpanCorruption(Changed):
 
 
 def _count(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
-    """How many tokens to hide, and in how many spans: as T5 does, at least one of each.
+    """Returns how many tokens to hide, and in how many spans: as in T5, at least one of each.
 
-    Of a single token none is hidden, since there would be nothing to read.
+    A single token is not hidden, since the encoder would have nothing to read.
     """
     noise = min(max(round(length * noise_density), 1), length - 1)
-    # Between two spans there is something to read.
+    # There is at least one visible token before each span.
     return noise, max(min(1, noise), min(round(noise / mean_span), length - noise))
 
 
 def _segments(random: np.ndarray, items: int, count: int) -> np.ndarray:
-    """(b, count) lengths of segments of `items`, none empty; all ways to cut equally likely."""
+    """Returns (b, count) random lengths, at least 1 each, that sum to `items`, uniform over all."""
     b = len(random)
     cuts = np.sort(np.argsort(random, axis=1)[:, : count - 1], axis=1) + 1
     return np.diff(cuts, axis=1, prepend=np.zeros((b, 1), int), append=np.full((b, 1), items))

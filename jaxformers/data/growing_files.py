@@ -1,4 +1,4 @@
-"""Files that grow in steps and outlive a kill."""
+"""Files that grow in steps and stay usable after a kill."""
 
 import io
 import json
@@ -12,7 +12,7 @@ HEADER = 128  # bytes before the numbers of a .npy file
 
 
 def open_array(path: Path, size: int) -> BinaryIO:
-    """The file to append to, with just `size` bytes; the first of which are for its header."""
+    """Opens a file to append to after its first `size` bytes, which include the header."""
     have = path.stat().st_size if path.exists() else 0
     if size > HEADER and have < size:
         raise ValueError(
@@ -25,7 +25,7 @@ def open_array(path: Path, size: int) -> BinaryIO:
 
 
 def header(count: int, dtype: np.dtype) -> bytes:
-    """What a `.npy` file of so many numbers begins with."""
+    """Returns the first bytes of a `.npy` file with `count` numbers."""
     buffer = io.BytesIO()
     description = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(buffer, description)
@@ -35,13 +35,13 @@ def header(count: int, dtype: np.dtype) -> bytes:
 
 
 def sync(file: BinaryIO) -> None:
-    """Waits until what was written is on the disk."""
+    """Waits until the file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file such that there is the old one or the new one, whatever happens."""
+    """Writes a JSON file. After a crash there is either the old file or the new one."""
     new = path.with_name(f"{path.name}.new")
     with new.open("wb") as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
@@ -50,7 +50,7 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def progress_bar(total: int) -> Any:
-    """A progress bar if there is the package for it and someone to see it."""
+    """Returns a progress bar, which is silent without tqdm or a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,10 +1,11 @@
-"""Ids of texts that are encoded in pieces, as if each text were encoded at once.
+"""Ids of texts that are encoded in pieces, equal to the ids of each whole text.
 
-Tokenizers look around: they put a space or "▁" before a text, take away or join spaces, compose
-characters, and cut words by what follows. So pieces are encoded with some of the text before and
-after them, and two that follow each other are joined at a border between tokens around which both
-have the same ones. What was done to a piece because it begins or ends there is left out with the
-text around it. Where there is no such border, both pieces are encoded again as one.
+Tokenizers depend on context: they add a space or "▁" before a text, remove or join spaces, compose
+characters, and split words by the text that follows. Therefore each piece is encoded together with
+some text before and after it. Two consecutive pieces are joined at a border between tokens around
+which both have the same tokens. The context is dropped, and with it every change that the tokenizer
+made only because a piece begins or ends there. If there is no such border, both pieces are encoded
+again as one.
 """
 
 from bisect import bisect_left
@@ -16,28 +17,29 @@ import numpy as np
 from jaxformers.data.text_files import Piece
 from jaxformers.tokenizers.files import guarded
 
-AGREED = 8  # tokens before and after a border that are the same in both pieces
+AGREED = 8  # the number of tokens before and after a border that both pieces must share
 
 
 class Part(NamedTuple):
-    """Ids of a document that follow each other, and whether the document ends with them."""
+    """Consecutive ids of a document, and whether the document ends with them."""
 
     ids: list[int]
     ends: bool
 
 
 class Joined:
-    """The ids of documents, from their pieces in order.
+    """The ids of documents whose pieces come in order.
 
-    The last piece may be kept back until the next one shows where its ids end.
+    The last piece may be kept until the next one shows where its ids end.
 
     Arguments:
         backend: a `tokenizers.Tokenizer`.
-        start: the byte where the first piece begins.
-        offset: the character of that piece from which on its ids are wanted.
+        start: the byte at which the first piece begins.
+        offset: the first character of that piece whose ids are returned.
 
     Attributes:
-        start, offset: with which to go on later, with what is not joined yet.
+        start, offset: the arguments with which to resume, since the text from there on is not
+            joined yet.
 
     Example:
         >>> from jaxformers.tokenizers.training import bytes_tokenizer
@@ -59,7 +61,7 @@ class Joined:
         return self._offset if self._open is None else self._open.offset
 
     def add(self, pieces: list[Piece]) -> list[Part]:
-        """The ids that are certain with these pieces, which follow those before."""
+        """Returns the ids that are certain after these pieces, which follow the pieces before."""
         parts = []
         for piece, encoding in zip(pieces, self._encode(pieces), strict=True):
             new = _Open(piece, encoding, self._stop, self._offset)
@@ -74,13 +76,13 @@ class Joined:
         return parts
 
     def _join(self, left: "_Open", right: "_Open") -> list[Part]:
-        """The ids of `left`, if it is clear where they end; the rest is open."""
+        """Returns the ids of `left` if their end is known, else none. The rest stays open."""
         border = None if left.count < left.wanted else _border(left, right)
         if border is not None:
             right.offset = border - len(left.piece.text)
             self._open = right
             return [Part(left.ids(border), False)]
-        # Twice as much each time, so that what never agrees is not encoded again for each piece.
+        # The number doubles each time, so that text without a border is not encoded too often.
         if left.count >= left.wanted:
             left.wanted = 2 * left.count
         left.count += 1
@@ -96,7 +98,7 @@ class Joined:
         return []
 
     def _encode(self, pieces: list[Piece]) -> list[Any]:
-        # Only where something is joined the places of tokens in the text are needed.
+        # The positions of tokens in the text are needed only for joining.
         whole = all(piece.ends and not piece.before for piece in pieces)
         encode = self._backend.encode_batch_fast if whole else self._backend.encode_batch
         texts = [piece.before + piece.text + piece.after for piece in pieces]
@@ -105,27 +107,27 @@ class Joined:
 
 @dataclass
 class _Open:
-    """A piece, or several as one, of which the ids from a character on are wanted.
+    """A piece, or several as one, whose ids from a character on are still to be returned.
 
-    Places are counted in characters of the piece's text; what is before it has negative ones.
+    Positions are counted in characters of the piece's text. Positions before it are negative.
     """
 
     piece: Piece
     encoding: Any
     start: int
     offset: int
-    count: int = 1  # pieces in it
-    wanted: int = 1  # pieces to have before it is encoded
+    count: int = 1  # the number of pieces in it
+    wanted: int = 1  # the number of pieces at which it is encoded again
 
     def index(self, place: int) -> int:
-        """The first token that begins at a place or after it."""
+        """Returns the index of the first token that begins at a position or after it."""
         place += len(self.piece.before)
         return bisect_left(
             range(len(self.encoding)), place, key=lambda k: self.encoding.token_to_chars(k)[0]
         )
 
     def tokens(self, first: int, last: int) -> np.ndarray:
-        """`(n, 3)`: id, begin and end of the tokens that begin from `first` to before `last`."""
+        """Returns id, begin and end `(n, 3)` of tokens that begin in `first .. last - 1`."""
         ids, shift = self.encoding.ids, len(self.piece.before)
         rows = [
             (ids[k], *(place - shift for place in self.encoding.token_to_chars(k)))
@@ -140,7 +142,7 @@ class _Open:
 
 
 def _border(left: _Open, right: _Open) -> int | None:
-    """The place in `left` nearest to its end where both pieces have the same tokens around."""
+    """Returns the border nearest to the end of `left`, or None if the pieces share none."""
     end = len(left.piece.text)
     first, last = end - len(right.piece.before), end + len(left.piece.after)
     a = left.tokens(first, last)
@@ -151,7 +153,7 @@ def _border(left: _Open, right: _Open) -> int | None:
         if min(i, j, len(a) - i, len(b) - j) < AGREED:
             continue
         around = a[i - AGREED : i + AGREED]
-        in_order = (np.diff(around[:, 1]) >= 0).all()  # marks above a letter may change places
+        in_order = (np.diff(around[:, 1]) >= 0).all()  # marks above a letter may be swapped
         if in_order and np.array_equal(around, b[j - AGREED : j + AGREED]):
             return int(a[i, 1])
     return None

@@ -1,8 +1,8 @@
-"""Which examples make batch i: a function of the seed and of i, so that a run can go on anywhere.
+"""The examples of batch i as a function of the seed and i, so that a run can resume anywhere.
 
-Nothing is replayed and nothing is stored. The place of an example in the shuffled order of an epoch
-is computed from its number, by a permutation that needs no table (10^10 examples cost no memory),
-and random numbers are hashes of what they belong to, so they do not depend on who draws first.
+Nothing is replayed and nothing is stored. The position of an example in the shuffled order of an
+epoch is computed from its number, by a permutation without a table (10^10 examples need no memory).
+Random numbers are hashes of their purpose and index, so they do not depend on the order of draws.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxformers.checks import check_size
 
-# Two points swap or stay together in each round with a chance of one half: after 24 rounds, pairs
-# that were never told apart are one in 10^7.
+# In each round two numbers swap or stay with a chance of one half. After 24 rounds only one pair in
+# 10^7 has never been treated differently.
 ROUNDS = 24
 
-# What a random number is for, so that different uses of one seed have nothing in common.
+# The purposes of random numbers. Hashing them makes different uses of one seed independent.
 ORDER, ROW, OFFSET, GROUP, BATCH = range(5)
 
 
@@ -25,10 +25,10 @@ class Picked(NamedTuple):
     """The examples of one batch.
 
     Attributes:
-        examples: their numbers, (b,) int64; -1 is a row left empty.
-        epochs: in which epoch each is seen, (b,) int64; -1 in order, for evaluation.
+        examples: the numbers of the examples, (b,) int64; -1 is an empty row.
+        epochs: the epoch of each, (b,) int64; -1 for evaluation in order.
         numbers: a random number for each row, (b,) uint64.
-        shape: to which lengths to pad, where the order says so.
+        shape: the lengths to which the batch is padded, if the order determines them.
     """
 
     examples: np.ndarray
@@ -39,20 +39,21 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The numbers 0 .. count-1 in a new order each epoch, endlessly, cut into batches.
+    """The numbers 0 .. count-1 in a new order each epoch, cut into batches, without end.
 
-    In an epoch each number comes exactly once. Nothing is dropped at its end: a batch may hold the
-    last numbers of one epoch and the first of the next, and a batch larger than `count` goes round
-    more than once.
+    Each number comes exactly once in an epoch. Nothing is dropped at the end of an epoch: a batch
+    may hold the last numbers of one epoch and the first of the next. A batch larger than `count`
+    has numbers of several epochs.
 
     Arguments:
-        count: how many examples there are.
-        batch_size: how many make a batch.
-        seed: any integer from 0 on; another seed is another order.
-        rows: which rows of each batch are wanted; all, unless `shard` says otherwise.
+        count: the number of examples.
+        batch_size: the number of examples in a batch.
+        seed: an integer from 0 on; default 0. Each seed gives another order.
+        rows: the rows `(first, last)` of each batch that are returned; None, the default, is all.
+            `shard` sets them.
 
     Raises:
-        ValueError: if a size is no positive integer, or the seed is negative.
+        ValueError: if a size is not a positive integer, or the seed is negative.
 
     Example:
         >>> order = Shuffled(5, batch_size=3, seed=0)
@@ -77,7 +78,7 @@ class Shuffled:
         return Picked(examples, epochs, scramble(self.seed, ROW, places))
 
     def in_order(self) -> Iterator[Picked]:
-        """The numbers once each as they are, the last batch as small as it has to be."""
+        """Yields the numbers once each in ascending order. The last batch may be smaller."""
         first, last = self.rows or (0, self.batch_size)
         for start in range(0, self.count, self.batch_size):
             examples = np.arange(start + first, min(start + last, self.count))
@@ -87,23 +88,24 @@ class Shuffled:
                 )
 
     def shard(self, index: int, count: int) -> "Shuffled":
-        """The rows of process `index` of `count`: an equal part of each batch, in order."""
+        """Returns the order of the rows of process `index` of `count`, an equal part of a batch."""
         return replace(self, rows=shard_rows(self.rows or (0, self.batch_size), index, count))
 
 
 class Bucketed:
-    """Batches of examples of about equal length, in a new order each epoch; few shapes.
+    """Batches of examples of about equal length, with few shapes, in a new order each epoch.
 
-    The lengths are cut into buckets so that there is the least padding. In an epoch, the examples
-    are shuffled, sorted by bucket and cut into batches, which come in shuffled order; a batch has
-    the shape of its longest bucket. So there are at most `buckets` shapes, each example comes
-    exactly once per epoch, and one batch of the longest has empty rows where examples run out.
+    The lengths are divided into buckets such that there is the least padding. In an epoch, the
+    examples are shuffled, sorted by bucket and cut into batches, which come in shuffled order. A
+    batch has the shape of its longest bucket, so there are at most `buckets` shapes. Each example
+    comes exactly once per epoch. If the examples do not fill all batches, one batch of the longest
+    bucket has empty rows.
 
     Arguments:
         lengths: `(n, k)` integers, k lengths of each example.
-        batch_size: rows of each batch.
-        buckets: how many shapes at most.
-        seed: any integer from 0 on.
+        batch_size: the number of rows in a batch.
+        buckets: the largest number of shapes, default 4.
+        seed: an integer from 0 on, default 0.
 
     Example:
         >>> order = Bucketed(np.array([[3], [9], [2], [8], [3]]), batch_size=2, buckets=2)
@@ -122,7 +124,7 @@ class Bucketed:
         size = lengths.max(axis=1)
         bounds = least_padding(size, buckets)
         self._bucket = np.searchsorted(bounds, size)
-        # A bucket's shape holds the shorter ones too, whose last examples fill its first batch.
+        # The shape of a bucket also fits shorter examples, since its first batch may have some.
         self.shapes = [tuple(lengths[size <= bound].max(axis=0).tolist()) for bound in bounds]
         self._plan = (-1, np.empty(0, np.int64))
 
@@ -137,7 +139,7 @@ class Bucketed:
         return self._pick(examples, epoch, numbers)
 
     def in_order(self) -> Iterator[Picked]:
-        """The examples once each as they came, the last batch as small as it has to be."""
+        """Yields the examples once each in their order. The last batch may be smaller."""
         for start in range(0, self.count, self.batch_size):
             examples = np.arange(start, min(start + self.batch_size, self.count))
             picked = self._pick(examples, -1, scramble(self.seed, ROW, ~examples))
@@ -145,19 +147,19 @@ class Bucketed:
                 yield picked
 
     def shard(self, index: int, count: int) -> "Bucketed":
-        """The rows of process `index` of `count`: an equal part of each batch, in order."""
+        """Returns the order of the rows of process `index` of `count`, an equal part of a batch."""
         part = object.__new__(Bucketed)
         part.__dict__.update(self.__dict__, rows=shard_rows(self.rows, index, count))
         return part
 
     def _pick(self, examples: np.ndarray, epoch: int, numbers: np.ndarray) -> Picked:
-        # By the whole batch: the shards of one have one shape.
+        # The shape is that of the whole batch, so that all its shards have the same shape.
         shape = self.shapes[self._bucket[examples[examples >= 0]].max()]
         rows = slice(*self.rows)
         return Picked(examples[rows], np.full_like(examples[rows], epoch), numbers[rows], shape)
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """The examples of an epoch, batch by batch; the last epoch asked for is kept."""
+        """Returns the examples of an epoch, batch by batch, and keeps the last result."""
         known, plan = self._plan
         if known != epoch:
             order = permute(np.arange(self.count), self.count, scramble(self.seed, ORDER, epoch))
@@ -169,9 +171,9 @@ class Bucketed:
 
 
 def least_padding(sizes: np.ndarray, count: int) -> np.ndarray:
-    """The longest of each of at most `count` buckets, so that padding to it adds the least.
+    """Returns the upper bounds of at most `count` buckets with the least padding.
 
-    Of many different sizes, 256 that divide the examples evenly are considered.
+    If there are many different sizes, 256 quantiles are considered.
 
     Example:
         >>> least_padding(np.array([2, 3, 3, 8, 9]), 2)
@@ -179,7 +181,7 @@ def least_padding(sizes: np.ndarray, count: int) -> np.ndarray:
     """
     values = np.unique(np.quantile(sizes, np.linspace(0, 1, 257), method="higher"))
     below = np.append(0, np.searchsorted(np.sort(sizes), values, side="right"))
-    # [i, j]: a bucket of the sizes from value i on up to value j - 1; none if i = j.
+    # cost[i, j] is that of a bucket from value i to value j - 1. If i = j, the bucket is empty.
     cost = (below - below[:, None]) * np.append(0, values).astype(float)
     cost[np.tril_indices(len(cost), -1)] = np.inf
     best, choices = cost[0], []
@@ -195,10 +197,10 @@ def least_padding(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def permute(x: np.ndarray, count: Any, key: np.ndarray) -> np.ndarray:
-    """Where a random permutation of 0 .. count-1 sends each of `x`, for each key another one.
+    """Returns the images of `x` under a random permutation of 0 .. count-1, one for each key.
 
-    The swap-or-not shuffle (Hoang, Morris and Rogaway 2012): in each round every number has one
-    partner, and a hash of the larger of the two says whether they change places.
+    This is the swap-or-not shuffle (Hoang, Morris and Rogaway 2012): in each round every number has
+    one partner, and a hash of the larger of the two decides whether both are swapped.
 
     Arguments:
         x: (b,) integers in [0, count).
@@ -222,7 +224,7 @@ def permute(x: np.ndarray, count: Any, key: np.ndarray) -> np.ndarray:
 
 
 def scramble(*words: Any) -> np.ndarray:
-    """A hash of integers, or of arrays of them that broadcast: uint64, at least one axis.
+    """Returns a hash of integers, or of arrays of them that broadcast: uint64, at least one axis.
 
     Example:
         >>> scramble(1, [2, 3]).shape
@@ -237,7 +239,7 @@ def scramble(*words: Any) -> np.ndarray:
 
 
 def uniform(numbers: np.ndarray, width: int, use: int) -> np.ndarray:
-    """(b, width) random numbers in [0, 1) from (b,) random integers, for each use others.
+    """Returns (b, width) random numbers in [0, 1) from (b,) random integers. Each use has others.
 
     Example:
         >>> uniform(scramble([1, 2]), 3, use=0).shape
@@ -248,14 +250,14 @@ def uniform(numbers: np.ndarray, width: int, use: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The mixing function of SplitMix64 (Steele, Lea and Flood 2014), in Stafford's variant 13."""
+    """Applies the mixing function of SplitMix64 (Steele et al. 2014), in Stafford's variant 13."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def shard_rows(rows: tuple[int, int], index: Any, count: Any) -> tuple[int, int]:
-    """The part of `rows` that belongs to process `index` of `count`."""
+    """Returns the part of `rows` that belongs to process `index` of `count`."""
     check_size(count=count)
     first, last = rows
     if isinstance(index, bool) or not isinstance(index, int | np.integer):
@@ -272,13 +274,13 @@ def shard_rows(rows: tuple[int, int], index: Any, count: Any) -> tuple[int, int]
 
 
 def check_seed(seed: Any) -> None:
-    """Raise unless `seed` is an integer from 0 to 2^63 - 1."""
+    """Raises an error unless `seed` is an integer from 0 to 2^63 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}.")
 
 
 def check_index(i: Any) -> int:
-    """The number of a batch as an int, or an error."""
+    """Returns the number of a batch as an int, or raises an error."""
     if isinstance(i, bool) or not isinstance(i, int | np.integer) or i < 0:
         raise ValueError(
             f"batches are numbered 0, 1, 2, ... without end, got {i!r}. For every example once, "

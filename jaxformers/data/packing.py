@@ -1,4 +1,4 @@
-"""Documents packed into rows, kept apart by segment ids."""
+"""Documents packed into rows and separated by segment ids."""
 
 from typing import Any, NamedTuple
 
@@ -11,30 +11,31 @@ from jaxformers.data.tokens import open_tokens
 
 
 class PackedDocuments(Source):
-    """Whole documents side by side in rows of one length, in shuffled order.
+    """Batches of rows that hold whole documents side by side, in shuffled order.
 
-    A document that fits into a row is not divided. A longer one is cut into full rows and the
-    rest, each of which is read on its own, from position 0. Every token that has one before it is
-    a target exactly once per epoch, and no target is in another document than its input.
+    A document that fits into a row is not divided. A longer one is cut into full rows and a rest.
+    Each part is read alone, from position 0. Every token except the first of a document is a target
+    exactly once per epoch, and a target is always in the same document as its input.
 
-    Which lengths share a row is decided once, by best-fit packing of the lengths' histogram (Krell
-    et al. 2021); which documents of these lengths do is another choice in each epoch. Any batch is
-    found at once. Memory is some 50 bytes per document.
+    Best-fit packing of the lengths' histogram decides once which lengths share a row (Krell et al.
+    2021). Which documents of these lengths share it is drawn anew in each epoch. Any batch is
+    computed directly. Memory is some 50 bytes per document.
 
     Arguments:
-        documents: a token file, or a list of documents: see `open_tokens`. Those of a single
+        documents: a token file, or a list of documents, see `open_tokens`. Documents of a single
             token have no target and are left out.
-        length: tokens of a row, t.
-        batch_size: rows of a batch, b.
-        seed: of the order, an integer from 0 on.
+        length: the number of tokens in a row, t.
+        batch_size: the number of rows in a batch, b.
+        seed: the seed of the order, an integer from 0 on; default 0.
 
     Batches:
-        int32 `(b, t)`: `tokens`, `targets`, `positions` (from 0 in each document, -1 where
-        nothing is), `segment_ids` (1, 2, ... in each row, 0 where nothing is); boolean
-        `loss_mask`, False where nothing is.
+        int32 `(b, t)`: `tokens`, `targets`, `positions` (from 0 in each document, -1 for padding),
+        `segment_ids` (1, 2, ... in each row, 0 for padding); boolean `(b, t)`: `loss_mask`, False
+        for padding.
 
     Raises:
-        ValueError: if nobody said where documents end, none has two tokens, or see `open_tokens`.
+        ValueError: if the ends of documents are unknown, or no document has two tokens; and as
+            `open_tokens` does.
 
     Example:
         >>> packed = PackedDocuments([[1, 2, 3], [4, 5], [6, 7, 8, 9]], length=4, batch_size=2)
@@ -69,7 +70,7 @@ class PackedDocuments(Source):
 
     @property
     def fill(self) -> float:
-        """Which share of the rows' tokens is text."""
+        """The share of the rows that is text and not padding."""
         return float(self._sizes.sum() / (self.order.count * self.length))
 
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
@@ -91,7 +92,7 @@ class PackedDocuments(Source):
         return batch | {"loss_mask": batch["segment_ids"] > 0}
 
     def _pieces_of(self, picked: Picked) -> list[list[int]]:
-        """For each row its pieces, as numbers in the order of sizes."""
+        """Returns the pieces of each row, as indices into the pieces sorted by size."""
         which = np.searchsorted(self._last_row, picked.examples, side="right")
         rows, slots = [], []
         for row, pattern in enumerate(self._patterns[k] for k in which.tolist()):
@@ -110,7 +111,7 @@ class PackedDocuments(Source):
 
 
 class Pattern(NamedTuple):
-    """Rows that hold the same lengths: of these, the piece `ranks + 0, 1, ... repeats-1`."""
+    """A pattern of rows with the same lengths: row i has the piece `rank + i` of each length."""
 
     repeats: int
     sizes: tuple[int, ...]
@@ -118,10 +119,10 @@ class Pattern(NamedTuple):
 
 
 def pack(histogram: np.ndarray) -> list[Pattern]:
-    """Rows that hold all pieces: the longest first, each where it leaves the least space.
+    """Returns patterns of rows that hold all pieces, by best-fit from the longest piece on.
 
     Arguments:
-        histogram: how many pieces there are of length 0, 1, ... up to the length of a row.
+        histogram: the number of pieces of length 0, 1, ... up to the length of a row.
 
     Example:
         >>> pack(np.array([0, 1, 2, 1, 0]))  # of length 1, 2, 2, 3 in rows of 4
@@ -136,7 +137,7 @@ def pack(histogram: np.ndarray) -> list[Pattern]:
         while left:
             while space < length and not open_rows[space]:
                 space += 1
-            # A new row takes one, and is open to the next ones of its size.
+            # A new row takes one piece, and the next pieces of its size may follow.
             if open_rows[space]:
                 count, sizes, ranks = open_rows[space].pop()
             else:
@@ -153,9 +154,9 @@ def pack(histogram: np.ndarray) -> list[Pattern]:
 
 
 def _pieces(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each piece begins and how many inputs it has; the token after them is its last target.
+    """Returns where each piece begins and how many inputs it has. Its last target comes after them.
 
-    The last token of a document is a target only, so n tokens make n - 1 inputs.
+    The last token of a document is only a target, so n tokens have n - 1 inputs.
     """
     inputs = np.maximum(sizes - 1, 0)
     counts = -(-inputs // length)

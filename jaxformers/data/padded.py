@@ -1,4 +1,4 @@
-"""Texts of different lengths, padded: pairs for encoder-decoders, and answers to learn."""
+"""Padded texts of different lengths: pairs for encoder-decoders, and answers for fine-tuning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,28 +11,27 @@ from jaxformers.data.tokens import Tokens, check_id, open_tokens
 
 
 class PaddedPairs(Source):
-    """Pairs of texts for an encoder-decoder, in batches of about equal length.
+    """Batches of pairs of texts of about equal length, for an encoder-decoder.
 
     Each pair comes exactly once per epoch, in shuffled order. There are at most `buckets` shapes
-    (`source.shapes` lists them), so a training step is compiled that often. One batch of an epoch
-    has empty rows where the pairs do not fill it.
+    (`source.shapes` lists them), so a training step is compiled that often. If the pairs do not
+    fill all batches of an epoch, one batch has empty rows.
 
     Arguments:
-        pairs: a sequence of `(source, target)`, each a sequence of ids. A source ends as its
-            encoder expects it, with an end token if it was trained so; the target is without its
-            start and end.
-        batch_size: rows of a batch, b.
-        start_token: what the decoder reads first.
+        pairs: a sequence of `(source, target)`, each a sequence of ids. A source ends with an end
+            token if its encoder was trained so. A target is without start and end token.
+        batch_size: the number of rows in a batch, b.
+        start_token: the first input of the decoder.
         end_token: the last target.
-        buckets: how many shapes at most.
-        seed: of the order, an integer from 0 on.
+        buckets: the largest number of shapes, default 4.
+        seed: the seed of the order, an integer from 0 on; default 0.
 
     Batches:
         int32: `src` `(b, s)`, `tgt` and `targets` `(b, t)`; boolean, True where a token is real:
         `src_padding_mask` `(b, s)`, `tgt_padding_mask` `(b, t)`.
 
     Raises:
-        ValueError: if there are no pairs, a source is empty, or these are no ids.
+        ValueError: if there are no pairs, a source is empty, or an item is not an id.
 
     Example:
         >>> pairs = PaddedPairs([([5, 6, 7], [8, 9]), ([6], [7])], 2, start_token=1, end_token=2)
@@ -72,7 +71,7 @@ class PaddedPairs(Source):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """All `(s, t)` that batches may have."""
+        """All shapes `(s, t)` of batches."""
         return self.order.shapes
 
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
@@ -90,24 +89,24 @@ class PaddedPairs(Source):
 
 
 class PaddedTexts(Source):
-    """Texts for a language model of which only some tokens count, as in fine-tuning on answers.
+    """Batches of texts in which only some tokens count, for fine-tuning a language model.
 
-    Each text comes exactly once per epoch, in shuffled order, in batches of about equal length
-    with at most `buckets` shapes; see `PaddedPairs`.
+    Each text comes exactly once per epoch, in shuffled order. Batches have texts of about equal
+    length and at most `buckets` shapes, see `PaddedPairs`.
 
     Arguments:
-        texts: a sequence of `(ids, counts)`: the tokens, and for each whether it is to be learned.
-            `answer` and `chat` make them.
-        batch_size: rows of a batch, b.
-        buckets: how many shapes at most.
-        seed: of the order, an integer from 0 on.
+        texts: a sequence of `(ids, counts)`: the tokens, and for each whether it counts as a
+            target. `answer` and `chat` return such pairs.
+        batch_size: the number of rows in a batch, b.
+        buckets: the largest number of shapes, default 4.
+        seed: the seed of the order, an integer from 0 on; default 0.
 
     Batches:
         int32 `(b, t)`: `tokens`, `targets`; boolean `(b, t)`: `padding_mask`, True where a token
-        is real, and `loss_mask`, True where the target is to be learned.
+        is real, and `loss_mask`, True where the target counts.
 
     Raises:
-        ValueError: if there are no texts, these are no ids, or a text has nothing to learn.
+        ValueError: if there are no texts, an item is not an id, or no target of a text counts.
 
     Example:
         >>> source = PaddedTexts([answer([5, 6, 7], [8], end_token=2), answer([5], [9], 2)], 2)
@@ -139,7 +138,7 @@ class PaddedTexts(Source):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """All `(t,)` that batches may have."""
+        """All shapes `(t,)` of batches."""
         return self.order.shapes
 
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
@@ -156,18 +155,18 @@ class PaddedTexts(Source):
 
 
 def answer(prompt: Any, reply: Any, end_token: int) -> tuple[np.ndarray, np.ndarray]:
-    """A text for `PaddedTexts`: the prompt is read, the reply and its end are learned.
+    """Returns a text for `PaddedTexts` in which only the reply and its end count.
 
     Arguments:
         prompt: ids, at least one.
         reply: ids.
-        end_token: what follows the reply.
+        end_token: the id that follows the reply.
 
     Returns:
-        `(ids, counts)`
+        `(ids, counts)`, two arrays of the same length.
 
     Raises:
-        ValueError: if these are no ids, or the prompt is empty.
+        ValueError: if an item is not an id, or the prompt is empty.
 
     Example:
         >>> answer([5, 6], [7], end_token=2)
@@ -176,7 +175,9 @@ def answer(prompt: Any, reply: Any, end_token: int) -> tuple[np.ndarray, np.ndar
     end = check_id(end_token=end_token)
     (first,), (second,) = check_rows("prompt", [prompt]), check_rows("reply", [reply])
     if not len(first):
-        raise ValueError("the prompt must have at least one token, got none. Begin with a start.")
+        raise ValueError(
+            "the prompt must have at least one token, got none. Begin it with a start token."
+        )
     ids = np.concatenate([first, second, [end]])
     return ids, np.arange(len(ids)) >= len(first)
 
@@ -184,23 +185,24 @@ def answer(prompt: Any, reply: Any, end_token: int) -> tuple[np.ndarray, np.ndar
 def chat(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation for `PaddedTexts`: what the assistant says is learned, with its end.
+    """Returns a conversation for `PaddedTexts` in which only the assistant's answers count.
 
-    The text is what the tokenizer's chat template makes of it, encoded at once, as it is when the
-    model answers. A token counts if it begins in an answer.
+    The chat template of the tokenizer makes one text of the messages, which is encoded at once, as
+    for generation. A token counts if it begins within an answer or its end.
 
     Arguments:
         tokenizer: a `jaxformers.Tokenizer` with a chat template.
-        messages: such as `{"role": "user", "content": "Hello"}`, at least one of "assistant".
-        variables: `template=`, and what else the template reads: see
+        messages: dicts such as `{"role": "user", "content": "Hello"}`, at least one of them with
+            the role "assistant".
+        variables: `template=` and other variables of the template, see
             `Tokenizer.apply_chat_template`.
 
     Returns:
-        `(ids, counts)`
+        `(ids, counts)`, two arrays of the same length.
 
     Raises:
-        ValueError: if the assistant says nothing, the template writes earlier messages in another
-            way once later ones are there, or it reads no such variable.
+        ValueError: if there is no answer, the template has no such variable, or it writes earlier
+            messages differently when later ones follow.
 
     Example:
         >>> import tokenizers
@@ -241,7 +243,7 @@ def chat(
                 "after the opening that it writes for an answer. It does not: pass each answer as "
                 "a conversation of its own that ends with it."
             )
-        # Space after the end of a turn belongs to the template, no model has to write it.
+        # Whitespace after the end of an answer belongs to the template, so it does not count.
         spans.append((len(before), len(after.rstrip())))
     if not spans:
         raise ValueError('messages must have at least one of the role "assistant" to learn.')
@@ -254,7 +256,7 @@ def chat(
 
 
 def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """These documents side by side, and which tokens are real; nothing for the document -1."""
+    """Returns documents padded to `width`, and which tokens are real. Document -1 is empty."""
     ends = documents.documents()
     there = np.maximum(examples, 0)  # an index that exists
     starts = np.where(there > 0, ends[there - 1], 0)
@@ -263,7 +265,7 @@ def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray
 
 
 def split_pairs(name: str, form: str, pairs: Any) -> tuple[list[Any], list[Any]]:
-    """The firsts and the seconds of a sequence of pairs."""
+    """Returns the first and the second items of a sequence of pairs."""
     if not isinstance(pairs, Sequence) or not pairs:
         raise ValueError(f"{name} must be a list of at least one {form}, got {pairs!r:.80}.")
     for k, pair in enumerate(pairs):
@@ -273,7 +275,7 @@ def split_pairs(name: str, form: str, pairs: Any) -> tuple[list[Any], list[Any]]
 
 
 def check_rows(name: str, documents: list[Any]) -> list[np.ndarray]:
-    """Each document as an array of ids, or an error with its number."""
+    """Returns each document as an array of ids, or raises an error with its number."""
     rows = []
     for k, ids in enumerate(documents):
         row = np.asarray(ids)

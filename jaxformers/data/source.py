@@ -1,4 +1,4 @@
-"""What every source of batches is."""
+"""The base classes of all sources of batches."""
 
 import abc
 import copy
@@ -13,10 +13,10 @@ from jaxformers.data.order import Bucketed, Picked, Shuffled
 class Source(abc.ABC):
     """Batches by number: `source[i]` for any i from 0 on, without end.
 
-    Batch i depends on the arguments of the constructor and on i, on nothing else. So a run that
-    was stopped goes on by asking for the next number, and there is no state to save.
+    Batch i depends only on the arguments of the constructor and on i. So a run that was stopped
+    resumes with the next number, and there is no state to save.
 
-    A class of one's own sets `order` and writes `collect`.
+    A subclass sets `order` and defines `collect`.
 
     Example:
         >>> class Squares(Source):
@@ -32,32 +32,33 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
-        """The batch of these examples."""
+        """Returns the batch of these examples."""
 
     def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
         return self.collect(self.pick(i))
 
     def in_order(self) -> Iterator[dict[str, np.ndarray]]:
-        """Every example exactly once, for evaluation; the last batch may be smaller."""
+        """Yields every example exactly once, for evaluation. The last batch may be smaller."""
         return map(self.collect, self.picks())
 
     def pick(self, i: Any) -> Picked:
-        """The examples of batch i."""
+        """Returns the examples of batch i."""
         return self.order[i]
 
     def picks(self) -> Iterator[Picked]:
-        """What `in_order` collects, batch by batch."""
+        """Yields the examples of the batches of `in_order`."""
         return self.order.in_order()
 
     def shard(self, index: int, count: int) -> "Source":
-        """The rows of process `index` of `count`, at the cost of these rows alone.
+        """Returns a source of the rows of process `index` of `count`; other rows cost nothing.
 
-        On many hosts each makes its own part: `source.shard(jax.process_index(),
-        jax.process_count())[i]`, for `jax.make_array_from_process_local_data`. The parts, one
-        after the other, are the whole batch.
+        On many hosts each host makes its own rows: `source.shard(jax.process_index(),
+        jax.process_count())[i]`, for `jax.make_array_from_process_local_data`. The rows of all
+        processes in order are the whole batch.
 
         Raises:
-            ValueError: if there is no such process, or `batch_size` is no multiple of `count`.
+            ValueError: if `index` is not below `count`, or `batch_size` is not a multiple of
+                `count`.
         """
         part = copy.copy(self)
         part.order = self.order.shard(index, count)
@@ -86,7 +87,7 @@ class Changed(Source):
 
     @abc.abstractmethod
     def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """The batch to serve, from the source's and a random number for each row (b,) uint64."""
+        """Returns the batch, changed with the help of one random number per row, (b,) uint64."""
 
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
         return self.change(self.source.collect(picked), picked.numbers)

@@ -1,4 +1,4 @@
-"""Texts of files, read piece by piece, from any place on."""
+"""Texts of files that are read piece by piece, from any position on."""
 
 import codecs
 import json
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PIECE = 2**18  # bytes of a text file that are encoded at once
-CONTEXT = 2**10  # bytes before and after a piece that are encoded with it
+PIECE = 2**18  # the number of bytes of a text file that are encoded at once
+CONTEXT = 2**10  # the number of bytes before and after a piece that are encoded with it
 
-# Byte-order marks, the longer ones first.
+# The byte-order marks, longer ones first.
 MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -22,10 +22,10 @@ class Piece(NamedTuple):
     """A part of a document.
 
     Attributes:
-        text: what it says.
-        stop: the byte of the file after it, where reading may go on.
+        text: the text of the piece.
+        stop: the byte of the file after it, at which reading may resume.
         ends: whether the document ends here.
-        before, after: some of the document's text around it.
+        before, after: some text of the document around the piece.
     """
 
     text: str
@@ -36,14 +36,15 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: Path, start: int = 0, field: str = "text") -> Iterator[Piece]:
-    """The pieces of a file from a byte on that is 0 or the `stop` of one.
+    """Yields the pieces of a file from a byte on, which is 0 or the `stop` of a piece.
 
-    A file named `.jsonl` or `.ndjson` has a JSON object with a text in each line, which is a
-    document. Any other is one document, cut after lines where that is possible. A byte-order mark
-    is no part of a text.
+    Each line of a `.jsonl` or `.ndjson` file is a JSON object with the text of a document. Any
+    other file is one document, which is cut between lines if possible. A byte-order mark is not
+    part of a text.
 
     Raises:
-        ValueError: if a text is no UTF-8, or a line no such object; with the place.
+        ValueError: if a text is not UTF-8, or a line is not such an object. The error names the
+            line.
     """
     check_encoding(path)
     lines = path.suffix.lower() in (".jsonl", ".ndjson")
@@ -51,17 +52,17 @@ def read_pieces(path: Path, start: int = 0, field: str = "text") -> Iterator[Pie
 
 
 def check_inputs(paths: list[Path]) -> None:
-    """Raise unless all are files with something in them."""
+    """Raises an error unless all paths are files that are not empty."""
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing or no regular file.")
         if not path.stat().st_size:
-            raise ValueError(f"{path} is empty.")
+            raise ValueError(f"{path} is empty. Leave it out.")
         check_encoding(path)
 
 
 def check_encoding(path: Path) -> None:
-    """Raise if a file begins with the byte-order mark of another encoding than UTF-8."""
+    """Raises an error if a file begins with the byte-order mark of another encoding than UTF-8."""
     with path.open("rb") as file:
         head = file.read(4)
     for mark, name in MARKS.items():
@@ -87,7 +88,7 @@ def _read_text(path: Path, start: int) -> Iterator[Piece]:
                 return
             ends = len(block) <= size
             cut = len(block) if ends else _cut(block[: size + 1])
-            # Characters that begin before or end after the text around are left out.
+            # Characters that begin before or end after the context are left out.
             around = before, block[cut : cut + CONTEXT]
             yield Piece(
                 _decode(block[:cut], path, start),
@@ -102,7 +103,7 @@ def _read_lines(path: Path, start: int, field: str) -> Iterator[Piece]:
     with path.open("rb") as file:
         file.seek(start)
         for line in file:
-            record = line.removeprefix(codecs.BOM_UTF8)  # also where files were put together
+            record = line.removeprefix(codecs.BOM_UTF8)  # joined files have it in later lines, too
             if record.strip():
                 content = _decode(record, path, start + len(line) - len(record))
                 yield Piece(_text_of(content, field, path, start), start + len(line), True)
@@ -140,7 +141,7 @@ def _decode(block: bytes, path: Path, start: int) -> str:
 
 
 def _place(path: Path, byte: int) -> str:
-    """The line of a byte, which is looked for only once something is wrong."""
+    """Returns the line of a byte. It reads the file again, so it is called only for errors."""
     line = 1
     with path.open("rb") as file:
         while byte > 0 and (block := file.read(min(byte, PIECE))):
@@ -150,9 +151,10 @@ def _place(path: Path, byte: int) -> str:
 
 
 def _cut(block: bytes) -> int:
-    """Where to cut a text that goes on, by its first bytes: a place that depends on these alone.
+    """Returns where to cut a text that goes on. The cut depends only on the bytes given.
 
-    If possible at a line's end between two lines that are not blank: there tokenizers cut as well.
+    If possible it is at the end of a line between two lines that are not blank, since tokenizers
+    also cut there.
     """
     at = len(block) - 1
     while (at := block.rfind(b"\n", 1, at)) > 0:
@@ -161,13 +163,13 @@ def _cut(block: bytes) -> int:
     if (at := block.rfind(b"\n", 0, len(block) - 1)) >= 0:
         return at + 1
     at = len(block) - 1
-    while at > len(block) - 4 and block[at] & 0xC0 == 0x80:  # within a character
+    while at > len(block) - 4 and block[at] & 0xC0 == 0x80:  # inside a character
         at -= 1
     return at
 
 
 def texts_of(paths: list[Path], field: str) -> Iterator[str]:
-    """The texts of files, piece by piece."""
+    """Yields the texts of files, piece by piece."""
     for path in paths:
         for piece in read_pieces(path, field=field):
             yield piece.text

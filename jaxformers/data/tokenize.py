@@ -1,9 +1,8 @@
-"""Text files to a token file, in constant memory, in steps that outlive a kill.
+"""The command that converts text files to a token file, in constant memory, and can resume.
 
-What is written so far is in `progress.json`, which is replaced after each step, when the ids it
-counts are on the disk. Who starts again cuts off what came after, and goes on from there: the
-result is the same to the byte. `tokens.json` is written last, and without it nothing is a token
-file.
+`progress.json` says how far a job is. It is replaced after each step, when the ids of that step are
+on the disk. A resumed job cuts off everything after them and goes on from there, so the result is
+the same to the byte. `tokens.json` is written last. A directory without it is not a token file.
 """
 
 import hashlib
@@ -37,20 +36,21 @@ from jaxformers.tokenizers.training import (
     save_new,
 )
 
-STEP = 2**21  # bytes of text between two entries in progress.json
+STEP = 2**21  # the number of bytes of text between two updates of progress.json
 
 
 @dataclass
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
     Attributes:
-        job: what makes the same job: tokenizer, inputs and their sizes, and so on.
-        input: which input is being read, and `start`, from which byte on.
-        offset: from which character after that on the ids are wanted.
-        tokens, documents: what is written; `begun`, where the current document begins.
-        empty: how many documents had no token and were left out.
-        checksum: CRC-32 of the ids.
+        job: the settings of the job: tokenizer, inputs and their sizes, and so on.
+        input, start: the index of the input that is being read, and the byte at which it resumes.
+        offset: the first character after that byte whose ids are not written yet.
+        tokens, documents: the numbers of written tokens and documents.
+        begun: the index of the first token of the current document.
+        empty: the number of documents that had no token and were left out.
+        checksum: the CRC-32 of the ids.
     """
 
     job: dict[str, Any]
@@ -73,26 +73,26 @@ def tokenize(
     end_token: str | None = None,
     add_end: bool = True,
 ) -> Tokens:
-    """Write a token file of text files, or go on where that was stopped.
+    """Writes a token file of text files, or resumes a job that was stopped.
 
-    The ids of a document are those that the tokenizer gives to the whole of it, and nothing is put
-    around it but the end. So decoding them gives the text back, unless the tokenizer itself changes
-    texts: some lower letters or join spaces, as those of BERT and T5 do, or compose characters. The
-    texts of special tokens in a text stay text.
+    The ids of a document are those that the tokenizer gives to the whole text. Only the end token
+    is added. So decoding returns the text, unless the tokenizer itself changes texts: those of BERT
+    and T5 lower letters or join spaces, others compose characters. A special token that is written
+    in a text is encoded as plain text.
 
     Arguments:
-        inputs: text files in UTF-8, each a document; or `.jsonl` files, a document in each line. A
+        inputs: text files in UTF-8, each a document; or `.jsonl` files, each line a document. A
             byte-order mark at the beginning is left out.
         out: the directory to write.
-        tokenizer: the directory of one, or a name on the hub; "bytes"; or "characters", those of
-            the texts. It is saved as `out/tokenizer`.
-        field: where in a JSON line the text is.
-        end_token: what ends a document, as text; by default the tokenizer's end token.
-        add_end: whether anything does.
+        tokenizer: the directory of a tokenizer, or a name on the hub; "bytes", the default; or
+            "characters", whose vocabulary is made of the texts. It is saved as `out/tokenizer`.
+        field: the field of a JSON line that has the text, default "text".
+        end_token: the text of the token that ends a document; by default the tokenizer's end token.
+        add_end: whether documents end with that token, True by default.
 
     Raises:
-        ValueError: if an input is missing, empty or broken (the place is named), or `out` holds
-            something else.
+        ValueError: if an input is missing, empty or broken (the error says where), or `out` holds
+            other files.
         OSError: if `out` cannot be written to, or another `tokenize` is writing to it.
         ImportError: if the `tokenizers` package is missing.
 
@@ -107,14 +107,14 @@ def tokenize(
     check_inputs(inputs)
     _check_place(out)
     options = (inputs, out, tokenizer, field, end_token, add_end)
-    if (out / "tokens.json").exists():  # nobody writes any more, and perhaps nobody can
+    if (out / "tokens.json").exists():  # it may be read-only, and needs no lock
         return _tokenize(*options)
     with alone(out, "tokens", "another tokenize", _clean):
         return _tokenize(*options)
 
 
 def _check_place(out: Path) -> None:
-    """Raise if a directory holds something that is no token file, finished or not."""
+    """Raises an error if a directory holds other files than those of a token file."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if names & {"tokens.json", "progress.json"}:
         return
@@ -128,7 +128,7 @@ def _check_place(out: Path) -> None:
 
 
 def _clean(out: Path) -> None:
-    """Removes what a process that was killed has left."""
+    """Removes the files that a killed process has left."""
     for path in out.glob("tokenizer*.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -157,7 +157,7 @@ def _tokenize(
                 f"{out} holds the token file of other inputs or settings. Choose another "
                 "directory, or remove it."
             )
-        (out / "progress.json").unlink(missing_ok=True)  # stopped between the last two steps
+        (out / "progress.json").unlink(missing_ok=True)  # a job stopped between its last two steps
         return open_tokens(out)
     progress = _read_progress(out, job)
     _write(inputs, out, words, end, progress)
@@ -165,11 +165,11 @@ def _tokenize(
 
 
 def _saved_tokenizer(inputs: list[Path], out: Path, name: str, field: str) -> Tokenizer:
-    """The tokenizer of this name, saved beside the tokens if it was not yet."""
+    """Returns the tokenizer of this name, and saves it beside the tokens if it is not there yet."""
     saved = out / "tokenizer"
     begun = any((out / name).exists() for name in ("progress.json", "tokens.json"))
     if name == "characters" and begun and saved.exists():
-        return load_tokenizer(saved)  # the texts need not be read again for it
+        return load_tokenizer(saved)  # the texts need not be read again for its vocabulary
     if name == "bytes":
         tokenizer = bytes_tokenizer()
     elif name == "characters":
@@ -210,14 +210,14 @@ def _read_progress(out: Path, job: dict[str, Any]) -> Progress:
             )
         return progress
     progress = Progress(job)
-    replace_json(path, asdict(progress))  # from here on the files are ours
+    replace_json(path, asdict(progress))  # from here on the directory belongs to this job
     return progress
 
 
 def _write(
     inputs: list[Path], out: Path, tokenizer: Tokenizer, end: int | None, progress: Progress
 ) -> None:
-    """Everything that is not written yet."""
+    """Writes everything that is not written yet."""
     dtype = token_dtype(tokenizer.vocab_size)
     backend = verbatim(tokenizer)
     with (
@@ -257,7 +257,7 @@ def _write(
 
 
 def _steps(path: Path, start: int, field: str) -> Iterator[list[Piece]]:
-    """The pieces of a file, as many at a time as are encoded and written together."""
+    """Yields the pieces of a file in groups that are encoded and written together."""
     pieces, begun = [], start
     for piece in read_pieces(path, start, field):
         pieces.append(piece)
@@ -280,7 +280,7 @@ def _joined(joined: Joined, pieces: list[Piece], path: Path) -> list[Part]:
 
 
 def _count(parts: list[Part], end: int | None, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of these parts and where documents end, counted in `progress`."""
+    """Returns the ids of these parts and the ends of documents, and counts them in `progress`."""
     ids: list[int] = []
     ends, first = [], progress.tokens
     for part in parts:

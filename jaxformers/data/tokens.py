@@ -1,14 +1,14 @@
-"""Token ids on disk or in memory, with the documents that they make.
+"""Token ids on disk or in memory, divided into documents.
 
 A token file is a directory that `python -m jaxformers tokenize` writes:
 
     tokens.npy   the ids of all documents one after the other, uint16 or uint32
-    ends.npy     where each document ends, int64
+    ends.npy     the index at which each document ends, int64
     tokens.json  counts, the size of the vocabulary, checksums; written last
     tokenizer/   the tokenizer
-    lock         empty; locked by the command that writes the others
+    lock         an empty file, locked by the command that writes the others
 
-Everything is read through a memory map, so its size does not matter.
+All arrays are read through a memory map, so a file may be larger than the memory.
 """
 
 import os
@@ -27,16 +27,18 @@ CHUNK = 2**22
 
 
 def open_tokens(source: Any, vocab_size: int | None = None) -> "Tokens":
-    """Token ids from wherever they are, checked.
+    """Opens token ids in any of several forms and checks them.
 
     Arguments:
         source: the directory of a token file; a `.npy` file; a 1-D array of integers, such as an
             `np.memmap`; a list of documents, each a sequence of integers; or `Tokens`.
-        vocab_size: ids must be below this; by default what the token file says, or no limit.
+        vocab_size: ids must be below this number. The default is the number in the token file, or
+            no limit.
 
     Raises:
-        ValueError: if something is missing, truncated, empty, of the wrong type, or no integers.
-            Ids beyond the vocabulary are found when they are served, or all by `Tokens.verify`.
+        ValueError: if a file is missing, truncated, empty, of the wrong type, or has no integers.
+            Ids beyond the vocabulary raise it when they are read, or all at once in
+            `Tokens.verify`.
 
     Example:
         >>> tokens = open_tokens([[3, 1, 4], [1, 5]], vocab_size=6)
@@ -57,20 +59,20 @@ def open_tokens(source: Any, vocab_size: int | None = None) -> "Tokens":
     if isinstance(source, Sequence) and len(source) and not isinstance(source[0], int | np.integer):
         documents = [_check_ids(ids, f"document {k}") for k, ids in enumerate(source)]
         ends = np.cumsum([len(ids) for ids in documents])
-        # Each type's own integers: uint64 and int64 together would become floats.
+        # Each document is converted alone: uint64 and int64 together would become floats.
         return Tokens(np.concatenate([ids.astype(np.int64) for ids in documents]), ends, vocab_size)
     return Tokens(source, None, vocab_size)
 
 
 class Tokens:
-    """Ids of documents one after the other; made by `open_tokens`.
+    """The ids of documents one after the other, as `open_tokens` returns them.
 
     Attributes:
         ids: (n,) integers, in memory or mapped.
-        ends: (documents,) where each document ends; None if nobody said.
-        vocab_size: ids are below this; None if nobody said.
-        name: what errors call it.
-        checksum: CRC-32 of the ids, as a token file has it.
+        ends: (documents,) the index at which each document ends; None if it is unknown.
+        vocab_size: ids are below this number; None if it is unknown.
+        name: the name of the tokens in errors.
+        checksum: the CRC-32 of the ids in a token file, or None.
 
     Example:
         >>> len(Tokens(np.array([3, 1, 4])))
@@ -99,17 +101,17 @@ class Tokens:
 
     @property
     def starts(self) -> np.ndarray:
-        """(documents,) where each document begins."""
+        """The index at which each document begins, (documents,)."""
         ends = self.documents()
         return np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])
 
     @property
     def lengths(self) -> np.ndarray:
-        """(documents,) how many tokens each document has."""
+        """The number of tokens in each document, (documents,)."""
         return np.diff(self.documents(), prepend=0)
 
     def documents(self) -> np.ndarray:
-        """(documents,) where each ends, or an error if nobody said."""
+        """Returns the index at which each document ends, or raises an error if it is unknown."""
         if self.ends is None:
             raise ValueError(
                 f"{self.name} must say where its documents end, got ids alone. Pass a list of "
@@ -120,11 +122,12 @@ class Tokens:
     def rows(
         self, starts: np.ndarray, lengths: np.ndarray, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Texts side by side, padded with 0 on the right.
+        """Returns texts as the rows of an array, padded with 0 on the right.
 
         Arguments:
-            starts: (b,) where each begins.
-            lengths: (b,) how many tokens each has, at most `width`.
+            starts: (b,) the index at which each text begins.
+            lengths: (b,) the number of tokens of each text, at most `width`.
+            width: the number of tokens in a row.
 
         Returns:
             `(tokens, real)`: int32 and boolean `(b, width)`.
@@ -140,9 +143,9 @@ class Tokens:
         return tokens, np.arange(width) < lengths[:, None]
 
     def split(self, share: float) -> tuple["Tokens", "Tokens"]:
-        """The first and the last part, `share` of the tokens: to train on, and to validate.
+        """Returns two parts, for training and validation. The second has a share of the tokens.
 
-        Where there are several documents the cut is between two of them.
+        If there are several documents, the cut is between two of them.
 
         Raises:
             ValueError: if one of the parts would be empty.
@@ -163,7 +166,8 @@ class Tokens:
             first, second = np.array([cut]), np.array([len(self) - cut])
         if not 0 < cut < len(self):
             raise ValueError(
-                f"{len(self)} tokens do not divide into two parts, the last a share of {share}."
+                f"{len(self)} tokens do not divide into two parts, the last a share of {share}. "
+                "Choose another share."
             )
         return (
             Tokens(self.ids[:cut], first, self.vocab_size, self.name),
@@ -171,12 +175,11 @@ class Tokens:
         )
 
     def verify(self) -> None:
-        """Read everything and check it.
+        """Reads all ids and checks them.
 
         Raises:
             ValueError: if an id is negative or beyond the vocabulary, the documents' ends do not
-                ascend to the last token, or the ids do not have the checksum they were written
-                with.
+                ascend to the last token, or the checksum of the ids is wrong.
         """
         checksum = 0
         for start in range(0, len(self), CHUNK):
@@ -194,7 +197,7 @@ class Tokens:
                 )
 
     def _check(self, part: np.ndarray, start: int) -> None:
-        """Raise if an id of these, which begin at `start`, is not in the vocabulary."""
+        """Raises an error if one of these ids, the first at `start`, is not in the vocabulary."""
         limit = 2**31 if self.vocab_size is None else self.vocab_size
         if not len(part) or 0 <= part.min() and part.max() < limit:
             return
@@ -206,7 +209,7 @@ class Tokens:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type for ids of this vocabulary, little-endian: uint16 or uint32.
+    """Returns the smallest type for ids of this vocabulary, little-endian: uint16 or uint32.
 
     Example:
         >>> token_dtype(50257)
@@ -216,7 +219,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def check_id(below: int = 2**31, **ids: Any) -> int:
-    """The one id that was given, or an error."""
+    """Returns the one id that was given, or raises an error."""
     ((name, token),) = ids.items()
     if isinstance(token, bool | np.bool) or not isinstance(token, int | np.integer):
         raise ValueError(f"{name} must be the id of a token, an integer, got {token!r}.")
@@ -262,7 +265,7 @@ def _open_directory(path: Path, vocab_size: int | None) -> Tokens:
 
 
 def _open_npy(path: Path) -> np.ndarray:
-    """The array of a `.npy` file, mapped."""
+    """Returns the array of a `.npy` file, mapped."""
     if not path.is_file():
         raise ValueError(
             f"{path} is missing. python -m jaxformers tokenize makes a directory of tokens."
@@ -288,13 +291,13 @@ def _open_npy(path: Path) -> np.ndarray:
         )
     if dtype.hasobject:
         raise ValueError(f"{path} must hold integers, got Python objects.")
-    if 0 in shape:  # which cannot be mapped
+    if 0 in shape:  # an empty array cannot be mapped
         return np.zeros(shape, dtype)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _check_ids(ids: Any, name: str) -> np.ndarray:
-    """`ids` as a 1-D array of integers, mapped if they were."""
+    """Returns `ids` as a 1-D array of integers, still mapped if they were."""
     try:
         array = np.asanyarray(ids)
     except ValueError:  # rows of different lengths

@@ -1,4 +1,4 @@
-"""Tokenizers for texts in which nothing is a command."""
+"""Tokenizers that encode special tokens in a text as plain text."""
 
 import copy
 import json
@@ -9,11 +9,11 @@ from jaxformers.tokenizers.tokenizer import Tokenizer
 
 
 def verbatim(tokenizer: Tokenizer) -> Any:
-    """A `tokenizers.Tokenizer` that encodes all of a text as text.
+    """Returns a `tokenizers.Tokenizer` that encodes all of a text as plain text.
 
-    What looks like a special token is encoded as any other text is, unless the vocabulary cannot
-    write it so. Other tokens that were added to the vocabulary are found as always, but none takes
-    the spaces around it away.
+    A special token that is written in a text is encoded like any other text, unless the vocabulary
+    cannot encode it so. Other added tokens are found as usual, but they do not remove the spaces
+    around them.
 
     Example:
         >>> from jaxformers.tokenizers.training import bytes_tokenizer
@@ -36,16 +36,16 @@ def verbatim(tokenizer: Tokenizer) -> Any:
 
 
 def _decodes(backend: Any, renamed: Any, text: str) -> bool:
-    """Whether a text comes back that is encoded without a special token of this name."""
+    """Returns whether a special token's text, encoded as plain text, decodes to itself."""
     try:
         ids = guarded(renamed.encode, text).ids
-    except ValueError:  # a character that it does not know, and it has no unknown token
+    except ValueError:  # it has a character outside of the vocabulary and no unknown token
         return False
     return backend.decode(ids, skip_special_tokens=False) == text
 
 
 def _renamed(contents: dict[str, Any], special: set[str]) -> dict[str, Any]:
-    """With other names for special tokens, which Unigram would find in a text by itself."""
+    """Renames special tokens, which Unigram would otherwise find in a text by itself."""
     contents = copy.deepcopy(contents)
     names = {text: f"\ufdd0 special token {text} \ufdd0" for text in special}
     for token in contents["added_tokens"]:

@@ -13,26 +13,26 @@ from jaxformers.data.tokens import open_tokens
 
 
 class Windows(Source):
-    """Windows of a text in shuffled order, each with the tokens that follow.
+    """Batches of windows of a text, each with the tokens that follow, in shuffled order.
 
-    In each epoch the windows tile the text one after the other from another offset, and each comes
-    exactly once; what they leave out at the two ends is less than two windows. `in_order()` starts
-    at the beginning and leaves nothing out: its last batch is what is shorter than a window.
+    In each epoch the windows tile the text one after the other from a random offset. Each window
+    comes exactly once. At both ends together less than two windows are left out. `in_order()`
+    starts at the beginning and leaves nothing out: its last batch may be one shorter window.
 
-    Memory does not grow with the text, and any batch is found at once.
+    Memory does not grow with the text, and any batch is computed directly.
 
     Arguments:
-        tokens: a token file, a `.npy` file or a 1-D array of ids: see `open_tokens`.
-        length: tokens of a window, t.
-        batch_size: windows of a batch, b; a batch larger than the text goes round more than once.
-        seed: of the order and the offsets, an integer from 0 on.
+        tokens: a token file, a `.npy` file or a 1-D array of ids, see `open_tokens`.
+        length: the number of tokens in a window, t.
+        batch_size: the number of windows in a batch, b. A batch larger than an epoch repeats
+            windows.
+        seed: the seed of the order and the offsets, an integer from 0 on; default 0.
 
     Batches:
         `tokens` and `targets`, both int32 `(b, t)`.
 
     Raises:
-        ValueError: if the text is shorter than a window and the token after it, or see
-            `open_tokens`.
+        ValueError: if the text has fewer than `length + 1` tokens; and as `open_tokens` does.
 
     Example:
         >>> windows = Windows(np.arange(100), length=8, batch_size=3, seed=0)
@@ -54,7 +54,7 @@ class Windows(Source):
                 f"a text must have at least length + 1 = {length + 1} tokens, got "
                 f"{len(self.tokens)}. Choose a smaller length, or a longer text."
             )
-        # One window less than would fit, so that every offset has the same number of them.
+        # This is one window less than would fit, so that every offset has the same number of them.
         count = max(1, len(self.tokens) // length - 1)
         self.order = Shuffled(count, batch_size, seed)
         self._spare = targets - count * length
