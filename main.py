@@ -1,8 +1,8 @@
-"""A tour of jaxformers: every component called once with its shapes printed, then the models.
+"""Calls the main parts of jaxformers once and prints their shapes, then the models.
 
     python main.py
 
-Exits with an error if anything is not as it should be.
+The exit status is 1 if a check fails.
 """
 
 import sys
@@ -38,19 +38,20 @@ failures: list[str] = []
 
 
 def check(name: str, passed: bool, what: str) -> None:
-    """Prints one line of the tour and remembers a failure."""
+    """Prints the result of one check and counts a failure."""
     print(f"{'ok  ' if passed else 'FAIL'}  {name:<30} {what}")
     if not passed:
         failures.append(name)
 
 
 def show(name: str, x: jax.Array, shape: tuple[int, ...]) -> None:
-    """Checks the shape of a result, and that it is finite."""
+    """Checks that a result has a shape and is finite."""
     finite = bool(jnp.isfinite(x).all())
     check(name, x.shape == shape and finite, f"{x.shape}{'' if finite else ', not finite'}")
 
 
 def tour_of_the_parts(key: jax.Array) -> None:
+    """Calls attention, positions, embeddings, layers and stacks."""
     keys = iter(jax.random.split(key, 20))
     x = jax.random.normal(next(keys), (BATCH, SEQ, D_MODEL))
     memory = jax.random.normal(next(keys), (BATCH, SRC_SEQ, D_MODEL))
@@ -91,6 +92,7 @@ def tour_of_the_parts(key: jax.Array) -> None:
 
 
 def tour_of_the_models(key: jax.Array) -> None:
+    """Calls a language model and an encoder-decoder, and generates with both."""
     lm_key, seq2seq_key, sample_key, dropout_key = jax.random.split(key, 4)
     tokens = jnp.arange(BATCH * SEQ).reshape(BATCH, SEQ) % VOCAB
     sizes: dict[str, Any] = {
@@ -122,6 +124,7 @@ def tour_of_the_models(key: jax.Array) -> None:
 
 
 def main() -> None:
+    """Runs all checks."""
     parts_key, models_key = jax.random.split(jax.random.key(0))
     print(f"batch {BATCH}, sequence {SEQ}, source {SRC_SEQ}, d_model {D_MODEL}, heads {HEADS}\n")
     tour_of_the_parts(parts_key)

@@ -1,11 +1,12 @@
-"""Train a Transformer from scratch on one of three tasks.
+"""Trains a Transformer from scratch on one of three tasks.
 
     python train_example.py                 an encoder-decoder learns to reverse sequences
     python train_example.py copy            a language model learns to repeat a sequence
-    python train_example.py shakespeare     a language model writes, character by character
+    python train_example.py shakespeare     a language model learns to write, by characters
 
-Each prints what it learned and saves its loss curve. Ctrl-C stops early and still reports. With
---checkpoint DIR a run that was stopped, or killed, goes on where it was when it is started again.
+Each task prints its result and saves its loss curve. Ctrl-C ends the training early, and the result
+is still printed. With --checkpoint DIR a run that was stopped or killed resumes when it is started
+again.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from jaxformers.data import Windows
 from jaxformers.plot import loss_curve
 
 try:
-    import matplotlib  # noqa: F401  # what is missing is said before the training
+    import matplotlib  # noqa: F401  # a missing package is an error before the training
 except ImportError as error:
     sys.exit(f"{error}. The loss curve needs: pip install 'jaxformers[train]'")
 
@@ -62,7 +63,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass
 class Task:
-    """What the loop needs to know: a model, its loss, batches, and how to report."""
+    """A task: a model, its loss, its batches, and a function that prints the result."""
 
     model: eqx.Module
     loss: Callable
@@ -73,7 +74,7 @@ class Task:
 
 @dataclass
 class Drawn:
-    """Batches by number, each drawn with a generator of its own: a run can go on anywhere."""
+    """Batches by number. Each has its own random generator, so a run can resume at any step."""
 
     draw: Callable[[np.random.Generator], dict[str, np.ndarray]]
     seed: int
@@ -86,9 +87,9 @@ class Drawn:
 
 
 def letters(rng: np.random.Generator, count: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Random sequences (count, LONGEST) padded on the right, and their lengths.
+    """Returns random sequences (count, LONGEST) padded on the right, and their lengths.
 
-    A checksum of its content decides on which side a sequence is, so no held-out one is trained on.
+    A checksum of a sequence decides whether it is held out, so no held-out one is trained on.
     """
     rows: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
@@ -103,6 +104,7 @@ def letters(rng: np.random.Generator, count: int, held_out: bool) -> tuple[np.nd
 
 
 def spell(tokens: np.ndarray) -> str:
+    """Returns the letters of a sequence."""
     return "".join(LETTERS[t - END - 1] for t in tokens if t > END)
 
 
@@ -115,13 +117,13 @@ def report_exact_match(kind: str, sources, answers, wanted) -> None:
 
 
 def until_end(row: np.ndarray) -> np.ndarray:
-    """The tokens before the first end token."""
+    """Returns the tokens before the first end token."""
     ends = np.flatnonzero(row == END)
     return row[: ends[0]] if ends.size else row
 
 
 def reverse_task(args: argparse.Namespace) -> Task:
-    """Encoder-decoder: the target is the source backwards."""
+    """Returns the task of an encoder-decoder whose target is the source backwards."""
     vocabulary = END + 1 + len(LETTERS)
     model = Transformer(
         vocabulary,
@@ -168,7 +170,7 @@ def reverse_task(args: argparse.Namespace) -> Task:
 
 
 def copy_task(args: argparse.Namespace) -> Task:
-    """Language model: after the separator, the sequence before it comes again."""
+    """Returns the task of a language model that repeats the sequence before a separator."""
     model = TransformerLM(
         END + 1 + len(LETTERS),
         d_model=args.d_model,
@@ -190,7 +192,7 @@ def copy_task(args: argparse.Namespace) -> Task:
             "tokens": text[:, :-1],
             "targets": text[:, 1:],
             "padding_mask": place < 2 * lengths[:, None] + 1,
-            # Only the copy can be predicted; the sequence itself is random.
+            # Only the copy can be predicted, since the sequence itself is random.
             "loss_mask": (place >= lengths[:, None]) & (place < 2 * lengths[:, None] + 1),
         }
 
@@ -210,12 +212,12 @@ def copy_task(args: argparse.Namespace) -> Task:
 
 
 def shakespeare_text(path: Path | None) -> str:
-    """The given file, else the cached text, else the text downloaded, checked and cached."""
+    """Returns the given text, or tiny-shakespeare, which is downloaded, checked and cached."""
     if path is not None:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            sys.exit(f"--data {path} is no UTF-8 text: {error}")
+            sys.exit(f"--data {path} is not UTF-8 text: {error}")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cached = Path(home) / "jaxformers" / "tinyshakespeare.txt"
     if not cached.exists():
@@ -239,6 +241,7 @@ def shakespeare_text(path: Path | None) -> str:
 
 
 def check_sha256(data: bytes, what: str) -> None:
+    """Ends the program unless the data is tiny-shakespeare."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         sys.exit(
@@ -248,7 +251,7 @@ def check_sha256(data: bytes, what: str) -> None:
 
 
 def shakespeare_task(args: argparse.Namespace) -> Task:
-    """Language model over characters; the last tenth of the text validates."""
+    """Returns the task of a language model over characters; the last tenth is held out."""
     text = shakespeare_text(args.data)
     characters = sorted(set(text))
     index = {character: i for i, character in enumerate(characters)}
@@ -270,7 +273,7 @@ def shakespeare_task(args: argparse.Namespace) -> Task:
         dropout_rate=args.dropout,
         feed_forward=partial(FeedForward, activation=jax.nn.gelu),
         position=RotaryPositionalEncoding(),
-        window=args.context,  # so that the sample may be longer than what was trained on
+        window=args.context,  # so that the sample may be longer than the training windows
         key=jax.random.key(args.seed),
     )
 
@@ -289,7 +292,7 @@ def shakespeare_task(args: argparse.Namespace) -> Task:
     return Task(model, language_model_loss, batches, report, held_out_windows)
 
 
-# The command line. A task's own defaults stand beside the flag in --help.
+# The command line. --help shows the defaults of each task beside the option.
 
 TASKS = {"reverse": reverse_task, "copy": copy_task, "shakespeare": shakespeare_task}
 DEFAULTS = {
@@ -313,6 +316,7 @@ HELP = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Returns the checked options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -323,16 +327,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"{HELP[name]} ({', '.join(f'{t}: {v}' for t, v in zip(TASKS, values, strict=True))})"
         )
         parser.add_argument(flag, type=type(values[0]), help=text)
-    parser.add_argument("--warmup", type=int, default=100, help="steps of warm-up (%(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument(
-        "--checkpoint", type=Path, help="directory to save to, and to go on from if a run is there"
+        "--warmup", type=int, default=100, help="steps of the warm-up (%(default)s)"
+    )
+    parser.add_argument(
+        "--weight-decay", type=float, default=0.1, help="weight decay of AdamW (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and data (%(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="directory to save to, and to resume from if it has a run"
     )
     parser.add_argument(
         "--save-every", type=int, default=500, help="steps between two checkpoints (%(default)s)"
     )
-    parser.add_argument("--curve", type=Path, help="where the loss curve goes (runs/TASK.png)")
+    parser.add_argument("--curve", type=Path, help="file of the loss curve (runs/TASK.png)")
     shakespeare = parser.add_argument_group("shakespeare only")
     shakespeare.add_argument("--data", type=Path, help="a UTF-8 text instead of tiny-shakespeare")
     shakespeare.add_argument("--context", type=int, help="characters per window (128)")
@@ -365,7 +375,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def train(task: Task, args: argparse.Namespace) -> eqx.Module:
-    """AdamW with warm-up and cosine decay, and the loss curve."""
+    """Trains with AdamW, warm-up and cosine decay, and draws the loss curve."""
     rate = warmup_cosine(args.learning_rate, args.warmup, args.steps, 0.05 * args.learning_rate)
     begin = time.perf_counter()
     training = fit(
@@ -388,6 +398,7 @@ def train(task: Task, args: argparse.Namespace) -> eqx.Module:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains on the task that the command line names."""
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         print(f"compiled programs are kept in {keep_compiled_programs()}")

@@ -1,13 +1,14 @@
-"""From nothing to the first step of training: building a model, tracing and compiling.
+"""Measures the time to the first step of training: building a model, tracing and compiling.
 
     python benchmarks/compile.py [12 48 96] [--contenders ours scanned ...] [--json FILE]
 
-Each measurement is a process of its own, because a process compiles a program only once. The models
-are decoders of equal shape, narrow, so that hardly any time goes into numbers; a step is forward,
-backward and AdamW. `build` is the model and the optimizer's state, `first step` is tracing,
-compiling and running it once, of which `compiled` is in the compiler. Every contender is measured
-without JAX's persistent compilation cache, with an empty one and with the one that this has filled.
-Imports do not count. Contenders whose packages are not installed are left out.
+Each measurement runs in its own process, because a process compiles a program only once. The models
+are decoders of equal shape. They are narrow, so that computing takes hardly any time. A step is
+forward, backward and AdamW. `build` is the time to make the model and the optimizer's state. `first
+step` is the time to trace, compile and run the step once, and `compiled` is the part of it in the
+compiler. Each contender is measured without JAX's persistent compilation cache, with an empty one,
+and with a filled one. Imports do not count. Contenders whose packages are not installed are left
+out.
 """
 
 import argparse
@@ -178,7 +179,7 @@ def text():
 
 
 def measure(name: str, layers: int) -> dict[str, float]:
-    """One model from nothing to its first step, in this process."""
+    """Returns the times of one model up to its first step, in this process."""
     import jax
 
     compiling: list[float] = []
@@ -205,7 +206,7 @@ def measure(name: str, layers: int) -> dict[str, float]:
 
 
 def child(name: str, layers: int, cache: Path | None) -> dict[str, float]:
-    """What `measure` gives in a new process."""
+    """Returns the result of `measure` in a new process."""
     environment = dict(os.environ)
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     if cache is not None:
@@ -217,7 +218,7 @@ def child(name: str, layers: int, cache: Path | None) -> dict[str, float]:
 
 
 def compete(names: list[str], layers: int, rounds: int) -> dict[str, dict]:
-    """Medians by contender and cache, over rounds in which all take a turn."""
+    """Returns medians by contender and cache, over rounds in which each is measured once."""
     turns: dict[str, list[dict]] = {f"{name}, {cache}": [] for name in names for cache in CACHES}
     for i in range(rounds):
         for name in names if i % 2 else names[::-1]:

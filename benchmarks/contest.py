@@ -1,6 +1,6 @@
-"""Contenders side by side: each in a process of its own, asked in turns.
+"""Measures contenders beside each other, each in its own process and in turns.
 
-A script that uses this names its contenders, functions that build something to time:
+A script that uses this module names its contenders. A contender is a function that builds a step:
 
     def ours(config):
         ...
@@ -9,10 +9,10 @@ A script that uses this names its contenders, functions that build something to 
     if __name__ == "__main__":
         contest.main(__doc__, {"ours": ours, "torch": torch_eager}, CONFIGS)
 
-Every contender runs in a child process, so that none sees another's threads, caches or allocator,
-and waits while another one works. Times are medians over rounds in which all of them take a turn:
-a machine that is slow for a minute is slow for all. Before anything is timed, the numbers of
-`check` must agree.
+Every contender runs in a child process, so that none shares another's threads, caches or allocator.
+It waits while another one works. Times are medians over rounds in which each contender runs once,
+so that a machine that is slow for a minute is slow for all. The numbers of `check` must agree
+before anything is timed.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from typing import Any
 
 Contender = Callable[[dict], tuple[Callable[[], Any], Callable[[], list[float]]]]
 
-# Memory that is given back to the system has to be fetched again page by page. These settings of
-# glibc keep it in the process; they are read when a process starts.
+# Memory that was returned to the system is fetched again page by page. These settings of glibc keep
+# it in the process. They are read when a process starts.
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "kept": {
@@ -46,7 +46,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 
 
 class Child:
-    """A contender in a process of its own."""
+    """A contender in its own process."""
 
     def __init__(self, script: str, name: str, config: dict, environment: dict[str, str]):
         command = [sys.executable, script, "--child", name, "--config-json", json.dumps(config)]
@@ -61,12 +61,12 @@ class Child:
         )
 
     def ask(self, question: str) -> Any:
-        """Its answer, from `answer` below."""
+        """Returns the contender's answer, which `answer` below makes."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(question + "\n")
             self.process.stdin.flush()
-            for line in self.process.stdout:  # other lines are a library's chatter
+            for line in self.process.stdout:  # other lines come from libraries
                 if line.startswith("\x02"):
                     return json.loads(line[1:])
         except BrokenPipeError:
@@ -79,7 +79,7 @@ class Child:
 
 
 def answer(make: Contender, config: dict) -> None:
-    """The child's side: build, then answer questions until there are no more."""
+    """Builds a contender in the child process and answers until there are no more questions."""
     start = time.perf_counter()
     step, check = make(config)
     built = time.perf_counter() - start
@@ -104,7 +104,7 @@ def answer(make: Contender, config: dict) -> None:
 
 
 def peak_bytes(usage: Any) -> int:
-    """The most memory the process has had: on the accelerator if there is one, else resident."""
+    """Returns the peak memory of the process, on the accelerator if there is one, else resident."""
     if "jax" in sys.modules:
         statistics_ = sys.modules["jax"].local_devices()[0].memory_stats()
         if statistics_ and "peak_bytes_in_use" in statistics_:
@@ -124,17 +124,17 @@ def compete(
     environment: dict[str, str],
     tolerance: float,
 ) -> dict[str, dict]:
-    """Medians of every contender, once their numbers agree with the first one's."""
+    """Returns the medians of every contender, whose numbers must agree with the first one's."""
     children: list[Child] = []
     checks = {}
     try:
-        for name in names:  # one after the other: they would be slow together
+        for name in names:  # one after the other, since they would be slow together
             children.append(Child(script, name, config, environment))
             checks[name] = children[-1].ask("check")
         reference = checks[names[0]]
         for name, numbers in checks.items():
             pairs = zip(reference, numbers, strict=True)
-            if not all(abs(a - b) <= tolerance for a, b in pairs):  # NaN is no agreement
+            if not all(abs(a - b) <= tolerance for a, b in pairs):  # NaN does not agree
                 raise SystemExit(
                     f"{name} does not compute what {names[0]} does: {numbers} and {reference}."
                 )
@@ -142,7 +142,7 @@ def compete(
         for i in range(rounds + 1):  # the first one warms up
             for child in children if i % 2 else children[::-1]:
                 reply = child.ask(str(repeats))
-                time.sleep(0.3)  # threads that wait by spinning come to rest
+                time.sleep(0.3)  # threads that wait by spinning stop
                 if i:
                     turns[child.name].append(reply)
     finally:
@@ -168,7 +168,7 @@ def summary(turns: list[dict], check: list[float], first: float) -> dict:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Returns the machine and the versions of the measurement."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -178,7 +178,7 @@ def machine() -> str:
 
 
 def found_gpu() -> str | None:
-    """The name of the GPU that JAX finds, asked in a process of its own: JAX takes its memory."""
+    """Returns the name of the GPU that JAX finds, from another process, as JAX takes its memory."""
     program = (
         "import jax, json; print(json.dumps([(d.platform, d.device_kind) for d in jax.devices()]))"
     )
@@ -203,12 +203,12 @@ def versions() -> dict[str, str]:
 
 
 def installed(*packages: str) -> bool:
-    """Whether all of these can be imported."""
+    """Returns whether all of these can be imported."""
     return all(importlib.util.find_spec(package) for package in packages)
 
 
 def show(title: str, results: Mapping[str, dict], first: str, remark: Callable) -> None:
-    """A table: what each contender took, and the first one's time over its."""
+    """Returns a table of each contender's time, and of the first one's time over it."""
     print(f"\n{title}")
     print(f"{'':22} {'ms':>9} {first + ' / it':>14} {'spread':>7} {'peak MB':>8} {'faults':>8}")
     for name, row in results.items():
@@ -228,7 +228,7 @@ def main(
     tolerance: float = 1e-3,
     remark: Callable[[dict, dict], str] = lambda config, row: "",
 ) -> None:
-    """The command line of a script: compare its contenders on its configurations.
+    """Runs the command line of a script, which compares its contenders on its configurations.
 
     Arguments:
         document: what the script says of itself.

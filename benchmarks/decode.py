@@ -1,13 +1,14 @@
-"""Decoding beside the peers, on one machine in one run.
+"""Measures decoding beside other libraries, on one machine in one run.
 
     python benchmarks/decode.py ["124M, batch 1" ...] [--contenders ours floor ...] [--json FILE]
 
-A step continues prompts of 64 tokens by 128 more, greedily, the prompt's own pass included. All
-contenders have the same weights and must give the same tokens. `floor` only reads the bytes of the
-weights once per new token, as fast as this machine does, so that its column "ours / it" says how
-far ours is from what memory allows. Where JAX finds a GPU, there are larger models in 16 bits;
-there `floor` copies, and what must agree is the logits after the prompt, since in 16 bits rounding
-decides between near ties. Contenders whose packages are not installed are left out.
+A step continues prompts of 64 tokens by 128 tokens, greedily, and includes the pass over the
+prompt. All contenders have the same weights and must give the same tokens. `floor` only reads the
+bytes of the weights once per new token, as fast as this machine does. So its column "ours / it"
+compares ours with the limit that memory sets. Where JAX finds a GPU, there are larger models in 16
+bits. There `floor` copies, and the logits after the prompt must agree instead of the tokens, since
+in 16 bits rounding decides between near ties. Contenders whose packages are not installed are left
+out.
 """
 
 import sys
@@ -34,7 +35,7 @@ ON_GPU = {
 
 
 def weights(config: dict) -> dict[str, np.ndarray]:
-    """The arrays by name, layers stacked: of GPT-2's shape, or with a `d_ff` of Llama's."""
+    """Returns the stacked arrays by name, of GPT-2's shape or, with a `d_ff`, of Llama's."""
     noise = np.random.default_rng(0).standard_normal(2**22 + 1, np.float32)
     v, d, n = config["vocab"], config["d_model"], config["layers"]
     f = config.get("d_ff", 4 * d)
@@ -42,9 +43,9 @@ def weights(config: dict) -> dict[str, np.ndarray]:
     shapes |= {"up": (n, d, f), "down": (n, f, d)}
     llama = {"gate": (n, d, f), "head": (d, v)}
     shapes |= llama if "d_ff" in config else {"positions": (PROMPT + NEW, d)}
-    # Positions of a size that lets the tokens differ from one to the next.
+    # Positions of this size make successive tokens differ.
     scales = {"positions": np.float32(1.0)}
-    # The same numbers over and over, of an odd count: drawing seven billion takes minutes.
+    # An odd count of numbers is repeated, because drawing seven billion takes minutes.
     return {
         name: np.resize(np.roll(noise, 1000 * i), shape) * scales.get(name, np.float32(0.02))
         for i, (name, shape) in enumerate(shapes.items())
@@ -57,7 +58,7 @@ def prompts(config: dict) -> np.ndarray:
 
 
 def numbers(config: dict, tokens, logits):
-    """What must agree: new tokens, in 16 bits some logits after the prompt; both are functions."""
+    """Returns the numbers that must agree: new tokens, or in 16 bits logits after the prompt."""
     if "dtype" in config:
         return lambda: np.asarray(logits(), np.float32)[:, :: config["vocab"] // 8].ravel()
     return lambda: np.asarray(tokens())[:, PROMPT:].ravel()
@@ -99,7 +100,7 @@ def our_model(config):
         return found
 
     def fill(path, x):
-        """Gains and biases, which have only a shape so far."""
+        """Returns gains and biases in place of their shapes."""
         given = isinstance(x, jax.Array)
         return x if given else jnp.full(x.shape, path[-1].name == "gain", dtype)
 
@@ -126,20 +127,20 @@ def ours(config):
 
 
 def floor(config):
-    """What reading the weights takes; its numbers are ours."""
+    """Measures the time to read the weights; its numbers to compare are ours."""
     import jax
     import jax.numpy as jnp
 
     _, check = ours(config)
     w = weights(config)
-    # Of a table that is not the output layer as well, a token reads one row.
+    # A token reads one row of a table that is not the output layer as well.
     unread = ("tokens", "positions") if "head" in w else ("positions",)
     size = sum(x.size for name, x in w.items() if name not in unread)
     x, width = jnp.zeros(size, config.get("dtype", "float32")), 8192
-    if jax.default_backend() == "cpu":  # a product reads with all cores
+    if jax.default_backend() == "cpu":  # a product of matrices reads with all cores
         x = x[: size // width * width].reshape(-1, width)
         read = jax.jit(lambda x: x @ x[0])
-    else:  # the same bytes in total, half of them read and half of them written
+    else:  # the same number of bytes, one half read and one half written
         x = x[: size // 2]
         read = jax.jit(lambda x: x + 1)
 
@@ -159,7 +160,7 @@ def torch_setting(config):
 
 
 def hugging_face(config, **options):
-    """`generate` of transformers, with the cache that it takes unless told otherwise."""
+    """Runs `generate` of transformers with its default cache."""
     import torch
     import transformers
 
@@ -200,7 +201,7 @@ def hugging_face(config, **options):
 
 
 def gpt_names(w, n):
-    """The arrays by Hugging Face's names, whose GPT-2 has them as (in, out)."""
+    """Returns the arrays by Hugging Face's names for GPT-2, which has them as (in, out)."""
     named = {"transformer.wte.weight": w["tokens"], "transformer.wpe.weight": w["positions"]}
     places = {"qkv": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
     for name, place in places.items():
@@ -209,7 +210,7 @@ def gpt_names(w, n):
 
 
 def llama_names(w, n):
-    """The same for Llama, which has them as (out, in)."""
+    """Returns the arrays by Hugging Face's names for Llama, which has them as (out, in)."""
     named = {"model.embed_tokens.weight": w["tokens"], "lm_head.weight": w["head"].T}
     places = {"out": "self_attn.o_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     for name, place in (places | {"gate": "mlp.gate_proj"}).items():
@@ -221,7 +222,7 @@ def llama_names(w, n):
 
 
 def torch_loop(config):
-    """A model and a loop as one writes them by hand, with a cache of fixed size."""
+    """Runs a model and a loop written by hand in torch, with a cache of fixed size."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -276,7 +277,7 @@ def torch_loop(config):
             self.head.weight = self.head.weight if llama else self.tokens.weight
 
         def forward(self, tokens, start):
-            """Logits after the last of `tokens`, which stand from `start` on."""
+            """Returns the logits after the last of `tokens`, which begin at position `start`."""
             x = self.tokens(tokens)
             if not llama:
                 x = x + self.positions.weight[start : start + tokens.shape[1]]

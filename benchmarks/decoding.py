@@ -1,10 +1,11 @@
-"""What decoding costs: bytes of a call beside those of its cache, and time per token.
+"""Measures decoding: the bytes of a call beside those of its cache, and the time per token.
 
     python benchmarks/decoding.py [--d-model 256] [--layers 4] [--batch 4]
 
 Temporary memory should be the cache and a remainder that does not grow with the number of tokens.
-Time per token should grow with the slots, by the attention's reading them, and not with the tokens
-already generated. Times are medians of several calls, less the time of a call for few tokens.
+The time per token should grow with the slots, which the attention reads, and not with the number of
+tokens generated before. Times are medians of several calls, minus the time of a call for few
+tokens.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def cache_bytes(step, batch, slots):
 
 
 def memory(model, prompt, new):
-    """Bytes of the cache, and of the compiled call's temporary buffers and results."""
+    """Returns the bytes of the cache, and of the compiled call's temporary buffers and results."""
     step = LMStep(model)
     request = read_request(prompt, new, {}, vocab_size=VOCABULARY, max_seq_length=None)
     program = run.lower(step, request.plan, *request.arrays, None, False).compile().compiled
@@ -38,7 +39,7 @@ def memory(model, prompt, new):
 
 
 def seconds(model, prompt, budgets, rounds=9):
-    """The median time of a call for each budget, measured in turns: the machine may be busy."""
+    """Returns the median time of a call for each budget, measured in turns on a busy machine."""
     times = {new: [] for new in budgets}
     for new in budgets:
         model.generate(prompt, new)
@@ -66,7 +67,7 @@ def main():
         megabytes = [x / 1e6 for x in (cache, temporary, temporary - cache, output)]
         print("{:6} {:6} {:9.2f} {:13.2f} {:16.2f} {:10.2f}".format(new, slots, *megabytes))
 
-    budgets = 769, 832, 896, 960, 1024  # one program: they share a bucket, and so the slots
+    budgets = 769, 832, 896, 960, 1024  # one program, since they share a bucket and so the slots
     times = seconds(model, prompt, budgets)
     print("one program of 1040 slots; tokens generated, ms per token on average")
     for new in budgets:

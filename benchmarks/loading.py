@@ -1,10 +1,10 @@
-"""What loading a checkpoint costs: the peak of memory beside the size of its files, and the time.
+"""Measures loading a checkpoint: the peak of memory beside the size of its files, and the time.
 
     python benchmarks/loading.py [--gigabytes 1] [--dtype bfloat16] [--shard-gigabytes 5]
 
-Writes a Llama of random weights to a temporary directory, then loads it in fresh processes: its
-tensors alone (`tensors`), and as a model (`model`). "Over the process" is what loading adds to
-Python and JAX, which are there before; it should stay below 1.2 times the files. Linux only.
+The script writes a Llama of random weights to a temporary directory. Fresh processes load its
+tensors alone (`tensors`) and as a model (`model`). "Over the process" is the memory that loading
+adds to that of Python and JAX. It should stay below 1.2 times the size of the files. Linux only.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def model_shapes(layers):
 
 
 def write_checkpoint(directory, gigabytes, dtype, shard_gigabytes):
-    """As many layers as make the files at least this large; their number."""
+    """Writes layers until the files are at least this large, and returns their number."""
 
     def size(layers):
         return dtype.itemsize * sum(math.prod(s) for s in model_shapes(layers).values()) / 1e9
@@ -93,12 +93,12 @@ def load_tensors(directory):
 
 
 def memory(key):
-    """Bytes of this process, from what Linux says of it: VmRSS now, VmHWM at its peak."""
+    """Returns the bytes of this process as Linux counts them: VmRSS now, VmHWM at its peak."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(what, directory):
-    """In a process of its own: bytes before, bytes at the peak, seconds."""
+    """Prints the bytes before, the bytes at the peak and the seconds, in a fresh process."""
     load = load_tensors if what == "tensors" else jaxformers.from_pretrained
     jax.block_until_ready(jnp.ones(3) + 1)  # starts the device
     before, start = memory("VmRSS"), time.perf_counter()

@@ -1,11 +1,11 @@
-"""Causal attention alone, forward and backward, on ever longer sequences.
+"""Measures causal attention alone, forward and backward, on longer and longer sequences.
 
     python benchmarks/long_context.py [1k 4k 16k ...] [--contenders ours torch ...] [--json FILE]
 
-One sequence, 12 heads of 64 features (GPT-2's), the same numbers for all; some outputs and
-gradients must agree. The peak memory tells who makes all scores: at 16k they are 13 GB in float32.
-`plain` does, so it is left out where they would not fit. Where JAX finds a GPU, in bfloat16 and up
-to 128k.
+The input is one sequence with 12 heads of 64 features (GPT-2's), the same for all contenders. Some
+outputs and gradients must agree. The peak memory shows which contenders make all scores: at 16k
+these take 13 GB in float32. `plain` makes them, so it is left out where they would not fit. Where
+JAX finds a GPU, the inputs are in bfloat16 and up to 128k long.
 """
 
 import sys
@@ -34,13 +34,13 @@ def configs(gpu: bool) -> dict[str, dict]:
 
 
 def numbers(config: dict) -> list[np.ndarray]:
-    """Queries, keys, values and the gradient of the outputs."""
+    """Returns queries, keys, values and the gradient of the outputs."""
     rng = np.random.default_rng(0)
     return [rng.standard_normal((1, HEADS, config["t"], FEATURES), np.float32) for _ in range(4)]
 
 
 def samples(arrays) -> list[float]:
-    """A few numbers from the beginning, the middle and the end of each array."""
+    """Returns a few numbers from the beginning, the middle and the end of each array."""
     places = np.linspace(0, arrays[0].shape[2] - 1, 5).astype(int)
     return [float(x) for array in arrays for x in np.asarray(array[0, 3, places, 7], np.float32)]
 
@@ -71,7 +71,7 @@ def plain(config):
 
 
 def torch_attention(config):
-    """torch's fused attention."""
+    """Builds torch's fused attention."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

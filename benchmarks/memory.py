@@ -1,24 +1,24 @@
-"""What a step of training needs of memory, one measure against it after the other.
+"""Measures the memory of a step of training, with one way to save memory after the other.
 
     python benchmarks/memory.py [--sequence 1024 --batch 4 ...] [--contenders ...] [--json FILE]
 
-A decoder of nanoGPT's shape, GPT-2's smallest unless sizes are given, forward, backward and AdamW.
-Each row of ours has what the rows above it have:
+The model is a decoder of nanoGPT's shape, by default of the size of the smallest GPT-2. A step is
+forward, backward and AdamW. Each row of ours also has the options of the rows above it:
 
     plain      makes all attention weights and all logits
     attention  the default kernel
     chunks     the default loss, which makes logits for some rows at a time
     again      computes layers again in the backward pass (`rematerialize`)
-    scanned    does so in a loop (`scan_layers`): no layer's buffers are made before its turn
-    bfloat16   computes in 16 bits on weights in 32
+    scanned    does so in a loop (`scan_layers`), which makes the buffers of one layer at a time
+    bfloat16   computes in 16 bits with weights in 32 bits
 
-and apart from that row of rows,
+One more row has the options of `chunks` alone:
 
     parts      as `chunks`, with the rows of the batch one after another (`accumulate`)
 
-Every row is measured in a process of its own: what the compiled program says it needs (arguments
-and temporary buffers), and the most memory that the process had, or the accelerator, beyond what it
-had after importing. The losses of the first step must agree.
+Every row is measured in its own process. The table has the memory of the compiled program
+(arguments and temporary buffers), and the peak of the process or the accelerator, minus the memory
+after importing. The losses of the first step must agree.
 
 A long text on a CPU: --sequence 16384 --batch 1 --contenders scanned
 """
@@ -42,7 +42,7 @@ TOLERANCE = 0.02
 
 
 def all_logits(model, batch, key):
-    """The loss without chunks."""
+    """Returns the loss, computed without chunks."""
     import jaxformers
 
     return jaxformers.cross_entropy(model.logits(batch["tokens"], None, key), batch["targets"])
@@ -107,7 +107,7 @@ def torch_eager(config, again=False):
 
 
 def parts(config, **options):
-    """Each row of the batch by itself."""
+    """Builds a step that computes each row of the batch by itself."""
     return ours(config, parts=config["batch"], **options)
 
 
@@ -125,7 +125,7 @@ if contest.installed("torch"):
 
 
 def measure(name: str, config: dict) -> dict:
-    """A row of the table: two steps, the first of which has to make its memory its own."""
+    """Returns a row of the table, from two steps; the first one allocates the memory."""
     __import__("torch" if name.startswith("torch") else "jaxformers")
     before = contest.peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
     step, program_bytes = CONTENDERS[name](config)
@@ -141,7 +141,7 @@ def measure(name: str, config: dict) -> dict:
 
 
 def measure_apart(name: str, config: dict) -> dict:
-    """The same in a process of its own."""
+    """Returns a row of the table, measured in a fresh process."""
     command = [sys.executable, sys.argv[0], "--child", name, "--config-json", json.dumps(config)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if run.returncode:

@@ -1,9 +1,10 @@
-"""How far checkpoints loaded here are from transformers: writes docs/parity.md.
+"""Compares checkpoints loaded here with transformers, and writes docs/parity.md.
 
     python benchmarks/parity.py [NAME ...]
 
-Needs `pip install 'jaxformers[hf,parity]'`. The checkpoints are those of the tests: tiny, random,
-one or more of every family. With names, only these are compared, and printed instead of written.
+The script needs `pip install -e '.[hf,parity]'`. The checkpoints are those of the tests: tiny,
+random, one or more of every family. With names it compares only these, and prints the table
+instead.
 """
 
 import importlib.metadata
@@ -33,7 +34,7 @@ from jaxformers.cli.compare import (  # noqa: E402
 from jaxformers.cli.reference import torch_without_gradients  # noqa: E402
 
 PACKAGES = "jax", "equinox", "torch", "transformers"
-# What rows a column holds: those whose names match.
+# A column holds the rows whose names match.
 COLUMNS = {
     "no padding": f".*{NO_PADDING}",
     "right padding": f".*{RIGHT}",
@@ -46,30 +47,33 @@ COLUMNS = {
 }
 HEAD = f"""# Parity with transformers
 
-Tiny random checkpoints of every family, loaded here and in transformers, in float32. Written by
-`python benchmarks/parity.py`; `python -m jaxformers verify PATH` makes the same comparison of a
-checkpoint of your own.
+The checkpoints are tiny and random, one or more of every family. They are loaded here and in
+transformers, and compared in float32. `python benchmarks/parity.py` writes this page, and
+`python -m jaxformers verify PATH` compares your own checkpoint in the same way.
 
-- *no padding*, *right padding*, *left padding*: largest difference of log-probabilities, hidden
-  states, pooled vectors and logits of classes, whichever of them the model has.
-- *greedy*, *beam search*: of the log-probabilities of generated tokens (of whole beams).
-- *other tokens*: how many generated tokens differ.
-- *16 bits*: how far the outputs in bfloat16 (float16, if the file has that) are from those in
-  float32 with the same weights, as a multiple of how far transformers' own are: below 1 is nearer.
-  By root mean squares, with or without padding, whichever gives more.
-- *saved*: tensors and outputs that differ after `save_pretrained` here and loading there.
+- *no padding*, *right padding*, *left padding*: the largest difference of log-probabilities, hidden
+  states, pooled vectors and logits of classes, as far as the model has them.
+- *greedy*, *beam search*: the largest difference of the log-probabilities of generated tokens (of
+  whole beams).
+- *other tokens*: the number of generated tokens that differ.
+- *16 bits*: the distance of the outputs in bfloat16 (float16, if the file has that) from those in
+  float32 with the same weights, divided by the same distance in transformers. Below 1 is nearer.
+  Distances are root mean squares, and the column has the larger of the results with and without
+  padding.
+- *saved*: the number of tensors and outputs that differ after `save_pretrained` here and loading
+  there.
 
-In the first five columns, {ROUNDINGS} times as much is allowed as transformers in float32 differs
-from transformers in float64, and {LEAST:.0e} in any case. In the column of 16 bits {FARTHER} is
-allowed, and more where chance decides more because rows are few; in the other two, nothing. JAX is
-asked for products with all bits of float32 (`jax.default_matmul_precision("highest")`): on GPUs and
-TPUs it takes fewer if it is not told, and whoever compares has to tell it.
+In the first five columns, {ROUNDINGS} times the difference between transformers in float32 and in
+float64 is allowed, and {LEAST:.0e} in any case. In the column of 16 bits {FARTHER} is allowed, and
+more where few rows leave more to chance. In the other two nothing is allowed. The comparison asks
+JAX for products with all bits of float32 (`jax.default_matmul_precision("highest")`), because JAX
+uses fewer bits on GPUs and TPUs by default.
 
 """
 
 
 def cells(name: str, rows: list[Row]) -> list[str]:
-    """A line of the table: the largest difference of each column's rows."""
+    """Returns a line of the table: the largest difference among the rows of each column."""
     line = [f"`{name}`", CASES[name].architecture]
     for title, pattern in COLUMNS.items():
         found = [row for row in rows if re.fullmatch(pattern, row.name)]
@@ -89,7 +93,7 @@ def compare(name: str) -> list[Row]:
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # on arrays this small, more threads only wait for each other
+    torch.set_num_threads(1)  # more threads only wait for each other on arrays this small
     names = sys.argv[1:] or list(CASES)
     lines, failed = [["checkpoint", "class in transformers", *COLUMNS]], []
     lines.append(["---"] * len(lines[0]))

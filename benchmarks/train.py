@@ -1,12 +1,13 @@
-"""Steps of training beside the peers, on one machine in one run.
+"""Measures steps of training beside other libraries, on one machine in one run.
 
     python benchmarks/train.py [a b c ...] [--contenders ours torch ...] [--json FILE]
 
-A step is forward, backward and AdamW, without dropout, from the same weights on the same batch; the
-losses of the first four steps must agree. a, b and c are decoders of nanoGPT's shape (pre-norm,
-learned positions, tied table, GELU by tanh), `seq2seq` is the paper's encoder-decoder made smaller,
-post-norm, beside torch.nn.Transformer. Where JAX finds a GPU, `124M` is GPT-2 in bfloat16 with
-float32 weights. Contenders whose packages are not installed are left out.
+A step is forward, backward and AdamW, without dropout. All contenders start from the same weights
+and have the same batch. The losses of the first four steps must agree. a, b and c are decoders of
+nanoGPT's shape: pre-norm, learned positions, a tied table and GELU by tanh. `seq2seq` is a smaller
+form of the paper's encoder-decoder, post-norm, beside torch.nn.Transformer. Where JAX finds a GPU,
+`124M` is GPT-2 in bfloat16 with float32 weights. Contenders whose packages are not installed are
+left out.
 """
 
 import sys
@@ -165,14 +166,14 @@ def our_seq2seq(config, **pieces):
 
 
 def plain(config):
-    """Ours with the plain attention."""
+    """Builds ours with the plain attention."""
     import jaxformers
 
     return ours(config, attention_fn=jaxformers.dot_product_attention)
 
 
 def utilization(gpu: str | None, config: dict, row: dict) -> str:
-    """The share of the GPU's peak that the model's own work is (PaLM, appendix B)."""
+    """Returns the model's own operations as a share of the GPU's peak (PaLM, appendix B)."""
     peak = next((x for name, x in PEAK_FLOPS.items() if name in (gpu or "")), None)
     if peak is None or "dtype" not in config:
         return ""

@@ -1,4 +1,4 @@
-"""Other JAX libraries' side of train.py, each as its own documentation writes a decoder."""
+"""The other JAX libraries of train.py, each with a decoder as its own documentation writes it."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import train_task as task
 
 
 def optimizer(matrices):
-    """AdamW that decays `matrices`, a tree of bools or a function to one."""
+    """Returns AdamW with decay of `matrices`, a tree of booleans or a function that returns one."""
     import optax
 
     numbers = dict(b1=task.B1, b2=task.B2, eps=task.EPS, weight_decay=task.DECAY)

@@ -1,4 +1,4 @@
-"""What the contenders of train.py share: the numbers they start from and learn from."""
+"""The weights and the data that the contenders of train.py share."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ def normal(rng: np.random.Generator, *shape: int, scale: float = 0.02) -> np.nda
 
 
 def decoder_weights(config: dict) -> dict[str, np.ndarray]:
-    """The arrays of a nanoGPT-shaped decoder by name, layers stacked: the same for all."""
+    """Returns the arrays of a decoder of nanoGPT's shape by name, layers stacked."""
     draw = partial(normal, np.random.default_rng(0))
     v, d, n, t = config["vocab"], config["d_model"], config["layers"], config["t"]
     residual = 0.02 / math.sqrt(2 * n)
@@ -28,13 +28,13 @@ def decoder_weights(config: dict) -> dict[str, np.ndarray]:
 
 
 def decoder_text(config: dict) -> np.ndarray:
-    """Rows of t + 1 tokens: inputs, and the targets one further."""
+    """Returns rows of t + 1 tokens, which hold the inputs and, shifted by one, the targets."""
     shape = config["batch"], config["t"] + 1
     return np.random.default_rng(1).integers(0, config["vocab"], shape)
 
 
 def seq2seq_weights(config: dict) -> dict[str, np.ndarray]:
-    """The arrays of an encoder-decoder by name; a layer has an attention or two, of four maps."""
+    """Returns the arrays of an encoder-decoder by name; an attention has four maps."""
     draw = partial(normal, np.random.default_rng(0), scale=0.05)
     d, n, v = config["d_model"], config["layers"], config["vocab"]
     tables = {"src": (v, d), "tgt": (v, d), "head": (d, v)}
@@ -52,5 +52,5 @@ def seq2seq_text(config: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def timed(step, count: int = 4):
-    """A step, and the losses of its first calls."""
+    """Returns a step and the losses of its first calls."""
     return step, lambda: [float(step()) for _ in range(count)]

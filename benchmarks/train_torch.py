@@ -1,4 +1,4 @@
-"""Torch's side of train.py: nanoGPT's decoder written for it, and torch.nn.Transformer."""
+"""The torch contenders of train.py: nanoGPT's decoder and torch.nn.Transformer."""
 
 import os
 
@@ -47,7 +47,7 @@ def compiled(config):
 
 
 def decoder(config):
-    """nanoGPT's decoder, with torch's fused attention."""
+    """Builds nanoGPT's decoder with torch's fused attention."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -97,7 +97,7 @@ def decoder(config):
 
 
 def seq2seq(config):
-    """torch.nn.Transformer between tables of tokens and positions and an output layer."""
+    """Builds torch.nn.Transformer with tables of tokens and positions and an output layer."""
     import torch
     from torch import nn
     from torch.nn import functional as F

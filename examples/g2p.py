@@ -1,16 +1,16 @@
-"""Grapheme to phoneme: how words are pronounced, learned by a small encoder-decoder.
+"""Trains a small encoder-decoder that predicts the pronunciation of words (grapheme to phoneme).
 
-    python examples/g2p.py --data DIR --language fre           train, report on the dev words
-    python examples/g2p.py --data DIR --language fre --test    and on the test words, at the end
+    python examples/g2p.py --data DIR --language fre           train, evaluate on the dev words
+    python examples/g2p.py --data DIR --language fre --test    evaluate on the test words as well
 
-DIR holds LANGUAGE_train.tsv and, if there are, LANGUAGE_dev.tsv and LANGUAGE_test.tsv, as in
-SIGMORPHON 2020 task 1 (Gorman et al. 2020): lines of a word, a tab, and its phones with spaces
+DIR holds LANGUAGE_train.tsv and, optionally, LANGUAGE_dev.tsv and LANGUAGE_test.tsv, as in
+SIGMORPHON 2020 task 1 (Gorman et al. 2020). A line is a word, a tab, and its phones with spaces
 between them. A word with several pronunciations has several lines.
 
-One model reads a word and spells its phones from left to right or from right to left, as a tag
-before the word says. To predict, both directions propose their beams, and the proposal with the
-highest probability, both directions multiplied, wins. It learns from the train words alone; the dev
-words are there to choose settings by.
+One model predicts the phones of a word from left to right or from right to left. A tag before the
+word selects the direction. Both directions propose the results of a beam search. The prediction is
+the proposal with the highest product of its probabilities in both directions. The model learns from
+the train words alone. The dev words serve to choose settings.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from jaxformers import (
 from jaxformers.data import Changed, PaddedPairs
 
 START, END, UNKNOWN, FORWARDS, BACKWARDS = 1, 2, 3, 4, 5
-SPECIAL = 6  # ids below are these and padding, 0
+SPECIAL = 6  # the ids below are these and padding, 0
 DIRECTIONS = (FORWARDS, 1), (BACKWARDS, -1)
-BEAMS, AT_ONCE = 5, 150  # hypotheses, and words that are looked up together
+BEAMS, AT_ONCE = 5, 150  # beams of a word, and words that are predicted together
 
 Form = Literal["NFC", "NFD"]  # of Unicode: composed letters; letters and their marks
 FORMS: tuple[Form, ...] = "NFC", "NFD"
@@ -51,7 +51,7 @@ Words = dict[str, list[Phones]]  # each word with its pronunciations
 
 
 def read_words(path: Path) -> Words:
-    """The words of a file and their pronunciations, in the order of the file."""
+    """Returns the words of a file and their pronunciations, in the order of the file."""
     words: Words = {}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -74,27 +74,27 @@ def read_words(path: Path) -> Words:
 
 
 class Spelling:
-    """Letters and phones as ids."""
+    """The ids of the letters and phones of a language."""
 
     def __init__(self, words: Words):
         pronunciations = [phones for each in words.values() for phones in each]
         forms = {form: sorted(set(unicodedata.normalize(form, "".join(words)))) for form in FORMS}
-        # Vietnamese puts any tone on any vowel: as letters and marks they are half as many symbols,
-        # and a pair that never occurred can be read. Elsewhere that only makes the words longer.
+        # Vietnamese has any tone on any vowel. Split into letters and marks there are half as many
+        # symbols, and a pair that never occurred can be read. Elsewhere words only become longer.
         self.form: Form = "NFD" if 2 * len(forms["NFD"]) <= len(forms["NFC"]) else "NFC"
         self.letters = forms[self.form]
         self.phones = sorted({phone for phones in pronunciations for phone in phones})
         self.letter_ids = {x: SPECIAL + i for i, x in enumerate(self.letters)}
         self.phone_ids = {x: SPECIAL + i for i, x in enumerate(self.phones)}
-        self.longest = 2 * max(map(len, pronunciations)) + 10  # to predict for other words, too
+        self.longest = 2 * max(map(len, pronunciations)) + 10  # other words may have more
 
     def read(self, word: str, direction: int) -> list[int]:
-        """A word as the encoder reads it; letters that never occurred are unknown."""
+        """Returns the ids of a word for the encoder; letters that never occurred are unknown."""
         letters = unicodedata.normalize(self.form, word)
         return [direction, *(self.letter_ids.get(letter, UNKNOWN) for letter in letters)]
 
     def pairs(self, words: Words) -> list[tuple[list[int], list[int]]]:
-        """Source and target of each pronunciation in both directions."""
+        """Returns the source and the target of each pronunciation in both directions."""
         return [
             (self.read(word, tag), [self.phone_ids[phone] for phone in phones[::order]])
             for word, pronunciations in words.items()
@@ -104,16 +104,17 @@ class Spelling:
 
 
 class SomeUnknown(Changed):
-    """Now and then a letter is unknown, so that the model knows what to do about it."""
+    """Batches in which 3 % of the letters are unknown, so that the model learns to read these."""
 
     def change(self, batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the batch with some letters replaced."""
         src = batch["src"]
         forget = np.random.default_rng(numbers).random(src.shape) < 0.03
         return {**batch, "src": np.where(forget & (src >= SPECIAL), UNKNOWN, src)}
 
 
 def build_model(spelling: Spelling, args: argparse.Namespace) -> Transformer:
-    """A small encoder-decoder, pre-norm, with rotary positions."""
+    """Returns a small encoder-decoder, pre-norm, with rotary positions."""
     return Transformer(
         SPECIAL + len(spelling.letters),
         SPECIAL + len(spelling.phones),
@@ -131,7 +132,7 @@ def build_model(spelling: Spelling, args: argparse.Namespace) -> Transformer:
 
 
 def train(spelling: Spelling, words: Words, args: argparse.Namespace) -> Transformer:
-    """The running average of the weights at the end of the training."""
+    """Trains a model and returns the running average of its weights."""
     model = build_model(spelling, args)
     count = sum(x.size for x in jax.tree.leaves(model))
     print(f"{len(words):,} words, a {type(model).__name__} with {count:,} parameters", flush=True)
@@ -150,19 +151,19 @@ def train(spelling: Spelling, words: Words, args: argparse.Namespace) -> Transfo
         checkpoint=args.checkpoint and Checkpoints(args.checkpoint / args.language),
     )
     if training.step < args.steps:
-        sys.exit(f"stopped at step {training.step}: nothing is reported of half a training")
+        sys.exit(f"stopped at step {training.step}: a part of a training is not evaluated")
     return optimizer.averaged(training.model, training.optimizer_state)
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Ids `(rows, width)`, filled up with 0."""
+    """Returns ids `(rows, width)`, padded with 0."""
     return np.array([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
 
 
 def propose(
     model: Transformer, spelling: Spelling, words: Sequence[str], tag: int
 ) -> list[list[list[int]]]:
-    """The phone ids of each beam of each word, in the order that `tag` asks for."""
+    """Returns the phone ids of each beam of each word, in the direction of `tag`."""
     rows = [spelling.read(word, tag) for word in words]
     src = pad(rows, max(map(len, rows)))
     beams = model.generate(
@@ -180,12 +181,12 @@ def propose(
 
 @eqx.filter_jit
 def log_probability(model: Transformer, src: np.ndarray, tgt: np.ndarray) -> jax.Array:
-    """Of each target given its source, `(b,)`; both padded with 0."""
+    """Returns the log-probability of each target given its source, `(b,)`; 0 is padding."""
     return model.score(src, tgt, src != 0, tgt != 0).sum(axis=1)
 
 
 def predict(model: Transformer, spelling: Spelling, words: Sequence[str]) -> list[Phones]:
-    """The phones of each word: the proposal that is best by both directions."""
+    """Returns the phones of each word: the proposal that is most probable in both directions."""
     proposed = [propose(model, spelling, words, tag) for tag, _ in DIRECTIONS]
     proposals = [
         [*forwards, *(ids[::-1] for ids in backwards)]
@@ -205,7 +206,7 @@ def predict(model: Transformer, spelling: Spelling, words: Sequence[str]) -> lis
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """The least number of insertions, deletions and replacements that make one the other."""
+    """Returns the least number of insertions, deletions and replacements from `a` to `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -217,10 +218,11 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 def error_rates(
     predictions: Sequence[Phones], references: Sequence[list[Phones]]
 ) -> tuple[float, float]:
-    """Word and phone error rate in percent.
+    """Returns the word error rate and the phone error rate in percent.
 
-    A word is right if it is one of its references. Its phones are compared with the reference that
-    is nearest (the first of those), and the distances are divided by the lengths of those.
+    A word is right if it equals one of its references. The phones of a word are compared with the
+    nearest reference (the first of several). The sum of the distances is divided by the sum of the
+    lengths of these references.
     """
     wrong = distance = length = 0
     for predicted, allowed in zip(predictions, references, strict=True):
@@ -246,15 +248,26 @@ def report(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Returns the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="where files are")
-    parser.add_argument("--language", required=True, metavar="CODE", help="such as fre")
-    parser.add_argument("--test", action="store_true", help="report on the test words as well")
-    parser.add_argument("--predictions", type=Path, metavar="DIR", help="write them to files here")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here and resume")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="directory of the files"
+    )
+    parser.add_argument(
+        "--language", required=True, metavar="CODE", help="code of a language, such as fre"
+    )
+    parser.add_argument("--test", action="store_true", help="evaluate on the test words as well")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="DIR", help="write the predictions to this directory"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save to this directory and resume from it"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and data (%(default)s)"
+    )
     for name, value, text in (
         ("steps", 3000, "number of updates"),
         ("batch-size", 128, "pairs per update"),
@@ -270,6 +283,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command line and prints the CPU time."""
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         run(args)
@@ -280,14 +294,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything is read before the training, so that what is missing is known at once."""
+    """Trains and evaluates. All files are read first, so that a missing one is an early error."""
     train_words = read_words(args.data / f"{args.language}_train.tsv")
     spelling = Spelling(train_words)
     held_out = {}
     for name in ("dev", "test") if args.test else ("dev",):
         path = args.data / f"{args.language}_{name}.tsv"
         if name == "dev" and not path.exists():
-            print(f"no {path}: nothing is held out to report on")
+            print(f"no {path}: there are no dev words to evaluate on")
             continue
         held_out[name] = read_words(path)
     if args.predictions is not None:
