@@ -166,13 +166,20 @@ def axes_of(model: PyTree) -> PyTree[Axes]:
     """
 
     def of_leaf(path: tuple, leaf: Any) -> Axes | None:
-        return axes_at(model, path) if _is_array(leaf) else None
+        if not _is_array(leaf):
+            return None
+        return axes_at(model, path) or axes_by_name(path_name(path), len(leaf.shape))
 
     return jax.tree_util.tree_map_with_path(of_leaf, model)
 
 
-def axes_at(tree: PyTree, path: tuple) -> Axes:
-    """Returns the axes of the array at a path of keys, as JAX gives them, into a tree."""
+def axes_at(tree: PyTree, path: tuple) -> Axes | None:
+    """Returns the axes of the array at a path into a tree; None if the path is only numbers.
+
+    Arguments:
+        tree: the model, or a part of it that has None elsewhere.
+        path: keys as JAX gives them, for instance `jax.tree_util.tree_leaves_with_path`.
+    """
     node, axes, in_norm = tree, None, False
     notes: list[Letters | Stacked] = []
     for key in path:
@@ -189,8 +196,7 @@ def axes_at(tree: PyTree, path: tuple) -> Axes:
             in_norm = False
             node = node[key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key]
         else:
-            axes = None
-            break
+            return None
     stacks = [note.name for note in notes if isinstance(note, Stacked)]
     for note in reversed(notes):
         if axes is not None and isinstance(note, Letters):

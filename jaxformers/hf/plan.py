@@ -1,4 +1,4 @@
-"""Which tensors of a file make which arrays of a model."""
+"""The plan of a checkpoint: which of its tensors make which arrays of a model."""
 
 import re
 from collections import Counter
@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from jaxformers.axes import axes_of
 from jaxformers.files.json_file import shorten
 from jaxformers.hf.architecture import Architecture, build
 from jaxformers.hf.family import Family
@@ -19,7 +20,7 @@ from jaxformers.precision import FLOATS
 
 
 class WeightPlan:
-    """Which tensors of a file make which arrays of a model."""
+    """The rules of a family for the arrays of one model."""
 
     def __init__(self, family: Family, paths: Any, leaves: dict[str, Any], rules: list[Rule]):
         self.family = family
@@ -31,8 +32,10 @@ class WeightPlan:
 
     @classmethod
     def of(cls, family: Family, model: Any, a: Architecture) -> "WeightPlan":
-        """The family's rules for the arrays of this model, which is of the architecture `a`."""
+        """Returns the plan for a model of the architecture `a`."""
         leaves = arrays_by_path(model)
+        arrays = eqx.filter(model, is_array)
+        axes_by_path = dict(zip(leaves, jax.tree.leaves(axes_of(arrays)), strict=True))
         layers = 1 + max(
             (int(n) for name in leaves for n in re.findall(r"layers\.(\d+)", name)), default=0
         )
@@ -43,15 +46,15 @@ class WeightPlan:
             layered = any("{i}" in name for name in rule.ours)
             for i in range(layers if layered else 1):
                 at = rule.at(i)
-                shapes = [leaves[path].shape for path in at.ours if path in leaves]
-                stacked = rule.layout.startswith("experts")
-                if len(shapes) == len(at.ours) and (not stacked or len(shapes[0]) == 3):
-                    rules.append(at.expand(shapes[0]))
-        structure = jax.tree.structure(eqx.filter(model, is_array))
+                axes = tuple(axes_by_path[path] for path in at.ours if path in leaves)
+                experts = rule.layout.startswith("experts")
+                if len(axes) == len(at.ours) and (not experts or axes[0].apart):
+                    rules.append(at.of(axes, leaves[at.ours[0]].shape))
+        structure = jax.tree.structure(arrays)
         return cls(family, jax.tree.unflatten(structure, list(leaves)), leaves, rules)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of the file and their shapes."""
+        """Returns the names of the tensors in the file with their shapes."""
         found: dict[str, tuple[int, ...]] = {}
         for rule in self.rules:
             shapes = tensor_shapes(rule, [self.leaves[path].shape for path in rule.ours])
@@ -59,7 +62,11 @@ class WeightPlan:
         return found
 
     def check(self, stored: FileTensors) -> None:
-        """Raise one error with everything in which a file differs from what it should hold."""
+        """Checks that a file holds these tensors.
+
+        Raises:
+            ValueError: with every difference.
+        """
         if self.unnamed:
             raise ValueError(
                 f"config.json: a {self.family.model_type} has no tensor for "
@@ -100,11 +107,12 @@ class WeightPlan:
 
 
 def is_array(x: Any) -> bool:
+    """Returns whether a leaf is an array or stands for one."""
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def abstract(a: Architecture, model: Any) -> Any:
-    """The model without memory: shapes in place of arrays."""
+    """Returns the model that an architecture describes, with shapes in place of arrays."""
 
     def zeros(key, shape, fan_in, fan_out):
         return jnp.zeros(shape, jnp.float32)
@@ -113,6 +121,6 @@ def abstract(a: Architecture, model: Any) -> Any:
 
 
 def arrays_by_path(model: Any) -> dict[str, Any]:
-    """The arrays of a model (or their shapes), by path and in the order of its leaves."""
+    """Returns the arrays of a model (or their shapes) by path, in the order of its leaves."""
     flat, _ = jax.tree_util.tree_flatten_with_path(eqx.filter(model, is_array))
     return {path_name(path): array for path, array in flat}

@@ -1,4 +1,4 @@
-"""Which leaves of a model weight decay applies to."""
+"""The leaves of a model to which weight decay applies."""
 
 from typing import Any
 
@@ -10,17 +10,16 @@ from jaxformers.optim.layout import default_layout, leaf_path
 
 
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
-    """The model's tree with a bool for each leaf, True for weights, False for norms and biases.
+    """Returns the model's tree with a bool for each leaf: True for weights, False for vectors.
 
-    Weight decay applies where it is True: to inexact arrays of at least two axes (a layer's, where
-    layers are stacked) that belong to no norm, in a field named neither as a gain (`gain`, `scale`)
-    nor as a bias (`b`, `bq`, `b_in`, `bias`; attention's have two axes, so axes alone do not tell).
-    See `default_layout`.
+    Weight decay applies where it is True, to the inexact arrays that `default_layout` reads as
+    matrices. Norms, gains and biases do not decay. The number of axes alone does not tell them
+    apart, because the biases of attention have two.
 
     Arguments:
         model: any pytree.
-        decay_embeddings: whether embedding tables decay, True; they are what is below a field
-            whose name contains "embed" or "position".
+        decay_embeddings: whether embedding tables decay, True. An embedding table is an array
+            below a field whose name contains "embed" or "position".
 
     Example:
         >>> default_decay_mask({"w": jnp.ones((3, 2)), "b": jnp.ones((3, 2)), "gain": jnp.ones(3)})
