@@ -8,9 +8,9 @@ The letters of all shapes in this package, in annotations and einsums alike:
     l layer            e expert
 
 and where they are needed: c classes, i inputs and o outputs of any linear map, j features of a
-value, k experts of one token, m width of the vectors in an embedding, p rows of a table of
-positions or of distances, r rank of a weight that is a product, y token types, `*b` an optional
-batch. `axes.py` reads the annotations of fields.
+value, k experts of one token, m width of the vectors in an embedding, p rows of a table, r rank of
+a weight that is a product, u buckets of distances, y token types, `*b` an optional batch. `axes.py`
+reads the annotations of fields.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,9 @@ The rule, which `read_axes` applies:
 - Axes before those of the annotation count modules: the layers of `scan_layers`, or the copies
   that `eqx.filter_vmap` has made. They lie apart.
 
-Arrays that nothing annotates are read in the same way by the name of their field.
+Arrays that nothing annotates are read in the same way by the name of their field. A weight may be
+an object with several arrays; its method `field_axes(axes)` returns the axes of each of its fields,
+given the axes of the array that it stands for.
 """
 
 import functools
@@ -24,7 +26,7 @@ import re
 import typing
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -97,18 +99,14 @@ class Axes:
             (('d', 'r'), ('r', 'n', 'h'))
         """
         apart, inputs, outputs = (
-            self._only(where) for where in (self.apart, self.inputs, self.outputs)
+            [self.names[i] for i in where] for where in (self.apart, self.inputs, self.outputs)
         )
-        new = rank
-        a = Axes((*apart.names, *inputs.names, new), (*apart.roles, *inputs.roles, "output"))
-        b = Axes((*apart.names, new, *outputs.names), (*apart.roles, "input", *outputs.roles))
+        a = _in_groups((*apart, *inputs, rank), len(apart), len(inputs))
+        b = _in_groups((*apart, rank, *outputs), len(apart), 1)
         return a, b
 
     def _where(self, role: str) -> tuple[int, ...]:
         return tuple(i for i, r in enumerate(self.roles) if r == role)
-
-    def _only(self, where: tuple[int, ...]) -> "Axes":
-        return Axes(tuple(self.names[i] for i in where), tuple(self.roles[i] for i in where))
 
 
 class Letters:
@@ -139,11 +137,8 @@ class Stacked:
     name: str
 
 
-class _Field(NamedTuple):
-    """The annotation of a field."""
-
-    names: tuple[str, ...] | None = None
-    notes: tuple[Letters | Stacked, ...] = ()
+# The names in the annotation of a field, None if there are none, and its notes.
+_Annotation = tuple[tuple[str, ...] | None, tuple[Letters | Stacked, ...]]
 
 
 def axes_of(model: PyTree) -> PyTree[Axes]:
@@ -174,7 +169,7 @@ def axes_of(model: PyTree) -> PyTree[Axes]:
 
 
 def axes_at(tree: PyTree, path: tuple) -> Axes | None:
-    """Returns the axes of the array at a path into a tree; None if the path is only numbers.
+    """Returns the axes of the array at a path into a tree; None if a key is only a number.
 
     Arguments:
         tree: the model, or a part of it that has None elsewhere.
@@ -182,10 +177,11 @@ def axes_at(tree: PyTree, path: tuple) -> Axes | None:
     """
     node, axes, in_norm = tree, None, False
     notes: list[Letters | Stacked] = []
-    for key in path:
+    for i, key in enumerate(path):
         if isinstance(key, jax.tree_util.GetAttrKey):
             in_norm = isinstance(node, _EQUINOX_NORMS)
-            if axes is not None and hasattr(node, "field_axes"):
+            if hasattr(node, "field_axes"):
+                axes = axes or axes_by_name(path_name(path[:i]), len(node.shape))
                 axes = node.field_axes(axes).get(key.name)
             else:
                 axes, found = _declared(node, key.name)
@@ -231,8 +227,8 @@ def read_axes(names: tuple[str, ...], field: str = "", in_norm: bool = False) ->
         ('output', 'output')
     """
     if in_norm or _says_vector(field):
-        apart = next((i for i, name in enumerate(names) if name not in ("l", "e")), len(names))
-        return _in_groups(names, min(apart, len(names) - 1), 0)
+        features = (i for i, name in enumerate(names) if name not in ("l", "e"))
+        return _in_groups(names, next(features, max(0, len(names) - 1)), 0)
     if {"i", "o"} <= set(names):
         roles: list[str] = []
         for name in names:
@@ -258,7 +254,7 @@ def _in_groups(names: tuple[str, ...], apart: int, inputs: int) -> Axes:
 
 
 def axes_by_name(path: str, ndim: int, in_norm: bool = False) -> Axes:
-    """Returns the axes of an array that nothing annotates, by the names in its path.
+    """Returns the axes of an array of `ndim` axes that nothing annotates, by its path.
 
     Arguments:
         path: such as "blocks.norm.weight".
@@ -273,11 +269,10 @@ def axes_by_name(path: str, ndim: int, in_norm: bool = False) -> Axes:
     field, parent = [*("", "", *parts)[-1:-3:-1]]
     scanned = min(int("stacked" in parts), ndim)
     names = ("l",) * scanned + (UNNAMED,) * (ndim - scanned)
-    if re.fullmatch(_BIAS, field):
-        return _in_groups(names, scanned, 0)
-    if in_norm or _says_vector(field) or re.fullmatch(_NORM, parent):
+    bias, norm = re.fullmatch(_BIAS, field), in_norm or re.fullmatch(_NORM, parent)
+    if not bias and (norm or _says_vector(field)):
         return _in_groups(names, max(ndim - 1, 0), 0)
-    if ndim - scanned < 2:
+    if bias or ndim - scanned < 2:
         return _in_groups(names, scanned, 0)
     if field in _BY_CONVENTION and ndim - scanned >= 3:
         own = read_axes(tuple(_BY_CONVENTION[field].split()))
@@ -293,11 +288,10 @@ def _says_vector(field: str) -> bool:
 def _declared(module: Any, field: str) -> tuple[Axes | None, tuple[Letters | Stacked, ...]]:
     """Returns the axes that a module or its class declares for a field, and the field's notes."""
     kind: Any = type(module)
-    annotated = _fields(kind).get(field, _Field())
-    names = _of_equinox(module, field) or annotated.names
+    names, notes = _annotations(kind).get(field, (None, ()))
+    names = _of_equinox(module, field) or names
     in_norm = isinstance(module, _EQUINOX_NORMS)
-    axes = None if names is None else read_axes(names, field, in_norm)
-    return axes, annotated.notes
+    return None if names is None else read_axes(names, field, in_norm), notes
 
 
 def _of_equinox(module: Any, field: str) -> tuple[str, ...] | None:
@@ -317,18 +311,17 @@ def _of_equinox(module: Any, field: str) -> tuple[str, ...] | None:
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, _Field]:
-    """Returns the annotations of a class that name axes or have notes, by field."""
+def _annotations(kind: type) -> dict[str, _Annotation]:
+    """Returns the names and notes in the annotations of a class by field."""
     try:
         hints = typing.get_type_hints(kind, include_extras=True)
     except Exception:  # whatever a class may write there
         return {}
-    return {name: _Field(_names(hint), _notes(hint)) for name, hint in hints.items()}
-
-
-def _notes(hint: Any) -> tuple[Letters | Stacked, ...]:
-    notes = getattr(hint, "__metadata__", ())
-    return tuple(note for note in notes if isinstance(note, Letters | Stacked))
+    found: dict[str, _Annotation] = {}
+    for name, hint in hints.items():
+        notes = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Letters | Stacked)]
+        found[name] = _names(hint), tuple(notes)
+    return found
 
 
 def _names(hint: Any) -> tuple[str, ...] | None:

@@ -70,7 +70,7 @@ class T5PositionBias(eqx.Module):
         >>> model = TransformerLM(65, position=lambda key: T5PositionBias(8, key=key), key=key)
     """
 
-    weight: Float[Array, "p n"]
+    weight: Float[Array, "u n"]
     max_distance: int = eqx.field(static=True)
 
     def __init__(
