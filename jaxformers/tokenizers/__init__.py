@@ -1,1 +1,1 @@
-"""Tokenizers: reading, using, training and saving them, and chat templates."""
+"""Tokenizers: loading, using, training and saving them, and chat templates."""

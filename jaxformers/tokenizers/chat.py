@@ -1,7 +1,7 @@
-"""Chat templates: a conversation as the text that a model was trained on.
+"""Chat templates, which write a conversation as text in the form that a model was trained on.
 
-A template is a small program in the jinja language that comes with a checkpoint, so nobody has
-read it: it runs in jinja2's sandbox and sees plain data only.
+A template is a small program in the jinja language that comes with a checkpoint. It is not
+trusted: it runs in jinja2's sandbox and gets only plain data.
 """
 
 import datetime
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxformers.checks import OptionError, check_options
 
-# Arguments of `apply_chat_template` in transformers that have another name or place here.
+# Arguments of `apply_chat_template` in transformers with another name here, or without one.
 ELSEWHERE = {
     "conversation": "The conversation is the first argument, messages.",
     "chat_template": "Pass template=, the name or the text of one.",
@@ -27,16 +27,15 @@ ELSEWHERE = {
 def choose_template(
     templates: Mapping[str, str], template: str | None, variables: Mapping[str, Any]
 ) -> str:
-    """The text of the template to use, after a check that the variables are read.
+    """Returns the text of the template to use, after a check that it reads the variables.
 
     Arguments:
         templates: the tokenizer's templates by name.
-        template: the name of one, the text of another one, or None for the usual one.
-        variables: what the user gave for a template to read.
+        template: the name of one of them, the text of another one, or None for the default.
+        variables: the variables that the user passed for the template.
 
     Raises:
-        ValueError: if there is no such template, or neither it nor one of the tokenizer's reads a
-            variable.
+        ValueError: if there is no such template, or no template of the tokenizer reads a variable.
         ImportError: if the `jinja2` package is missing.
 
     Example:
@@ -49,8 +48,8 @@ def choose_template(
     if template not in templates and not (isinstance(template, str) and "{" in template):
         raise ValueError(
             f"this tokenizer has no chat template {template!r}, it has "
-            f"{sorted(templates) or 'none'}. Base models have none; one can be put "
-            "beside tokenizer.json as chat_template.jinja, or its text passed as template=."
+            f"{sorted(templates) or 'none'}. Base models have none. Put a template beside "
+            "tokenizer.json as chat_template.jinja, or pass its text as template=."
         )
     chosen = templates.get(template, template)
     _check_variables(variables, chosen, templates)
@@ -60,15 +59,15 @@ def choose_template(
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The text that a chat template makes of messages.
+    """Returns the text that a chat template makes of messages.
 
     Arguments:
-        template: text of the template.
-        messages: the conversation, such as `{"role": "user", "content": "Hello"}`, in order.
-        variables: what else the template may read.
+        template: the text of the template.
+        messages: dicts such as `{"role": "user", "content": "Hello"}`, in order.
+        variables: other variables of the template.
 
     Raises:
-        ValueError: if the messages are none, the template refuses them, or it is broken.
+        ValueError: if there are no messages, or the template refuses them or is broken.
         ImportError: if the `jinja2` package is missing.
 
     Example:
@@ -77,34 +76,34 @@ def render_chat(
         'Hello there'
     """
     _check_messages(messages)
-    # Templates ask whether a key is there, not whether it is None.
+    # Templates test whether a key exists, not whether its value is None.
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
         plain = json.loads(json.dumps({**variables, "messages": messages}))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"a chat template takes plain data (strings, numbers, lists, dicts), got what is not: "
+            f"a chat template takes plain data (strings, numbers, lists, dicts), got other data: "
             f"{error}. Pass tools as JSON schemas, and pictures as their place in the text."
         ) from None
     compiled, _ = _compile(template)
     try:
         return compiled.render(plain)
-    except Exception as error:  # whatever a program that nobody has read may raise
+    except Exception as error:  # a template may raise any error
         raise ValueError(f"the chat template could not write these messages: {error}") from error
 
 
 def continue_chat(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The text that a chat template makes of messages, up to the end of the final one's own text.
+    """Returns the text that a chat template makes of messages, up to the end of the final message.
 
-    The final message is marked at its end, and what is written from the mark on is left out. Where
-    the template strips messages, the final one ends without its last white space too. The text must
-    be one that the template begins with for the message without the mark, too.
+    A mark is added to the end of the final message, and the text from the mark on is left out. If
+    the template strips messages, the trailing whitespace of the final one is left out as well. The
+    template must write the same text for the message without the mark.
 
     Raises:
-        ValueError: if the final message has no text, or the template does not write all of it, or
-            writes it twice or otherwise than it is; and as `render_chat` does.
+        ValueError: if the final message has no text, or the template does not write all of it
+            unchanged and once; and as `render_chat` does.
         ImportError: if the `jinja2` package is missing.
 
     Example:
@@ -117,16 +116,18 @@ def continue_chat(
     mark = "MARK"
     while mark in str(messages) + str(variables) + template:
         mark += "S"
-    final, said = _marked(messages[-1], f"{mark} ")  # the space is gone if messages are stripped
+    # The space after the mark is missing in the text if the template strips messages.
+    final, said = _marked(messages[-1], f"{mark} ")
     text = render_chat(template, [*messages[:-1], final], variables)
     before, found, after = text.rpartition(mark)
     if not found or said.strip() not in before:
         raise ValueError(
             "the final message can be continued only if the chat template writes all of it, got "
             f"{text.replace(mark, '')!r:.200} for {said!r:.200}. Leave out "
-            "continue_final_message, or what the template drops."
+            "continue_final_message, or the text that the template drops."
         )
-    blank = not said.strip()  # Of such a message without the mark, the template may write nothing.
+    # If the message is blank, the template may leave it out without the mark.
+    blank = not said.strip()
     if not blank and not after.startswith(" "):
         before = before[: len(before) - (len(said) - len(said.rstrip()))]
     same = blank or render_chat(template, messages, variables).startswith(before)
@@ -142,11 +143,11 @@ def continue_chat(
 def _check_variables(
     variables: Mapping[str, Any], chosen: str, templates: Mapping[str, str]
 ) -> None:
-    """Raise if neither this template nor another one of the tokenizer reads a variable."""
+    """Raises an error if no template of the tokenizer reads a variable."""
     given = {
         name
         for name, value in variables.items()
-        # Every template has these two, as None where there are none.
+        # Every template may read these two, which are None if they are not passed.
         if name not in ("tools", "documents") or not (value is None or value in ([], ()))
     }
     unread = sorted(given - _read_names(chosen))
@@ -156,7 +157,7 @@ def _check_variables(
     for other in templates.values():
         try:
             known |= _read_names(other)
-        except ValueError:  # broken, and not asked for
+        except ValueError:  # this template is broken, but it was not asked for
             continue
     for name in unread:
         if name in ELSEWHERE and name not in known:
@@ -169,12 +170,12 @@ def _check_variables(
 
 
 def _read_names(template: str) -> frozenset[str]:
-    """The variables that a template reads."""
+    """Returns the names of the variables that a template reads."""
     return _compile(template)[1]
 
 
 def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], str]:
-    """A message with a mark at the end of its text, and that text."""
+    """Returns a message with a mark at the end of its text, and that text."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + mark}, content
@@ -204,7 +205,7 @@ def _check_messages(messages: Any) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> tuple[Any, frozenset[str]]:
-    """The program of a template, in an environment as transformers has it, and what it reads."""
+    """Returns the compiled template, in an environment like transformers', and its variables."""
     try:
         import jinja2.ext
         import jinja2.meta
@@ -219,7 +220,7 @@ def _compile(template: str) -> tuple[Any, frozenset[str]]:
         raise ValueError(message)
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the model's own words for training; here they are just text."""
+        """The tag `{% generation %}`, which marks answers for training and has no effect here."""
 
         tags = {"generation"}
 
@@ -231,7 +232,7 @@ def _compile(template: str) -> tuple[Any, frozenset[str]]:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json  # jinja2's own one escapes for HTML
+    environment.filters["tojson"] = _to_json  # jinja2's own filter escapes for HTML
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:

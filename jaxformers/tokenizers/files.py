@@ -1,9 +1,9 @@
-"""What the files of a tokenizer say: read with care, since they come from anywhere.
+"""The files of a tokenizer. They are checked carefully, since they may come from anywhere.
 
-`tokenizer.json` holds the algorithm, the vocabulary and what is put around a text, and is for the
-`tokenizers` package. What stands beside it says which tokens are the start, the end and so on, on
-which side to pad, and how a chat is written as text. The rest of it (`do_lower_case`,
-`add_bos_token`) is how `tokenizer.json` was made, and as in transformers it changes nothing.
+`tokenizer.json` has the algorithm, the vocabulary and the special tokens around a text. The
+`tokenizers` package reads it. The files beside it say which tokens start and end a text, on which
+side to pad, and how a chat is written as text. Their other settings (`do_lower_case`,
+`add_bos_token`) say how `tokenizer.json` was made. As in transformers, they have no effect here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxformers.files.found import describe_file
 from jaxformers.files.json_file import parse_json, shorten, what_it_is
 
-# Names and patterns of the files that belong to a tokenizer.
+# The names and patterns of the files that belong to a tokenizer.
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,13 +31,13 @@ TOKENIZER_FILES = [
     "target.spm",
 ]
 
-# Those of formats from before tokenizer.json.
+# The files of formats that are older than tokenizer.json.
 OLDER_FILES = TOKENIZER_FILES[TOKENIZER_FILES.index("vocab.txt") :]
 
-# SentencePiece, tiktoken and the codes of fastBPE.
+# The formats of SentencePiece, tiktoken and fastBPE.
 OTHER_FORMATS = (".model", ".spm", ".tiktoken", ".codes")
 
-# The special tokens that files name, and the usual spellings of each.
+# The special tokens in the settings, and the usual spellings of each.
 SPECIAL_TOKENS = {
     "bos_token": ("<s>", "<bos>", "<|endoftext|>"),
     "eos_token": ("</s>", "<eos>", "<|endoftext|>"),
@@ -48,31 +48,31 @@ SPECIAL_TOKENS = {
     "mask_token": ("<mask>", "[MASK]"),
 }
 
-# What `clean_up_tokenization_spaces` takes the space before, and in " ' " on both sides.
+# The replacements of `clean_up_tokenization_spaces`: the spaces in these texts are removed.
 CLEAN_UP = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
 CLEAN_UP += [(f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")]
 
 
 class Parts(NamedTuple):
-    """What a tokenizer is made of."""
+    """The parts of a tokenizer, as its files define them."""
 
     backend: Any  # the tokenizers.Tokenizer
     special_tokens: dict[str, str]
     chat_templates: dict[str, str]
     padding_side: str
     truncation_side: str
-    clean_up: list[tuple[str, str]]  # what to replace in a decoded text
+    clean_up: list[tuple[str, str]]  # replacements in a decoded text
     vocab_size: int
 
 
 def read_files(directory: Path) -> dict[str, bytes]:
-    """The contents of the tokenizer files of a directory, by name."""
+    """Returns the contents of the tokenizer files of a directory, by name."""
     found = (path for pattern in TOKENIZER_FILES for path in sorted(directory.glob(pattern)))
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in found if p.is_file()}
 
 
 def check_kind(path: Path) -> None:
-    """Raise for a file of a tokenizer that is in another format, by its name."""
+    """Raises an error for a file that, by its name, is a tokenizer in another format."""
     beside = path.parent / "tokenizer.json"
     is_other = path.suffix in OTHER_FORMATS or path.name in OLDER_FILES
     if is_other and beside.exists():
@@ -84,7 +84,7 @@ def check_kind(path: Path) -> None:
 
 
 def read_parts(files: Mapping[str, bytes]) -> Parts:
-    """The parts of a tokenizer, from the contents of its files by name.
+    """Returns the parts of a tokenizer, from the contents of its files by name.
 
     Raises:
         ValueError: if `tokenizer.json` is missing, or a file is broken.
@@ -92,15 +92,15 @@ def read_parts(files: Mapping[str, bytes]) -> Parts:
     """
     backend = _read_backend(files)
     config = _read_json(files, "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # which newer files have, and all of it
+    if "added_tokens_decoder" not in config:  # newer files have it, and it is complete
         config |= _read_json(files, "special_tokens_map.json")
-    # The sides on which tokenizer.json pads and cuts are taken over, its lengths are not.
+    # The sides on which tokenizer.json pads and truncates are used, its lengths are not.
     padding, truncation = backend.padding or {}, backend.truncation or {}
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = _read_flag(config, "split_special_tokens")
     _add_missing_tokens(backend, config)
-    # BPE tokens hold their own spaces: taking some away would lose text.
+    # BPE tokens have their own spaces: removing some would lose text.
     cleans_up = _read_flag(config, "clean_up_tokenization_spaces")
     return Parts(
         backend,
@@ -114,11 +114,15 @@ def read_parts(files: Mapping[str, bytes]) -> Parts:
 
 
 def guarded(function: Callable, *arguments: Any, **options: Any) -> Any:
-    """What a function of `tokenizers` returns; any failure of it is a broken `tokenizer.json`."""
+    """Returns the result of a function of `tokenizers`. Its failure means a broken file.
+
+    Raises:
+        ValueError: if the function fails, even by a panic.
+    """
     try:
         return function(*arguments, **options)
     except BaseException as error:
-        # A panic of the package, which is written in Rust, is no Exception.
+        # The package is written in Rust, and a panic there is not an `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"tokenizer.json is broken: {error}.") from None
@@ -141,7 +145,7 @@ def _read_backend(files: Mapping[str, bytes]) -> Any:
 
 
 def _how_to_convert(files: Mapping[str, bytes]) -> str:
-    """The error where there is no `tokenizer.json`, by what there is."""
+    """Returns the error for a missing `tokenizer.json`, depending on the other files."""
     older = [name for name in files if name in OLDER_FILES or Path(name).suffix in OTHER_FORMATS]
     if not older:
         return "there is no tokenizer.json. Is this the directory of the tokenizer?"
@@ -166,7 +170,7 @@ def _decode(files: Mapping[str, bytes], name: str) -> str:
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The object of a JSON file without its nulls, empty if there is no such file."""
+    """Returns the object of a JSON file without its nulls, empty if there is no such file."""
     content = parse_json(files[name], name) if name in files else {}
     return {key: value for key, value in content.items() if value is not None}
 
@@ -184,10 +188,10 @@ def _read_side(config: Mapping[str, Any], name: str, default: str) -> str:
 
 
 def _read_special_tokens(backend: Any, config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that the settings name.
+    """Returns the special tokens that the settings name.
 
-    Some older checkpoints (gpt2, bert-base-uncased) name none, and leave that to the class that
-    transformers has for them. Then those count that are spelled as usual.
+    Some older checkpoints (gpt2, bert-base-uncased) name none and rely on their class in
+    transformers. Their special tokens are recognized by the usual spellings.
     """
     named = {name: _content(name, config[name]) for name in SPECIAL_TOKENS if name in config}
     if named:
@@ -201,7 +205,7 @@ def _read_special_tokens(backend: Any, config: Mapping[str, Any]) -> dict[str, s
 
 
 def _listed_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int | None]]:
-    """The tokens that the settings list: where, the token, and its id where it is said."""
+    """Yields the tokens that the settings list: the setting, the token, and its id or None."""
     decoder = config.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(
         key.isdecimal() and len(key) < 12 for key in decoder
@@ -221,7 +225,7 @@ def _listed_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int | 
 
 
 def _add_missing_tokens(backend: Any, config: Mapping[str, Any]) -> None:
-    """Give ids to the tokens that the settings list and `tokenizer.json` lacks, as transformers."""
+    """Adds the tokens that the settings list and `tokenizer.json` lacks, as transformers does."""
     from tokenizers import AddedToken
 
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -243,7 +247,7 @@ def _add_missing_tokens(backend: Any, config: Mapping[str, Any]) -> None:
 
 
 def _read_chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: those in files of their own, or else those of the settings."""
+    """Returns the chat templates by name, from files of their own or else from the settings."""
     own = {Path(name).stem: _decode(files, name) for name in files if name.endswith(".jinja")}
     if "chat_template" in own:
         own["default"] = own.pop("chat_template")
@@ -263,7 +267,7 @@ def _read_chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) 
 
 
 def _measure_vocabulary(backend: Any) -> int:
-    """The highest id + 1, with which all ids are below it even where some are left out."""
+    """Returns the highest id + 1. All ids are below it, also if the vocabulary has gaps."""
     highest = max(backend.get_vocab().values(), default=-1)
     if not 0 <= highest < 2**31 - 1:
         raise ValueError(
@@ -280,7 +284,7 @@ def _measure_vocabulary(backend: Any) -> int:
 
 
 def _content(where: str, token: Any) -> str:
-    """The text of a token, which files write as a string or as an object with options."""
+    """Returns the text of a token, which files write as a string or as an object with options."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise _wrong(where, 'must be a token (a string, or an object with "content")', token)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the `tokenizer.json` of a checkpoint says."""
+"""Text to token ids and back, as defined by the `tokenizer.json` of a checkpoint."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,11 @@ from jaxformers.tokenizers.files import (
     read_files,
     read_parts,
 )
+from jaxformers.tokenizers.rows import check_texts, stack, truncate
 
 
 def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
-    """The tokenizer of a Hugging Face checkpoint.
+    """Returns the tokenizer of a Hugging Face checkpoint.
 
     Arguments:
         path_or_hub_name: a directory with `tokenizer.json`, that file itself, or a name on the hub.
@@ -55,13 +56,13 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
 
 
 class Tokenizer:
-    """Text to token ids and back, with the special tokens and chat templates of a checkpoint.
+    """A tokenizer: text to token ids and back, with special tokens and chat templates.
 
-    Usually made by `load_tokenizer`. Lengths in `tokenizer.json` do not count: nothing is cut
-    unless a call says `max_length=`, and rows are padded to the longest.
+    It is usually made by `load_tokenizer`. The lengths in `tokenizer.json` are not used: texts are
+    truncated only by `max_length=`, and rows are padded to the longest one.
 
     Arguments:
-        files: contents of the checkpoint's tokenizer files by name, at least of `tokenizer.json`.
+        files: the contents of the checkpoint's tokenizer files by name, at least `tokenizer.json`.
 
     Raises:
         ValueError: if a file is missing or broken, or holds a value of the wrong type.
@@ -84,11 +85,11 @@ class Tokenizer:
         'no but yes'
     """
 
-    backend: Any  # the tokenizers.Tokenizer, for what is not offered here
-    special_tokens: dict[str, str]  # such as {"bos_token": "<s>"}
+    backend: Any  # the tokenizers.Tokenizer, for functions that are not offered here
+    special_tokens: dict[str, str]  # by role, such as {"bos_token": "<s>"}
     chat_templates: dict[str, str]  # by name; the usual one is "default"
-    vocab_size: int  # the highest id + 1, which is the least that a model needs
-    padding_side: str
+    vocab_size: int  # the highest id + 1, the smallest vocabulary of a model
+    padding_side: str  # "right" or "left"
 
     def __init__(self, files: Mapping[str, bytes]):
         self._files = dict(files)
@@ -103,27 +104,27 @@ class Tokenizer:
 
     @property
     def start_token(self) -> int | None:
-        """The id before a text: of `bos_token`, or else of `cls_token`."""
+        """The id before a text, of `bos_token` or else of `cls_token`; None if there is none."""
         return self._special_id("bos_token", "cls_token")
 
     @property
     def end_token(self) -> int | None:
-        """The id after a text: of `eos_token`, or else of `sep_token`."""
+        """The id after a text, of `eos_token` or else of `sep_token`; None if there is none."""
         return self._special_id("eos_token", "sep_token")
 
     @property
     def pad_token(self) -> int | None:
-        """The id that fills short rows."""
+        """The id of padding, or None."""
         return self._special_id("pad_token")
 
     @property
     def unknown_token(self) -> int | None:
-        """The id of what is not in the vocabulary."""
+        """The id of text outside of the vocabulary, or None."""
         return self._special_id("unk_token")
 
     @property
     def mask_token(self) -> int | None:
-        """The id that hides a token, for a masked language model to guess."""
+        """The id that replaces a token for a masked language model, or None."""
         return self._special_id("mask_token")
 
     def encode(
@@ -135,31 +136,32 @@ class Tokenizer:
         add_special_tokens: bool = True,
         padding_side: str | None = None,
     ) -> tuple[Int[Array, "*b t"], Bool[Array, "*b t"]]:
-        """The token ids of a text, or of several padded to the longest, and which of them are real.
+        """Returns the ids of a text or of several texts, and a mask of real tokens.
 
-        Padding has the id `pad_token`, where there is none `end_token`, where there is none 0:
-        whatever it is, the mask tells it apart.
+        Rows are padded to the longest one. The id of padding is `pad_token`, or else `end_token`,
+        or else 0. Use the mask to recognize it.
 
         Arguments:
             texts: one text, or a list of b texts.
-            pairs: a second text to each, for models that compare two.
-            max_length: rows are cut to this length, special tokens included (of two texts first
-                the longer one); None cuts nothing.
-            add_special_tokens: whether to add the tokens that the model expects around a text;
-                False after `apply_chat_template`, which writes them.
-            padding_side: "right" or "left", by default what the checkpoint says, or else "right".
+            pairs: a second text for each, for models that compare two texts.
+            max_length: the largest number of tokens in a row, special tokens included. The end is
+                cut off, of two texts first that of the longer one. None, the default, cuts nothing.
+            add_special_tokens: whether to add the tokens that the model expects around a text.
+                Pass False after `apply_chat_template`, which writes them.
+            padding_side: "right" or "left". The default is the checkpoint's, or else "right".
 
         Returns:
             `(tokens, padding_mask)`, int32 and boolean (True where a token is real), of shape
             `(t,)` for one text and `(b, t)` for a list.
 
         Raises:
-            ValueError: if texts are no strings, pairs do not fit them, or an option does not exist.
+            ValueError: if texts are not strings, pairs do not fit them, or an option is not valid.
         """
         rows = self._encode_rows(texts, pairs, max_length, add_special_tokens)
         fill = next(i for i in (self.pad_token, self.end_token, 0) if i is not None)
-        tokens = self._stack([ids for ids, _ in rows], fill, padding_side)
-        real = self._stack([[1] * len(ids) for ids, _ in rows], 0, padding_side) == 1
+        side = self.padding_side if padding_side is None else padding_side
+        tokens = stack([ids for ids, _ in rows], fill, side)
+        real = stack([[1] * len(ids) for ids, _ in rows], 0, side) == 1
         if isinstance(texts, str):
             tokens, real = tokens[0], real[0]
         return jax.device_put(tokens), jax.device_put(real)
@@ -173,26 +175,27 @@ class Tokenizer:
         add_special_tokens: bool = True,
         padding_side: str | None = None,
     ) -> Int[Array, "*b t"]:
-        """For each token of `encode`, 1 in the second text of a pair and 0 elsewhere (for BERT).
+        """Returns for each token of `encode` 1 in the second text of a pair and 0 elsewhere (BERT).
 
         Arguments and errors are those of `encode`, and the shape is that of its tokens.
         """
         rows = self._encode_rows(texts, pairs, max_length, add_special_tokens)
-        types = self._stack([row for _, row in rows], 0, padding_side)
+        side = self.padding_side if padding_side is None else padding_side
+        types = stack([row for _, row in rows], 0, side)
         return jax.device_put(types[0] if isinstance(texts, str) else types)
 
     def decode(self, tokens: Any, skip_special_tokens: bool = True) -> str | list[str]:
-        """The text of token ids, or a list of texts for a batch.
+        """Returns the text of token ids, or a list of texts for a batch.
 
-        Ids without a token, such as those that pad the vocabulary of a model, decode to nothing.
+        Ids without a token, such as the padding of a model's vocabulary, decode to nothing.
 
         Arguments:
-            tokens: an array or a list of shape `(t,)` or `(b, t)`; the rows of a list may differ
+            tokens: an array or a list of shape `(t,)` or `(b, t)`. The rows of a list may differ
                 in length.
-            skip_special_tokens: whether to leave special tokens out, padding among them.
+            skip_special_tokens: whether to leave out special tokens and padding, True by default.
 
         Raises:
-            ValueError: if these are no ids: integers from 0 to 2^31 - 1.
+            ValueError: if the tokens are not integers from 0 to 2^31 - 1.
         """
         check_flag(skip_special_tokens=skip_special_tokens)
         if hasattr(tokens, "shape"):
@@ -218,20 +221,20 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """A conversation as text in the form that the model was trained on.
+        """Returns a conversation as text in the form that the model was trained on.
 
-        Pass it to `encode` with `add_special_tokens=False`: the template has written them.
+        Encode it with `add_special_tokens=False`, since the template writes special tokens itself.
 
         Arguments:
-            messages: such as `{"role": "user", "content": "Hello"}`, in order.
-            add_generation_prompt: whether to end with the opening of the model's answer; by default
-                True, unless the final message is to be continued.
-            continue_final_message: whether to end within the final message, for the model to write
-                its rest.
-            template: the name of one of `chat_templates`, or the text of another one; by default
-                "default", or with `tools=` "tool_use" where there is one.
-            variables: what else the template reads (`tools=`, `documents=`, `enable_thinking=`,
-                ...), plain data. A name that none of the tokenizer's templates reads is refused.
+            messages: dicts such as `{"role": "user", "content": "Hello"}`, in order.
+            add_generation_prompt: whether to end with the opening of the model's answer. The
+                default is True, or False with `continue_final_message=True`.
+            continue_final_message: whether to end within the final message, so that the model
+                continues it; False by default.
+            template: the name of one of `chat_templates`, or the text of another template. The
+                default is "default", or "tool_use" for `tools=` if there is one.
+            variables: other variables of the template (`tools=`, `documents=`, `enable_thinking=`,
+                ...), plain data. A name that no template of the tokenizer reads is an error.
 
         Raises:
             ValueError: if there is no such template or variable, the template refuses the messages
@@ -254,7 +257,7 @@ class Tokenizer:
         return render(text, messages, known)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the files that this tokenizer was made from, unchanged.
+        """Writes the files from which this tokenizer was made, unchanged.
 
         Raises:
             ValueError: if the directory holds tokenizer files that would mix with these.
@@ -274,18 +277,18 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})"
 
     def _special_id(self, *names: str) -> int | None:
-        """The id of the first of these special tokens that there is."""
+        """Returns the id of the first of these special tokens that the tokenizer has."""
         there = [self.special_tokens[name] for name in names if name in self.special_tokens]
         return self.backend.token_to_id(there[0]) if there else None
 
     def _encode_rows(
         self, texts: Any, pairs: Any, max_length: Any, add_special_tokens: Any
     ) -> list[tuple[list[int], list[int]]]:
-        """Ids and token types of each text or pair, cut but not yet padded."""
+        """Returns ids and token types of each text or pair, truncated but not padded."""
         check_flag(add_special_tokens=add_special_tokens)
-        inputs: list[Any] = _check_texts("texts", texts)
+        inputs: list[Any] = check_texts("texts", texts)
         if pairs is not None:
-            seconds = _check_texts("pairs", pairs)
+            seconds = check_texts("pairs", pairs)
             if isinstance(texts, str) != isinstance(pairs, str) or len(inputs) != len(seconds):
                 raise ValueError(
                     f"pairs must be one text to each of texts, got {len(seconds)} to "
@@ -297,43 +300,7 @@ class Tokenizer:
         if max_length is None:
             return [(encoding.ids, encoding.type_ids) for encoding in encodings]
         check_size(max_length=max_length)
-        return [self._cut(encoding, max_length) for encoding in encodings]
-
-    def _cut(self, encoding: Any, max_length: int) -> tuple[list[int], list[int]]:
-        """Ids and token types of a row, as many as there is room for.
-
-        In the backend this is a setting, which threads would change under each other; and it keeps
-        all that it cuts off, for two texts in each combination.
-        """
-        if len(encoding.ids) <= max_length:
-            return encoding.ids, encoding.type_ids
-        source = np.array([2 if i is None else i for i in encoding.sequence_ids])  # 2: special
-        first, second, specials = (np.flatnonzero(source == i) for i in range(3))
-        if max_length < len(specials):
-            raise ValueError(
-                f"max_length must have room for the {len(specials)} special tokens of a row, "
-                f"got {max_length}."
-            )
-        lengths = _share(max_length - len(specials), len(first), len(second))
-        kept = [
-            text[:length] if self._truncation_side == "right" else text[len(text) - length :]
-            for text, length in zip((first, second), lengths, strict=True)
-        ]
-        places = np.sort(np.concatenate([specials, *kept]))
-        ids, types = (np.array(row)[places].tolist() for row in (encoding.ids, encoding.type_ids))
-        return ids, types
-
-    def _stack(self, rows: list[list[int]], fill: int, padding_side: Any) -> Int[np.ndarray, "b t"]:
-        """The rows in one array, with `fill` where they are short."""
-        side = self.padding_side if padding_side is None else padding_side
-        if side not in ("left", "right"):
-            raise ValueError(f'padding_side must be "left" or "right", got {side!r}.')
-        stacked = np.full((len(rows), max(map(len, rows))), fill, np.int32)
-        for i, row in enumerate(rows):
-            stacked[i, : len(row)] = row
-            if side == "left":
-                stacked[i] = np.roll(stacked[i], -len(row))
-        return stacked
+        return [truncate(encoding, max_length, self._truncation_side) for encoding in encodings]
 
     def _decode_row(self, row: Any, skip_special_tokens: bool) -> str:
         ids = np.asarray(row)
@@ -346,36 +313,11 @@ class Tokenizer:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(
                 f"tokens must be ids of this tokenizer, from 0 to {self.vocab_size - 1}, or of the "
-                f"padding of its model's vocabulary, got {wrong}. Leave out what is no token, such "
-                "as -100 at a target that does not count."
+                f"padding of its model's vocabulary, got {wrong}. Leave out other numbers, such as "
+                "-100 for a target that does not count."
             )
-        # An id that the tokenizer lacks decodes to nothing.
+        # An id that the tokenizer does not have decodes to nothing.
         text = guarded(self.backend.decode, ids.astype(int).tolist(), skip_special_tokens)
         for before, after in self._clean_up:
             text = text.replace(before, after)
         return text
-
-
-def _check_texts(name: str, texts: Any) -> list[str]:
-    """The texts as a list with at least one, or an error."""
-    listed = [texts] if isinstance(texts, str) else texts
-    if not (isinstance(listed, Sequence) and listed and all(isinstance(x, str) for x in listed)):
-        raise ValueError(
-            f"{name} must be a string or a list of at least one string, got {shorten(texts)}."
-        )
-    for text in listed:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} must be valid Unicode, got {shorten(text)}: {error.reason}. "
-                'Repair it, for instance with .encode("utf-8", "replace").decode().'
-            ) from None
-    return list(listed)
-
-
-def _share(room: int, first: int, second: int) -> tuple[int, int]:
-    """How many tokens to keep of two texts of these lengths: the longer one is cut first."""
-    half = room // 2 if first <= second else room - room // 2
-    kept = min(first, max(half, room - second))
-    return kept, min(second, room - kept)

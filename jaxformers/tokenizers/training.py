@@ -1,4 +1,4 @@
-"""Tokenizers made here: byte-level BPE that is trained, and those of bytes and characters."""
+"""New tokenizers: byte-level BPE trained on texts, and tokenizers of bytes and of characters."""
 
 import json
 import os
@@ -23,18 +23,18 @@ def train_bpe(
     min_frequency: int = 2,
     progress: bool = False,
 ) -> Tokenizer:
-    """A byte-level BPE tokenizer, as GPT-2's, of which no text is unknown.
+    """Trains a byte-level BPE tokenizer like GPT-2's, which has tokens for every text.
 
     Arguments:
-        texts: what to learn from.
-        vocab_size: how many tokens at most: 256 bytes, the special tokens, and what is learned.
-        special_tokens: by role, as `{"eos_token": "<|endoftext|>"}`, which is the default.
+        texts: the texts to train on.
+        vocab_size: the largest number of tokens: 256 bytes, the special tokens and learned tokens.
+        special_tokens: special tokens by role; default `{"eos_token": "<|endoftext|>"}`.
         others: more special tokens, without a role.
-        min_frequency: how often a pair must occur to become a token.
-        progress: whether to show progress on the terminal.
+        min_frequency: how often a pair must occur to become a token, default 2.
+        progress: whether to show progress on the terminal, False by default.
 
     Raises:
-        ValueError: if the vocabulary has no room for the bytes, or there is no text.
+        ValueError: if the vocabulary has no room for the bytes.
         ImportError: if the `tokenizers` package is missing.
 
     Example:
@@ -66,7 +66,7 @@ def train_bpe(
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """A tokenizer whose ids are the bytes of a text, and 256 its end.
+    """Returns a tokenizer whose ids are the bytes of a text, and 256 for its end.
 
     Raises:
         ImportError: if the `tokenizers` package is missing.
@@ -76,7 +76,7 @@ def bytes_tokenizer() -> Tokenizer:
         Array([104, 195, 169], dtype=int32)
     """
     package = _package()
-    # The package writes the 188 printable bytes as themselves, and the others as what follows.
+    # The package writes the 188 printable bytes as themselves and the others as chr(256), ....
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -87,7 +87,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def characters_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer whose ids are the characters of these texts in their order, and last the end.
+    """Returns a tokenizer whose ids are the sorted characters of these texts, then the end token.
 
     Raises:
         ValueError: if there is no text.
@@ -102,8 +102,8 @@ def characters_tokenizer(texts: Iterable[str]) -> Tokenizer:
     for text in texts:
         characters.update(text)
     if not characters:
-        raise ValueError("characters are those of at least one text, got none.")
-    # Without an unknown token, what is not among them is an error, and nothing is lost.
+        raise ValueError("texts must have at least one character, got none.")
+    # There is no unknown token, so another character is an error and nothing is lost.
     backend = package.Tokenizer(
         package.models.WordLevel({c: k for k, c in enumerate(sorted(characters))})
     )
@@ -114,13 +114,13 @@ def characters_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def save_new(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write a tokenizer's files to a directory that appears only once they are complete.
+    """Writes a tokenizer's files to a directory that appears only when they are complete.
 
     Raises:
-        ValueError: if there is something already.
+        ValueError: if the directory is not empty.
     """
     check_new(directory)
-    # A name that no other process has: two that write at once do not mix their files.
+    # The name is unique, so two processes that write at once do not mix their files.
     unfinished = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.unfinished")
     try:
         unfinished.mkdir(parents=True)
@@ -134,7 +134,7 @@ def save_new(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def check_new(directory: Path) -> None:
-    """Raise if there is something in a directory."""
+    """Raises an error if a directory is not empty."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty. Choose another directory, or remove it.")
 
@@ -158,7 +158,7 @@ def _byte_level(package: Any, model: Any) -> Any:
 
 
 def _with_files(backend: Any, roles: dict[str, str]) -> Tokenizer:
-    """The tokenizer, with the settings that transformers reads beside it."""
+    """Returns the tokenizer, with the settings that transformers reads beside it."""
     config = {
         **roles,
         "clean_up_tokenization_spaces": False,
