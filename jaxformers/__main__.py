@@ -10,7 +10,7 @@ from jaxformers.cli.verify import add_verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0 if all is well, 1 if a check failed or nothing ran."""
+    """Runs a command. Returns the exit status: 0, or 1 if a check failed or nothing ran."""
     parser = argparse.ArgumentParser(prog="python -m jaxformers", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_verify(commands)

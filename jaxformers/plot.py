@@ -1,4 +1,4 @@
-"""Curves of a training, drawn by matplotlib from its log."""
+"""Training curves, drawn by matplotlib from the log of a run."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,19 @@ from jaxformers.training.log import read_metrics
 def loss_curve(
     path: str | os.PathLike, save: str | os.PathLike | None = None, *, title: str | None = None
 ) -> Any:
-    """The losses of a run: every step faint, their running mean, and the evaluations.
+    """Draws the loss of each step faintly, its running mean, and the loss of the evaluations.
 
     Arguments:
-        path: `metrics.jsonl` as `fit` writes it, or the directory it is in.
-        save: file to write the picture to, of a kind that matplotlib knows (.png, .pdf, .svg);
-            None writes nothing.
-        title: what stands above the curves; None is the name of the directory.
+        path: the file `metrics.jsonl` that `fit` writes, or its directory.
+        save: the file of the picture, of a type that matplotlib knows (.png, .pdf, .svg). None, the
+            default, writes no file.
+        title: the title of the picture; None is the name of the directory.
 
     Returns:
-        The `matplotlib.figure.Figure`; notebooks show it.
+        The `matplotlib.figure.Figure`, which notebooks show.
 
     Raises:
-        ValueError: if there is no such log, or no step in it.
+        ValueError: if there is no such log, or it has no step.
         ImportError: if matplotlib is missing.
 
     Example:
@@ -43,7 +43,7 @@ def loss_curve(
     evaluation = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     if not train:
         raise ValueError(f"the log {path} has no step in it yet: there is nothing to draw.")
-    steps, losses = np.array(train, float).T  # None, of a bad step, is NaN
+    steps, losses = np.array(train, float).T  # None, the loss of a bad step, becomes NaN
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     alpha, linewidth = (0.25, 0.7) if len(steps) >= 100 else (1.0, 1.5)

@@ -161,7 +161,7 @@ def test_a_function_that_suggests_names_is_as_before():
         "batches",
     ]
     assert inspect.signature(fit).parameters["eval_every"].default == 500
-    assert fit.__doc__.startswith("Train a model")
+    assert fit.__doc__.startswith("Trains a model")
 
     @explain_options
     def add(a, /, b, *, c=3):

@@ -1,17 +1,17 @@
-"""Whether a checkpoint says here what it says under transformers and torch.
+"""The comparison of a checkpoint here with the same checkpoint under transformers and torch.
 
-Compared are what the model makes of random tokens in float32 (without padding, padded on the right,
-padded on the left), what it generates, what it makes of them with weights of 16 bits, and what is
-left of it after saving it again.
+These things are compared, on random tokens: the outputs in float32 (without padding, with padding
+on the right and on the left), generated tokens, the outputs with weights of 16 bits, and the
+outputs after saving the checkpoint again.
 
 The allowed difference follows from the rounding of torch itself. Its outputs in float32 differ from
-its outputs in float64, more so the deeper the model is. Ours may differ from its float32 by a few
-times as much. Outputs with 16 bits are compared with float32, and ours may be at most twice as far
-from it as those of torch. JAX is asked for all bits of float32 in products, which is not its
-default on GPUs and TPUs.
+its outputs in float64, and the difference grows with the depth of the model. Ours may differ from
+its float32 by a few times as much. Outputs with 16 bits are compared with float32, and ours may be
+at most about twice as far from it as those of torch. JAX is set to compute products in full
+float32, which is not its default on GPUs and TPUs.
 
-Positions are counted over the real tokens here. Where transformers counts them over padding too and
-cannot be told otherwise, rows padded on the left are compared with the same rows alone.
+Positions are counted over the real tokens here. Some models of transformers always count them over
+padding as well. Their rows with padding on the left are compared one by one, without the padding.
 """
 
 import os
@@ -38,20 +38,21 @@ from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
 
-# How far ours may be from torch: so many times as far as its float32 is from its float64, and this
-# far in any case; with 16 bits, so many times as far from float32 as it is.
+# Ours may differ from torch in float32 by `ROUNDINGS` times the difference between torch's float32
+# and float64, and by `LEAST` in any case. With 16 bits its distance from float32 may be `FARTHER`
+# times the distance of torch.
 ROUNDINGS, LEAST = 8, 1e-5
 FARTHER = 2
-SOURCE_LENGTH, TARGET_LENGTH, NEW_TOKENS = 11, 9, 8  # as far as the model takes so many
+SOURCE_LENGTH, TARGET_LENGTH, NEW_TOKENS = 11, 9, 8  # less if the model does not take so many
 NUM_BEAMS = 3
-RATIO = " by torch's"  # in the names of rows that have a ratio of distances
+RATIO = " by torch's"  # part of the names of rows that have a ratio of distances
 NO_PADDING, RIGHT, LEFT = "no padding", "right padding", "left padding"
 
 
 class Row(NamedTuple):
-    """One comparison: the largest difference, or the number of differences, and what is allowed.
+    """One comparison: the largest difference or the number of differences, and the allowed value.
 
-    With 16 bits the difference is a ratio: of the distance from float32 to that of torch.
+    With 16 bits the difference is a ratio: our distance from float32 divided by that of torch.
     """
 
     name: str
@@ -60,20 +61,20 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.allowed  # never if it is NaN
+        return self.difference <= self.allowed  # False if it is NaN
 
 
 def verify(
     path: str | os.PathLike, *, seed: int = 0, generate: bool = True, sixteen_bits: bool = True
 ) -> list[Row]:
-    """Compare a checkpoint under transformers and torch with the same checkpoint here.
+    """Compares a checkpoint under transformers and torch with the same checkpoint here.
 
     Arguments:
-        path: the checkpoint's directory.
-        seed: of the random tokens, 0.
-        generate: whether to compare generated tokens too, which takes longest.
-        sixteen_bits: whether to compare with weights of 16 bits too: those of the file, or
-            bfloat16 where it has wider ones.
+        path: the directory of the checkpoint.
+        seed: the seed of the random tokens, default 0.
+        generate: whether to compare generated tokens as well, which takes longest; default True.
+        sixteen_bits: whether to compare with weights of 16 bits as well, default True. They are
+            those of the file, or bfloat16 if the file has wider ones.
 
     Returns:
         A `Row` per comparison; `row.passed` says whether the difference is allowed.
@@ -101,7 +102,7 @@ def verify(
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text in columns."""
+    """Returns the rows as text in columns."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'':{width}}  difference  allowed"]
     for row in rows:
@@ -111,7 +112,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw_samples(ours: Model, config: Any, rng: np.random.Generator) -> dict[str, Sample]:
-    """Random rows of tokens in three layouts, of source and target where there are two."""
+    """Returns random rows of tokens in three layouts, one batch each for source and target."""
     if isinstance(ours, Transformer):
         sizes = [
             (ours.src_vocab_size, SOURCE_LENGTH, ours.src_embedding.max_seq_length),
@@ -128,7 +129,7 @@ def draw_samples(ours: Model, config: Any, rng: np.random.Generator) -> dict[str
 
 
 def _draw(config: Any, vocab_size: int, length: int, rng: np.random.Generator) -> Batch:
-    """Three rows without special tokens: some models take the id of padding for padding."""
+    """Returns three rows without special tokens, since some models mask the padding id."""
     names = ("pad", "bos", "eos", "decoder_start")
     given = [getattr(config, f"{name}_token_id", None) for name in names]
     special = np.hstack([[], *(x for x in given if x is not None)])
@@ -138,10 +139,10 @@ def _draw(config: Any, vocab_size: int, length: int, rng: np.random.Generator) -
 
 
 def _pad(batch: Batch, config: Any, left: bool) -> Batch:
-    """The first row whole, of the second two thirds and of the third one."""
+    """Returns the batch with padding: the first row stays whole, others keep 2/3 and 1/3."""
     length = batch.tokens.shape[1]
     mask = np.arange(length) < np.maximum(1, length * np.array([[3], [2], [1]]) // 3)
-    # Sorted by whether it is real, padding comes first; the sort keeps the order of the rest.
+    # A stable sort by `mask` moves padding to the front and keeps the order of the other tokens.
     order = np.argsort(mask, axis=1, kind="stable") if left else np.arange(length)[None]
 
     def pad(x: np.ndarray, filler: int) -> np.ndarray:
@@ -153,7 +154,7 @@ def _pad(batch: Batch, config: Any, left: bool) -> Batch:
 
 
 def _allow(path: str | os.PathLike, theirs: Reference, sample: Sample) -> dict[str, float]:
-    """Returns how far each output may be from theirs, by how far their float32 is from float64."""
+    """Returns the allowed difference of each output, from their float32 and float64."""
     exact = load_reference(path, theirs.kind, "float32").calculate_in("float64")(sample)
     rounded = theirs(sample)
     differences = {name: float(np.abs(rounded[name] - exact[name]).max()) for name in exact}
@@ -178,7 +179,7 @@ def _compare_sixteen_bits(
 ) -> list[Row]:
     """Compares the distances of both from float32, which has the same weights of 16 bits.
 
-    The distances are root mean squares, in which chance has less of a say than in the largest.
+    The distances are root mean squares, because these vary less by chance than the largest.
     """
     stored = _dtype(from_pretrained(path))
     dtype = stored if stored.itemsize == 2 else jnp.dtype(jnp.bfloat16)
@@ -192,11 +193,11 @@ def _compare_sixteen_bits(
         for name in wanted:
             found = _differences(got[name], wanted[name], sample)
             limit = _differences(rounded[name], wanted[name], sample)
-            # Where torch overflows, ours may give any numbers, but not NaN.
+            # Where torch overflows, any of our numbers are allowed, but not NaN.
             distance = np.nan_to_num(_root_mean_square(limit), nan=np.inf)
             ratio = float(_root_mean_square(found) / max(distance, np.finfo(np.float32).tiny))
-            # Chance decides more, the fewer tokens (or rows) there are. From one sample to another
-            # the logarithm of the ratio varies by about 1 / sqrt(2 n); three times that is allowed.
+            # With fewer tokens or rows the ratio varies more. Over samples the logarithm of the
+            # ratio varies by about 1 / sqrt(2 n), and three times that is allowed.
             vectors = found.size // found.shape[-1]
             allowed = FARTHER * float(np.exp(3 / np.sqrt(2 * vectors)))
             rows.append(Row(f"{name}, {layout}, {dtype}{RATIO}", ratio, allowed))
@@ -212,9 +213,9 @@ def _dtype(model: Model) -> np.dtype:
 
 
 def _their_outputs(theirs: Reference, layout: str, sample: Sample) -> Outputs:
-    """Returns their outputs, row by row where padding would change those of real tokens."""
+    """Returns their outputs, row by row if padding would change those of real tokens."""
     alike = layout == RIGHT or theirs.takes_positions
-    told = layout == NO_PADDING or alike and not theirs.turns_by_length
+    told = layout == NO_PADDING or alike and not theirs.rotates_by_length
     return theirs(sample) if told else theirs.row_by_row(sample)
 
 
@@ -226,7 +227,7 @@ def _differences(got: Any, wanted: np.ndarray, sample: Sample) -> np.ndarray:
 
 
 def _our_outputs(model: Model, sample: Sample, names: frozenset[str]) -> Outputs:
-    """Without `jit`: that would compile a program for every layout, to run it once."""
+    """Returns our outputs. `jit` is not used: it would compile each layout only to run it once."""
     tokens, mask, types = sample[0]
     if isinstance(model, TransformerLM):
         return {"log-probs": model(tokens, padding_mask=mask)}
@@ -252,7 +253,7 @@ def _compare_generated(
     samples: dict[str, Sample],
     allowed: float,
 ) -> list[Row]:
-    """New tokens and their log-probabilities: greedily, and after a source with beams too."""
+    """Compares new tokens and their log-probabilities, greedily and for a source also by beams."""
     if isinstance(ours, TransformerLM):
         prompt = samples[LEFT][0]
         start = prompt.tokens.shape[1]
@@ -267,11 +268,11 @@ def _compare_generated(
     rows = []
     for name, num_beams in searches.items():
         options: Any = {**where, "num_beams": num_beams, "return_scores": True}
-        with warnings.catch_warnings():  # that both neglect the checkpoint's other settings
+        with warnings.catch_warnings():  # both ignore the checkpoint's other settings
             warnings.simplefilter("ignore", UserWarning)
             got = ours.generate(prompt.tokens, *budget.values(), **options)
         wanted = theirs.generate(prompt, num_beams=num_beams, **budget)
-        # transformers stops where all rows have ended, here rows are filled up.
+        # transformers stops when all rows have ended. Here the rows are filled up.
         tokens = np.asarray(got.tokens)[:, start : start + wanted.tokens.shape[1]]
         differing = (tokens != wanted.tokens) & (wanted.tokens >= 0)
         scores = got.scores if num_beams > 1 else got.log_probs[:, : wanted.scores.shape[1]]
@@ -282,10 +283,10 @@ def _compare_generated(
 
 
 def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -> list[Row]:
-    """What transformers makes of the checkpoint, and of what is written back.
+    """Compares the checkpoint with the saved one, both under transformers.
 
-    The checkpoint has the type of its file, whatever config.json says. What is written back must
-    say so.
+    The checkpoint has the type of its file, whatever config.json says. The config.json of the saved
+    one must have that type.
     """
     with tempfile.TemporaryDirectory() as copy:
         model = from_pretrained(path)
@@ -294,7 +295,7 @@ def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -
         after = load_reference(copy, kind, "auto")
     changed = before.changed(after)
     for reference in (before, after):
-        # PyTorch rounds by how arrays lie in memory, which files decide until they are copied.
+        # PyTorch rounds differently by memory layout, which the files decide. A copy removes that.
         for parameter in reference.model.float().parameters():
             parameter.data = parameter.data.clone()
     wanted, got = (Reference(x.model, kind, x.missing)(sample) for x in (before, after))

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers and torch read it, to be compared with."""
+"""A checkpoint loaded by transformers and torch, to be compared with."""
 
 import contextlib
 import inspect
@@ -16,32 +16,32 @@ Model = TransformerLM | Transformer | TransformerEncoder
 
 
 class Batch(NamedTuple):
-    """Arrays `(b, t)`: tokens, which of them are real (None is all), and the segment of each."""
+    """Arrays `(b, t)`: tokens, a mask of real tokens (None is all), the segment of each token."""
 
     tokens: Any
     mask: Any = None
     types: Any = None
 
     def row(self, i: int) -> "Batch":
-        """One row without its padding."""
+        """Returns one row without its padding."""
         real = slice(None) if self.mask is None else self.mask[i]
         types = None if self.types is None else self.types[i : i + 1, real]
         return Batch(self.tokens[i : i + 1, real], None, types)
 
 
-Sample = list[Batch]  # what one call takes: tokens, or source and target
-Outputs = dict[str, Any]  # by name: `(b, t, ...)` of each token, or `(b, ...)` of each row
+Sample = list[Batch]  # the inputs of one call: tokens, or source and target
+Outputs = dict[str, Any]  # by name: `(b, t, ...)` for each token, or `(b, ...)` for each row
 
 
 class Generated(NamedTuple):
-    """New tokens (-1 where there are fewer) and the log-probability of each, or of each beam."""
+    """New tokens (-1 where a row has fewer), and log-probabilities of each token or each beam."""
 
     tokens: np.ndarray
     scores: np.ndarray
 
 
 class Reference(NamedTuple):
-    """The torch model, our class for its shape, and the weights that its file does not have."""
+    """The torch model, our class of its kind, and the names of weights that its file lacks."""
 
     model: Any
     kind: type[Model]
@@ -49,13 +49,13 @@ class Reference(NamedTuple):
 
     @property
     def takes_positions(self) -> bool:
-        """Whether it can be told to count positions over the real tokens."""
+        """Whether positions can be passed to it, counted over the real tokens."""
         parameters = inspect.signature(self.model.forward).parameters
         return self.kind is TransformerLM and "position_ids" in parameters
 
     @property
-    def turns_by_length(self) -> bool:
-        """Whether rotary angles depend on a length: of the longest row there, of each row here."""
+    def rotates_by_length(self) -> bool:
+        """Whether rotary angles depend on the length of the longest row there, of each row here."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         return rope.get("rope_type") in ("dynamic", "longrope")
 
@@ -73,7 +73,7 @@ class Reference(NamedTuple):
         return outputs
 
     def _heads(self, out: Any) -> Outputs:
-        """What stands on an encoder; where it was trained, that is two heads for some."""
+        """Returns the outputs of the heads on an encoder. Pretraining models may have two heads."""
         if "start_logits" in out:
             return {"classes": np.stack([_numpy(out.start_logits), _numpy(out.end_logits)], -1)}
         if "prediction_logits" in out:
@@ -83,7 +83,7 @@ class Reference(NamedTuple):
             return {"log-probs": _log_softmax(out.prediction_logits), "classes": _numpy(order)}
         if "Classification" in type(self.model).__name__:
             return {"classes": _numpy(out.logits)}
-        if out.logits.ndim == 2:  # whether each token is another's (ELECTRA)
+        if out.logits.ndim == 2:  # whether each token was replaced (ELECTRA)
             return {"classes": _numpy(out.logits)[..., None]}
         return {"log-probs": _log_softmax(out.logits)}
 
@@ -94,7 +94,7 @@ class Reference(NamedTuple):
         return self._replace(model=self.model.to(getattr(torch, dtype)))
 
     def row_by_row(self, sample: Sample) -> Outputs:
-        """What each row gives without its padding, put where the row lies in the sample."""
+        """Returns the outputs of each row without its padding, at its position in the sample."""
         mask = sample[-1].mask
         outputs: Outputs = {}
         for i, real in enumerate(mask):
@@ -106,9 +106,9 @@ class Reference(NamedTuple):
         return outputs
 
     def generate(self, batch: Batch, **options: int) -> Generated:
-        """Greedily or by beam search, with nothing of the checkpoint's but its special tokens."""
+        """Generates greedily or by beam search, with only the checkpoint's special tokens."""
         self._forget_other_settings(options)
-        if not self.turns_by_length:
+        if not self.rotates_by_length:
             return self._generate(batch)
         rows = [self._generate(batch.row(i)) for i in range(len(batch.tokens))]
         return Generated(_stack([x.tokens for x in rows], -1), _stack([x.scores for x in rows], 0))
@@ -140,9 +140,9 @@ class Reference(NamedTuple):
             bad_words_ids=given.bad_words_ids,
             suppress_tokens=given.suppress_tokens,
             begin_suppress_tokens=given.begin_suppress_tokens,
-            # A decoder with more layers than its encoder finds no room in the cache of T5. Where
-            # angles depend on the length, what lies in the cache keeps those of an earlier one.
-            use_cache=self.turns_by_length,
+            # The cache of T5 is too small for a decoder with more layers than its encoder. If
+            # angles depend on the length, keys in the cache keep the angles of an earlier length.
+            use_cache=self.rotates_by_length,
             return_dict_in_generate=True,
             output_logits=True,
             output_scores=True,
@@ -150,14 +150,14 @@ class Reference(NamedTuple):
         )
 
     def changed(self, other: "Reference") -> list[str]:
-        """The tensors that are not the same here and there, bit by bit."""
+        """Returns the names of tensors whose bits differ between the two models."""
         a, b = (x.model.state_dict() for x in (self, other))
         made_up = self.missing & other.missing
         return [x for x in a | b if x not in made_up and not _same_bits(a.get(x), b.get(x))]
 
 
 def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Reference:
-    """The checkpoint in the class of transformers that corresponds to our `kind`."""
+    """Returns the checkpoint in the class of transformers that corresponds to our `kind`."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
@@ -169,14 +169,14 @@ def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Re
     model, info = architecture.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
-    # The other implementations do not multiply float64, nor small experts of 16 bits.
+    # Other implementations cannot multiply float64, or small experts of 16 bits.
     model.config._experts_implementation = "eager"
     return Reference(model.eval(), kind, frozenset(info["missing_keys"]))
 
 
 @contextlib.contextmanager
 def torch_without_gradients() -> Iterator[None]:
-    """No gradients, and no progress bars or advice of transformers.
+    """Opens a context without gradients, and without progress bars or advice of transformers.
 
     Raises:
         ImportError: if transformers or torch is missing.
@@ -203,7 +203,7 @@ def torch_without_gradients() -> Iterator[None]:
 
 
 def _inputs(sample: Sample, with_positions: bool) -> dict[str, Any]:
-    """The arguments of a torch model's forward."""
+    """Returns the arguments of a torch model's forward."""
     import torch
 
     inputs = {}
@@ -219,7 +219,7 @@ def _inputs(sample: Sample, with_positions: bool) -> dict[str, Any]:
 
 
 def _stack(rows: list[np.ndarray], filler: int) -> np.ndarray:
-    """Rows `(1, t)` of any length below each other."""
+    """Returns rows `(1, t)` of any length as one array, padded with `filler`."""
     length = max(row.shape[1] for row in rows)
     ends = [((0, 0), (0, length - row.shape[1])) for row in rows]
     return np.vstack(

@@ -1,4 +1,4 @@
-"""`python -m jaxformers train-tokenizer FILE ... --out DIR --vocab-size N`."""
+"""The command `python -m jaxformers train-tokenizer FILE ... --out DIR --vocab-size N`."""
 
 import argparse
 import sys
@@ -7,26 +7,38 @@ from pathlib import Path
 from jaxformers.data.text_files import check_inputs, texts_of
 from jaxformers.tokenizers.training import END, check_new, save_new, train_bpe
 
-ROLES = ("end", "start", "pad", "mask")  # of special tokens, as the command line names them
+ROLES = ("end", "start", "pad", "mask")  # the roles of special tokens on the command line
 NAMES = {"end": "eos_token", "start": "bos_token", "pad": "pad_token", "mask": "mask_token"}
 
 
 def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
-    """`train-tokenizer FILE ... --out DIR --vocab-size N`"""
+    """Adds the command `train-tokenizer FILE ... --out DIR --vocab-size N`."""
     parser = commands.add_parser(
         "train-tokenizer",
         help="train a byte-level BPE tokenizer",
         description="Train a byte-level BPE tokenizer on text files (UTF-8) or JSON lines "
-        "(.jsonl), and save it as load_tokenizer and transformers' AutoTokenizer read it.",
+        "(.jsonl), and save it for load_tokenizer and for AutoTokenizer of transformers.",
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="text to learn from")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to save")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="a text file")
     parser.add_argument(
-        "--vocab-size", required=True, type=int, metavar="N", help="tokens, special ones included"
+        "--out", required=True, type=Path, metavar="DIR", help="the directory to write"
     )
-    parser.add_argument("--field", default="text", help="of a JSON line (default: text)")
     parser.add_argument(
-        "--min-frequency", type=int, default=2, metavar="N", help="of a pair (default: 2)"
+        "--vocab-size",
+        required=True,
+        type=int,
+        metavar="N",
+        help="the largest number of tokens, special tokens included",
+    )
+    parser.add_argument(
+        "--field", default="text", help="the field of a JSON line with the text (default: text)"
+    )
+    parser.add_argument(
+        "--min-frequency",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how often a pair must occur to become a token (default: 2)",
     )
     for role in ROLES:
         default = END if role == "end" else None
@@ -34,7 +46,7 @@ def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
             f"--{role}-token",
             default=default,
             metavar="TEXT",
-            help=f"special token (default: {default or 'none'})",
+            help=f"the {role} token (default: {default or 'none'})",
         )
     parser.add_argument(
         "--special-tokens", nargs="+", default=[], metavar="TEXT", help="more special tokens"
@@ -44,7 +56,7 @@ def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
 
 def run_train_tokenizer(options: argparse.Namespace) -> int:
     check_inputs(options.inputs)
-    check_new(options.out)  # before the work
+    check_new(options.out)  # before the training, which may take long
     given = {NAMES[role]: getattr(options, f"{role}_token") for role in ROLES}
     tokenizer = train_bpe(
         texts_of(options.inputs, options.field),
@@ -58,7 +70,8 @@ def run_train_tokenizer(options: argparse.Namespace) -> int:
     print(f"{options.out}: {tokenizer.vocab_size} tokens")
     if tokenizer.vocab_size < options.vocab_size:
         print(
-            f"note: not {options.vocab_size}, no more pairs come {options.min_frequency} times",
+            f"note: not {options.vocab_size} tokens, because no more pairs occur "
+            f"{options.min_frequency} times",
             file=sys.stderr,
         )
     return 0

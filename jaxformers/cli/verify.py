@@ -1,21 +1,23 @@
-"""`python -m jaxformers verify PATH`."""
+"""The command `python -m jaxformers verify PATH`."""
 
 import argparse
 import sys
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
-    """`verify PATH`"""
+    """Adds the command `verify PATH`."""
     parser = commands.add_parser(
         "verify",
         help="compare a checkpoint with transformers and torch",
         description="Compare a checkpoint under transformers and torch with the same one here: "
-        "its outputs with and without padding, what it generates, its outputs with weights of 16 "
-        "bits, and what saving makes of it. The exit status is 1 if a difference is larger than "
-        "allowed.",
+        "its outputs with and without padding, generated tokens, its outputs with weights of 16 "
+        "bits, and the checkpoint after saving it. The exit status is 1 if a difference is larger "
+        "than allowed.",
     )
-    parser.add_argument("path", metavar="PATH", help="the checkpoint's directory")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default 0)")
+    parser.add_argument("path", metavar="PATH", help="the directory of the checkpoint")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the seed of the random tokens (default: 0)"
+    )
     parser.add_argument(
         "--no-generation", action="store_true", help="do not compare generated tokens"
     )
@@ -36,7 +38,7 @@ def run_verify(options: argparse.Namespace) -> int:
         note = f"compiled programs are kept in {keep_compiled_programs()}"
     except ValueError as error:
         note = f"compiled programs are not kept: {error}"
-    print(note, file=sys.stderr)  # the table alone is the output
+    print(note, file=sys.stderr)  # standard output has only the table
     rows = verify(
         options.path,
         seed=options.seed,

@@ -246,7 +246,9 @@ def chat(
         # Whitespace after the end of an answer belongs to the template, so it does not count.
         spans.append((len(before), len(after.rstrip())))
     if not spans:
-        raise ValueError('messages must have at least one of the role "assistant" to learn.')
+        raise ValueError(
+            'messages must have at least one of the role "assistant" to learn, got none.'
+        )
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     begins = np.array([first for first, _ in encoding.offsets])
     counts = np.zeros(len(begins), np.bool_)

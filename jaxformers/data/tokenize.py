@@ -242,7 +242,9 @@ def _write(
             progress.input, progress.start, progress.offset = number + 1, 0, 0
             _save_progress(out, progress, ids_file, ends_file)
         if not progress.tokens:
-            raise ValueError(f"{', '.join(map(str, inputs))} hold no text that makes a token.")
+            raise ValueError(
+                f"{', '.join(map(str, inputs))} hold no text that makes a token. Pass other files."
+            )
         for file, count, kind in (
             (ids_file, progress.tokens, dtype),
             (ends_file, progress.documents, np.dtype("<i8")),
@@ -275,7 +277,7 @@ def _joined(joined: Joined, pieces: list[Piece], path: Path) -> list[Part]:
         stop = pieces[-1].stop + len(pieces[-1].after.encode())
         raise ValueError(
             f"the tokenizer cannot encode a text of {path} before byte {stop}: {error} "
-            "If it is one of characters, it does not know one of these."
+            "A tokenizer of characters knows only the characters of its own texts."
         ) from None
 
 

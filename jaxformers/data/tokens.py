@@ -268,7 +268,7 @@ def _open_npy(path: Path) -> np.ndarray:
     """Returns the array of a `.npy` file, mapped."""
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing. python -m jaxformers tokenize makes a directory of tokens."
+            f"{path} is missing. Pass a directory that `python -m jaxformers tokenize` wrote."
         )
     try:
         with path.open("rb") as file:
@@ -290,7 +290,7 @@ def _open_npy(path: Path) -> np.ndarray:
             "Copy it again, or tokenize again."
         )
     if dtype.hasobject:
-        raise ValueError(f"{path} must hold integers, got Python objects.")
+        raise ValueError(f"{path} must hold integers, got Python objects. Save it as integers.")
     if 0 in shape:  # an empty array cannot be mapped
         return np.zeros(shape, dtype)
     return np.load(path, mmap_mode="r", allow_pickle=False)

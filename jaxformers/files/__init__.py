@@ -1,1 +1,1 @@
-"""Files of all formats: how they are found, read, and written so that none is half there."""
+"""Files of all formats: finding them, reading them, and writing them completely or not at all."""

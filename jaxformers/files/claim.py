@@ -16,10 +16,10 @@ class Claim:
     """The right to write to a directory, which the system takes back when the process ends.
 
     Arguments:
-        directory: made if it is not there.
-        wanted: what is to be written, as errors call it.
-        owner: what errors call another process that has the directory.
-        clean: removes what a process that was killed has left in the directory.
+        directory: the directory, which is made if it does not exist.
+        wanted: the name in errors for the files to be written.
+        owner: the name in errors for another process that has the directory.
+        clean: function that removes files of a killed process from the directory.
 
     Raises:
         OSError: if the directory cannot be written to, or another process has it.
@@ -33,7 +33,7 @@ class Claim:
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / f"{LOCK}.{os.getpid()}.tmp"
             probe.write_bytes(b"0")
-            probe.unlink(missing_ok=True)  # who has the directory may have cleaned it meanwhile
+            probe.unlink(missing_ok=True)  # the owner of the directory may have removed it
             descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise OSError(
@@ -49,9 +49,9 @@ class Claim:
 
 
 def claim(directory: Path, wanted: str, owner: str, clean: Callable[[Path], None]) -> Claim:
-    """The claim of this process to a directory: one, however many objects share it.
+    """Returns the claim of this process to a directory. All objects of the process share it.
 
-    The directory is free again when the last of them is gone. Arguments and errors are those of
+    The directory is free again when the last of them is deleted. Arguments and errors are those of
     `Claim`.
     """
     own = os.getpid(), os.path.realpath(directory)
@@ -64,7 +64,7 @@ def claim(directory: Path, wanted: str, owner: str, clean: Callable[[Path], None
 def alone(
     directory: Path, wanted: str, owner: str, clean: Callable[[Path], None]
 ) -> Iterator[None]:
-    """Has the claim to a directory inside of `with`, also against threads of this process.
+    """Holds the claim to a directory inside of `with`, also against threads of this process.
 
     Arguments and errors are those of `Claim`.
     """
@@ -79,7 +79,7 @@ def alone(
                 os.truncate(directory / LOCK, 0)
             own.mutex.release()
     finally:
-        del own  # a traceback that somebody keeps would keep the claim
+        del own  # otherwise a traceback that is kept would keep the claim
 
 
 def _lock(descriptor: int, directory: Path, owner: str) -> None:
@@ -90,7 +90,7 @@ def _lock(descriptor: int, directory: Path, owner: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if not isinstance(error, BlockingIOError):  # a file system without locks
+        if not isinstance(error, BlockingIOError):  # the file system has no locks
             warnings.warn(f"{directory} has no guard against a second run: {error}", stacklevel=6)
             return
         process = os.read(descriptor, 20).decode(errors="replace").strip()
@@ -110,7 +110,7 @@ _CLAIMS: weakref.WeakValueDictionary[tuple, Claim] = weakref.WeakValueDictionary
 
 
 def _let_go() -> None:
-    """A forked child, such as a loader's worker, has no claim: it may live on when this is dead."""
+    """Drops all claims in a forked child, such as a loader's worker, which may live longer."""
     for there in list(_CLAIMS.values()):
         there.let_go()
 

@@ -1,7 +1,7 @@
-"""What lies where a checkpoint should be, and what to do about it.
+"""Descriptions of the files in a directory that is not a checkpoint, with advice.
 
-Other tools leave other files. An error that only says what is missing leaves people alone with
-them, so errors of loading end with what is said here.
+Other tools write other files. An error that only names a missing file does not help then, so the
+errors of loading end with the sentences of this module.
 """
 
 import fnmatch
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from jaxformers.files.json_file import shorten
 
-MAX_NAMES = 2000  # that are looked at in a directory, and a tenth of it in each below
+MAX_NAMES = 2000  # the limit in a directory; in each folder below it is a tenth
 
 
 class Kind(NamedTuple):
-    """Files of one kind: patterns of their names, and what to do about them."""
+    """A kind of files: patterns of their names, and advice on them."""
 
     patterns: tuple[str, ...]
     advice: str
@@ -27,13 +27,13 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer_config.json", "tekken.json"),
 )
-# The weights of a checkpoint, or what tells of them.
+# The weights of a checkpoint, or their index.
 WHOLE = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.th")
-# A file is of the first kind that has its name.
+# The kind of a file is the first one with a pattern that matches.
 KINDS = (
     Kind(
         (
@@ -48,8 +48,8 @@ KINDS = (
         ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),
         "GGUF is the format of llama.cpp, mostly with quantized weights. Pass the checkpoint that "
         "it was made of. Without that, transformers converts it once: AutoModelForCausalLM"
-        ".from_pretrained(directory, gguf_file=name).save_pretrained(other_directory); compare "
-        "what both say of a text, since quantized weights are not the original ones.",
+        ".from_pretrained(directory, gguf_file=name).save_pretrained(other_directory). Then "
+        "compare what both say of a text, since quantized weights are not the original ones.",
     ),
     Kind(
         (
@@ -57,12 +57,12 @@ KINDS = (
             *("*.mlpackage", "*.mlpackage/*", "*.engine", "*.plan", "openvino_*.xml"),
             *("openvino_*.bin", "*.neuron", "*.hef"),
         ),
-        "An exported graph (ONNX, Core ML, TensorRT, OpenVINO and the like) names its weights no "
-        "more as the model does. Pass the checkpoint that it was exported from.",
+        "An exported graph (ONNX, Core ML, TensorRT, OpenVINO and the like) has lost the names of "
+        "the model's weights. Pass the checkpoint that it was exported from.",
     ),
     Kind(
         ("model_index.json",),
-        "It is a pipeline of diffusers, of several models. Pass the directory within it that has "
+        "It is a pipeline of diffusers with several models. Pass the directory within it that has "
         "the language model, such as text_encoder.",
     ),
     Kind(
@@ -83,8 +83,9 @@ KINDS = (
     ),
     Kind(
         ("*.ckpt.index", "*.ckpt.meta", "*.ckpt.data-*", "*.ckpt-*", "saved_model.pb", "*.keras"),
-        "They are of TensorFlow, which is not read. transformers 4 has a script that converts the "
-        "first checkpoints of BERT and its kin (convert_*_original_tf_checkpoint_to_pytorch.py).",
+        "They are files of TensorFlow, which is not supported. transformers 4 has scripts for the "
+        "first checkpoints of BERT and its variants "
+        "(convert_*_original_tf_checkpoint_to_pytorch.py).",
     ),
     Kind(
         ("*.msgpack", "*.h5", "*.hdf5"),
@@ -94,14 +95,17 @@ KINDS = (
     ),
     Kind(
         ("_CHECKPOINT_METADATA", "ocdbt.process_*", "orbax_checkpoint*"),
-        "They are of orbax, as trainings in JAX write them. jaxformers.load(directory) gives the "
-        "model of a training with OrbaxCheckpoints; other libraries have a way to export theirs.",
+        "They are files of orbax, which trainings in JAX write. jaxformers.load(directory) returns "
+        "the model of a training with OrbaxCheckpoints. Other libraries can export their models.",
     ),
     Kind(
         ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar", "*.nemo", "*.mar"),
         "Unpack the archive, and pass the directory with config.json.",
     ),
-    Kind(("*.npz", "*.npy"), "Arrays of NumPy are not read: nothing says what they are of."),
+    Kind(
+        ("*.npz", "*.npy"),
+        "Arrays of NumPy are not read, because they do not say which model they belong to.",
+    ),
     Kind(
         PICKLES,
         "A pickle is read only as pytorch_model.bin, or as shards with "
@@ -118,7 +122,7 @@ NATIVE = "It is a file of jaxformers.save. Read it with jaxformers.load({path!r}
 
 
 def describe_directory(directory: Path) -> str:
-    """Sentences about what is in a directory that is no checkpoint; "" if there is nothing."""
+    """Returns sentences about a directory that is not a checkpoint, or "" if no file is known."""
     sentences = describe_names(list(_names(directory)))
     adapter = directory / "adapter_config.json"
     base = _text(adapter, "base_model_name_or_path")
@@ -126,7 +130,7 @@ def describe_directory(directory: Path) -> str:
 
 
 def describe_names(names: Sequence[str]) -> str:
-    """Sentences about files by their names, which lie in one directory or one folder below it."""
+    """Returns sentences about the names of files in one directory or one folder below it."""
     advice: dict[str, list[str]] = {}
     for name in names:
         kind = next((k for k in KINDS if any(fnmatch.fnmatch(name, p) for p in k.patterns)), None)
@@ -146,7 +150,7 @@ def describe_names(names: Sequence[str]) -> str:
 
 
 def _below(names: Sequence[str]) -> Iterator[str]:
-    """What to say of folders that hold checkpoints."""
+    """Yields sentences about folders that hold checkpoints."""
     known = set(names)
     folders = sorted({x.partition("/")[0] for x in names if x.count("/") == 1})
     folders = [
@@ -168,13 +172,13 @@ def _below(names: Sequence[str]) -> Iterator[str]:
 
 
 def _step(folder: str) -> int:
-    """The number of a folder such as checkpoint-500, of which the last is the newest."""
+    """Returns the number of a folder such as checkpoint-500, or -1."""
     number = folder.rpartition("-")[2]
     return int(number) if number.isdecimal() and len(number) < 12 else -1
 
 
 def describe_file(path: Path) -> str:
-    """Sentences about a file that was passed in place of a directory."""
+    """Returns sentences about a file that was passed in place of a directory."""
     with path.open("rb") as file:
         if b'"jaxformers ' in file.read(4096):
             return NATIVE.format(path=str(path))
@@ -185,24 +189,24 @@ def describe_file(path: Path) -> str:
 
 
 def describe_hub(name: str) -> str:
-    """Sentences about a repository of the hub that has no checkpoint; "" if it does not answer."""
+    """Returns sentences about a hub repository without a checkpoint, or "" if it fails."""
     try:
         from huggingface_hub import list_repo_files
 
         return describe_names(list_repo_files(name)[:MAX_NAMES])
-    except Exception:  # they have no class in common, and there is an error to be raised already
+    except Exception:  # the errors have no common class, and another error is about to be raised
         return ""
 
 
 def list_names(names: Iterable[str]) -> str:
-    """The first names of many."""
+    """Returns the first five names as one text, and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(shorten(name) for name in names[:5]) or "none") + more
 
 
 def _names(directory: Path) -> Iterator[str]:
-    """The names in a directory and one folder below, those of folders with a slash at the end."""
+    """Yields the names in a directory and in its folders. Names of folders end with a slash."""
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)[:MAX_NAMES]
         for entry in entries:
@@ -213,11 +217,11 @@ def _names(directory: Path) -> Iterator[str]:
             inner = sorted(x.name for x in os.scandir(entry.path))[: MAX_NAMES // 10]
             yield from (f"{entry.name}/{name}" for name in inner)
     except OSError:
-        return  # what cannot be looked at is not described
+        return  # a directory that cannot be read is not described
 
 
 def _text(path: Path, key: str) -> str | None:
-    """An entry of a JSON file, if that is there, small, and the entry a string."""
+    """Returns an entry of a JSON file if it is a string and the file is small, else None."""
     try:
         entries = json.loads(path.read_bytes()) if path.stat().st_size < 2**20 else None
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""The files of a checkpoint: where they are, and their tensors, read and written one by one.
+"""The files of a checkpoint: finding them, and reading and writing their tensors one by one.
 
-A directory has model.safetensors, or several such files, the shards, and an index that says which
-tensor is in which. Where it has neither, pytorch_model.bin is read, or its shards with their index:
-a pickle, of which the tensors are read and no code is run.
+A directory has model.safetensors, or several such files (shards) with an index that says which
+tensor is in which shard. If it has neither, pytorch_model.bin is read, or its shards with their
+index. Those are pickles: their tensors are read, and no code in them is run.
 """
 
 import difflib
@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
-# One of them is there in a checkpoint.
+# A checkpoint has at least one of these files.
 WEIGHTS = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -46,15 +46,16 @@ _T = TypeVar("_T", Stored, TorchTensor)
 
 
 def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path:
-    """The directory of a checkpoint, fetched from the Hugging Face hub if it is a name there.
+    """Returns the directory of a checkpoint, downloaded if it is a name on the Hugging Face hub.
 
     Arguments:
-        path_or_hub_name: a directory, or "owner/name". A directory of that name comes first; what
-            can only be a path (a `Path`, "./name", "a/b/c") is not looked up on the hub.
-        patterns: which files to fetch, such as `["*.json", "model*.safetensors"]`.
+        path_or_hub_name: a directory, or "owner/name". An existing directory of that name is
+            preferred. An argument that can only be a path (a `Path`, "./name", "a/b/c") is not
+            looked up on the hub.
+        patterns: the files to download, such as `["*.json", "model*.safetensors"]`.
 
     Raises:
-        ValueError: if there is no such directory, or the hub does not give it.
+        ValueError: if there is no such directory, or the download from the hub fails.
         ImportError: if the hub is needed and `huggingface_hub` is missing.
 
     Example:
@@ -63,10 +64,10 @@ def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path
     """
     if not isinstance(path_or_hub_name, str | os.PathLike):
         raise ValueError(
-            f"a checkpoint is a directory or a name on the hub, got {path_or_hub_name!r:.80}."
+            f"a checkpoint must be a directory or a name on the hub, got {path_or_hub_name!r:.80}."
         )
     path = Path(path_or_hub_name).expanduser()
-    if os.path.isdir(path) and path_or_hub_name != "":  # which would be the current directory
+    if os.path.isdir(path) and path_or_hub_name != "":  # "" would be the current directory
         return path
     if os.path.isfile(path):
         hint = f" {describe_file(path)}".rstrip()
@@ -89,7 +90,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # they have no class in common
+    except Exception as error:  # the errors have no common class
         raise ValueError(
             f"there is no directory {name!r} (as seen from {Path.cwd()}), and the Hugging Face hub "
             f"did not give it: {type(error).__name__}: {error}\nCheck the name; log in with `hf "
@@ -99,12 +100,12 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 
 def has_safetensors(directory: Path) -> bool:
-    """Whether the tensors of a checkpoint are there as safetensors."""
+    """Returns whether the tensors of a checkpoint exist as safetensors."""
     return (directory / SINGLE).exists() or (directory / INDEX).exists()
 
 
 def check_there(path_or_hub_name: str | os.PathLike, directory: Path) -> None:
-    """Raise if what `locate` found is no checkpoint, with what it is instead.
+    """Raises an error if a directory from `locate` is not a checkpoint, and describes its files.
 
     Raises:
         ValueError: if there is no config.json, or there are no weights.
@@ -113,7 +114,7 @@ def check_there(path_or_hub_name: str | os.PathLike, directory: Path) -> None:
     if there and (directory / "config.json").exists():
         return
     is_path = os.path.isdir(Path(path_or_hub_name).expanduser())
-    # Of a repository on the hub, only what may be of use was fetched.
+    # From a repository on the hub only the useful files were downloaded.
     found = describe_directory(directory) if is_path else describe_hub(os.fspath(path_or_hub_name))
     if (directory / "config.json").exists():
         raise ValueError(_without_weights(directory, found))
@@ -126,13 +127,13 @@ def _without_weights(directory: Path, found: str) -> str:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint; opening it reads and checks the headers only.
+    """The tensors of a checkpoint. Opening it reads and checks only the headers.
 
     Arguments:
-        directory: has model.safetensors, or model.safetensors.index.json and its shards; or else
-            pytorch_model.bin, or pytorch_model.bin.index.json and its shards.
-        complete: whether each tensor that an index lists must be there. Otherwise `lacking` has
-            those that are not, with the shard that the index names.
+        directory: the directory with model.safetensors, or model.safetensors.index.json and its
+            shards; or else pytorch_model.bin, or pytorch_model.bin.index.json and its shards.
+        complete: whether each tensor in an index must exist, True by default. If False, `lacking`
+            has the missing ones, each with the shard that the index names.
 
     Raises:
         ValueError: if a file is missing or damaged, a pickle holds more than tensors, or the files
@@ -160,7 +161,7 @@ class TensorFiles:
         self.lacking = {}
         if not self.directory.is_dir():
             raise ValueError(f"there is no directory {self.directory}.")
-        # In this order: where an index is left beside a single file, transformers reads the file.
+        # This is the order of transformers: a single file is preferred to an index beside it.
         if (self.directory / SINGLE).exists():
             self._tensors = read_header(self.directory / SINGLE)
         elif (self.directory / INDEX).exists():
@@ -174,25 +175,25 @@ class TensorFiles:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, in the order in which they lie in the files."""
+        """The names of all tensors, in their order in the files."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Returns the shape of a tensor."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor, of whatever kind: integers and 8-bit floats are to be expected."""
+        """Returns the dtype of a tensor, which may also be an integer or an 8-bit float."""
         return self._find(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
+        """Returns a tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
         return self._find(name).read()
 
     def _read_shards(
         self, index: str, ending: str, read: Callable[[Path], dict[str, _T]], complete: bool
     ) -> dict[str, _T]:
-        """The tensors of all shards, each of which must hold no other than the index says."""
+        """Returns the tensors of all shards, after a check that each has those in the index."""
         listed = _read_index(self.directory / index, ending)
         there = (self.directory / shard for shard in listed)
         found = {path.name: read(path) for path in there if complete or path.exists()}
@@ -201,8 +202,9 @@ class TensorFiles:
             missing, surplus = listed[shard] - tensors.keys(), tensors.keys() - listed[shard]
             if surplus or missing & everything or (complete and missing):
                 raise ValueError(
-                    f"{self.directory / shard} does not hold what {index} says: missing "
-                    f"{list_names(missing)}; not listed as in this file {list_names(surplus)}."
+                    f"{self.directory / shard} does not hold the tensors that {index} lists: "
+                    f"missing {list_names(missing)}; not listed for this file "
+                    f"{list_names(surplus)}. Download or save the checkpoint again."
                 )
         for shard, names in listed.items():
             self.lacking |= dict.fromkeys(sorted(names - everything), shard)
@@ -217,13 +219,13 @@ class TensorFiles:
 
 
 def _read_index(path: Path, ending: str) -> dict[str, set[str]]:
-    """The shards that an index names, in order, with the tensors that each shall hold."""
+    """Returns the shards in an index, sorted, with the tensors that each must have."""
     weight_map = read_json(path).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise ValueError(f"{path} must have a 'weight_map', from tensors to files.")
+        raise ValueError(f"{path} must have a 'weight_map', an object from tensors to files.")
     names: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        # Links are followed, the hub's cache is made of them; paths are not.
+        # Links are followed, since the hub's cache consists of them. Paths are not.
         if not (isinstance(shard, str) and re.fullmatch(_SHARD_NAME + re.escape(ending), shard)):
             raise ValueError(
                 f"{path}: tensor {shorten(name)} must be in a {ending} file beside the index, "
@@ -238,19 +240,21 @@ def write_tensors(
     tensors: Iterable[tuple[str, Sequence[int], Any, Callable[[], Any]]],
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write model.safetensors, or shards with an index, holding one tensor in memory at a time.
+    """Writes model.safetensors, or shards with an index, with one tensor in memory at a time.
 
-    The files get their names when all are complete, and only then an earlier save's go. Wherever
-    it breaks off, the directory holds one whole checkpoint, the earlier or the new one.
+    The files get their names when all are complete, and only then the files of an earlier save are
+    removed. After a crash at any point the directory has one whole checkpoint, the old or the new.
 
     Arguments:
-        directory: made if it is not there.
-        tensors: for each its name, shape, dtype, and a function that makes it when its turn comes.
-        max_shard_bytes: the most in one file; a tensor that is larger gets a file of its own.
+        directory: the directory, which is made if it does not exist.
+        tensors: for each tensor its name, shape and dtype, and a function that makes it just before
+            it is written.
+        max_shard_bytes: the largest size of a file, default 5 GB. A larger tensor gets a file of
+            its own.
 
     Raises:
-        ValueError: if there are no tensors, a name comes twice, safetensors has no such dtype, or
-            a function does not make what was announced.
+        ValueError: if there are no tensors, a name comes twice, safetensors does not have a dtype,
+            or a function makes a tensor of another shape or dtype.
 
     Example:
         >>> import tempfile
@@ -265,7 +269,7 @@ def write_tensors(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = dict(zip(_file_names(directory, len(shards)), shards, strict=True))
-    # The index gets its name last: until then the old one holds.
+    # The index is renamed last. Until then the old one is valid.
     names = [*files, INDEX] if len(files) > 1 else [*files]
     try:
         for name, shard in files.items():
@@ -283,14 +287,14 @@ def write_tensors(
 
 
 def _split(tensors: Iterable[tuple], max_shard_bytes: int) -> list[list[Unsaved]]:
-    """The tensors of each file, in the order given."""
+    """Returns the tensors of each file, in the order given."""
     shards: list[list[Unsaved]] = []
     names: set[str] = set()
     size = 0
     for name, shape, dtype, make in tensors:
         tensor = Unsaved(name, tuple(shape), np.dtype(dtype), make)
         if tensor.dtype not in NAMES:
-            raise ValueError(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}.")
+            raise ValueError(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}. Cast it.")
         if name in names or name == "__metadata__":
             raise ValueError(f"the name {name!r} is taken: give every tensor its own.")
         names.add(name)
@@ -305,7 +309,7 @@ def _split(tensors: Iterable[tuple], max_shard_bytes: int) -> list[list[Unsaved]
 
 
 def _file_names(directory: Path, count: int) -> list[str]:
-    """Names for the files, other than those that an index in the directory points to."""
+    """Returns names for the files that differ from those in an old index of the directory."""
     if count == 1:
         return [SINGLE]
     index = directory / INDEX

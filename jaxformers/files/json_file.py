@@ -1,7 +1,7 @@
-"""JSON of a checkpoint, read strictly: config.json, an index of shards, a header of tensors.
+"""JSON files of a checkpoint, read strictly: config.json, an index of shards, a header of tensors.
 
-Checkpoints come from strangers. Whatever is wrong becomes a `ValueError` that names the file and,
-where the file is something else, says what.
+Checkpoints are not trusted. Every fault becomes a `ValueError` that names the file. If the file is
+of another format, the error says so.
 """
 
 import json
@@ -13,17 +13,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# The index of a model with 10^12 parameters has about 20 MB, the header of 200 000 tensors
-# 1.2 million values. Of each value, however short, Python makes an object.
+# The index of a model with 10^12 parameters has about 20 MB, and the header of 200 000 tensors has
+# 1.2 million values. Python makes an object of each value, even of a short one.
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_VALUES = 2 * 2**20
 MAX_DEPTH = 64
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
-shorten = _REPR.repr  # for what an error message shows of a file
+shorten = _REPR.repr  # shortens values of a file for error messages
 
-# What may lie where a checkpoint's file should be, by its first bytes.
+# The formats of files that are found in place of a checkpoint's file, by their first bytes.
 _SIGNATURES = {
     rb"version https://git-lfs": "It is a git-lfs pointer, not the file: run `git lfs pull`.",
     rb"PK\x03\x04|\x80[\x02-\x05]": "It is a pickle under another name.",
@@ -35,14 +35,14 @@ _SIGNATURES = {
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file such as config.json.
+    """Returns the object in a JSON file such as config.json.
 
-    Refused are keys that come twice, of which a parser would silently keep one, and NaN and
-    Infinity, which are not JSON. (transformers once wrote them for settings of state-space models;
-    today it writes `{"__float__": "Infinity"}`.)
+    Keys that come twice are an error, because a parser would keep only one of them. NaN and
+    Infinity are errors as well, because they are not JSON. (transformers once wrote them for
+    settings of state-space models; today it writes `{"__float__": "Infinity"}`.)
 
     Raises:
-        ValueError: for anything but one object, of at most 64 MB, 2 million values and 64 levels.
+        ValueError: unless the file has one object of at most 64 MB, 2 million values and 64 levels.
 
     Example:
         >>> import tempfile
@@ -60,7 +60,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def regular_file(path: str | os.PathLike) -> Path:
-    """The path of a file that can be read to its end; links to one are followed."""
+    """Returns a path after a check that it is a regular file. Links are followed."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing or no regular file.")
@@ -68,7 +68,7 @@ def regular_file(path: str | os.PathLike) -> Path:
 
 
 def parse_json(data: bytes, where: str) -> dict:
-    """The object that `data` spells; `where` names it in errors."""
+    """Returns the object in a JSON text. `where` is the name of the text in errors."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:
         raise ValueError(f"{where} must have at most {MAX_JSON_VALUES} values, it has more.")
     try:
@@ -87,7 +87,7 @@ def parse_json(data: bytes, where: str) -> dict:
 
 
 def what_it_is(start: bytes) -> str:
-    """A sentence about a file that begins like something else, or nothing."""
+    """Returns a sentence about a file that begins like another format, or an empty text."""
     return next((f" {hint}" for begin, hint in _SIGNATURES.items() if re.match(begin, start)), "")
 
 
@@ -107,7 +107,7 @@ def _finite(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Later steps may recurse: `repr` and `copy.deepcopy` do."""
+    """Checks the depth of a value, because `repr` and `copy.deepcopy` recurse into it later."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

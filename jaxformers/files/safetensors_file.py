@@ -1,10 +1,10 @@
-"""One safetensors file: its header checked, its tensors read and written one by one.
+"""One safetensors file: its header is checked, its tensors are read and written one by one.
 
 The file has 8 bytes for the length of a JSON header, the header, and the tensors' bytes one after
-another (https://huggingface.co/docs/safetensors). Nothing the header says is believed before it is
-held against the file's real size, here and by the `safetensors` package. The bytes are then read
-from the file: the package would map it into memory, where every page that was touched counts as
-memory in use, so that loading needs twice the model.
+another (https://huggingface.co/docs/safetensors). The header is compared with the real size of the
+file before it is used, here and by the `safetensors` package. The bytes are then read from the
+file. The package would map the file into memory, where every page that was read counts as used
+memory, so loading would need twice the memory of the model.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from jaxformers.files.json_file import (
     what_it_is,
 )
 
-# Names on disk. The types of less than a byte per number (F4, F6) have no NumPy array.
+# The names of dtypes in a file. Types of less than a byte (F4, F6) do not exist in NumPy.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool),
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -43,14 +43,14 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# A sealed file's header begins like this, and with the digest of the whole file after it. In what
-# is digested, zeros stand in the place of the digest itself.
+# The header of a sealed file begins like this, followed by the digest of the whole file. The digest
+# is computed with zeros in its own place.
 _SEAL = b'{"__metadata__":{"sha256":"'
 _NO_DIGEST = b"0" * 64
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its bytes are those from `begin` to `end`."""
+    """A tensor in a file, with the bytes `begin .. end - 1`."""
 
     path: Path
     dtype: np.dtype
@@ -59,12 +59,12 @@ class Stored(NamedTuple):
     end: int
 
     def read(self) -> np.ndarray:
-        """Returns the tensor itself, in memory from `allocate`."""
+        """Returns the values of the tensor, in memory from `allocate`."""
         return read_tensor(self)
 
 
 class Unsaved(NamedTuple):
-    """A tensor to be written, and the function that makes it when its turn comes."""
+    """A tensor to be written, with a function that makes it just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,17 +73,17 @@ class Unsaved(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a file by name, in the order of their bytes."""
+    """Returns the tensors of a file by name, in the order of their bytes."""
     return read_header_and_metadata(path)[0]
 
 
 def read_header_and_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a file by name, in the order of their bytes, and the texts beside them."""
+    """Returns the tensors of a file by name, in the order of their bytes, and its metadata."""
     size = regular_file(path).stat().st_size
     with path.open("rb") as file:
         first = file.read(64)
@@ -100,14 +100,14 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, s
     tensors = [(name, _stored(path, 8 + length, name, entry)) for name, entry in entries.items()]
     tensors.sort(key=lambda item: (item[1].begin, item[1].end))
     _check_layout(path, tensors, 8 + length, size)
-    _check_with_package(path)  # that the metadata are texts, too
+    _check_with_package(path)  # it also checks that all metadata are texts
     return dict(tensors), metadata
 
 
 def check_seal(path: Path) -> None:
-    """Raise unless a file's bytes are those that `write_sealed_file` wrote, all of them.
+    """Raises an error unless a file has exactly the bytes that `write_sealed_file` wrote.
 
-    It reads the whole file, at the speed of SHA-256: 2 GB/s where the processor has instructions
+    It reads the whole file at the speed of SHA-256, which is 2 GB/s on processors with instructions
     for it.
     """
     with path.open("rb") as file:
@@ -123,12 +123,12 @@ def check_seal(path: Path) -> None:
     if digest.hexdigest().encode() != start[-64:]:
         raise ValueError(
             f"{path} is damaged: its bytes are not those that were written (the SHA-256 digest in "
-            "its header is another)."
+            "its header is another). Copy it again."
         )
 
 
 def _stored(path: Path, start: int, name: str, entry: Any) -> Stored:
-    """A header's entry, once its offsets fit its shape and dtype."""
+    """Returns the tensor of a header entry, after a check of its shape, dtype and offsets."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     where = f"{path}: tensor {shorten(name)}"
@@ -145,7 +145,7 @@ def _stored(path: Path, start: int, name: str, entry: Any) -> Stored:
             f"{where} of dtype {dtype} and shape {shape} does not fit its data_offsets {offsets}, "
             f"which are {end - begin} bytes apart."
         )
-    # Beside a 0 the other sizes may be anything, but NumPy has to count them too.
+    # Beside a 0 the other sizes may be anything, but NumPy multiplies them, too.
     if math.prod(n or 1 for n in shape) * DTYPES[dtype].itemsize >= 2**63:
         raise ValueError(f"{where} has the absurd shape {shape}.")
     return Stored(path, DTYPES[dtype], tuple(shape), start + begin, start + end)
@@ -156,13 +156,13 @@ def _are_sizes(x: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(path: Path, tensors: list[tuple[str, Stored]], start: int, size: int) -> None:
-    """Raise unless the tensors fill the file from `start` to its end, one after another."""
+    """Raises an error unless the tensors fill the file from `start` to its end without gaps."""
     at = start
     for name, tensor in tensors:
         if tensor.begin != at:
             raise ValueError(
-                f"{path}: tensor {shorten(name)} begins at byte {tensor.begin}, but what lies "
-                f"before it ends at {at}. Tensors must not overlap or leave gaps."
+                f"{path}: tensor {shorten(name)} begins at byte {tensor.begin}, but the bytes "
+                f"before it end at {at}. Tensors must not overlap or leave gaps."
             )
         at = tensor.end
     if at != size:
@@ -173,7 +173,7 @@ def _check_layout(path: Path, tensors: list[tuple[str, Stored]], start: int, siz
 
 
 def check_package() -> None:
-    """Raise unless the `safetensors` package is there."""
+    """Raises an error unless the `safetensors` package is installed."""
     try:
         import safetensors  # noqa: F401
     except ImportError:
@@ -183,7 +183,7 @@ def check_package() -> None:
 
 
 def _check_with_package(path: Path) -> None:
-    """The reference reader looks too: it knows the rules, and newer ones than we do."""
+    """Checks the file with the reference reader, which knows newer rules as well."""
     check_package()
     from safetensors import SafetensorError, safe_open
 
@@ -195,40 +195,42 @@ def _check_with_package(path: Path) -> None:
 
 
 def read_tensor(tensor: Stored) -> np.ndarray:
-    """The tensor itself, in memory from `allocate`."""
+    """Returns the values of a tensor, in memory from `allocate`."""
     array = allocate(tensor.shape, tensor.dtype)
     with tensor.path.open("rb") as file:
         file.seek(tensor.begin)
         if file.readinto(_as_bytes(array)) != array.nbytes:
-            raise ValueError(f"{tensor.path} has become shorter since it was opened.")
+            raise ValueError(
+                f"{tensor.path} has become shorter since it was opened. Copy it again."
+            )
     return array
 
 
 def allocate(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array to be filled, which `jax.device_put` takes over on a CPU without a copy.
+    """Returns an empty array, which `jax.device_put` takes over on a CPU without a copy.
 
-    JAX copies an array unless it begins at a multiple of 64 bytes, which NumPy's do by chance, and
-    of what NumPy frees some stays with the process. So large arrays get pages of their own. Once
-    handed to JAX, the array must not be changed any more.
+    JAX copies an array unless it begins at a multiple of 64 bytes. NumPy's arrays do so only by
+    chance, and NumPy does not return all freed memory to the system. So large arrays get pages of
+    their own. After an array was passed to JAX, it must not be changed.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < 2**20:
         return np.empty(shape, dtype)
-    # Not shared with child processes, where the system can tell.
+    # The pages are not shared with child processes, if the system can do so.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
     pages = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults take a third off the time of reading
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: reading takes a third less time
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def write_file(path: Path, tensors: Sequence[Unsaved]) -> None:
-    """Write tensors one after another, those of wide numbers first: so all of them are aligned."""
-    _write(path, tensors, {"format": "pt"}, lambda part: None)  # transformers asks for it
+    """Writes tensors one after another, wider numbers first, so that all of them are aligned."""
+    _write(path, tensors, {"format": "pt"}, lambda part: None)  # transformers needs this entry
 
 
 def write_sealed_file(path: Path, tensors: Sequence[Unsaved], metadata: Mapping[str, str]) -> None:
-    """Write tensors and texts with a digest of the whole file, for `check_seal`."""
+    """Writes tensors and texts with a digest of the whole file, for `check_seal`."""
     digest = hashlib.sha256()
     _write(path, tensors, {"sha256": _NO_DIGEST.decode(), **metadata}, digest.update)
     with path.open("r+b") as file:
@@ -264,9 +266,9 @@ def _write(
             part = _made(tensor)
             see(part)
             file.write(part)
-            del part  # before the next is made
+            del part  # frees its memory before the next tensor is made
         file.flush()
-        os.fsync(file.fileno())  # its name, which comes later, must not outlive its contents
+        os.fsync(file.fileno())  # the contents must be on disk before the file gets its name
     read_header(path)
 
 

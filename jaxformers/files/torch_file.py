@@ -1,9 +1,9 @@
 """One file of PyTorch, `pytorch_model.bin`: its tensors are listed, and read one by one.
 
-`torch.save` writes a pickle that describes the tensors and, beside it, their numbers. Since PyTorch
-1.6 both are entries of a zip file; before, one followed the other. The pickle is read as data (see
-`torch_pickle`), and everything that it says is checked against the size of the file. The numbers
-are read from the file when a tensor is asked for.
+`torch.save` writes a pickle that describes the tensors, and their numbers beside it. Since PyTorch
+1.6 both are entries of a zip file. Before, one followed the other. The pickle is read as data (see
+`torch_pickle`), and all of its numbers are checked against the size of the file. The values of a
+tensor are read from the file when they are asked for.
 """
 
 import math
@@ -21,14 +21,14 @@ from jaxformers.files.torch_pickle import load_pickle
 from jaxformers.files.zip_file import Entry, read_entries
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older format
-# Tensors may share numbers, as tied ones do, or repeat them. Their sum is bounded all the same.
+# Tensors may share numbers, as tied ones do, or repeat them. The sum of their sizes is bounded.
 _MAX_COPIES, _SMALL = 16, 64 * 2**20
 _BLOCK = 2**20
-_WRAPPERS = "module.", "_orig_mod."  # what wraps a model in PyTorch puts these before its names
+_WRAPPERS = "module.", "_orig_mod."  # prefixes that PyTorch's wrappers of models add to names
 
 
 class TorchTensor(NamedTuple):
-    """A tensor in a file; the first of its numbers is at the byte `begin`."""
+    """A tensor in a file, with its first number at the byte `begin`."""
 
     path: Path
     dtype: np.dtype
@@ -38,7 +38,7 @@ class TorchTensor(NamedTuple):
     big_endian: bool
 
     def read(self) -> np.ndarray:
-        """Returns the tensor itself, in memory from `allocate`."""
+        """Returns the values of the tensor, in memory from `allocate`."""
         array = allocate(self.shape, self.dtype)
         if array.size:
             # An axis of size 1 may have any stride.
@@ -57,13 +57,12 @@ class TorchTensor(NamedTuple):
 def read_torch_file(path: Path) -> dict[str, TorchTensor]:
     """Returns the tensors of a file by name.
 
-    The file holds a dictionary of tensors, such as a model's `state_dict`, or a dictionary that has
-    one such dictionary in it, as a training saves it. If all names begin with "module.", as those
-    of a model in `DataParallel` do, or with "_orig_mod.", as those of a compiled model do, these
-    prefixes are removed.
+    The file has a dictionary of tensors, such as a model's `state_dict`, or a dictionary with one
+    such dictionary in it, as training scripts save it. If all names begin with "module." (models
+    in `DataParallel`) or "_orig_mod." (compiled models), these prefixes are removed.
 
     Raises:
-        ValueError: if the file is damaged, or holds anything but tensors, texts and numbers.
+        ValueError: if the file is damaged, or has anything but tensors, texts and numbers.
     """
     size = regular_file(path).stat().st_size
     with path.open("rb") as file:
@@ -86,7 +85,7 @@ def read_torch_file(path: Path) -> dict[str, TorchTensor]:
 
 
 def _read_zip(file: BufferedReader, size: int) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
-    """Returns the tensors, the place of each storage, and whether storages are big-endian."""
+    """Returns the tensors, the position of each storage, and whether storages are big-endian."""
     entries = read_entries(file, size)
     folders = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(folders) != 1:
@@ -117,7 +116,7 @@ def _read_zip(file: BufferedReader, size: int) -> tuple[dict[str, Tensor], dict[
 def _read_sequence(
     file: BufferedReader, size: int
 ) -> tuple[dict[str, Tensor], dict[str, Entry], bool]:
-    """Returns the same for the older format: several pickles, followed by the storages.
+    """Returns the same for the older format, which is several pickles followed by the storages.
 
     In this format storages are little-endian on all machines.
     """
@@ -125,7 +124,7 @@ def _read_sequence(
     for number in (_MAGIC, _VERSION):
         if load_pickle(file)[0] != number:
             raise ValueError(f"it does not begin with the numbers {_MAGIC} and {_VERSION}")
-    load_pickle(file)  # It describes the machine that wrote the file.
+    load_pickle(file)  # describes the machine that wrote the file
     content, dtypes = load_pickle(file)
     keys, _ = load_pickle(file)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -149,7 +148,7 @@ def _read_sequence(
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:
-    """Returns the one dictionary of tensors in the content of a file, without its other values."""
+    """Returns the one dictionary of tensors in a file's content, without its other values."""
     if not isinstance(content, dict):
         raise ValueError("it must hold a dictionary of tensors, such as model.state_dict()")
     candidates = [("the whole file", content), *content.items()]
@@ -175,7 +174,7 @@ def _has_tensors(x: Any) -> bool:
 
 
 def _place(path: Path, tensor: Tensor, places: dict[str, Entry], big_endian: bool) -> TorchTensor:
-    """Returns where a tensor lies, after its storage has been found and its size checked."""
+    """Returns the position of a tensor, after a check that its storage exists and has its size."""
     storage: Storage = tensor.storage
     if storage.key not in places:
         raise ValueError(f"the storage {shorten(storage.key)} is missing")
@@ -196,7 +195,7 @@ def _fill(
     """Reads numbers that begin at the byte `at` and are `strides` bytes apart along each axis.
 
     The strides must not increase. If the file has the order of the array, its bytes are read into
-    the array; otherwise they are read in blocks and copied.
+    the array. Otherwise they are read in blocks and copied.
     """
     width = target.dtype.itemsize
     row = width + sum((n - 1) * x for n, x in zip(target.shape[1:], strides[1:], strict=True))

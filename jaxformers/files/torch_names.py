@@ -1,6 +1,6 @@
-"""What the names in a PyTorch file mean: storages, tensors, and the few functions that make them.
+"""The names in a PyTorch file: storages, tensors, and the few functions that make them.
 
-Nothing is looked up in Python. A name has a meaning here, or it is an error.
+Nothing is looked up in Python. Only the names of this module are known, others are errors.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ STORAGES: dict[str, np.dtype] = {
     "ComplexDoubleStorage": np.dtype(np.complex128),
     "UntypedStorage": np.dtype(np.uint8),
 }
-# Newer dtypes have no storage of their own: their tensors name the dtype beside plain bytes.
+# Newer dtypes have no storage class: their tensors name the dtype beside plain bytes.
 DTYPES: dict[str, np.dtype] = {
     **{f"uint{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     **{f"int{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -42,7 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 class Storage(NamedTuple):
-    """A row of `size` numbers elsewhere in the file, from the number `start` of the key's on."""
+    """A row of `size` numbers in the file, from number `start` of the storage `key` on."""
 
     key: str
     dtype: np.dtype
@@ -51,7 +51,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Numbers of a storage; offset and strides count numbers of the tensor's dtype."""
+    """A tensor of numbers in a storage. Offset and strides count numbers of the tensor's dtype."""
 
     storage: Storage
     dtype: np.dtype
@@ -61,7 +61,7 @@ class Tensor(NamedTuple):
 
 
 class Name(NamedTuple):
-    """A name of the file, and what a call of it gives here; None where it is never called."""
+    """A name in the file and the function for its call here, None if it is never called."""
 
     module: str
     name: str
@@ -69,7 +69,7 @@ class Name(NamedTuple):
 
 
 def _tensor(dtype: np.dtype, storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-    """Returns a tensor, once it fits into its storage."""
+    """Returns a tensor after a check that it fits into its storage."""
     sizes = (shape, strides)
     if not isinstance(storage, Storage) or not all(map(are_sizes, (*sizes, (offset,)))):
         raise ValueError(
@@ -84,7 +84,7 @@ def _tensor(dtype: np.dtype, storage: Any, offset: Any, shape: Any, strides: Any
         )
     count = 1
     for n in shape:
-        count *= n or 1  # beside a 0 the other sizes may be anything, but NumPy has to count them
+        count *= n or 1  # beside a 0 the other sizes may be anything, but NumPy multiplies them
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     has = storage.size * storage.dtype.itemsize
     if count * dtype.itemsize >= 2**63 or (0 not in shape and (last + 1) * dtype.itemsize > has):
@@ -96,12 +96,12 @@ def _tensor(dtype: np.dtype, storage: Any, offset: Any, shape: Any, strides: Any
 
 
 def are_sizes(x: Any) -> TypeGuard[tuple[int, ...]]:
-    """Whether it is a tuple of sizes, offsets or strides."""
+    """Returns whether `x` is a tuple of sizes, offsets or strides."""
     return isinstance(x, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
 
 def _rebuild_tensor(args: tuple) -> Tensor:
-    """Takes (storage, offset, shape, strides, ...); the rest matters in training only."""
+    """Makes a tensor of (storage, offset, shape, strides, ...); the rest is for training only."""
     if not 4 <= len(args) <= 7 or not isinstance(args[0], Storage):
         raise ValueError(f"a tensor is made of a storage, an offset ..., got {shorten(args)}")
     _refuse_metadata(args[6:])
@@ -109,7 +109,7 @@ def _rebuild_tensor(args: tuple) -> Tensor:
 
 
 def _rebuild_tensor_v3(args: tuple) -> Tensor:
-    """Takes the same and a dtype."""
+    """Makes a tensor of the same arguments and a dtype."""
     if not 7 <= len(args) <= 8 or not isinstance(args[6], np.dtype):
         raise ValueError(f"a tensor of a newer dtype must name it, got {shorten(args)}")
     _refuse_metadata(args[7:])
@@ -125,14 +125,14 @@ def _refuse_metadata(metadata: tuple) -> None:
 
 
 def _rebuild_parameter(args: tuple) -> Tensor:
-    """Takes (tensor, requires_grad, hooks), and perhaps attributes, which are dropped."""
+    """Returns the tensor of (tensor, requires_grad, hooks, and sometimes attributes)."""
     if len(args) not in (3, 4) or not isinstance(args[0], Tensor):
         raise ValueError(f"a parameter is made of a tensor, got {shorten(args)}")
     return args[0]
 
 
 def _rebuild_from_type(args: tuple) -> Tensor:
-    """Takes (function, class, arguments, attributes); the attributes are dropped."""
+    """Makes a tensor of (function, class, arguments, attributes), without the attributes."""
     plain = (_rebuild_tensor, _rebuild_tensor_v3)
     match args:
         case (Name(call=call), Name(call=None), tuple() as arguments, _) if call in plain:
@@ -141,7 +141,7 @@ def _rebuild_from_type(args: tuple) -> Tensor:
 
 
 def _ordered_dict(args: tuple) -> dict:
-    """Takes nothing, or in files of Python 2 a list of pairs."""
+    """Makes a dictionary of nothing, or in files of Python 2 of a list of pairs."""
     found: dict = {}
     match args:
         case ():
@@ -181,7 +181,7 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 
 def find_name(module: str, name: str) -> Any:
-    """Returns what a name means here: a `Name`, or a dtype for a storage or dtype of PyTorch."""
+    """Returns the meaning of a name: a `Name`, or the dtype of a storage or dtype of PyTorch."""
     if (module, name) not in _NAMES:
         raise ValueError(
             f"it asks for {shorten(f'{module}.{name}')}, which no file of plain tensors needs and "
@@ -194,7 +194,7 @@ def find_name(module: str, name: str) -> Any:
 def set_item(container: dict, key: Any, value: Any) -> None:
     """Adds an entry to a dictionary.
 
-    Integers of more than 60 bits are refused, because many of them can have the same hash.
+    Integers of more than 60 bits are errors, because many of them can have the same hash.
     """
     if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**60):
         raise ValueError(f"an entry must have a text or an integer for its key, got {shorten(key)}")

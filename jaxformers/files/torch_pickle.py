@@ -1,11 +1,12 @@
 """The pickles of a PyTorch file, read as data.
 
-A pickle is a program for a small stack machine, and two of its instructions look a Python object up
-by name and call it. Here no object is looked up and none of the file's is called. The names that
-tensors are saved with (`torch._utils._rebuild_tensor_v2` and a few more) have a meaning of our own;
-every other name is an error, and so is every instruction that `torch.save` does not use.
+A pickle is a program for a small stack machine. Two of its instructions look up a Python object by
+name and call it. Here no object is looked up, and nothing from the file is called. The names with
+which tensors are saved (`torch._utils._rebuild_tensor_v2` and a few more) are implemented in
+`torch_names`. Every other name is an error, and so is every instruction that `torch.save` does not
+use.
 
-The machine does not recurse. The bytes that it reads and its instructions are bounded, which bounds
+The machine does not recurse. The bytes that it reads and its instructions are bounded, and so is
 its memory.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from jaxformers.files.json_file import shorten
 from jaxformers.files.torch_names import Name, Storage, find_name, set_item
 
-# A tensor takes about 35 instructions and 250 bytes, so both suffice for 30,000 tensors in a file.
+# A tensor needs about 35 instructions and 250 bytes, so 30,000 tensors in a file are possible.
 MAX_PICKLE_BYTES = 16 * 2**20
 MAX_INSTRUCTIONS = 2**20
 MAX_LINE = 256
@@ -26,18 +27,18 @@ MAX_LONG_BYTES = 16
 
 
 def load_pickle(file: BinaryIO, size: int = MAX_PICKLE_BYTES) -> tuple[Any, dict[str, np.dtype]]:
-    """Returns what the pickle at the file's position describes, and its storages.
+    """Returns the object that the pickle at the file's position describes, and its storages.
 
     Arguments:
-        file: is read up to the end of the pickle.
-        size: bytes that the pickle may have.
+        file: the file, which is read up to the end of the pickle.
+        size: the largest size of the pickle in bytes, 16 MB by default.
 
     Returns:
         An object of dictionaries, lists, tuples, texts, numbers, `Tensor`s and `Storage`s; and the
         dtype of each storage by its key.
 
     Raises:
-        ValueError: for anything but what `torch.save` writes of these.
+        ValueError: if the pickle has anything else, or is damaged or too large.
     """
     machine = _Machine(file, size)
     return machine.run(), machine.storages
@@ -129,7 +130,7 @@ def _protocol(m: _Machine) -> None:
 
 
 def _frame(m: _Machine) -> None:
-    m.read(8)  # The length of a frame is of use only to a reader that buffers.
+    m.read(8)  # the length of a frame, which only a buffering reader needs
 
 
 def _mark(m: _Machine) -> None:
@@ -147,7 +148,7 @@ def _integer_line(m: _Machine) -> None:
     text = m.line().removesuffix("L")
     if not text.removeprefix("-").isdecimal() or len(text) > 40:
         raise ValueError(f"its pickle has the integer {shorten(text)}")
-    # Protocol 1 has no other way to write them.
+    # Protocol 1 writes booleans as these integers.
     m.stack.append({"00": False, "01": True}.get(text, int(text)))
 
 
@@ -208,13 +209,13 @@ def _reduce(m: _Machine) -> None:
 
 
 def _build(m: _Machine) -> None:
-    """Attributes of a dictionary, such as the versions of its modules: they are dropped."""
+    """Drops the attributes of a dictionary, such as the versions of its modules."""
     m.pop()
     m.top(dict)
 
 
 def _persistent(m: _Machine) -> None:
-    """A storage: its class, key, device and size, and in older files whether it is part of one."""
+    """Pushes a storage, given by class, key, device and size, and in older files a part of one."""
     match m.pop():
         case ("storage", np.dtype() as dtype, str() as key, _, int() as size, *view):
             if size >= 0 and len(view) <= 1 and m.storages.setdefault(key, dtype) == dtype:

@@ -1,9 +1,8 @@
-"""The places of the entries of a zip file, whose bytes are then read from the file itself.
+"""The positions of the entries of a zip file, whose bytes are then read from the file itself.
 
-Files come from strangers, and Python's `zipfile` checks less than is checked here: that entries do
-not overlap, and that memory is bounded. `torch.save` stores its entries uncompressed, one after
-another, with a directory at the end
-(https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
+Files are not trusted. Python's `zipfile` does not check that entries do not overlap and that memory
+is bounded, and this module does. `torch.save` stores its entries uncompressed, one after another,
+with a directory at the end (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
 """
 
 import struct
@@ -16,11 +15,11 @@ MAX_DIRECTORY_BYTES = 32 * 2**20
 
 _END, _END_64, _LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _CENTRAL, _LOCAL = b"PK\1\2", b"PK\3\4"
-_UNKNOWN = 0xFFFFFFFF  # the number is among the extra fields, with 64 bits
+_UNKNOWN = 0xFFFFFFFF  # the number has 64 bits and is among the extra fields
 
 
 class Entry(NamedTuple):
-    """The bytes of an entry are those from `begin` to `end`; its header begins at `header`."""
+    """An entry of a zip file: its header begins at `header`, its bytes are `begin .. end - 1`."""
 
     header: int
     begin: int
@@ -31,8 +30,8 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
     """Returns the entries of a zip file by name.
 
     Raises:
-        ValueError: if the file is truncated or damaged, or its entries are compressed, encrypted,
-            of the same name, beyond the file or above each other.
+        ValueError: if the file is truncated or damaged, or its entries are compressed or encrypted,
+            have the same name, are beyond the file or overlap.
     """
     count, begin, end = _find_directory(file, size)
     file.seek(begin)
@@ -78,7 +77,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _read_central(data: bytes, at: int) -> tuple[str, int, int, int]:
-    """Returns an entry's name, the place of its header, its length, and the next entry's place."""
+    """Returns the name, header position and length of an entry, and the next entry's position."""
     fixed = data[at : at + 46]
     if len(fixed) < 46 or fixed[:4] != _CENTRAL:
         raise ValueError("its directory is damaged")
@@ -109,7 +108,7 @@ def _read_central(data: bytes, at: int) -> tuple[str, int, int, int]:
 
 
 def _extra_64(extra: bytes) -> bytes:
-    """Returns the extra field of numbers with 64 bits, or nothing."""
+    """Returns the extra field with 64-bit numbers, or no bytes."""
     while len(extra) >= 4:
         kind, length = struct.unpack("<HH", extra[:4])
         if kind == 1:

@@ -112,6 +112,7 @@ class LearnablePositionalEncoding(eqx.Module):
 
     Raises:
         ValueError: if an argument is out of its range, or there is no key.
+
     Example:
         >>> LearnablePositionalEncoding(512, 64, key=jax.random.key(0))(10).shape
         (10, 64)

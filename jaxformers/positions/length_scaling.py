@@ -35,6 +35,7 @@ class DynamicScaling(eqx.Module):
 
     Raises:
         ValueError: if a number is out of its range.
+
     Example:
         >>> position = RotaryPositionalEncoding(scaling=DynamicScaling(2.0, 2048))
     """
@@ -78,6 +79,7 @@ class LongScaling(eqx.Module):
     Raises:
         ValueError: if a number is out of its range. If a list does not have one number for each
             pair, the error comes at the first use.
+
     Example:
         >>> scaling = LongScaling([1.0, 1.0], [1.5, 9.0], 4096, long_attention_factor(32.0, 4096))
         >>> position = RotaryPositionalEncoding(rotary_dim=4, scaling=scaling)

@@ -98,7 +98,7 @@ class Feed:
     def _at(self, position: int) -> Any:
         size = len(self.batches) if hasattr(self.batches, "__len__") else None
         if size == 0:
-            raise ValueError("batches must not be empty.")
+            raise ValueError("batches must not be empty. Pass at least one batch.")
         return self.batches[position if size is None else position % size]
 
     def _iterate(self, skip: int) -> Generator[Any, None, None]:
@@ -114,7 +114,7 @@ class Feed:
             if isinstance(self.batches, Iterator):
                 return
             if empty:
-                raise ValueError("batches must not be empty.")
+                raise ValueError("batches must not be empty. Pass at least one batch.")
 
 
 def _as_array(x: Any) -> Any:

@@ -70,7 +70,8 @@ def _split_rows(batch: Batch, parts: int) -> Batch:
     if len(rows) != 1 or rows.pop() % parts or max(map(len, shapes.values())) < 2:
         raise ValueError(
             f"accumulate={parts} needs a batch whose arrays all have the same number of rows, "
-            f"divisible by {parts}, got the shapes {shapes}."
+            f"divisible by {parts}, got the shapes {shapes}. Choose another batch size or "
+            "accumulate=."
         )
 
     def split(x: Array) -> Array:

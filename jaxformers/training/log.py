@@ -132,7 +132,9 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # text after the last newline is unfinished
     except OSError as error:
-        raise ValueError(f"there is no log to read at {path}: {error}.") from error
+        raise ValueError(
+            f"there is no log to read at {path}: {error}. Pass the directory of a log."
+        ) from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -176,7 +178,8 @@ class _File:
             self.file = FileIO(self.path, "a")
         except OSError as error:
             raise ValueError(
-                f"the log needs a directory that can be written, got {directory}: {error}."
+                f"the log needs a directory that can be written, got {directory}: {error}. "
+                "Pass another one."
             ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -277,5 +277,5 @@ def _check_first(eval_batches: Any, loss: Loss, model: Any) -> None:
     if eval_batches is not None:
         first = next(in_order(eval_batches), None)
         if first is None:
-            raise ValueError("eval_batches must not be empty.")
+            raise ValueError("eval_batches must not be empty. Pass at least one batch, or None.")
         prepared(first, "the first of eval_batches", loss, model)

@@ -14,7 +14,7 @@ LABELS = {
     "a language model": "Hugging Face's labels repeat the tokens, and its models shift them; here "
     "targets[:, i] is the token after tokens[:, i]: pass text[:, :-1] as tokens and text[:, 1:] as "
     "targets.",
-    "an encoder-decoder": "tgt is what the decoder reads: the start token, then the labels but for "
+    "an encoder-decoder": "tgt is what the decoder reads: the start token, then the labels without "
     "the last.",
     "a masked language model": "loss_mask says which tokens were masked: labels != -100.",
 }

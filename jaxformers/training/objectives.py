@@ -307,7 +307,8 @@ def _mean(
 def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:
     if (positions is None) != (segments is None):
         raise ValueError(
-            "a batch of packed documents has both positions and segment_ids, got one of them."
+            "a batch of packed documents must have both positions and segment_ids, got only one of "
+            "them. Add the other one."
         )
     if positions is None:
         return None

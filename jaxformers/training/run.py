@@ -152,8 +152,8 @@ class Run:
         got: Any = jax.tree.structure(weights)
         if given != got:
             raise ValueError(
-                "eval_weights must return weights of the form that it is given, the model without "
-                f"what is no floating-point array: expected {given}, got {got}."
+                "eval_weights must return weights of the form that it is given, which is the model "
+                f"with only its floating-point arrays: expected {given}, got {got}."
             )
         return eqx.combine(weights, rest)
 
