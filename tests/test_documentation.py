@@ -111,6 +111,14 @@ def test_links_of_the_documentation_lead_somewhere():
             assert "://" in link or (page.parent / link.partition("#")[0]).exists(), (page, link)
 
 
+def test_all_files_of_the_package_are_listed():
+    package = Path(jaxformers.__file__).parent
+    files = {path.name for path in package.glob("[!_]*.py")}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    assert files | folders == set(re.findall(r"`(.+?)`", " ".join(rows)))
+
+
 def test_all_families_are_listed():
     from jaxformers.hf.families import FAMILIES
 
