@@ -1,7 +1,7 @@
 """Transformer models for JAX as Equinox modules."""
 
 from jaxformers import data
-from jaxformers.attention import MultiHeadAttention, scaled_dot_product_attention
+from jaxformers.attention import MultiHeadAttention
 from jaxformers.checkpoint import Checkpoints, KeepBest, OrbaxCheckpoints, digest, load, save
 from jaxformers.compilation_cache import keep_compiled_programs
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
@@ -14,7 +14,7 @@ from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.kernels.blockwise import blockwise_attention
 from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention
-from jaxformers.kernels.plain import dot_product_attention
+from jaxformers.kernels.plain import dot_product_attention, scaled_dot_product_attention
 from jaxformers.layer_stack import rematerialize, scan_layers, unroll_layers
 from jaxformers.layers import Dense, FeedForward, GatedFeedForward
 from jaxformers.masks import (
@@ -91,3 +91,4 @@ from jaxformers.training.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
+from jaxformers.weights import LowRank, merge_weights

@@ -40,6 +40,7 @@ from jaxformers.positions.scheme import (
 )
 from jaxformers.residual import Residual
 from jaxformers.row_lengths import scalings_of
+from jaxformers.sites import site
 
 
 class DecoderLayer(eqx.Module):
@@ -269,7 +270,7 @@ class Decoder(eqx.Module):
             return layer.forward(x, encoder_output, mask, cross_mask, key, layer_cache, slot)
 
         x, written = run_layers(self.layers, step, x, key, caches, self.rematerialization)
-        x = x if self.norm is None else self.norm(x)
+        x = site(x if self.norm is None else self.norm(x), "hidden")
         if cache is not None and written is not None:
             cache = dataclasses.replace(cache, layers=written)
         return x, cache

@@ -20,7 +20,7 @@ from jaxformers.checks import (
     is_known,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import Dense, add, as_module, construct, dropout, lookup, split_key
+from jaxformers.layers import Dense, as_module, construct, dropout, split_key
 from jaxformers.positions.absolute import (
     LearnablePositionalEncoding,
     SinusoidalPositionalEncoding,
@@ -30,6 +30,9 @@ from jaxformers.positions.scheme import (
     PositionScheme,
     acts_as,
 )
+from jaxformers.precision import add
+from jaxformers.sites import site
+from jaxformers.weights import Weight, lookup
 
 
 class TokenEmbedding(eqx.Module):
@@ -46,7 +49,7 @@ class TokenEmbedding(eqx.Module):
         (1, 3, 64)
     """
 
-    weight: Float[Array, "v d"]
+    weight: Float[Weight, "v d"]
 
     def __init__(
         self,
@@ -64,38 +67,38 @@ class TokenEmbedding(eqx.Module):
         return self.weight.shape[0]
 
     def __call__(self, tokens: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """The vectors of the tokens.
+        """Returns the vectors of the tokens.
 
         Raises:
             ValueError: if tokens are not integer ids within the vocabulary. Under `jit`, where
                 values cannot be looked at, the vector of an id that does not exist is NaN.
         """
         ids = check_tokens(tokens, self.vocab_size)
-        # Where values are unknown, an id that does not exist must not read another's vector.
+        # A negative index would count from the end. Under `jit` ids are not checked.
         ids = jnp.where(ids < 0, self.vocab_size, ids)
         return lookup(self.weight, ids)
 
 
 class TransformerEmbedding(eqx.Module):
-    """Token vectors times `scale`, plus position and type vectors, then a norm and dropout.
+    """The sum of token, position and type vectors that enters a stack, with norm and dropout.
 
     Arguments:
         vocab_size: number of tokens v.
         d_model: width of a vector.
-        max_seq_length: longest sequence of the sinusoids or the learned table.
-        learnable_pos: a trained table of positions instead of sinusoids.
-        dropout_rate: dropout on the sum while training.
-        position: a position scheme instead of these two; one that does not act here (rotary,
-            ALiBi) leaves the token vectors as they are.
+        max_seq_length: the longest sequence of the sinusoids or of the trained table.
+        learnable_pos: whether positions have a trained table instead of sinusoids, False.
+        dropout_rate: dropout on the sum while training, 0.1.
+        position: a position scheme instead of these two. One that acts elsewhere (rotary, ALiBi)
+            adds nothing here.
         scale: factor on the token vectors; None is `sqrt(d_model)`, which lifts Xavier-sized
             vectors to the size of the sinusoids (Vaswani et al. 2017, section 3.4).
         num_token_types: rows of a table of token types, added too (BERT's two segments); None is
             no such table.
         norm: constructor of a norm on the sum (BERT, BLOOM); None is no norm.
-        embedding_dim: width of the token vectors, which are then mapped to `d_model`; None is
-            `d_model` and no such map.
-        project_tokens: whether that map, then without a bias, comes before the positions are added
-            (OPT) and not at the end, with one (ALBERT).
+        embedding_dim: width m of the token vectors, which a `Dense` then projects to `d_model`;
+            None is `d_model` and no projection.
+        project_tokens: True projects before the positions are added, without a bias (OPT). False
+            projects at the end, with a bias (ALBERT).
         init: how the tables are drawn.
         key: PRNG key, required.
 
@@ -151,20 +154,7 @@ class TransformerEmbedding(eqx.Module):
             self.type_embedding = TokenEmbedding(num_token_types, width, init=init, key=type_key)
         self.norm = None if norm is None else as_module(construct("norm", norm, {"d_model": width}))
         self.project_tokens = project_tokens
-        if isinstance(position, type):
-            name = position.__name__
-            raise ValueError(f"position must be a scheme, got a class. Write position={name}().")
-        if position is not None and not acts_as(position, PositionScheme):
-            raise ValueError(
-                "position must be a position scheme such as RotaryPositionalEncoding(), or in "
-                f"models a function `key -> scheme`, got {position!r}."
-            )
-        if position is not None and learnable_pos:
-            raise ValueError(
-                "learnable_pos=True is itself a position scheme, got position= as well: "
-                f"{position!r}. Give one of the two."
-            )
-        check_flag(learnable_pos=learnable_pos)
+        _check_position(position, learnable_pos)
         if learnable_pos:
             position = LearnablePositionalEncoding(
                 max_seq_length, width, init=init, key=position_key
@@ -172,13 +162,7 @@ class TransformerEmbedding(eqx.Module):
         elif position is None:
             position = SinusoidalPositionalEncoding(max_seq_length, width)
         self.position = position if acts_as(position, AbsolutePosition) else None
-        if self.position is not None:
-            vector = jax.eval_shape(self.position.embed, jnp.zeros(1, jnp.int32))
-            if vector.shape != (1, width):
-                raise ValueError(
-                    f"position must embed into d_model = {width} features, got "
-                    f"{vector.shape[-1]}. Build it with d_model={width}."
-                )
+        _check_width(self.position, width)
         self.dropout_rate = float(dropout_rate)
         self.scale = float(scale)
 
@@ -187,24 +171,27 @@ class TransformerEmbedding(eqx.Module):
         return self._tokens.vocab_size
 
     @property
-    def table(self) -> Float[Array, "v m"]:
-        """The token table, which a tied output layer shares."""
+    def table(self) -> Float[Weight, "v m"]:
+        """The token table, which a tied output layer uses as well."""
         return self._tokens.weight
 
     @property
     def d_model(self) -> int:
-        """The width of what comes out."""
+        """The width of the result."""
         return (
             self._tokens.weight.shape[1] if self.projection is None else self.projection.w.shape[1]
         )
 
     @property
     def max_seq_length(self) -> int | None:
-        """The longest sequence the position scheme knows; None if there is no limit."""
+        """The longest sequence that the position scheme allows; None if there is no limit."""
         return None if self.position is None else self.position.max_seq_length
 
     def with_tokens(self, token_embedding: TokenEmbedding | None) -> "TransformerEmbedding":
-        """The same with another token table, or with None: for models that share one."""
+        """Returns the same embedding with another token table, or without one (None).
+
+        Models with one table for several embeddings keep it in one of them alone.
+        """
         return eqx.tree_at(
             lambda x: x.token_embedding, self, token_embedding, is_leaf=lambda x: x is None
         )
@@ -217,17 +204,17 @@ class TransformerEmbedding(eqx.Module):
         positions: Int[Array, "*#b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The embedded sequence.
+        """Returns the embedded sequence, `(b, t, d_model)` or `(t, d_model)`.
 
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
             key: PRNG key for dropout while training; None means inference.
             positions: position of each token, -1 for padding; None is 0 .. t-1.
-            token_types: type of each token, shape of `tokens`; None is 0.
+            token_types: type of each token, in the shape of `tokens`; None is 0.
 
         Raises:
-            ValueError: if tokens are not ids within the vocabulary, or longer than the positions
-                known, or there are types without a table of them.
+            ValueError: if tokens are not ids within the vocabulary, there are more of them than the
+                position scheme allows, or there are types but no table for them.
         """
         x = self._tokens(tokens) * self.scale
         x = self.projection(x) if self.projection is not None and self.project_tokens else x
@@ -237,14 +224,14 @@ class TransformerEmbedding(eqx.Module):
         x = self._add_types(x, token_types)
         x = x if self.norm is None else self.norm(x)
         x = x if self.projection is None or self.project_tokens else self.projection(x)
-        return dropout(x, self.dropout_rate, key)
+        return site(dropout(x, self.dropout_rate, key), "embedding")
 
     def _check_positions(
         self, positions: Int[Array, "*#b t"] | None, t: int
     ) -> Int[Array, "*#b t"]:
-        """The positions, 0 .. t-1 if there are none, all of which the scheme must know.
+        """Returns the positions, 0 .. t-1 if there are none, after checking them.
 
-        Columns of padding do not count: there may be more columns than positions.
+        Columns of padding do not count, so that there may be more columns than positions.
         """
         limit = self.max_seq_length
         if positions is None:
@@ -262,13 +249,13 @@ class TransformerEmbedding(eqx.Module):
     def _add_types(
         self, x: Float[Array, "*b t e"], token_types: ArrayLike | None
     ) -> Float[Array, "*b t e"]:
-        """`x` with the vectors of the types added, those of type 0 where none are given."""
+        """Returns `x` plus the vectors of the types; without types, all are 0."""
         if self.type_embedding is None:
             if token_types is not None:
                 raise ValueError("token_types needs a model with num_token_types, got one without.")
             return x
         if token_types is None:
-            return add(x, self.type_embedding.weight[0])
+            return add(x, lookup(self.type_embedding.weight, jnp.int32(0)))
         ids = check_tokens(token_types, self.type_embedding.vocab_size, "token_types")
         if ids.shape != x.shape[:-1]:
             raise ValueError(
@@ -281,3 +268,35 @@ class TransformerEmbedding(eqx.Module):
         if self.token_embedding is None:
             raise ValueError("this embedding shares another's token table: use with_tokens first.")
         return self.token_embedding
+
+
+def _check_position(position: PositionScheme | None, learnable_pos: bool) -> None:
+    """Checks that there is one position scheme, or none."""
+    check_flag(learnable_pos=learnable_pos)
+    if position is None:
+        return
+    if isinstance(position, type):
+        name = position.__name__
+        raise ValueError(f"position must be a scheme, got a class. Write position={name}().")
+    if not acts_as(position, PositionScheme):
+        raise ValueError(
+            "position must be a position scheme such as RotaryPositionalEncoding(), or in "
+            f"models a function `key -> scheme`, got {position!r}."
+        )
+    if learnable_pos:
+        raise ValueError(
+            "learnable_pos=True is itself a position scheme, got position= as well: "
+            f"{position!r}. Give one of the two."
+        )
+
+
+def _check_width(position: AbsolutePosition | None, width: int) -> None:
+    """Checks that the vectors of the positions have the width of those of the tokens."""
+    if position is None:
+        return
+    vector = jax.eval_shape(position.embed, jnp.zeros(1, jnp.int32))
+    if vector.shape != (1, width):
+        raise ValueError(
+            f"position must embed into d_model = {width} features, got {vector.shape[-1]}. Build "
+            f"it with d_model={width}."
+        )

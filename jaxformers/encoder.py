@@ -29,6 +29,7 @@ from jaxformers.positions.scheme import (
     BiasPosition,
 )
 from jaxformers.residual import Residual
+from jaxformers.sites import site
 
 
 class EncoderLayer(eqx.Module):
@@ -181,4 +182,4 @@ class Encoder(eqx.Module):
             return layer(x, mask, key), cache
 
         x, _ = run_layers(layers, step, x, key, rematerialization=self.rematerialization)
-        return x if self.norm is None else self.norm(x)
+        return site(x if self.norm is None else self.norm(x), "hidden")

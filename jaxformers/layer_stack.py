@@ -17,16 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.axes import Stacked
 from jaxformers.checks import check_key
 from jaxformers.layers import split_key
+from jaxformers.sites import LAYER_SITES, site
 
 Model = TypeVar("Model")
-
-# What the parts of a layer are named by `checkpoint_name`: its queries, keys and values per head,
-# the weights of the plain attention, what attention gathers, what is between the maps of the
-# feed-forward, and the residual stream after each sublayer.
-SITES = (
-    *("queries", "keys", "values", "attention_weights", "head_outputs"),
-    *("feed_forward", "residual"),
-)
 
 
 class ScannedLayers(eqx.Module):
@@ -71,7 +64,8 @@ class ScannedLayers(eqx.Module):
 
         def body(x, inputs):
             layer, layer_key = inputs
-            return step(eqx.combine(layer, rest), x, layer_key, None)
+            with jax.named_scope("layers"):
+                return step(eqx.combine(layer, rest), site(x, "layer_input"), layer_key, None)
 
         return lax.scan(body, x, (arrays, keys))[0]
 
@@ -166,7 +160,9 @@ def run_layers(
         return layers.scan(step, x, key), None
     written = []
     for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
-        x, cache = step(layer, x, layer_key, None if caches is None else caches[i])
+        with jax.named_scope(f"layers.{i}"):
+            cache = None if caches is None else caches[i]
+            x, cache = step(layer, site(x, "layer_input"), layer_key, cache)
         x = _materialized(x) if caches is None else x
         written.append(cache)
     return x, None if caches is None else tuple(written)
@@ -233,9 +229,9 @@ def rematerialize(model: Model, keep: Sequence[str] | None = ()) -> Model:
 
     Arguments:
         model: a model or a stack, such as `TransformerLM` or `Encoder`.
-        keep: sites that are kept besides: "queries", "keys", "values", "attention_weights" (of the
-            plain attention), "head_outputs", "feed_forward" (between its maps), "residual" (the
-            stream after each sublayer). None keeps all, which undoes this.
+        keep: names of sites that are kept besides, such as "queries" or "head_outputs"; the table
+            `LAYER_SITES` of `jaxformers.sites` has all of them. None keeps everything, which undoes
+            this.
 
     Raises:
         ValueError: if there is no such site, or there are no layers.
@@ -244,11 +240,10 @@ def rematerialize(model: Model, keep: Sequence[str] | None = ()) -> Model:
         >>> model = rematerialize(model, keep=("head_outputs",))
         >>> as_it_was = rematerialize(model, keep=None)
     """
-    unknown = [] if keep is None else [name for name in keep if name not in SITES]
+    unknown = [] if keep is None else [name for name in keep if name not in LAYER_SITES]
     if isinstance(keep, str) or unknown:
-        raise ValueError(
-            f"keep must be names of sites, {', '.join(SITES)}, or None for all, got {keep!r}."
-        )
+        names = ", ".join(LAYER_SITES)
+        raise ValueError(f"keep must be names of sites, {names}, or None for all, got {keep!r}.")
     new = None if keep is None else Rematerialization(tuple(keep))
     return _change_stacks(
         model,
@@ -272,9 +267,7 @@ def _change_stacks(model: Any, change: Callable) -> Any:
 
 def _difference(a: Any, b: Any, path: str = "") -> str | None:
     """The first place in which two layers differ in more than numbers; None if there is none."""
-    if _is_array(a) and _is_array(b):
-        a, b = (f"{x.dtype} of shape {x.shape}" for x in (a, b))
-    elif isinstance(a, eqx.Module) and type(a) is type(b):
+    if isinstance(a, eqx.Module) and type(a) is type(b):
         inside = (
             _difference(getattr(a, name), getattr(b, name), f"{path}.{name}")
             for name in (field.name for field in dataclasses.fields(a))
@@ -283,6 +276,8 @@ def _difference(a: Any, b: Any, path: str = "") -> str | None:
     elif isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
         inside = (_difference(a[i], b[i], f"{path}[{i}]") for i in range(len(a)))
         return next(filter(None, inside), None)
+    elif _is_array(a) and _is_array(b):
+        a, b = (f"{x.dtype} of shape {x.shape}" for x in (a, b))
     return None if a == b else f"{path.removeprefix('.')} is {a!r:.80} and {b!r:.80}"
 
 

@@ -1,4 +1,4 @@
-"""The small parts: linear maps, dropout and feed-forwards."""
+"""The small parts: feed-forwards, dense layers, dropout, and pieces that are passed in."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, overload
@@ -7,8 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.activations import relu, silu
 from jaxformers.axes import Letters
@@ -19,50 +18,8 @@ from jaxformers.checks import (
     check_size,
 )
 from jaxformers.initializers import Initializer, xavier_uniform
-
-
-def linear(
-    x: Float[Array, "... i"], w: Float[Array, "i o"], b: Float[Array, " o"] | None = None
-) -> Float[Array, "... o"]:
-    """`x @ w + b` over all leading axes of `x` at once.
-
-    On three-dimensional activations XLA's CPU backend transposes copies of them before each
-    weight gradient, which costs a third of a training step; on flattened ones it does not.
-    """
-    y = x.reshape(-1, x.shape[-1]) @ w
-    y = y if b is None else add(y, b)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
-
-
-def add(x: Float[Array, "*n d"], y: Float[Array, "..."]) -> Float[Array, "*n d"]:
-    """`x + y` in the type of `x`; the gradient of a `y` that is spread over rows is a float32 sum.
-
-    (In bfloat16 a sum of ones ends at 256.)
-    """
-    return (widened(x) + widened(y)).astype(x.dtype)
-
-
-def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x` in float32 if it has 16 bits."""
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-
-
-@jax.custom_jvp
-def lookup(table: Float[Array, "p d"], rows: Int[Array, "..."]) -> Float[Array, "... d"]:
-    """Rows of a table, NaN for one beyond its end; the gradient of a row is summed in float32."""
-    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
-
-
-@lookup.defjvp
-def _lookup_jvp(primals, tangents):
-    (table, rows), change = primals, tangents[0]
-    of_rows = widened(change).at[rows].get(mode="fill", fill_value=0)
-    return lookup(table, rows), of_rows.astype(change.dtype)
-
-
-def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
-    """`x` times a number that 16 bits would round."""
-    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+from jaxformers.sites import site
+from jaxformers.weights import Weight, contract
 
 
 @overload
@@ -70,18 +27,19 @@ def split_key(key: PRNGKeyArray, num: int) -> list[PRNGKeyArray]: ...
 @overload
 def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]: ...
 def split_key(key, num):
-    """`num` keys from one, or `num` Nones from None (no key means inference)."""
+    """Returns `num` keys made of one, or `num` times None for None (no key means inference)."""
     return [None] * num if key is None else list(jax.random.split(check_key(key), num))
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """`x` with each element zeroed with probability `rate` and the rest scaled up to keep the mean.
+    """Returns `x` with each element zero with probability `rate`, and scaled to keep the mean.
 
-    Without a key, or at rate 0, `x` itself (Srivastava et al. 2014).
+    Without a key, or at rate 0, it returns `x` itself (Srivastava et al. 2014).
     """
     if key is None or rate == 0.0:
         return x
-    # 16 random bits decide as well as 32 and cost half; the kept share is exact, so is the scale.
+    # 16 random bits per element cost half as much as 32. The rate is rounded to them, and the scale
+    # is exact for the rounded rate.
     dropped = min(round(rate * 2**16), 2**16 - 1)
     keep = jax.random.bits(key, x.shape, jnp.uint16) >= np.uint16(dropped)
     return jnp.where(keep, x * (2**16 / (2**16 - dropped)), 0.0)
@@ -96,25 +54,29 @@ class Function(eqx.Module):
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> "Function":
-        # Functions compare by identity: a copied one would make the copy another kind of tree.
+        # A copied function is another one, and a tree with another function has another structure.
         return self
 
 
 def as_module(function: Callable) -> Callable:
-    """Modules as they are (they may hold weights), plain functions wrapped in `Function`."""
+    """Returns a module as it is, since it may hold weights, and a plain function in a `Function`.
+
+    Raises:
+        ValueError: if it cannot be called, or is a class.
+    """
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"expected a function or a module to call, got {function!r}.")
     return function if isinstance(function, eqx.Module) else Function(function)
 
 
 def construct(name: str, constructor: Callable, sizes: dict[str, Any], **options: Any) -> Any:
-    """Returns what the constructor that was passed as the piece `name` makes.
+    """Returns the module or function that a constructor makes.
 
     Arguments:
-        name: the name of the piece, for errors.
+        name: the name of the piece that the constructor was passed as, for errors.
         constructor: a class or a function, called `constructor(*sizes, **options)`.
-        sizes: what it is called with by position, and the names of these for errors.
-        **options: what it is called with by name.
+        sizes: its arguments by position, under their names, which errors show.
+        **options: its arguments by name.
 
     Raises:
         ValueError: if it is a module that is built already, cannot be called like that, or does not
@@ -140,15 +102,15 @@ def construct(name: str, constructor: Callable, sizes: dict[str, Any], **options
 class FeedForward(eqx.Module):
     """Two linear maps with an activation between: `activation(x w_in + b_in) w_out + b_out`.
 
-    Vaswani et al. 2017, section 3.3.
+    (Vaswani et al. 2017, section 3.3.)
 
     Arguments:
         d_model: width of input and output.
         d_ff: width between the maps.
-        activation: any elementwise function or module, ReLU as in the paper.
+        activation: an elementwise function or module, ReLU as in the paper.
         use_bias: whether both maps have a bias.
         init: how `w_in` is drawn.
-        residual_init: how `w_out` is drawn, as `init` unless given.
+        residual_init: how `w_out` is drawn; None is `init`.
         key: PRNG key, required.
 
     Example:
@@ -156,9 +118,9 @@ class FeedForward(eqx.Module):
         (2, 10, 64)
     """
 
-    w_in: Float[Array, "d f"]
+    w_in: Float[Weight, "d f"]
     b_in: Float[Array, " f"] | None
-    w_out: Float[Array, "f d"]
+    w_out: Float[Weight, "f d"]
     b_out: Float[Array, " d"] | None
     activation: Callable = eqx.field(converter=as_module)
 
@@ -183,15 +145,15 @@ class FeedForward(eqx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        hidden = self.activation(linear(x, self.w_in, self.b_in))
-        return linear(checkpoint_name(hidden, "feed_forward"), self.w_out, self.b_out)
+        hidden = self.activation(contract(x, self.w_in, self.b_in))
+        return contract(site(hidden, "feed_forward"), self.w_out, self.b_out)
 
 
 class GatedFeedForward(eqx.Module):
-    """One map gates another: `(activation(x w_gate) * (x w_up)) w_down`, SwiGLU by default.
+    """A feed-forward with a gate: `(activation(x w_gate) * (x w_up)) w_down`, SwiGLU by default.
 
-    Shazeer 2020. It has three maps where `FeedForward` has two: at 2/3 of the d_ff both cost the
-    same.
+    (Shazeer 2020.) It has three maps where `FeedForward` has two, and costs the same at 2/3 of the
+    d_ff.
 
     Arguments:
         d_model: width of input and output.
@@ -199,7 +161,7 @@ class GatedFeedForward(eqx.Module):
         activation: applied to the gate, SiLU.
         use_bias: whether the three maps have biases.
         init: how `w_gate` and `w_up` are drawn.
-        residual_init: how `w_down` is drawn, as `init` unless given.
+        residual_init: how `w_down` is drawn; None is `init`.
         key: PRNG key, required.
 
     Example:
@@ -207,11 +169,11 @@ class GatedFeedForward(eqx.Module):
         (2, 10, 64)
     """
 
-    w_gate: Float[Array, "d f"]
+    w_gate: Float[Weight, "d f"]
     b_gate: Float[Array, " f"] | None
-    w_up: Float[Array, "d f"]
+    w_up: Float[Weight, "d f"]
     b_up: Float[Array, " f"] | None
-    w_down: Float[Array, "f d"]
+    w_down: Float[Weight, "f d"]
     b_down: Float[Array, " d"] | None
     activation: Callable = eqx.field(converter=as_module)
 
@@ -238,16 +200,16 @@ class GatedFeedForward(eqx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        gate = self.activation(linear(x, self.w_gate, self.b_gate))
-        hidden = gate * linear(x, self.w_up, self.b_up)
-        return linear(checkpoint_name(hidden, "feed_forward"), self.w_down, self.b_down)
+        gate = self.activation(contract(x, self.w_gate, self.b_gate))
+        hidden = gate * contract(x, self.w_up, self.b_up)
+        return contract(site(hidden, "feed_forward"), self.w_down, self.b_down)
 
 
 class Dense(eqx.Module):
-    """A linear map, then an activation, then a norm; each of the last two may be absent.
+    """A linear map, then an activation and a norm if there are any.
 
-    What stands between a stack and a head (BERT's pooler and masked-LM transform), or between
-    token vectors of one width and a stack of another (OPT, ALBERT).
+    It serves between a stack and a head (BERT's pooler and masked-LM transform), and between token
+    vectors of one width and a stack of another (OPT, ALBERT).
 
     Arguments:
         d_in: width of the input.
@@ -263,7 +225,7 @@ class Dense(eqx.Module):
         (2, 10, 32)
     """
 
-    w: Float[Array, "i o"]
+    w: Float[Weight, "i o"]
     b: Float[Array, " o"] | None
     activation: Callable | None
     norm: Annotated[Callable | None, Letters(d="o")]
@@ -287,6 +249,6 @@ class Dense(eqx.Module):
         self.norm = None if norm is None else as_module(construct("norm", norm, {"d_out": d_out}))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = linear(x, self.w, self.b)
+        y = contract(x, self.w, self.b)
         y = y if self.activation is None else self.activation(y)
         return y if self.norm is None else self.norm(y)

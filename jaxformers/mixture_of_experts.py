@@ -1,4 +1,4 @@
-"""A feed-forward made of many, of which each token meets a few.
+"""A mixture of experts: many feed-forwards, of which each token uses a few.
 
 The letters of shapes are those of `attention.py`.
 """
@@ -10,34 +10,36 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.activations import silu
 from jaxformers.checks import check_flag, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import GatedFeedForward, as_module, linear, split_key
+from jaxformers.layers import GatedFeedForward, as_module, split_key
+from jaxformers.sites import site
+from jaxformers.weights import Weight, contract
 
 
 class MixtureOfExperts(eqx.Module):
-    """Gated feed-forwards side by side; a router sends each token through the k best for it.
+    """Gated feed-forwards, the experts, and a router that chooses k of them for each token.
 
-    The output is their sum, weighted by the router's probabilities. A model then has the weights
-    of all experts and the cost of k. Every token gets all of its k experts, however many others
-    want the same ones (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
+    The output is the sum of the k experts' outputs, weighted by the router's probabilities. A model
+    has the weights of all experts and the cost of k. Every token gets all of its k experts, however
+    many other tokens have the same ones (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
 
     Arguments:
         d_model: width of input and output.
         d_ff: width inside one expert.
         num_experts: number of experts e.
-        top_k: how many of them a token meets.
+        top_k: number k of experts for each token.
         activation: applied to the gates, SiLU.
-        renormalize: whether the weights of the k are scaled to sum to 1, True as in Mixtral.
-        shared_d_ff: width of one more expert that all tokens meet, times a trained gate in (0, 1)
-            (Qwen2-MoE); None, the default, is without.
-        use_bias: must be False, the default: experts have no biases.
+        renormalize: whether the weights of the k experts are scaled to sum to 1, True as in
+            Mixtral.
+        shared_d_ff: width of one more expert that serves all tokens, times a trained gate in (0, 1)
+            (Qwen2-MoE); None is no such expert.
+        use_bias: must be False, since experts have no biases.
         init: how the router, `w_gate` and `w_up` are drawn.
-        residual_init: how `w_down` is drawn, as `init` unless given.
+        residual_init: how `w_down` is drawn; None is `init`.
         key: PRNG key, required.
 
     Raises:
@@ -52,12 +54,12 @@ class MixtureOfExperts(eqx.Module):
         >>> model = TransformerLM(65, feed_forward=mixture, key=key)
     """
 
-    router: Float[Array, "d e"]
-    w_gate: Float[Array, "e d f"]
-    w_up: Float[Array, "e d f"]
-    w_down: Float[Array, "e f d"]
+    router: Float[Weight, "d e"]
+    w_gate: Float[Weight, "e d f"]
+    w_up: Float[Weight, "e d f"]
+    w_down: Float[Weight, "e f d"]
     shared_expert: GatedFeedForward | None
-    w_shared_gate: Float[Array, "d 1"] | None
+    w_shared_gate: Float[Weight, "d 1"] | None
     activation: Callable
     top_k: int = eqx.field(static=True)
     renormalize: bool = eqx.field(static=True)
@@ -90,7 +92,7 @@ class MixtureOfExperts(eqx.Module):
         self.shared_expert = self.w_shared_gate = None
         if shared_d_ff is not None:
             check_size(shared_d_ff=shared_d_ff)
-            # Copied, as an activation may have weights, and no array may be there twice.
+            # A copy, since an activation may have weights, and no array may be there twice.
             self.shared_expert = GatedFeedForward(
                 d_model,
                 shared_d_ff,
@@ -108,7 +110,7 @@ class MixtureOfExperts(eqx.Module):
     def num_experts(self) -> int:
         return self.router.shape[-1]
 
-    # Compiled here: the loop over blocks would be compiled anew in each call outside of a `jit`.
+    # Compiled here, since outside of a `jit` each call would compile the loop over blocks anew.
     @eqx.filter_jit
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         rows = x.reshape(-1, x.shape[-1])
@@ -116,25 +118,28 @@ class MixtureOfExperts(eqx.Module):
         outputs = self._through_experts(rows, experts).astype(jnp.float32)
         y = jnp.einsum("tk,tkd->td", weights, outputs).astype(x.dtype)
         if self.shared_expert is not None and self.w_shared_gate is not None:
-            gate = jax.nn.sigmoid(linear(rows, self.w_shared_gate))
-            y = y + gate * self.shared_expert(rows)
+            gate = jax.nn.sigmoid(contract(rows, self.w_shared_gate))
+            with jax.named_scope("shared_expert"):
+                y = y + gate * self.shared_expert(rows)
         return y.reshape(x.shape)
 
     def route(
         self, x: Float[Array, "*b d"]
     ) -> tuple[Float[Array, "*b {self.top_k}"], Int[Array, "*b {self.top_k}"]]:
-        """Weights (in float32) and indices of the experts of each token, `(..., k)`, best first."""
+        """Returns the weights, in float32, and the k experts of each token, best first."""
         weights, experts = lax.top_k(self._probabilities(x), self.top_k)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdims=True)
         return weights, experts
 
     def load_balancing_loss(self, x: Float[Array, "*b d"]) -> Float[Array, ""]:
-        """What to add to a loss, times 0.01 or so, that all experts may be used alike.
+        """Returns a loss that is lowest where the tokens spread evenly over the experts.
 
-        `e * sum_i share_i * probability_i` with the share of the tokens that meet expert i and its
-        mean probability; k where tokens spread evenly, more where they crowd (Fedus et al. 2022,
-        Switch Transformers, section 2.2; for k > 1 as in Mixtral).
+        Add it to the loss of a training, times 0.01 or so. It is
+        `e * sum_i share_i * probability_i`, where `share_i` is the share of tokens that have expert
+        i, and `probability_i` its mean probability. It is k where tokens spread evenly, and more
+        where they do not (Fedus et al. 2022, Switch Transformers, section 2.2; for k > 1 as in
+        Mixtral).
 
         Arguments:
             x: inputs of this module, `(..., d_model)`; leave out those of padding.
@@ -150,17 +155,17 @@ class MixtureOfExperts(eqx.Module):
         return self.num_experts * (shares * probabilities.mean(0)).sum()
 
     def _probabilities(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
-        return jax.nn.softmax(linear(x, self.router).astype(jnp.float32))
+        return jax.nn.softmax(contract(x, self.router).astype(jnp.float32))
 
     def _through_experts(
         self, rows: Float[Array, "t d"], experts: Int[Array, "t k"]
     ) -> Float[Array, "t k d"]:
-        """What each of a token's experts makes of it.
+        """Returns the outputs of each token's experts.
 
-        The pairs of token and expert are sorted into blocks of one expert each, filled up with
-        zeros. One matrix product per block then costs what is needed, with any routing, and loads
-        only the experts that are used. (On CPU `lax.ragged_dot` puts every row through every
-        expert.)
+        The pairs of token and expert are sorted into blocks of one expert each, and blocks are
+        filled up with zeros. A loop computes block after block. Its cost does not depend on the
+        routing, and it reads only the experts that are used. (`lax.ragged_dot` computes every row
+        with every expert on CPU.)
         """
         size, slots, block_experts = _blocks(experts.reshape(-1), self.num_experts)
         d = rows.shape[-1]
@@ -170,10 +175,11 @@ class MixtureOfExperts(eqx.Module):
 
         def through_one(block_and_expert):
             block, i = block_and_expert
-            hidden = self.activation(block @ self.w_gate[i]) * (block @ self.w_up[i])
-            return checkpoint_name(hidden, "feed_forward") @ self.w_down[i]
+            gate = self.activation(contract(block, self.w_gate[i]))
+            hidden = gate * contract(block, self.w_up[i])
+            return contract(site(hidden, "feed_forward"), self.w_down[i])
 
-        # Without the policy the backward pass would keep a copy of the weights for each block.
+        # Without this policy the backward pass keeps a copy of the weights for each block.
         policy = jax.checkpoint_policies.dots_saveable
         outputs = lax.map(jax.checkpoint(through_one, policy=policy), (blocks, block_experts))
         return outputs.reshape(-1, d)[slots].reshape(*experts.shape, d)
@@ -182,11 +188,11 @@ class MixtureOfExperts(eqx.Module):
 def _blocks(
     experts: Int[Array, " pairs"], num_experts: int
 ) -> tuple[int, Int[Array, " pairs"], Int[Array, " blocks"]]:
-    """The size of a block, the slot of each pair in the row of blocks, and each block's expert."""
+    """Returns the size of a block, the slot of each pair in all blocks, and each block's expert."""
     pairs = len(experts)
-    # Large enough for a fast product; small enough that the blocks left unfilled cost little.
+    # A large block has a fast product. With small blocks, less is filled up.
     size = max(1, min(128, pairs // num_experts))
-    # As many as can be needed, where each expert that is used has a last block with one row.
+    # The most blocks that can be needed: the last block of each expert then has one row.
     num_blocks = (pairs + min(num_experts, pairs) * (size - 1)) // size
     counts = jnp.bincount(experts, length=num_experts)
     blocks = -(-counts // size)

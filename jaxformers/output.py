@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.axes import Letters
 from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import as_module, construct, linear
+from jaxformers.layers import as_module, construct
+from jaxformers.sites import site
+from jaxformers.weights import Weight, contract
 
 
 class OutputLayer(eqx.Module):
@@ -37,7 +39,7 @@ class OutputLayer(eqx.Module):
         (2, 10, 65)
     """
 
-    w: Float[Array, "m v"] | None
+    w: Float[Weight, "m v"] | None
     b: Float[Array, " v"] | None
     transform: Annotated[Callable | None, Letters(i="d", o="m")]
     scale: float = eqx.field(static=True)
@@ -82,13 +84,13 @@ class OutputLayer(eqx.Module):
         return self.w is None
 
     def __call__(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v m"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Log-probabilities in float32; arguments and errors as for `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
     def logits(
-        self, x: Float[Array, "*b t d"], table: Float[Array, "v m"] | None = None
+        self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Unnormalized log-probabilities in float32.
 
@@ -106,6 +108,8 @@ class OutputLayer(eqx.Module):
             )
         w = table.T if self.w is None else self.w  # type: ignore[union-attr]
         x = x if self.transform is None else self.transform(x)
-        logits = linear(x, w, self.b).astype(jnp.float32)
+        logits = contract(x, w, self.b).astype(jnp.float32)
         logits = logits if self.scale == 1.0 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        return site(logits, "logits")

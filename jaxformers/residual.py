@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import equinox as eqx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_choice, check_positive, check_rate
-from jaxformers.layers import as_module, construct, dropout, scaled
+from jaxformers.layers import as_module, construct, dropout
+from jaxformers.precision import scaled
+from jaxformers.sites import site
 
 # Where a sublayer's norms stand.
 PLACEMENTS = ("pre", "post", "sandwich", "output", "none")
@@ -75,7 +76,8 @@ class Residual(eqx.Module):
         self, x: Float[Array, "*b t d"], y: Float[Array, "*b t d"], key: PRNGKeyArray | None
     ) -> Float[Array, "*b t d"]:
         """The stream after the sublayer's output `y` has been added."""
+        y = site(y, "sublayer_output")
         y = y if self.output_norm is None else self.output_norm(y)
         x = x + dropout(scaled(y, self.scale), self.dropout_rate, key)
         after = self.norm is not None and self.placement == "post"
-        return checkpoint_name(self.norm(x) if after else x, "residual")  # type: ignore[misc]
+        return site(self.norm(x) if after else x, "residual")  # type: ignore[misc]

@@ -29,7 +29,7 @@ PUBLIC_NAMES = """
 AdamW Adafactor ALiBi AllHeadsNorm AttentionMask Averaged AveragedState BadSteps Blocks Cache Choice
 Classifier Decoder DecoderLayer Dense DynamicScaling Encoder EncoderLayer FeedForward Function
 GatedFeedForward Gradients Groups Guard HostKey KV Layout LayerCache LayerNorm LeafwiseOptimizer
-LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling MixtureOfExperts
+LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling LowRank MixtureOfExperts
 MultiHeadAttention Muon Optax Optimizer Origin OrthogonalMomentum OutputLayer PerHeadNorm
 ProportionalScaling RMSNorm Rematerialization Report Residual RotaryPositionalEncoding ScannedLayers
 Schedule SinusoidalPositionalEncoding SpecialTokens State T5PositionBias TokenEmbedding Training

@@ -30,7 +30,8 @@ from jaxformers import (
     sequence_to_sequence_loss,
     train_step,
 )
-from jaxformers.layers import add, linear, lookup
+from jaxformers.precision import add
+from jaxformers.weights import contract, lookup
 
 VOCAB, T, B, D = 17, 7, 3, 12
 rows = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1))
@@ -104,7 +105,9 @@ def test_a_thousand_ones_are_a_thousand(getkey):
     for gradient in (
         jax.grad(lambda x: lookup(x, many).astype(jnp.float32).sum())(table)[0],
         jax.grad(lambda x: add(ones, x).astype(jnp.float32).sum())(bias),
-        jax.grad(lambda x: linear(ones, jnp.eye(2, dtype=ones.dtype), x).astype("f4").sum())(bias),
+        jax.grad(lambda x: contract(ones, jnp.eye(2, dtype=ones.dtype), x).astype("f4").sum())(
+            bias
+        ),
     ):
         assert gradient.dtype == jnp.bfloat16
         np.testing.assert_array_equal(gradient, jnp.full(2, 1000, jnp.bfloat16))

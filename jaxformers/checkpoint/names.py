@@ -37,6 +37,7 @@ from jaxformers import (
     transformer,
     transformer_encoder,
     transformer_lm,
+    weights,
 )
 from jaxformers.checkpoint import training_state
 from jaxformers.files.safetensors_file import DTYPES
@@ -72,6 +73,7 @@ OURS: dict[str, Any] = {
     "GatedFeedForward": layers.GatedFeedForward,
     "MixtureOfExperts": mixture_of_experts.MixtureOfExperts,
     "Dense": layers.Dense,
+    "LowRank": weights.LowRank,
     "Function": layers.Function,
     "LayerNorm": norms.LayerNorm,
     "RMSNorm": norms.RMSNorm,
@@ -111,7 +113,7 @@ OURS: dict[str, Any] = {
     "dot_product_attention": plain.dot_product_attention,
     "blockwise_attention": blockwise.blockwise_attention,
     "flash_attention": flash.flash_attention,
-    "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "scaled_dot_product_attention": plain.scaled_dot_product_attention,
     "attention_scores": plain.attention_scores,
     "attention_weights": plain.attention_weights,
     "match": plain.match,

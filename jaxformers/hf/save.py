@@ -32,6 +32,7 @@ from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
 from jaxformers.tokenizers.files import TOKENIZER_FILES
+from jaxformers.weights import merge_weights
 
 # What the sentence-transformers package reads beside a checkpoint.
 SENTENCE_FILES = (
@@ -41,8 +42,8 @@ SENTENCE_FILES = (
 
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write a model as a checkpoint; see `save_pretrained` of the models."""
-    directory, model = check_directory(path), unroll_layers(model)
+    """Writes a model as a checkpoint; see `save_pretrained` of the models."""
+    directory, model = check_directory(path), merge_weights(unroll_layers(model))
     dtype = check_arrays(arrays_by_path(model))
     model = without_scale(model)
     arrays = arrays_by_path(model)

@@ -1,11 +1,13 @@
-"""Attention for some queries at a time, each block of them with the keys it can see."""
+"""Attention for one block of queries at a time, with the keys that the block may attend to."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformers.checks import check_size
-from jaxformers.kernels.plain import attention_scores, check_inputs, mix
+from jaxformers.kernels.plain import attention_scores, check_inputs, mix, refuse_dropout
 from jaxformers.masks import Mask, as_mask
 
 # Queries at a time. On a CPU their scores stay in its cache.
@@ -15,12 +17,12 @@ BLOCK = 128
 def exponentials(
     scores: Float[Array, "*b t s"], top: Float[Array, "*b t 1"]
 ) -> Float[Array, "*b t s"]:
-    """`exp(scores - top)`; 0 in the rows where nothing may be seen, whose top is the lowest."""
+    """Returns `exp(scores - top)`, and 0 in rows without any key, whose top is the lowest."""
     return jnp.exp(scores - jnp.maximum(top, jnp.finfo(top.dtype).min / 2))
 
 
 def divide(out: Float[Array, "*b t h"], total: Float[Array, "*b t 1"]) -> Float[Array, "*b t h"]:
-    """`out / total`, and zeros for the rows that saw nothing."""
+    """Returns `out / total`, and zeros for the rows without any key."""
     return out / jnp.where(total == 0, 1.0, total)
 
 
@@ -31,17 +33,22 @@ def blockwise_attention(
     mask: Mask | None,
     *,
     softcap: float | None = None,
+    dropout: Callable[[Array], Array] | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "*b n t h"]:
-    """Attention for a block of queries at a time: half the work where it is causal.
+    """Returns attention that is computed for one block of queries at a time.
 
-    Sums are divided once the values are mixed, on h numbers per query in place of s. Nothing here
-    has a gradient of its own, so that it differentiates in any mode; for its backward pass the
-    exponentials of all blocks are kept, which for long sequences is too much.
+    A causal mask halves the work, since a block only reads the keys up to its end. The sums are
+    divided after the values are mixed: h divisions per query in place of s. It differentiates in
+    any mode. The backward pass keeps the exponentials of all blocks, which is too much for long
+    sequences.
 
-    Arguments and result are those of `dot_product_attention`, without dropout, and
+    The arguments and the result are those of `dot_product_attention`, and
 
-        block: how many queries are looked at together, 128.
+        block: how many queries are in a block, 128.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or there is dropout.
 
     Example:
         >>> q, k = jnp.ones((2, 8, 300, 4)), jnp.ones((2, 2, 300, 4))
@@ -49,6 +56,7 @@ def blockwise_attention(
         (2, 8, 300, 4)
     """
     check_inputs(q, k, v)
+    refuse_dropout("blockwise_attention", dropout)
     check_size(block=block)
     mask, t, s = as_mask(mask), q.shape[-2], k.shape[-2]
     parts = []

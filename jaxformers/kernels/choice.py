@@ -1,4 +1,4 @@
-"""The kernel for the machine at hand: by backend, types, sizes and what the mask describes."""
+"""The choice of a kernel for this machine: by backend, types, sizes and the mask."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,9 @@ FLASH_BLOCKS_ELSEWHERE = (2048, 512)
 
 
 class Choice(NamedTuple):
-    """A kernel and why it was chosen; on a GPU `cudnn` runs where the computation is placed there.
+    """A kernel, and the reason for it.
+
+    If `cudnn` is True, cuDNN's kernel runs in its place wherever the program is placed on a GPU.
 
     Example:
         >>> q = jnp.ones((1, 8, 300, 4))
@@ -42,7 +44,7 @@ class Choice(NamedTuple):
     cudnn: bool = False
 
     def __str__(self) -> str:
-        function = getattr(self.kernel, "func", self.kernel)
+        function: Any = getattr(self.kernel, "func", self.kernel)
         return f"{'cuDNN' if self.cudnn else function.__name__}: {self.why}"
 
 
@@ -55,14 +57,15 @@ def fast_attention(
     softcap: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "*b n t h"]:
-    """Attention by the kernel for the machine at hand, and the default `attention_fn`.
+    """Returns attention by the fast kernel for this machine; it is the default `attention_fn`.
 
-    `choose_attention` tells which one and why, and so does the log at level debug. All give the
-    same numbers but for rounding. Where it is `flash_attention` (long sequences) or cuDNN, the
-    program cannot be differentiated forwards (`jax.jvp`), and cuDNN's not twice; nor does cuDNN
-    take sequences spread over devices. Pass `dot_product_attention` for that.
+    `choose_attention` says which kernel that is and why, and so does the log at level debug. All
+    kernels give the same numbers but for rounding. If the kernel is `flash_attention`, for long
+    sequences, or cuDNN's, the program has no forward-mode derivative (`jax.jvp`). cuDNN's has no
+    second derivative either, and does not take sequences that are spread over devices. Pass
+    `dot_product_attention` for these.
 
-    Arguments and result are those of `dot_product_attention`.
+    The arguments and the result are those of `dot_product_attention`.
 
     Example:
         >>> q, k = jnp.ones((2, 8, 5, 4)), jnp.ones((2, 2, 5, 4))
@@ -73,10 +76,7 @@ def fast_attention(
     check_inputs(q, k, v)
     choice = choose_attention(q, k, v, mask, softcap=softcap, dropout=dropout)
     logger.debug("%s queries, %s keys: %s", q.shape, k.shape, choice)
-    options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
-    if dropout is not None:
-        options["dropout"] = dropout
-    kernel = partial(choice.kernel, mask=mask, **options)
+    kernel = partial(choice.kernel, mask=mask, softcap=softcap, dropout=dropout)
     if not choice.cudnn:
         return kernel(q, k, v)
     # The program may still be placed on the CPU of a machine that has a GPU.
@@ -93,7 +93,7 @@ def choose_attention(
     dropout: Callable[[Array], Array] | None = None,
     backend: str | None = None,
 ) -> Choice:
-    """Which kernel `fast_attention` runs, and why.
+    """Returns the kernel that `fast_attention` runs, with the reason.
 
     Arguments:
         q, k, v, mask, softcap, dropout: as for `fast_attention`; shapes and types are enough.
@@ -131,7 +131,7 @@ def choose_attention(
 
 
 def _obstacle_to_cudnn(q: Any, k: Any, v: Any, mask: AttentionMask, softcap: Any) -> str | None:
-    """Why cuDNN's fused attention cannot be used, or None if it can."""
+    """Returns why cuDNN's fused attention cannot be used, or None if it can."""
     t, s = q.shape[-2], k.shape[-2]
     obstacles = {
         "there is a softcap": softcap is not None,
@@ -161,7 +161,7 @@ def _cudnn(
     v: Float[Array, "*b g s h"],
     mask: AttentionMask,
 ) -> Float[Array, "*b n t h"]:
-    """cuDNN's fused attention, for masks that are causal, with or without a window, or nothing."""
+    """Returns cuDNN's fused attention, for a causal mask, with or without a window, or none."""
     # JAX's order of axes is (b, t, n, h), with exactly one axis of batch.
     shape = q.shape
     q, k, v = (jnp.swapaxes(x if x.ndim == 4 else x[None], 1, 2) for x in (q, k, v))

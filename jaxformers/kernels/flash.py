@@ -1,8 +1,9 @@
-"""Attention that never holds more scores than one block of queries by one of keys.
+"""Attention that never holds more scores than those of one block of queries and one of keys.
 
 Rabe and Staats 2021; Dao et al. 2022 (FlashAttention), with the gradient of its appendix B.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,17 +11,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformers.checks import check_size
 from jaxformers.kernels.blockwise import divide, exponentials
-from jaxformers.kernels.plain import attention_scores, check_inputs, match, mix
+from jaxformers.kernels.plain import attention_scores, check_inputs, match, mix, refuse_dropout
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.sites import site
 
 
 class Blocks(NamedTuple):
-    """How many queries and keys are looked at together."""
+    """The numbers of queries and keys in a block."""
 
     queries: int
     keys: int
@@ -33,18 +34,22 @@ def flash_attention(
     mask: Mask | None,
     *,
     softcap: float | None = None,
+    dropout: Callable[[Array], Array] | None = None,
     blocks: tuple[int, int] = (256, 512),
 ) -> Float[Array, "*b n t h"]:
-    """Attention in memory linear in the sequence, forward and backward.
+    """Returns attention that needs memory linear in the sequence, forward and backward.
 
-    Blocks in which no query may see a key are skipped. The backward pass makes the scores again.
-    It has a gradient of its own, so that JAX differentiates it backwards, and forwards over that
-    (`jax.hessian`), but neither forwards (`jax.jvp`) nor backwards twice: the plain
-    `dot_product_attention` does both.
+    Blocks in which no query may attend to a key are skipped. The backward pass computes the scores
+    again. The function has a gradient of its own. JAX can therefore differentiate it in reverse
+    mode, and in forward mode over that (`jax.hessian`), but neither in forward mode alone
+    (`jax.jvp`) nor in reverse mode twice. `dot_product_attention` allows both.
 
-    Arguments and result are those of `dot_product_attention`, without dropout, and
+    The arguments and the result are those of `dot_product_attention`, and
 
-        blocks: how many queries and how many keys are looked at together, 256 and 512.
+        blocks: how many queries and how many keys are in a block, 256 and 512.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or there is dropout.
 
     Example:
         >>> q, k = jnp.ones((2, 8, 300, 4)), jnp.ones((2, 2, 300, 4))
@@ -52,6 +57,7 @@ def flash_attention(
         (2, 8, 300, 4)
     """
     check_inputs(q, k, v)
+    refuse_dropout("flash_attention", dropout)
     mask, (block_q, block_k) = as_mask(mask), blocks
     check_size(queries_in_a_block=block_q, keys_in_a_block=block_k)
     t, s = q.shape[-2], k.shape[-2]
@@ -68,8 +74,8 @@ def _flash(inputs: Any, softcap: float | None, sizes: Blocks) -> Float[Array, "*
 
 @_flash.def_fwd
 def _flash_forward(perturbed, inputs, softcap, sizes):
-    # What rematerialization has to keep for none of this to run again.
-    kept = partial(checkpoint_name, name="head_outputs")
+    # Rematerialization that keeps these does not run any of this again.
+    kept = partial(site, name="head_outputs")
     out, *rest = jax.tree.map(kept, _forward(inputs, softcap, sizes))
     return out, (out, *rest)
 
@@ -80,10 +86,10 @@ def _flash_backward(residuals, gradient, perturbed, inputs, softcap, sizes):
 
 
 def _forward(inputs, softcap, sizes):
-    """The outputs, the logarithm of each query's sum of exponentials, and the visible blocks."""
+    """Returns the outputs, the log of each query's sum of exponentials, and the visible blocks."""
     q, k, v, mask = inputs
     rows = *q.shape[:-2], sizes.queries
-    # Twice this is the score of what may not be seen, whose exponential is then 0.
+    # A hidden score is twice this number, so that its exponential is 0.
     lowest = jnp.full((*rows, 1), jnp.finfo(jnp.float32).min / 2, jnp.float32)
     empty = lowest, _zeros(*rows, 1), _zeros(*rows, v.shape[-1])
     visible = _visible(mask, q.shape[-2], k.shape[-2], sizes)
@@ -102,7 +108,7 @@ def _forward(inputs, softcap, sizes):
             return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + mixed
 
         top, total, out = lax.fori_loop(first, last, see, empty)
-        # What saw nothing has no weights in the backward pass either.
+        # A query without any key has no weights in the backward pass either.
         log_total = jnp.where(total == 0, jnp.inf, top + jnp.log(total))
         return None, (divide(out, total).astype(v.dtype), log_total)
 
@@ -111,7 +117,7 @@ def _forward(inputs, softcap, sizes):
 
 
 def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
-    """The gradients of queries, keys, values and of what the mask's bias is made of."""
+    """Returns the gradients of queries, keys, values and the arrays of the mask's bias."""
     q, k, v, mask = inputs
     gradient = gradient.astype(jnp.float32)
     delta = (gradient * out.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -143,10 +149,11 @@ def _backward(inputs, out, log_total, visible, gradient, softcap, sizes):
 
 
 def _surrogate(inputs, gradient, delta, log_total, softcap):
-    """A number whose gradient is that of the attention, for one block.
+    """Returns a number whose gradient is that of the attention, for one block.
 
-    With weights p the scores' gradient is p (g v^T - delta) and that of the values p^T g, which
-    is what differentiating this gives, with all that the scores are made of.
+    With weights p and the outputs' gradient g, the gradient of the scores is p (g v^T - delta) and
+    that of the values is p^T g. Differentiating this number gives both, and carries the first on
+    to the arrays that the scores are made of.
     """
     queries, keys, values, block = inputs
     scores, _ = attention_scores(queries, keys, block, softcap)
@@ -155,7 +162,7 @@ def _surrogate(inputs, gradient, delta, log_total, softcap):
 
 
 def _visible(mask: AttentionMask, t: int, s: int, sizes: Blocks) -> tuple[Any, Any]:
-    """For each block of queries the first block of keys it can see, and one past the last."""
+    """Returns the first visible block of keys of each block of queries, and one past the last."""
     i, j = jnp.arange(t // sizes.queries), jnp.arange(s // sizes.keys)
 
     def seen(i, j):
@@ -163,7 +170,7 @@ def _visible(mask: AttentionMask, t: int, s: int, sizes: Blocks) -> tuple[Any, A
         return jnp.array(True) if allowed is None else allowed.any((-1, -2))
 
     seen_by = lax.map(lambda i: lax.map(lambda j: seen(i, j), j), i)
-    # Rows and heads last: where they are spread over devices, this is when those have to talk.
+    # Rows and heads are reduced last: if they are spread over devices, this step communicates.
     seen_by = seen_by.any(range(2, seen_by.ndim))
     first, last = (jnp.where(seen_by, x, y) for x, y in ((j, len(j)), (j + 1, 0)))
     return first.min(1), last.max(1)
@@ -182,14 +189,14 @@ def _part(x: Float[Array, "*b t h"], i: Any, size: int) -> Float[Array, "*b {siz
 
 
 def _add(x: Float[Array, "*b t h"], part: Float[Array, "*b p h"], i: Any) -> Any:
-    """`x` with the part added at block i."""
+    """Returns `x` with the part added at block i."""
     size = part.shape[-2]
     changed = _part(x, i, size) + part.astype(x.dtype)
     return lax.dynamic_update_slice_in_dim(x, changed, i * size, axis=-2)
 
 
 def _join(parts: Float[Array, "c *b t h"]) -> Float[Array, "*b u h"]:
-    """Blocks that a scan stacked, one behind the other."""
+    """Returns the blocks that a scan has stacked, concatenated."""
     parts = jnp.moveaxis(parts, 0, -3)
     return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])
 

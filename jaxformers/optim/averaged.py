@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int32, PyTree
 
 from jaxformers.checks import check_rate, check_usable, is_known
-from jaxformers.layers import widened
 from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
+from jaxformers.precision import widened
 
 
 class AveragedState(eqx.Module):

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, PyTree
 
 from jaxformers.checks import check_nonnegative, check_positive, is_known
-from jaxformers.layers import widened
 from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer
+from jaxformers.precision import widened
 
 Moments = dict[str, Array]
 

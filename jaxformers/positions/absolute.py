@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import check_flag, check_key, check_seq_length, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
-from jaxformers.layers import lookup
+from jaxformers.weights import Weight, lookup
 
 
 def sinusoid(
@@ -118,7 +118,7 @@ class LearnablePositionalEncoding(eqx.Module):
         (10, 64)
     """
 
-    weight: Float[Array, "p d"]
+    weight: Float[Weight, "p d"]
     offset: int = eqx.field(static=True)
 
     def __init__(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
+from jaxformers.weights import Weight, lookup
 
 
 class ALiBi(eqx.Module):
@@ -70,7 +71,7 @@ class T5PositionBias(eqx.Module):
         >>> model = TransformerLM(65, position=lambda key: T5PositionBias(8, key=key), key=key)
     """
 
-    weight: Float[Array, "u n"]
+    weight: Float[Weight, "u n"]
     max_distance: int = eqx.field(static=True)
 
     def __init__(
@@ -115,7 +116,7 @@ class T5PositionBias(eqx.Module):
             )
         far = self.max_distance
         buckets = t5_buckets(np.arange(-far, far + 1), self.num_buckets, far, causal)
-        by_distance = self.weight.astype(jnp.float32)[buckets]
+        by_distance = lookup(self.weight, jnp.asarray(buckets, jnp.int32)).astype(jnp.float32)
         ahead = jnp.clip(k_positions[..., None, :] - q_positions[..., :, None], -far, far)
         return jnp.moveaxis(by_distance[ahead + far], -1, -3)
 

@@ -1,0 +1,279 @@
+"""The weights of a model, and the functions through which activations reach them.
+
+A weight is an array, or an object that acts as one, such as `LowRank`. The modules of this package
+multiply activations by a weight with `contract` and read rows of a table with `lookup`, and they do
+nothing else with a weight. A new kind of weight is therefore one class. It derives from
+`WeightObject`, which says what the class must have.
+
+Fields that may hold any weight are annotated like `Float[Weight, "d n h"]`.
+"""
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxformers.axes import Axes
+from jaxformers.checks import check_key, check_positive, check_size
+from jaxformers.precision import add, scaled, widened
+
+Model = TypeVar("Model")
+
+
+class WeightObject(ABC):
+    """An object that acts as an array of weights.
+
+    A kind of weight is an Equinox module that derives from this class as well, so that its arrays
+    are leaves of the model: they are trained, cast, stacked, saved and copied like all others. The
+    weights that it is made of may be objects themselves. To be saved in files it gets a public name
+    in `jaxformers.checkpoint.names`.
+
+    Its `shape` and `dtype` are those of the array that it stands for. Layers that are scanned or
+    copied by `vmap` have more axes in front, in the object as in an array, and `shape` has them
+    too: a kind of weight reads its sizes from its arrays and never stores them.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this object stands for."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> Any:
+        """The type of the numbers that this object gives."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    @abstractmethod
+    def T(self) -> Any:
+        """The transpose of a weight `(i, o)`, which is a weight `(o, i)`."""
+
+    @abstractmethod
+    def __getitem__(self, i: Int[Array, ""] | int) -> Any:
+        """Returns one of several weights: those of expert `i`, for example."""
+
+    @abstractmethod
+    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+        """Returns `x w`, where w is this weight as a matrix `(i, o)`."""
+
+    @abstractmethod
+    def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
+        """Returns rows of a table `(p, d)` as `lookup` does, NaN for a row beyond its end."""
+
+    @abstractmethod
+    def dense(self) -> Array:
+        """Returns the array that this object stands for."""
+
+    @abstractmethod
+    def field_axes(self, axes: Axes) -> dict[str, Axes]:
+        """Returns the axes of each field, from those of the array that this object stands for."""
+
+
+if TYPE_CHECKING:
+    Weight = Array | WeightObject
+else:
+
+    class _Kinds(type):
+        def __instancecheck__(cls, x: Any) -> bool:
+            return isinstance(x, jax.Array | WeightObject)
+
+    class Weight(metaclass=_Kinds):
+        """An array or a `WeightObject`, for annotations."""
+
+
+def contract(
+    x: Float[Array, "..."],
+    w: Float[Weight, "..."],
+    bias: Float[Array, "..."] | None = None,
+    inputs: int = 1,
+) -> Float[Array, "..."]:
+    """Returns the product of activations and a weight, plus a bias.
+
+    It is the sum over the last axes of `x`, which are the first axes of `w`.
+
+    Arguments:
+        x: `(..., i)`, where i stands for as many axes as `inputs` says.
+        w: `(i, o)`, where o stands for any number of axes.
+        bias: `(o)`; None is no bias.
+        inputs: the number of axes that are summed over, 1.
+
+    Returns:
+        `(..., o)`, in the type of `x`.
+
+    Example:
+        >>> x, wq = jnp.ones((2, 10, 16)), jnp.ones((16, 4, 8))
+        >>> contract(x, wq).shape
+        (2, 10, 4, 8)
+    """
+    size = prod(w.shape[:inputs])
+    # On three-dimensional activations XLA's CPU backend transposes copies of them before each
+    # gradient of a weight, which costs a third of a training step. On flat ones it does not.
+    y = _product(x.reshape(-1, size), w, size)
+    y = y if bias is None else add(y, bias.reshape(-1))
+    return y.reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])
+
+
+def _product(x: Float[Array, "r i"], w: Weight, size: int) -> Float[Array, "r o"]:
+    return w.product(x) if isinstance(w, WeightObject) else x @ w.reshape(size, -1)
+
+
+def lookup(table: Float[Weight, "p d"], rows: Int[Array, "..."]) -> Float[Array, "... d"]:
+    """Returns rows of a table, NaN for a row beyond its end.
+
+    The gradient of a row is summed in float32.
+
+    Example:
+        >>> lookup(jnp.ones((65, 16)), jnp.array([[1, 2, 3]])).shape
+        (1, 3, 16)
+    """
+    return table.rows(rows) if isinstance(table, WeightObject) else _rows(table, rows)
+
+
+@jax.custom_jvp
+def _rows(table: Float[Array, "p d"], rows: Int[Array, "..."]) -> Float[Array, "... d"]:
+    return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+
+
+@_rows.defjvp
+def _rows_jvp(primals, tangents):
+    (table, rows), change = primals, tangents[0]
+    of_rows = widened(change).at[rows].get(mode="fill", fill_value=0)
+    return _rows(table, rows), of_rows.astype(change.dtype)
+
+
+def merge_weights(model: Model) -> Model:
+    """Returns the model with an array in place of each weight that is an object.
+
+    Arguments:
+        model: any pytree, such as a model whose weights are `LowRank`.
+
+    Example:
+        >>> merged = merge_weights(model)
+    """
+
+    def is_object(x: Any) -> bool:
+        return isinstance(x, WeightObject)
+
+    return jax.tree.map(lambda x: x.dense() if is_object(x) else x, model, is_leaf=is_object)
+
+
+class LowRank(eqx.Module, WeightObject):
+    """A weight plus a product of two thin ones: `base + scale a b` (Hu et al. 2021, LoRA).
+
+    The sum is never made: activations x give `x base + scale (x a) b`. To train a and b alone,
+    freeze the bases.
+
+    Arguments:
+        base: the weight `(apart, i, o)`, an array or an object. Here i and o stand for any number
+            of axes, and so do the axes apart, which count weights of the same kind (experts).
+        a: `(apart, i, r)`, where r is the rank.
+        b: `(apart, r, o)`.
+        scale: factor on the product, 1.
+
+    Example:
+        >>> mha = MultiHeadAttention(64, 8, key=key)
+        >>> wq = LowRank.of(mha.wq, rank=4, key=key)
+        >>> adapted = eqx.tree_at(lambda x: x.wq, mha, wq)
+        >>> adapted.wq.shape, adapted.wq.a.shape, adapted.wq.b.shape
+        ((64, 8, 8), (64, 4), (4, 8, 8))
+    """
+
+    base: Weight
+    a: Float[Array, "..."]
+    b: Float[Array, "..."]
+    scale: float = eqx.field(static=True, default=1.0)
+
+    @classmethod
+    def of(
+        cls,
+        weight: Weight,
+        rank: int,
+        *,
+        inputs: int = 1,
+        apart: int = 0,
+        scale: float = 1.0,
+        key: PRNGKeyArray | None = None,
+    ) -> "LowRank":
+        """Returns a weight that equals `weight` at first, since b is zero.
+
+        Arguments:
+            weight: the base.
+            rank: the rank r.
+            inputs: how many axes are inputs: 1, but 2 for `wo` of attention, `(n, h, d)`.
+            apart: how many axes before these count weights of the same kind: 0, but 1 for the
+                weights of experts.
+            scale: factor on the product.
+            key: PRNG key for a, which is normal with variance `1 / i`.
+
+        Raises:
+            ValueError: if a number is out of range, the weight has not that many axes, or there is
+                no key.
+        """
+        check_size(rank=rank, inputs=inputs)
+        check_positive(scale=scale)
+        split = apart + inputs
+        if apart < 0 or split >= weight.ndim:
+            raise ValueError(
+                f"a weight of shape {weight.shape} must have axes apart, inputs and outputs, got "
+                f"apart={apart} and inputs={inputs}."
+            )
+        ahead, outputs = weight.shape[:split], weight.shape[split:]
+        a = jax.random.normal(check_key(key), (*ahead, rank), jnp.float32)
+        a = a * prod(ahead[apart:]) ** -0.5
+        b = jnp.zeros((*ahead[:apart], rank, *outputs), weight.dtype)
+        return cls(weight, a.astype(weight.dtype), b, float(scale))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    @property
+    def T(self) -> "LowRank":
+        return LowRank(self.base.T, self.b.T, self.a.T, self.scale)
+
+    def __getitem__(self, i: Int[Array, ""] | int) -> "LowRank":
+        if self._apart == 0:
+            raise ValueError(f"a weight of shape {self.shape} is one weight: there is no [{i}].")
+        return LowRank(self.base[i], self.a[i], self.b[i], self.scale)
+
+    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+        of_rank = x @ self.a.reshape(-1, self.rank)
+        low = of_rank @ self.b.reshape(self.rank, -1)
+        return _product(x, self.base, x.shape[-1]) + scaled(low, self.scale)
+
+    def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
+        low = contract(_rows(self.a, rows), self.b)
+        return lookup(self.base, rows) + scaled(low, self.scale)
+
+    def dense(self) -> Array:
+        base = self.base.dense() if isinstance(self.base, WeightObject) else self.base
+        apart = self.shape[: self._apart]
+        a = widened(self.a).reshape(*apart, -1, self.rank)
+        low = a @ widened(self.b).reshape(*apart, self.rank, -1)
+        return (widened(base) + self.scale * low.reshape(self.shape)).astype(base.dtype)
+
+    def field_axes(self, axes: Axes) -> dict[str, Axes]:
+        a, b = axes.factors()
+        return {"base": axes, "a": a, "b": b}
+
+    @property
+    def _apart(self) -> int:
+        """The number of axes apart, those of stacked layers included."""
+        return self.a.ndim + self.b.ndim - len(self.shape) - 2
