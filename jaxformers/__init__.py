@@ -75,7 +75,17 @@ from jaxformers.positions.scaling import (
 )
 from jaxformers.precision import cast_floating
 from jaxformers.pretrained import from_pretrained
-from jaxformers.residual import Residual
+from jaxformers.residual import (
+    Addition,
+    NoNorm,
+    OneNorm,
+    OutputNorm,
+    PostNorm,
+    PreNorm,
+    Residual,
+    Sandwich,
+    TwoNorms,
+)
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.training import (
     BadSteps,

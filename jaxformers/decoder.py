@@ -1,4 +1,4 @@
-"""The decoder, with or without cross-attention."""
+"""The decoder: a stack of layers, with or without attention to an encoder."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from jaxformers.pieces import (
     Pieces,
     build_cross_attention,
     build_feed_forward,
-    build_feed_forward_residual,
     build_final_norm,
     build_residual,
     build_self_attention,
@@ -35,10 +34,8 @@ from jaxformers.pieces import (
     read_parallel,
     take_score_bias,
 )
-from jaxformers.positions.scheme import (
-    BiasPosition,
-)
-from jaxformers.residual import Residual
+from jaxformers.positions.scheme import BiasPosition
+from jaxformers.residual import Joint, Parallel, write
 from jaxformers.row_lengths import scalings_of
 from jaxformers.sites import site
 
@@ -66,12 +63,12 @@ class DecoderLayer(eqx.Module):
     """
 
     self_attention: MultiHeadAttention
-    self_attention_residual: Residual
+    self_attention_residual: Joint
     cross_attention: MultiHeadAttention | None
-    cross_attention_residual: Residual | None
+    cross_attention_residual: Joint | None
     feed_forward: Callable = eqx.field(converter=as_module)
-    feed_forward_residual: Residual
-    parallel: str | None = eqx.field(static=True)
+    feed_forward_residual: Joint
+    parallel: Parallel | None
 
     def __init__(
         self,
@@ -94,8 +91,8 @@ class DecoderLayer(eqx.Module):
             self.cross_attention = build_cross_attention(d_model, num_heads, cross_key, **pieces)
             self.cross_attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
-        self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
         self.parallel = read_parallel(**pieces)
+        self.feed_forward_residual = build_residual(d_model, dropout_rate, self.parallel, **pieces)
         if self.parallel and cross_attention:
             raise ValueError(
                 "parallel is for layers without cross-attention, got both. Leave one out."
@@ -109,18 +106,20 @@ class DecoderLayer(eqx.Module):
         cross_attn_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The residual stream after this layer.
+        """Returns the residual stream after this layer.
 
         Arguments:
             x: `(b, t, d_model)`, or `(t, d_model)`.
             encoder_output: `(b, s, d_model)`; None for a layer without cross-attention.
-            self_attn_mask: an `AttentionMask`, or booleans (True = may attend) that broadcast to
-                `(b, num_heads, t, t)`. A layer is not causal by itself.
+            self_attn_mask: an `AttentionMask`, or booleans that broadcast to
+                `(b, num_heads, t, t)`, True where a query may attend. Without a mask, queries see
+                later tokens too.
             cross_attn_mask: the same for `(b, num_heads, t, s)`.
-            key: PRNG key for dropout while training; None means inference.
+            key: PRNG key for dropout while training; None is inference.
 
         Raises:
-            ValueError: if shapes or types do not fit, or an encoder output is missing or surplus.
+            ValueError: if shapes or types do not fit, if cross-attention gets no encoder output, or
+                if there is an encoder output and no cross-attention.
         """
         masks = as_mask(self_attn_mask), as_mask(cross_attn_mask)
         return self.forward(x, encoder_output, *masks, key)[0]
@@ -135,31 +134,34 @@ class DecoderLayer(eqx.Module):
         cache: LayerCache | None = None,
         slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "*b t d"], LayerCache | None]:
-        """The one body: with a cache, x are the tokens from `slot` on; without one, all of them."""
+        """Returns the stream after this layer, and the cache with the new keys and values.
+
+        Training, prefill and decoding share this body. With a cache, `x` holds the tokens from
+        `slot` on; without one, it holds all tokens.
+        """
         check_activations(x, self.self_attention.d_model)
         check_same_batch(x=x, encoder_output=encoder_output)
         weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
 
-        start, seen = x, self.self_attention_residual.read(x)
+        before, seen = x, self.self_attention_residual.read(x)
         kv = self.self_attention.project(seen, seen, mask.query_positions(x.shape[-2]))
         if cache is not None:
             cache, kv, mask = remember(cache, kv, mask, slot)
         y = self.self_attention.attend(seen, kv, mask, key=weights_key)
-        x = self.self_attention_residual.write(x, y, self_key)
+        x = write(self.self_attention_residual, x, y, self_key)
 
-        source = self.project_cross(encoder_output) if cache is None else cache.cross
-        if self.cross_attention and self.cross_attention_residual and source:
-            asking = self.cross_attention_residual.read(x)
-            y = self.cross_attention.attend(asking, source, cross_mask, key=cross_weights_key)
-            x = self.cross_attention_residual.write(x, y, cross_key)
+        cross_kv = self.project_cross(encoder_output) if cache is None else cache.cross
+        if self.cross_attention and self.cross_attention_residual and cross_kv:
+            read = self.cross_attention_residual.read(x)
+            y = self.cross_attention.attend(read, cross_kv, cross_mask, key=cross_weights_key)
+            x = write(self.cross_attention_residual, x, y, cross_key)
 
-        # Beside attention, the feed-forward reads what attention read.
-        read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
-        y = self.feed_forward(self.feed_forward_residual.read(read))
-        return self.feed_forward_residual.write(x, y, feed_forward_key), cache
+        source = x if self.parallel is None else self.parallel.source(before, seen)
+        y = self.feed_forward(self.feed_forward_residual.read(source))
+        return write(self.feed_forward_residual, x, y, feed_forward_key), cache
 
     def project_cross(self, encoder_output: Float[Array, "*b s d"] | None) -> KV | None:
-        """The encoder's keys and values for this layer, computed once per sequence."""
+        """Returns the keys and values that this layer makes of the encoder's output."""
         if self.cross_attention is None and encoder_output is None:
             return None
         if self.cross_attention is None or encoder_output is None:
@@ -175,7 +177,7 @@ class DecoderLayer(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """A stack of decoder layers, with a norm at the end if they are pre-norm.
+    """A stack of decoder layers, with a norm at its end unless the layers are post-norm.
 
     Arguments:
         num_layers: how many layers.
@@ -184,7 +186,8 @@ class Decoder(eqx.Module):
         d_ff: width inside the feed-forwards.
         dropout_rate: dropout on what each sublayer writes.
         cross_attention: False leaves out the attention to an encoder (decoder-only models).
-        final_norm: whether there is a norm at the end; None is unless the layers are post-norm.
+        final_norm: whether there is a norm at the end; by default there is one, except after
+            `PostNorm` and `NoNorm`.
         key: PRNG key, required.
         **pieces: see `Pieces`.
 
@@ -237,7 +240,7 @@ class Decoder(eqx.Module):
         cross_attn_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The decoded sequence; arguments and errors as for `DecoderLayer`."""
+        """Returns the decoded sequence; arguments and errors are those of `DecoderLayer`."""
         masks = as_mask(self_attn_mask), as_mask(cross_attn_mask)
         return self.forward(x, encoder_output, *masks, key)[0]
 
@@ -251,12 +254,19 @@ class Decoder(eqx.Module):
         cache: Cache | None = None,
         tokens: Int[Array, "*b t"] | None = None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
-        """The one body for training, prefill and decoding: a cache goes in and comes out.
+        """Returns the decoded sequence and the cache with the new keys and values.
 
-        With a cache, `x` holds the tokens that follow those in it, `mask.q_positions` must be
-        given, and the encoder's output is not needed: its keys and values are in the cache.
-        `tokens` are the ids that `x` was made from, which only the cache keeps. Keys in it stay
-        rotated as they are; the models read a row again that `LongScaling` rotates otherwise.
+        Training, prefill and decoding share this body.
+
+        Arguments:
+            x: `(b, t, d_model)`. With a cache, it holds the tokens that follow those in the cache.
+            encoder_output: `(b, s, d_model)`. A cache has its keys and values already.
+            mask: the mask of self-attention. With a cache, it must have `q_positions`.
+            cross_mask: the mask of cross-attention.
+            key: PRNG key for dropout while training; None is inference.
+            cache: the keys and values of earlier tokens, from `init_cache`. Keys in it stay rotated
+                as they are, so models read a row again where `LongScaling` changes its rotation.
+            tokens: the ids that `x` was made from, which the cache keeps.
         """
         mask = mask.biased_by(self.score_bias)
         slot: Int[Array, ""] | int = 0
@@ -281,7 +291,7 @@ class Decoder(eqx.Module):
         slots: int,
         encoder_output: Float[Array, "b s d"] | None = None,
     ) -> Cache:
-        """An empty cache for `slots` tokens per sequence, with the encoder's keys and values.
+        """Returns an empty cache for `slots` tokens, with the keys and values of the encoder.
 
         Arguments:
             batch_size: number of sequences.

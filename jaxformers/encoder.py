@@ -1,4 +1,4 @@
-"""The encoder: layers of self-attention and feed-forward."""
+"""The encoder: a stack of layers, each with self-attention and a feed-forward."""
 
 from collections.abc import Callable, Sequence
 from typing import Unpack
@@ -16,7 +16,6 @@ from jaxformers.pieces import (
     STACK_PIECES,
     Pieces,
     build_feed_forward,
-    build_feed_forward_residual,
     build_final_norm,
     build_residual,
     build_self_attention,
@@ -25,10 +24,8 @@ from jaxformers.pieces import (
     read_parallel,
     take_score_bias,
 )
-from jaxformers.positions.scheme import (
-    BiasPosition,
-)
-from jaxformers.residual import Residual
+from jaxformers.positions.scheme import BiasPosition
+from jaxformers.residual import Joint, Parallel, write
 from jaxformers.sites import site
 
 
@@ -53,10 +50,10 @@ class EncoderLayer(eqx.Module):
     """
 
     self_attention: MultiHeadAttention
-    self_attention_residual: Residual
+    self_attention_residual: Joint
     feed_forward: Callable = eqx.field(converter=as_module)
-    feed_forward_residual: Residual
-    parallel: str | None = eqx.field(static=True)
+    feed_forward_residual: Joint
+    parallel: Parallel | None
 
     def __init__(
         self,
@@ -73,8 +70,8 @@ class EncoderLayer(eqx.Module):
         self.self_attention = build_self_attention(d_model, num_heads, attention_key, **pieces)
         self.self_attention_residual = build_residual(d_model, dropout_rate, **pieces)
         self.feed_forward = build_feed_forward(d_model, d_ff, feed_forward_key, **pieces)
-        self.feed_forward_residual = build_feed_forward_residual(d_model, dropout_rate, **pieces)
         self.parallel = read_parallel(**pieces)
+        self.feed_forward_residual = build_residual(d_model, dropout_rate, self.parallel, **pieces)
 
     def __call__(
         self,
@@ -82,12 +79,12 @@ class EncoderLayer(eqx.Module):
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The residual stream after this layer.
+        """Returns the residual stream after this layer.
 
         Arguments:
             x: `(b, t, d_model)`, or `(t, d_model)`.
-            mask: an `AttentionMask`, or booleans (True = may attend) that broadcast to
-                `(b, num_heads, t, t)`.
+            mask: an `AttentionMask`, or booleans that broadcast to `(b, num_heads, t, t)`, True
+                where a query may attend.
             key: PRNG key for dropout while training; None means inference.
 
         Raises:
@@ -95,18 +92,17 @@ class EncoderLayer(eqx.Module):
         """
         check_activations(x, self.self_attention.d_model)
         weights_key, attention_key, feed_forward_key = split_key(key, 3)
-        start, seen = x, self.self_attention_residual.read(x)
-        attended = self.self_attention(seen, mask=mask, key=weights_key)
-        x = self.self_attention_residual.write(x, attended, attention_key)
+        before, seen = x, self.self_attention_residual.read(x)
+        y = self.self_attention(seen, mask=mask, key=weights_key)
+        x = write(self.self_attention_residual, x, y, attention_key)
 
-        # Beside attention, the feed-forward reads what attention read.
-        read = {None: x, "one norm": seen, "two norms": start}[self.parallel]
-        y = self.feed_forward(self.feed_forward_residual.read(read))
-        return self.feed_forward_residual.write(x, y, feed_forward_key)
+        source = x if self.parallel is None else self.parallel.source(before, seen)
+        y = self.feed_forward(self.feed_forward_residual.read(source))
+        return write(self.feed_forward_residual, x, y, feed_forward_key)
 
 
 class Encoder(eqx.Module):
-    """A stack of encoder layers, with a norm at the end if they are pre-norm.
+    """A stack of encoder layers, with a norm at its end unless the layers are post-norm.
 
     Arguments:
         num_layers: how many layers.
@@ -114,9 +110,10 @@ class Encoder(eqx.Module):
         num_heads: attention heads.
         d_ff: width inside the feed-forwards.
         dropout_rate: dropout on what each sublayer writes.
-        final_norm: whether there is a norm at the end; None is unless the layers are post-norm.
-        layer_order: which layer runs when, for layers that run more than once, such as
-            `[0] * 12` (ALBERT); None is each one once.
+        final_norm: whether there is a norm at the end; by default there is one, except after
+            `PostNorm` and `NoNorm`.
+        layer_order: the order in which the layers run. A layer may run more than once, as in
+            `[0] * 12` (ALBERT, Lan et al. 2020). By default each layer runs once.
         key: PRNG key, required.
         **pieces: see `Pieces`.
 
@@ -173,7 +170,7 @@ class Encoder(eqx.Module):
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The encoded sequence; arguments and errors as for `EncoderLayer`."""
+        """Returns the encoded sequence; arguments and errors are those of `EncoderLayer`."""
         mask = as_mask(mask).biased_by(self.score_bias)
         order, layers = self.layer_order, self.layers
         layers = layers if order is None else tuple(layers[i] for i in order)

@@ -11,11 +11,11 @@ from typing import Any, TypedDict, Unpack
 from jaxtyping import PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
-from jaxformers.checks import check_callable, check_choice, check_flag, check_options
+from jaxformers.checks import check_callable, check_flag, check_options
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.initializers import Initializer, check_initializer, xavier_uniform
 from jaxformers.kernels.plain import AttentionFunction
-from jaxformers.layers import FeedForward, as_module, construct, split_key
+from jaxformers.layers import FeedForward, construct, split_key
 from jaxformers.norms import LayerNorm
 from jaxformers.output import OutputLayer
 from jaxformers.positions.scheme import (
@@ -23,7 +23,17 @@ from jaxformers.positions.scheme import (
     PositionScheme,
     acts_as,
 )
-from jaxformers.residual import PLACEMENTS, Residual
+from jaxformers.residual import (
+    Joint,
+    NoNorm,
+    Parallel,
+    PostNorm,
+    PreNorm,
+    Residual,
+    as_parallel,
+    as_placement,
+    build_norm,
+)
 
 
 class Pieces(TypedDict, total=False):
@@ -51,12 +61,13 @@ class Pieces(TypedDict, total=False):
         attention_fn: the attention kernel; default `fast_attention`.
         norm: constructor `norm(d_model)`; default `LayerNorm`.
         norm_first: True (default) for pre-norm, False for the paper's post-norm.
-        norm_placement: "pre", "post", "sandwich", "output" or "none", see `Residual`; default as
-            `norm_first` says.
+        norm_placement: `PreNorm`, `PostNorm`, `Sandwich`, `OutputNorm`, `NoNorm`, or a class of
+            your own, see `Joint`; the short forms are "pre", "post", "sandwich", "output" and
+            "none". Default as `norm_first` says.
         residual_scale: factor on what each sublayer adds to the stream; default 1.
-        parallel: "one norm" or "two norms" for a feed-forward that reads what attention reads,
-            through the same norm (GPT-J) or one of its own (GPT-NeoX); default None, one after
-            the other.
+        parallel: `OneNorm()` (GPT-J) or `TwoNorms()` (GPT-NeoX) for a feed-forward beside
+            attention, behind the same norm or behind one of its own; the short forms are "one norm"
+            and "two norms". Default None, the feed-forward after attention.
         feed_forward: constructor `feed_forward(d_model, d_ff, key=key)`; default `FeedForward`,
             other choices are `partial(FeedForward, activation=jax.nn.gelu)` and
             `GatedFeedForward`. If use_bias, init or residual_init are given, they are passed on.
@@ -88,9 +99,9 @@ class Pieces(TypedDict, total=False):
     attention_fn: AttentionFunction
     norm: Callable
     norm_first: bool
-    norm_placement: str | None
+    norm_placement: str | Callable[..., Joint] | None
     residual_scale: float
-    parallel: str | None
+    parallel: str | Parallel | None
     feed_forward: Callable
     position: PositionScheme | Callable[[PRNGKeyArray], PositionScheme] | None
     embedding: Callable
@@ -160,37 +171,31 @@ def build_feed_forward(
     return construct("feed_forward", constructor, sizes, key=key, **options)
 
 
-def build_residual(d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]) -> Residual:
-    """The joint of one sublayer to the residual stream."""
+def build_residual(
+    d_model: int, dropout_rate: float, beside: Parallel | None = None, **pieces: Unpack[Pieces]
+) -> Joint:
+    """Returns the joint of one sublayer to the residual stream.
+
+    The joint of a feed-forward `beside` attention is the one that this object names.
+    """
     norm, scale = pieces.get("norm", LayerNorm), pieces.get("residual_scale", 1.0)
-    return Residual(norm, d_model, dropout_rate, norm_placement(pieces), scale)
+    placement = norm_placement(pieces) if beside is None else beside.placement
+    return Residual(norm, d_model, dropout_rate, placement, scale)
 
 
-def read_parallel(**pieces: Unpack[Pieces]) -> str | None:
-    """How the feed-forward stands beside attention: None is after it."""
-    parallel = pieces.get("parallel")
-    if parallel is None:
-        return None
-    check_choice(("one norm", "two norms"), parallel=parallel)
-    if norm_placement(pieces) != "pre":
+def read_parallel(**pieces: Unpack[Pieces]) -> Parallel | None:
+    """Returns the object that places the feed-forward beside attention; None is after it."""
+    parallel, placement = as_parallel(pieces.get("parallel")), norm_placement(pieces)
+    if parallel is not None and placement is not PreNorm:
         raise ValueError(
-            "parallel is for layers whose norms stand before their sublayers, got the placement "
-            f"{norm_placement(pieces)!r}. Leave one of the two out."
+            "parallel is for layers whose norms are before their sublayers, got norm_placement="
+            f"{getattr(placement, 'placement', placement)!r:.80}. Leave one of the two out."
         )
     return parallel
 
 
-def build_feed_forward_residual(
-    d_model: int, dropout_rate: float, **pieces: Unpack[Pieces]
-) -> Residual:
-    """The joint of the feed-forward, which has no norm where it reads through attention's."""
-    if read_parallel(**pieces) == "one norm":
-        pieces["norm_placement"] = "none"
-    return build_residual(d_model, dropout_rate, **pieces)
-
-
-def norm_placement(pieces: Pieces) -> str:
-    """Where the norms of a layer stand, which `norm_first` says for short."""
+def norm_placement(pieces: Pieces) -> Callable[..., Joint]:
+    """Returns the constructor of a layer's joints, for which `norm_first` is the short form."""
     norm_first, placement = pieces.get("norm_first"), pieces.get("norm_placement")
     if norm_first is not None:
         check_flag(norm_first=norm_first)
@@ -200,9 +205,8 @@ def norm_placement(pieces: Pieces) -> str:
                 f"{norm_first!r} and {placement!r}. Give one of the two."
             )
     if placement is None:
-        return "post" if norm_first is False else "pre"
-    check_choice(PLACEMENTS, norm_placement=placement)
-    return placement
+        return PostNorm if norm_first is False else PreNorm
+    return as_placement(placement)
 
 
 def layer_pieces(pieces: Pieces, layer: int) -> Pieces:
@@ -220,10 +224,11 @@ def layer_pieces(pieces: Pieces, layer: int) -> Pieces:
 
 def build_final_norm(d_model: int, final_norm: bool | None, **pieces: Unpack[Pieces]):
     """The norm at the end of a stack, by default there unless the layers are post-norm."""
-    wanted = norm_placement(pieces) not in ("post", "none") if final_norm is None else final_norm
+    wanted = final_norm
+    if wanted is None:
+        wanted = norm_placement(pieces) not in (PostNorm, NoNorm)
     check_flag(final_norm=wanted)
-    norm = pieces.get("norm", LayerNorm)
-    return as_module(construct("norm", norm, {"d_model": d_model})) if wanted else None
+    return build_norm(pieces.get("norm", LayerNorm), d_model) if wanted else None
 
 
 def build_embedding(

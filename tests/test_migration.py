@@ -18,22 +18,24 @@ from golden_cases import GOLDEN, KNOWN, outputs, train, unpack
 import jaxformers
 from jaxformers import Checkpoints, LayerNorm, RMSNorm, load, save
 from jaxformers.checkpoint import migration, names
+from jaxformers.checkpoint.construction import Decoder
 from jaxformers.checkpoint.names import is_record
 from jaxformers.layers import as_module, split_key
-from jaxformers.residual import Residual
+from jaxformers.residual import NoNorm, Residual
 
 pytest.importorskip("safetensors")
 
 # For ever: a name may be added, and none may be taken out or changed.
 PUBLIC_NAMES = """
-AdamW Adafactor ALiBi AllHeadsNorm AttentionMask Averaged AveragedState BadSteps Blocks Cache Choice
-Classifier Decoder DecoderLayer Dense DynamicScaling Encoder EncoderLayer FeedForward Function
-GatedFeedForward Gradients Groups Guard HostKey KV Layout LayerCache LayerNorm LeafwiseOptimizer
-LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling LowRank MixtureOfExperts
-MultiHeadAttention Muon Optax Optimizer Origin OrthogonalMomentum OutputLayer PerHeadNorm
-ProportionalScaling RMSNorm Rematerialization Report Residual RotaryPositionalEncoding ScannedLayers
-Schedule SinusoidalPositionalEncoding SpecialTokens State T5PositionBias TokenEmbedding Training
-Transformer TransformerEmbedding TransformerEncoder TransformerLM YarnScaling
+Adafactor AdamW Addition ALiBi AllHeadsNorm AttentionMask Averaged AveragedState BadSteps Blocks
+Cache Choice Classifier Decoder DecoderLayer Dense DynamicScaling Encoder EncoderLayer FeedForward
+Function GatedFeedForward Gradients Groups Guard HostKey KV LayerCache LayerNorm Layout
+LeafwiseOptimizer LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling LowRank
+MixtureOfExperts MultiHeadAttention Muon NoNorm OneNorm Optax Optimizer Origin OrthogonalMomentum
+OutputLayer OutputNorm PerHeadNorm PostNorm PreNorm ProportionalScaling Rematerialization Report
+Residual RMSNorm RotaryPositionalEncoding Sandwich ScannedLayers Schedule
+SinusoidalPositionalEncoding SpecialTokens State T5PositionBias TokenEmbedding Training Transformer
+TransformerEmbedding TransformerEncoder TransformerLM TwoNorms YarnScaling
 
 alibi_slopes as_optimizer attention_scores attention_weights blockwise_attention choose_attention
 chunked_cross_entropy clip_by_global_norm cross_entropy default_decay_mask default_layout
@@ -200,14 +202,15 @@ def changed(tree: Any) -> Any:
     )
 
 
-def test_the_state_of_a_training_with_renamed_paths(renamed, tmp_path):
+def test_the_state_of_a_training_with_renamed_paths(request, tmp_path):
     (saved,) = (GOLDEN / "trainings" / "encoder").glob("step-*.gz")
     unpack(saved, tmp_path)
     checkpoints = Checkpoints(tmp_path)
     before = train("encoder", 1, None)
+    old, _ = checkpoints.restore(before)
+    request.getfixturevalue("renamed")
     restored, step = checkpoints.restore(changed(before))
     assert step == 3
-    old, _ = checkpoints.restore(before)
     wq = restored.model.encoder.layers[0].mixer.wq
     assert (wq == old.model.encoder.layers[0].self_attention.wq).all()
     assert eqx.tree_equal(changed(old), restored)
@@ -217,7 +220,7 @@ def test_the_state_of_a_training_with_renamed_paths(renamed, tmp_path):
 
 def test_without_the_line_it_says_what_differs(monkeypatch, tmp_path):
     monkeypatch.setitem(names.OURS, "EncoderLayer", NewLayer)
-    with pytest.raises(ValueError, match="missing there mixer, .*not known here 'attent"):
+    with pytest.raises(ValueError, match="missing there mixer, .*not known here 'self_att"):
         load(unpack(GOLDEN / "objects" / "bert.safetensors.gz", tmp_path))
     (saved,) = (GOLDEN / "trainings" / "encoder").glob("step-*.gz")
     unpack(saved, tmp_path)
@@ -319,6 +322,26 @@ def test_a_field_that_is_gone_must_not_have_had_an_effect(gone, neutral, becomes
 def test_a_field_that_is_gone_and_had_no_effect(gone, neutral, becomes):
     found = becomes("Pair", Pair1, Pair2, [Pair1(3, gone)], removed={"gone": neutral})
     assert found == [Pair2(3, 4)]
+
+
+def test_a_word_that_became_an_object(becomes, monkeypatch):
+    def joined(fields):
+        made = {"class": f"{__name__}:Part", "fields": {"gain": fields["w"], "width": 3}}
+        return "Pair", {"left": made if fields["scale"] == 2.0 else None}
+
+    monkeypatch.setitem(names.OURS, "Pair", Pair2)
+    found = becomes("Norm", Version1, Version2, Version1(W, 2.0, None), converted=joined)
+    assert eqx.tree_equal(found, Pair2(Part(W, 3), 4))
+
+
+@pytest.mark.parametrize("changes", [{"placement": "middle"}, {"placement": ["pre"]}, {"new": 1}])
+def test_a_record_that_cannot_be_converted_is_refused(changes):
+    fields = {"norm": None, "output_norm": None, "dropout_rate": 0.1, "scale": 1.0}
+    record = {"class": "Residual", "fields": fields | {"placement": "none"}}
+    assert type(Decoder(lambda name, kind: None).decode(record)) is NoNorm
+    record["fields"] |= changes
+    with pytest.raises(ValueError, match="the whole: Residual is no class"):
+        Decoder(lambda name, kind: None).decode(record)
 
 
 def test_a_field_that_is_gone_without_a_line_is_not_known(becomes):
@@ -424,7 +447,8 @@ def test_a_new_array_of_a_state_needs_a_line(checkpoints, monkeypatch):
 
 def test_tables_contradict_neither_themselves_nor_the_classes():
     """A line for a class that is not there, or a name that is taken anew, would do nothing."""
-    for table in (migration.RENAMED, migration.ADDED, migration.REMOVED):
+    tables = migration.RENAMED, migration.CONVERTED, migration.ADDED, migration.REMOVED
+    for table in tables:
         assert table.keys() <= names.OURS.keys()
     for name, line in migration.RENAMED.items():
         fields = names.field_names(names.OURS[name])

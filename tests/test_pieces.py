@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformers import (
+    Addition,
     AllHeadsNorm,
     Dense,
     Encoder,
@@ -16,17 +17,27 @@ from jaxformers import (
     GatedFeedForward,
     LayerNorm,
     MultiHeadAttention,
+    NoNorm,
+    OneNorm,
     OutputLayer,
+    OutputNorm,
     PerHeadNorm,
     Pieces,
+    PostNorm,
+    PreNorm,
     Residual,
     RMSNorm,
     RotaryPositionalEncoding,
+    Sandwich,
     T5PositionBias,
     Transformer,
     TransformerEmbedding,
     TransformerEncoder,
     TransformerLM,
+    TwoNorms,
+    load,
+    save,
+    scan_layers,
 )
 from jaxformers.mixture_of_experts import MixtureOfExperts
 
@@ -134,6 +145,99 @@ def test_parallel_layers_read_the_stream_once(getkey):
         np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+class LayerScale(eqx.Module):
+    """A placement of one's own, as the docstring of `Joint` shows it."""
+
+    norm: LayerNorm
+    gain: jax.Array
+    add: Addition
+
+    def __init__(self, norm, d_model, add):
+        self.norm, self.gain, self.add = norm(d_model), jnp.full(d_model, 0.1), add
+
+    def read(self, x):
+        return self.norm(x)
+
+    def write(self, x, y, key):
+        return self.add(x, self.gain * y, key)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        language_model,
+        partial(TransformerEncoder, VOCAB, D, N, 2, F, 9, 0.0, key=KEY),
+        partial(Transformer, VOCAB, VOCAB, D, N, 2, 2, F, 9, 0.0, key=KEY),
+    ],
+    ids=["TransformerLM", "TransformerEncoder", "Transformer"],
+)
+def test_a_placement_of_ones_own(build, tmp_path):
+    pytest.importorskip("safetensors")
+    model = build(norm_placement=LayerScale)
+    tokens = (TOKENS, TOKENS) if isinstance(model, Transformer) else (TOKENS,)
+
+    @eqx.filter_jit
+    def out(model):
+        return model(*tokens)
+
+    def gains(model):
+        where = lambda x: isinstance(x, LayerScale)  # noqa: E731
+        return [x.gain for x in jax.tree.leaves(model, is_leaf=where) if where(x)]
+
+    assert len(gains(model)) == 2 * (5 if isinstance(model, Transformer) else 2)
+    expected = out(model)
+    np.testing.assert_allclose(out(scan_layers(model)), expected, atol=1e-5)
+    save(tmp_path / "model", model)
+    loaded = load(tmp_path / "model", known=[LayerScale])
+    np.testing.assert_array_equal(out(loaded), expected)
+    # Ones are the usual placement, and the gains are trained.
+    plain = eqx.tree_at(gains, model, replace_fn=jnp.ones_like)
+    np.testing.assert_allclose(out(plain), out(build()), atol=1e-6)
+    grads = eqx.filter_jit(eqx.filter_grad(lambda m: (m(*tokens) ** 2).sum()))(model)
+    assert all(jnp.any(gain != 0) for gain in gains(grads))
+
+
+@pytest.mark.parametrize(
+    "name, word, given",
+    [
+        ("norm_placement", "pre", PreNorm),
+        ("norm_placement", "post", PostNorm),
+        ("norm_placement", "sandwich", Sandwich),
+        ("norm_placement", "output", OutputNorm),
+        ("norm_placement", "none", NoNorm),
+        ("parallel", "one norm", OneNorm()),
+        ("parallel", "two norms", TwoNorms()),
+        ("norm_first", True, True),
+    ],
+)
+def test_words_are_short_for_objects(name, word, given):
+    layer, same = (EncoderLayer(D, N, F, key=KEY, **{name: x}) for x in (word, given))
+    assert eqx.tree_equal(layer, same)
+    if name == "norm_placement":
+        assert type(layer.feed_forward_residual) is given
+    elif name == "parallel":
+        assert layer.parallel == given
+        with_flag = EncoderLayer(D, N, F, key=KEY, norm_first=True, parallel=given)
+        assert eqx.tree_equal(layer, with_flag)
+
+
+class Mean(eqx.Module):
+    """A parallel feed-forward of one's own: it reads halfway between two streams."""
+
+    placement = NoNorm
+
+    def source(self, x, seen):
+        return 0.5 * (x + seen)
+
+
+def test_a_parallel_feed_forward_of_ones_own(getkey):
+    x = x_of(getkey, B, T, D)
+    layer = EncoderLayer(D, N, F, 0.0, parallel=Mean(), key=KEY)
+    seen = layer.self_attention_residual.norm(x)
+    expected = x + layer.self_attention(seen) + layer.feed_forward(0.5 * (x + seen))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
 def test_norms_over_heads(getkey):
     x = x_of(getkey, B, N, T, 3)
     whole = AllHeadsNorm(RMSNorm, 3, N)
@@ -192,6 +296,22 @@ def test_both_stacks_have_their_own_sizes():
         "placement": (
             lambda: language_model(norm_placement="middle"),
             ["norm_placement", "middle"],
+        ),
+        "placement that is built": (
+            lambda: language_model(norm_placement=Residual(LayerNorm, D)),
+            ["norm_placement", "PreNorm", "built"],
+        ),
+        "placement of other arguments": (
+            lambda: language_model(norm_placement=lambda norm: norm),
+            ["norm_placement", "norm, d_model, add"],
+        ),
+        "placement that does not write": (
+            lambda: language_model(norm_placement=lambda norm, d_model, add: norm(d_model)),
+            ["norm_placement", r"write\(x, y, key\)", "LayerNorm"],
+        ),
+        "parallel as a class": (
+            lambda: language_model(parallel=OneNorm),
+            ["parallel", r"OneNorm\(\)"],
         ),
         "both words for it": (
             lambda: language_model(norm_first=True, norm_placement="pre"),

@@ -19,8 +19,8 @@ from jaxformers.checkpoint.migration import (
     MISSING,
     REMOVED,
     check_removed,
+    convert,
     default_of,
-    rename_fields,
 )
 from jaxformers.checkpoint.names import field_names, is_record, known_objects, public_name
 from jaxformers.files.json_file import shorten
@@ -236,12 +236,12 @@ class Decoder:
         return _PARTIALS[of](function, *args, **keywords)
 
     def _record(self, name: str, fields: dict, path: str) -> Any:
-        cls = self._find(name, path)
+        cls, owner = self._find(name, path), None
+        if self._objects.get(public_name(name)) is cls:
+            name, fields = convert(public_name(name), fields)
+            cls, owner = self._find(name, path), name
         if not is_record(cls):
             raise ValueError(f"{_at(path)}: {name} is no class of modules or of fields alone.")
-        owner = public_name(name) if self._objects.get(public_name(name)) is cls else None
-        if owner is not None:
-            rename_fields(owner, fields)
         values = self._fields(name, owner, cls, fields, path)
         if issubclass(cls, tuple):
             return tuple.__new__(cls, [values[k] for k in field_names(cls)])

@@ -1,12 +1,13 @@
 """How files of earlier versions are brought into the form of this one.
 
-Whoever changes the fields of a class that files hold adds a line to one of the three tables. They
+Whoever changes the fields of a class that files hold adds a line to one of the tables. They
 serve native files, whose records name their class, and states of trainings, whose arrays have paths
 alone: the classes along a path are those of the skeleton that is restored.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -40,7 +41,67 @@ ADDED: Table = {}
 # The fields that are gone, with the value by which they had no effect.
 REMOVED: Table = {}
 
+
+def _joint(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Converts a `Residual`, which was one class with a word for the place of its norms.
+
+    Other fields than those of earlier versions stay as they are, and are refused later.
+    """
+    kinds = {
+        "pre": ("PreNorm", ["norm"]),
+        "post": ("PostNorm", ["norm"]),
+        "sandwich": ("Sandwich", ["norm", "output_norm"]),
+        "output": ("OutputNorm", ["output_norm"]),
+        "none": ("NoNorm", []),
+    }
+    known = {"norm", "output_norm", "placement", "dropout_rate", "scale"}
+    word = fields.get("placement")
+    if fields.keys() != known or not isinstance(word, str) or word not in kinds:
+        return "Residual", fields
+    if fields["norm"] is None and word == "pre":  # the first layer of ModernBERT
+        word = "none"
+    kind, norms = kinds[word]
+    add = {name: fields[name] for name in ("dropout_rate", "scale")}
+    kept = {name: fields[name] for name in norms}
+    return kind, kept | {"add": {"class": "Addition", "fields": add}}
+
+
+def _layer(kind: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Converts a layer, whose field `parallel` was a word."""
+    classes = {"one norm": "OneNorm", "two norms": "TwoNorms"}
+    word = fields.get("parallel")
+    if isinstance(word, str) and word in classes:
+        fields = fields | {"parallel": {"class": classes[word], "fields": {}}}
+    return kind, fields
+
+
+# What a table of names cannot say, such as a word that became an object. A function gets the fields
+# of a record, as JSON and under their names of today, and returns the public name of the class that
+# the record has now, and the fields of that class.
+CONVERTED: dict[str, Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "Residual": _joint,
+    "EncoderLayer": partial(_layer, "EncoderLayer"),
+    "DecoderLayer": partial(_layer, "DecoderLayer"),
+}
+
 MISSING = object()
+
+
+def convert(owner: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the class and the fields that a record has now.
+
+    Arguments:
+        owner: public name of the record's class in the file.
+        fields: what the file has, as JSON; it may be changed in place.
+
+    Returns:
+        The public name of the class, and its fields as JSON.
+    """
+    rename_fields(owner, fields)
+    if owner not in CONVERTED:
+        return owner, fields
+    name, fields = CONVERTED[owner](fields)
+    return (name, fields) if name == owner else convert(name, fields)
 
 
 def rename_fields(owner: str, fields: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from jaxformers.positions.bias import (
 from jaxformers.positions.rotary import (
     RotaryPositionalEncoding,
 )
+from jaxformers.residual import NoNorm
 
 ACTIVATIONS: dict[str, Callable] = {
     "relu": activations.relu,
@@ -227,7 +228,9 @@ def build(a: Architecture, model: Any, init: Initializer, key: PRNGKeyArray) -> 
             **pieces,
         )
     if not a.first_attention_norm:
-        built = eqx.tree_at(lambda m: m.encoder.layers[0].self_attention_residual.norm, built, None)
+        first = built.encoder.layers[0].self_attention_residual
+        bare = NoNorm(_norm(a), a.d_model, first.add)
+        built = eqx.tree_at(lambda m: m.encoder.layers[0].self_attention_residual, built, bare)
     if a.position != "t5" and a.t5_buckets is not None:
         bias = _t5_bias(a, init, jax.random.fold_in(key, 1))
         none = {"is_leaf": lambda x: x is None}

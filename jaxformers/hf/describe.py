@@ -27,6 +27,7 @@ from jaxformers.positions.bias import (
 from jaxformers.positions.rotary import (
     RotaryPositionalEncoding,
 )
+from jaxformers.residual import PARALLELS, PLACEMENTS, NoNorm, OneNorm
 
 # They compute the same.
 KERNELS = [
@@ -132,15 +133,16 @@ def _head_norms(model: Any) -> list[Any]:
 def _stream(layers: list[Any], other_norms: list[Any]) -> dict[str, Any]:
     first_lacks = (
         isinstance(layers[0], EncoderLayer)
-        and layers[0].self_attention_residual.norm is None
-        and layers[0].self_attention_residual.placement == "pre"
-        and not layers[0].parallel
+        and isinstance(layers[0].self_attention_residual, NoNorm)
+        and not isinstance(layers[0].feed_forward_residual, NoNorm)
     )
     joints = [joint for layer in layers for joint in _residuals(layer)]
     joints = joints[1:] if first_lacks else joints
     parallel = _same("parallel", [layer.parallel for layer in layers])
-    joints += [layer.feed_forward_residual for layer in layers if parallel != "one norm"]
-    norms = [norm for joint in joints for norm in (joint.norm, joint.output_norm)]
+    beside = isinstance(parallel, OneNorm)
+    joints += [layer.feed_forward_residual for layer in layers if not beside]
+    placement = _same("placement of norms", [_short_form(PLACEMENTS, type(x)) for x in joints])
+    norms = [getattr(x, name, None) for x in joints for name in ("norm", "output_norm")]
     norms = [norm for norm in (*norms, *other_norms) if norm is not None]
     if not norms:
         raise ValueError("layers without any norm have no name in checkpoints.")
@@ -148,11 +150,19 @@ def _stream(layers: list[Any], other_norms: list[Any]) -> dict[str, Any]:
     return {
         **norm,
         **_qk_norms([x for layer in layers for x in _attentions(layer)], norm),
-        "placement": _same("placement of norms", [joint.placement for joint in joints]),
+        "placement": placement,
         "first_attention_norm": not first_lacks,
-        "parallel": parallel,
-        "residual_scale": _same("residual scale", [joint.scale for joint in joints]),
+        "parallel": None if parallel is None else _short_form(PARALLELS, parallel),
+        "residual_scale": _same("residual scale", [joint.add.scale for joint in joints]),
     }
+
+
+def _short_form(table: dict[str, Any], x: Any) -> str:
+    """Returns the word for an object that the tables of families have."""
+    for word, known in table.items():
+        if known == x:
+            return word
+    raise ValueError(f"{x!r:.80} has no name in checkpoints.")
 
 
 def _attention(layers: list[Any]) -> dict[str, Any]:
