@@ -25,12 +25,11 @@ from jaxformers import (
     fit,
     language_model_loss,
     load,
-    losses,
     masked_language_model_loss,
     save,
     sequence_to_sequence_loss,
 )
-from jaxformers.training import MeanLoss, Report
+from jaxformers.training import MeanLoss, Report, losses
 from jaxformers.training.log import read_metrics
 
 V, T, B, KEY = 17, 5, 3, jax.random.key(0)

@@ -13,10 +13,9 @@ from jaxformers.data import joined as joined_module
 from jaxformers.data import open_tokens, text_files
 from jaxformers.data import tokenize as tokenize_module
 from jaxformers.data.joined import Joined
-from jaxformers.data.text_files import Piece, read_pieces
+from jaxformers.data.text_files import Piece, read_pieces, texts_of
 from jaxformers.data.tokenize import tokenize
 from jaxformers.data.verbatim import verbatim
-from jaxformers.tokenizers.training import texts_of
 
 tokenizers = pytest.importorskip("tokenizers")
 

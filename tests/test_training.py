@@ -23,13 +23,12 @@ from jaxformers import (
     as_optimizer,
     cross_entropy,
     language_model_loss,
-    losses,
     masked_language_model_loss,
     sequence_to_sequence_loss,
     train_step,
     warmup_cosine,
 )
-from jaxformers.training import count_targets
+from jaxformers.training import count_targets, losses
 from jaxformers.training.step import Gradients, _train_step
 
 VOCAB, T, B, STEPS = 17, 9, 5, 50

@@ -93,7 +93,7 @@ from jaxformers import (
     activations,
     cast_floating,
     freeze,
-    rematerialise,
+    rematerialize,
     save,
     scan_layers,
     schedules,
@@ -285,7 +285,7 @@ def marian() -> Any:
         **SIZES,
         key=KEY,
     )
-    return moved(rematerialise(scan_layers(model), keep=("queries", "residual")))
+    return moved(rematerialize(scan_layers(model), keep=("queries", "residual")))
 
 
 def encoder(**options: Any) -> Any:
@@ -333,7 +333,7 @@ def opt() -> Any:
 
 
 def scanned() -> Any:
-    return rematerialise(scan_layers(gpt()), keep=("head_outputs",))
+    return rematerialize(scan_layers(gpt()), keep=("head_outputs",))
 
 
 def ensemble() -> Any:
