@@ -53,10 +53,11 @@ def check_kernel(kernel: Callable, softcap: float | None, dropout_rate: float) -
     """
     arguments = ["q", "k", "v", "mask"]
     needed = {"softcap": softcap is not None, "dropout": dropout_rate > 0}
-    check_accepts(
-        "attention_fn", kernel, arguments, [name for name, is_needed in needed.items() if is_needed]
-    )
-    check_accepts("attention_fn", kernel, arguments, list(needed))
+    try:
+        check_accepts("attention_fn", kernel, arguments, list(needed))
+    except ValueError:  # the error says first what this attention needs
+        check_accepts("attention_fn", kernel, arguments, [name for name in needed if needed[name]])
+        raise
     if needed["dropout"]:  # a kernel without dropout says so now, and not in the first step
         x = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
         options = {"softcap": softcap, "dropout": lambda weights: weights}
