@@ -76,14 +76,14 @@ def examples_of(page: Path) -> list[tuple[str, str]]:
 def test_page(page, no_shape_checker, tmp_path, monkeypatch, capsys):
     """The code of a page runs from top to bottom and prints what the page shows."""
     monkeypatch.chdir(tmp_path)
-    examples = examples_of(page)
+    examples = shown = examples_of(page)
     if importlib.util.find_spec(CHECKPOINT) is None:
         examples = [(code, output) for code, output in examples if CHECKPOINT not in code]
     names: dict = {"__name__": page.stem}
     for code, output in examples:
         exec(compile(code, page.name, "exec"), names)
         assert capsys.readouterr().out == output, code
-    if len(examples) < len(examples_of(page)):  # the page runs again where that package is
+    if len(examples) < len(shown):  # the page runs again where that package is
         pytest.skip(f"could not import '{CHECKPOINT}'")
 
 
