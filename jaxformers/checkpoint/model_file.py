@@ -28,7 +28,7 @@ from jaxformers.files.safetensors_file import (
     read_tensor,
     write_sealed_file,
 )
-from jaxformers.hf.load import put
+from jaxformers.placement import put
 
 _FORMAT = "jaxformers 1"
 

@@ -172,7 +172,7 @@ class OrbaxCheckpoints:
         for path, text in described.items():
             like = leaves.get(fit.current.get(path, path), shape_of(text))
             if has_numbers(like):
-                targets[path] = _target(like)
+                targets[path] = _target_like(like)
         return self.read(step, "arrays", self.orbax.args.StandardRestore(targets))
 
     def read(self, step: int, item: str, args: Any) -> Any:
@@ -222,13 +222,18 @@ def _value(like: Any, found: Any) -> Any:
     return found if has_numbers(like) else np.zeros(like.shape, like.dtype)
 
 
-def _target(like: Any) -> Any:
-    """How an array is to be read: spread as it says, or to NumPy."""
+def target(shape: Any, place: Any) -> Any:
+    """Returns how orbax reads an array: spread, where its place is a sharding, or to NumPy."""
+    if isinstance(place, jax.sharding.Sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+    return np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
+
+
+def _target_like(like: Any) -> Any:
+    """Returns how orbax reads an array that lies as `like` does."""
     x = like
     if is_key(like):
         real = isinstance(like, jax.Array)
         x = jax.random.key_data(like) if real else jax.eval_shape(jax.random.key_data, like)
-    committed = x.committed if isinstance(x, jax.Array) else getattr(x, "sharding", None)
-    if committed:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    spread = x.committed if isinstance(x, jax.Array) else hasattr(x, "sharding")
+    return target(x, x.sharding if spread else None)

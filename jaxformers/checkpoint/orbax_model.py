@@ -14,9 +14,10 @@ from jaxformers.checkpoint.orbax_directory import (
     has_numbers,
     is_key,
     shape_of,
+    target,
 )
 from jaxformers.checkpoint.trained_model import Wanted, build_model
-from jaxformers.hf.load import put
+from jaxformers.placement import place_of, put
 
 
 def has_orbax_checkpoints(directory: Path) -> bool:
@@ -95,26 +96,15 @@ class _Saved:
         return shape if x.dtype is None else jax.ShapeDtypeStruct(shape.shape, x.dtype)
 
     def _place(self, name: str, x: Wanted, shape: jax.ShapeDtypeStruct) -> Any:
-        """Returns where an array goes."""
-        place = self._sharding if x.kind not in ("numpy", "scalar") else None
-        if callable(place) and not isinstance(place, type):
-            place = place(name, shape)
-        if isinstance(place, jax.sharding.Sharding):
-            try:
-                place.shard_shape(shape.shape)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name} {shape.shape} cannot be laid out as sharding= says: {error}"
-                ) from error
-        return place
+        """Returns where an array goes; those of NumPy stay on the host."""
+        return None if x.kind in ("numpy", "scalar") else place_of(name, shape, self._sharding)
 
 
 def _target(shape: jax.ShapeDtypeStruct, place: Any) -> Any:
-    """Returns how an array is to be read: spread as it will be, or to NumPy."""
-    raw = jax.eval_shape(jax.random.key_data, shape) if is_key(shape) else shape
-    if isinstance(place, jax.sharding.Sharding) and not is_key(shape):
-        return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=place)
-    return np.broadcast_to(np.zeros((), raw.dtype), raw.shape)
+    """Returns how orbax reads an array: keys of a PRNG come to NumPy, as numbers."""
+    if is_key(shape):
+        return target(jax.eval_shape(jax.random.key_data, shape), None)
+    return target(shape, place)
 
 
 def _made(name: str, kind: str, found: Any, shape: jax.ShapeDtypeStruct, place: Any) -> Any:

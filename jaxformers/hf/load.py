@@ -23,6 +23,7 @@ from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.origin import Origin
+from jaxformers.placement import put
 from jaxformers.precision import check_float_dtype
 from jaxformers.tokenizers.files import TOKENIZER_FILES
 
@@ -194,26 +195,6 @@ def read_arrays(
             x = cast(rule.theirs[0], x, dtype)
             arrays[path] = put(path, x, sharding)
     return arrays
-
-
-def put(path: str, x: np.ndarray, sharding: Any) -> jax.Array:
-    """An array on its devices."""
-    place = sharding
-    if callable(sharding) and not isinstance(sharding, type):
-        place = sharding(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    if not isinstance(place, jax.sharding.Sharding | jax.Device | None):
-        raise ValueError(
-            "sharding must be a jax.sharding.Sharding, such as NamedSharding(mesh, spec), or a "
-            f"function (path, shape) -> Sharding, got {place!r:.200}"
-            f"{'' if place is sharding else f' from the function for {path}'}."
-        )
-    try:
-        # One tensor at a time: what is copied must be there before the next is read.
-        return jax.device_put(x, place).block_until_ready()
-    except ValueError as error:
-        raise ValueError(
-            f"{path} {x.shape} cannot be laid out as sharding= says: {error}"
-        ) from error
 
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
