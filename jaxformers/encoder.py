@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Unpack
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
@@ -92,13 +93,15 @@ class EncoderLayer(eqx.Module):
         """
         check_activations(x, self.self_attention.d_model)
         weights_key, attention_key, feed_forward_key = split_key(key, 3)
-        before, seen = x, self.self_attention_residual.read(x)
-        y = self.self_attention(seen, mask=mask, key=weights_key)
-        x = write(self.self_attention_residual, x, y, attention_key)
+        with jax.named_scope("self_attention"):
+            before, seen = x, self.self_attention_residual.read(x)
+            y = self.self_attention(seen, mask=mask, key=weights_key)
+            x = write(self.self_attention_residual, x, y, attention_key)
 
-        source = x if self.parallel is None else self.parallel.source(before, seen)
-        y = self.feed_forward(self.feed_forward_residual.read(source))
-        return write(self.feed_forward_residual, x, y, feed_forward_key)
+        with jax.named_scope("feed_forward"):
+            source = x if self.parallel is None else self.parallel.source(before, seen)
+            y = self.feed_forward(self.feed_forward_residual.read(source))
+            return write(self.feed_forward_residual, x, y, feed_forward_key)
 
 
 class Encoder(eqx.Module):
@@ -164,6 +167,7 @@ class Encoder(eqx.Module):
                 f"least once and no other, got {layer_order!r}."
             )
 
+    @jax.named_scope("encoder")
     def __call__(
         self,
         x: Float[Array, "*b t d"],

@@ -89,6 +89,7 @@ class OutputLayer(eqx.Module):
         """Log-probabilities in float32; arguments and errors as for `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
+    @jax.named_scope("output")
     def logits(
         self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:

@@ -4,11 +4,11 @@ The modules of this package name these values with `site`, which gives the value
 Whoever keeps, spreads, reads or changes values in the middle of a model refers to them by name:
 `rematerialize` today. No module knows of any of that.
 
-Where a site is, its scopes tell. Each module calls its parts under `jax.named_scope` with the name
-of the field that has them, so that the queries of layer 3 are at
-`decoder/layers.3/self_attention/queries` in the program. Scanned layers are one body for all, and
-it is at `decoder/layers`. Profiles show the same scopes. Neither names nor scopes add an operation
-to the compiled program.
+The scopes of the program (`jax.named_scope`) say which part of the model has a site. A scope has
+the name of the part's field, and the scope of a sublayer holds its residual too. The queries of
+layer 3 are at `decoder/layers.3/self_attention/queries`. Scanned layers are one body, at
+`decoder/layers`. Profiles show the same scopes. Neither names nor scopes add an operation to the
+compiled program.
 """
 
 from jax.ad_checkpoint import checkpoint_name
