@@ -106,7 +106,7 @@ class Reference(NamedTuple):
         return outputs
 
     def generate(self, batch: Batch, **options: int) -> Generated:
-        """Generates greedily or by beam search, with only the checkpoint's special tokens."""
+        """Generates greedily or by beams, with no settings of the checkpoint but special tokens."""
         self._forget_other_settings(options)
         if not self.rotates_by_length:
             return self._generate(batch)

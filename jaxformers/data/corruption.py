@@ -208,7 +208,7 @@ def _count(length: int, noise_density: float, mean_span: float) -> tuple[int, in
 
 
 def _segments(random: np.ndarray, items: int, count: int) -> np.ndarray:
-    """Returns (b, count) random lengths, at least 1 each, that sum to `items`, uniform over all."""
+    """Returns (b, count) random lengths of at least 1 with the sum `items`, all equally likely."""
     b = len(random)
     cuts = np.sort(np.argsort(random, axis=1)[:, : count - 1], axis=1) + 1
     return np.diff(cuts, axis=1, prepend=np.zeros((b, 1), int), append=np.full((b, 1), items))

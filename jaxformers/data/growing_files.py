@@ -12,7 +12,7 @@ HEADER = 128  # bytes before the numbers of a .npy file
 
 
 def open_array(path: Path, size: int) -> BinaryIO:
-    """Opens a file to append to after its first `size` bytes, which include the header."""
+    """Opens a file for appending, cut to its first `size` bytes, which include the header."""
     have = path.stat().st_size if path.exists() else 0
     if size > HEADER and have < size:
         raise ValueError(

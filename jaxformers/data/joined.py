@@ -76,7 +76,7 @@ class Joined:
         return parts
 
     def _join(self, left: "_Open", right: "_Open") -> list[Part]:
-        """Returns the ids of `left` if their end is known, else none. The rest stays open."""
+        """Returns the ids of `left` if their end is known, else nothing. The rest stays open."""
         border = None if left.count < left.wanted else _border(left, right)
         if border is not None:
             right.offset = border - len(left.piece.text)

@@ -239,7 +239,7 @@ def scramble(*words: Any) -> np.ndarray:
 
 
 def uniform(numbers: np.ndarray, width: int, use: int) -> np.ndarray:
-    """Returns (b, width) random numbers in [0, 1) from (b,) random integers. Each use has others.
+    """Returns (b, width) random numbers in [0, 1) from (b,) random integers, others for each use.
 
     Example:
         >>> uniform(scramble([1, 2]), 3, use=0).shape

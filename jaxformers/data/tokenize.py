@@ -76,9 +76,9 @@ def tokenize(
     """Writes a token file of text files, or resumes a job that was stopped.
 
     The ids of a document are those that the tokenizer gives to the whole text. Only the end token
-    is added. So decoding returns the text, unless the tokenizer itself changes texts: those of BERT
-    and T5 lower letters or join spaces, others compose characters. A special token that is written
-    in a text is encoded as plain text.
+    is added. So decoding returns the text, unless the tokenizer itself changes texts: tokenizers
+    like those of BERT and T5 lowercase letters, join spaces or compose characters. A special token
+    that is written in a text is encoded as plain text.
 
     Arguments:
         inputs: text files in UTF-8, each a document; or `.jsonl` files, each line a document. A

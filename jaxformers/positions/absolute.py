@@ -140,7 +140,10 @@ class LearnablePositionalEncoding(eqx.Module):
         return self.weight.shape[0] - self.offset
 
     def embed(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
-        """Returns the rows of the given positions: row 0 for padding, NaN beyond the table."""
+        """Returns the rows of the given positions.
+
+        Padding has the row of position 0. A position beyond the table has NaN.
+        """
         rows = jnp.maximum(positions, 0) + self.offset
         return lookup(self.weight, rows)
 

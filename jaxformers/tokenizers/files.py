@@ -267,7 +267,7 @@ def _read_chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) 
 
 
 def _measure_vocabulary(backend: Any) -> int:
-    """Returns the highest id + 1. All ids are below it, also if the vocabulary has gaps."""
+    """Returns the highest id + 1. All ids are below it, even if the vocabulary has gaps."""
     highest = max(backend.get_vocab().values(), default=-1)
     if not 0 <= highest < 2**31 - 1:
         raise ValueError(

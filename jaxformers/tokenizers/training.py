@@ -76,7 +76,7 @@ def bytes_tokenizer() -> Tokenizer:
         Array([104, 195, 169], dtype=int32)
     """
     package = _package()
-    # The package writes the 188 printable bytes as themselves and the others as chr(256), ....
+    # The package writes 188 printable bytes as themselves, the others as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

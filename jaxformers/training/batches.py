@@ -1,4 +1,4 @@
-"""The way of batches to the device: they are checked, converted and fetched one step ahead."""
+"""The path of batches to the device: they are checked, converted and fetched one step ahead."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any

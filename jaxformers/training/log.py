@@ -283,7 +283,7 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         aside = path.with_suffix(".damaged")
         path.replace(aside)
-        warn_and_go_on(f"the log is damaged, it is renamed to {aside}: {error}", 8)
+        warn_and_go_on(f"the log is damaged and was renamed to {aside}: {error}", 8)
     whole = []
     for line in aside.read_bytes().split(b"\n"):
         try:

@@ -247,7 +247,7 @@ class Training(eqx.Module):
 
 
 def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyArray) -> Training:
-    """Returns the state before the first step. Steps overwrite it, so its memory is its own.
+    """Returns the state before the first step. Steps overwrite it, so it has its own memory.
 
     Trained weights are float32 or wider. Frozen ones are neither cast nor copied.
     """
