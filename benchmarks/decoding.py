@@ -16,25 +16,23 @@ import jax
 import numpy as np
 
 from jaxformers import RotaryPositionalEncoding, TransformerLM
-from jaxformers.generation.generate import read_request
 from jaxformers.generation.loop import run
-from jaxformers.generation.steps import LMStep
+from jaxformers.generation.request import read_request
 
 VOCABULARY = 512
 
 
-def cache_bytes(step, batch, slots):
-    shapes = jax.eval_shape(lambda: step.start(batch, slots))
+def cache_bytes(model, batch, slots):
+    shapes = jax.eval_shape(lambda: model.init_cache(batch, slots))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def memory(model, prompt, new):
     """Returns the bytes of the cache, and of the compiled call's temporary buffers and results."""
-    step = LMStep(model)
-    request = read_request(prompt, new, {}, vocab_size=VOCABULARY, max_seq_length=None)
-    program = run.lower(step, request.plan, *request.arrays, None, False).compile().compiled
+    request = read_request(model, prompt, new, {})
+    program = run.lower(model, request.plan, *request.arrays, None, False).compile().compiled
     analysis = program.memory_analysis()
-    cache = cache_bytes(step, len(prompt), request.slots)
+    cache = cache_bytes(model, len(prompt), request.slots)
     return request.slots, cache, analysis.temp_size_in_bytes, analysis.output_size_in_bytes
 
 

@@ -42,6 +42,7 @@ class Cache(eqx.Module):
     padding, so that nobody attends to it. (Layers with a sliding window keep their own slots.)
     `tokens` are the ids, which mean nothing where the position is -1. Where the angles of a model's
     positions depend on how long a row is, `rotated_for` says for which length its keys are rotated.
+    `source_positions` are those of an encoder's tokens, -1 for padding; None hides none of them.
 
     Example:
         >>> cache = model.init_cache(batch_size=1, slots=8)
@@ -56,6 +57,7 @@ class Cache(eqx.Module):
     positions: Int[Array, "b s"]
     length: Int[Array, ""]
     rotated_for: Int[Array, " b"] | None = None
+    source_positions: Int[Array, "b source"] | None = None
 
     @property
     def slots(self) -> int:
@@ -132,7 +134,17 @@ class Cache(eqx.Module):
         per_row = own, self.tokens, self.positions, self.rotated_for
         own, tokens, positions, rotated_for = jax.tree.map(lambda x: x[rows], per_row)
         layers = [new._replace(cross=old.cross) for new, old in zip(own, self.layers, strict=True)]
-        return Cache(tuple(layers), tokens, positions, self.length, rotated_for)
+        return dataclasses.replace(
+            self,
+            layers=tuple(layers),
+            tokens=tokens,
+            positions=positions,
+            rotated_for=rotated_for,
+        )
+
+    def repeat(self, times: int) -> "Cache":
+        """Returns the cache with each row `times` times, one below the other."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
 
     def emptied(self, slots: int) -> "Cache":
         """A cache of the same kind with `slots` slots, which holds no tokens yet."""

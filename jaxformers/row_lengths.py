@@ -70,15 +70,24 @@ def same_until(model: Any, lengths: Int[Array, " b"]) -> Int[Array, " b"] | None
     return reduce(jnp.minimum, limits) if limits else None
 
 
-def follow(model: Any, cache: Cache, mask: AttentionMask, read: Callable[..., Any]) -> Cache:
-    """The cache before tokens with the mask's positions are read, rotated for them as well.
+def read_on(
+    model: Any, tokens: Int[Array, "b t"], mask: AttentionMask, cache: Cache
+) -> Cache | None:
+    """Returns the cache extended by tokens that have the positions of the mask."""
+    return model._forward(tokens, mask, None, cache)[1]
+
+
+def follow(
+    model: Any, cache: Cache, mask: AttentionMask, read: Callable[..., Any] = read_on
+) -> Cache:
+    """Returns the cache before tokens with the mask's positions are read, rotated for them as well.
 
     With `DynamicScaling` every token would change all angles: keys stay as they are.
     """
     if cache.rotated_for is None or mask.q_positions is None:
         return cache
     lengths = jnp.maximum(cache.token_counts, mask.q_positions.max(axis=1) + 1)
-    cache = reread(model, cache, lengths, read, mask, LongScaling)
+    cache = reread(model, cache, lengths, mask, read, LongScaling)
     return dataclasses.replace(cache, rotated_for=lengths)
 
 
@@ -86,18 +95,18 @@ def reread(
     model: Any,
     cache: Cache,
     lengths: Int[Array, " b"],
-    read: Callable[..., Any],
     mask: AttentionMask,
+    read: Callable[..., Any] = read_on,
     kinds: Any = BY_LENGTH,
 ) -> Cache:
-    """The cache with the keys and values that its tokens have in rows of the given lengths.
+    """Returns the cache with the keys and values that its tokens have in rows of the given lengths.
 
     Arguments:
         model: the model whose cache it is.
         cache: it may hold rows that are rotated for other lengths.
         lengths: how long each row becomes, the tokens to come included.
-        read: a function `(model, tokens, mask, cache) -> cache` that reads more tokens.
         mask: what holds for all tokens of a row; what it says of single ones is not used.
+        read: a function `(model, tokens, mask, cache) -> cache` that reads more tokens.
         kinds: the scalings whose angles are followed.
     """
     scalings = scalings_of(model.decoder, kinds)

@@ -25,11 +25,12 @@ from jaxformers.checks import (
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.generation.generate import gather, generate_from_source, stream
+from jaxformers.generation.generate import generate, stream
 from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.prompts import begin_target, read_source
+from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers
-from jaxformers.generation.scoring import score_with_source
-from jaxformers.generation.steps import Seq2SeqStep
+from jaxformers.generation.scoring import score
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
@@ -162,6 +163,11 @@ class Transformer(eqx.Module):
         return self.tgt_embedding.vocab_size
 
     @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary that the model predicts, the target's."""
+        return self.tgt_vocab_size
+
+    @property
     def max_seq_length(self) -> int | None:
         """The longest sequence the position scheme knows; None if there is no limit."""
         return self.tgt_embedding.max_seq_length
@@ -228,7 +234,7 @@ class Transformer(eqx.Module):
             src_padding_mask=src_padding_mask,
             tgt_padding_mask=tgt_padding_mask,
         )
-        return self.project(hidden)
+        return self.logits_of(hidden)
 
     @explain_options
     def encode(
@@ -264,72 +270,67 @@ class Transformer(eqx.Module):
         tgt_padding_mask: Bool[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t d"]:
         """The hidden states of the target before the output layer; arguments as for `__call__`."""
+        masks = tgt_mask, src_tgt_mask
+        real = tgt_padding_mask
         return self.forward(
-            tgt,
-            encoder_output,
-            tgt_mask,
-            src_tgt_mask,
-            key,
-            src_padding_mask=src_padding_mask,
-            tgt_padding_mask=tgt_padding_mask,
+            tgt, encoder_output, *masks, key, padding_mask=real, src_padding_mask=src_padding_mask
         )[0]
 
     @explain_options
     def forward(
         self,
-        tgt: Int[Array, "*b t"],
+        tokens: Int[Array, "*b t"],
         encoder_output: Float[Array, "*b s d"] | None = None,
-        tgt_mask: Mask | None = None,
+        mask: Mask | None = None,
         src_tgt_mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
         *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
         src_padding_mask: Bool[Array, "*b s"] | None = None,
-        tgt_padding_mask: Bool[Array, "*b t"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
-        """What `decode` gives, and the cache extended by these tokens.
+        """Returns the hidden states of target tokens, and the cache extended by these tokens.
 
-        With a cache (from `init_cache` or the call before) the encoder's output is not needed. It
-        keeps no booleans of masks: what `LongScaling` has read again, attends to all tokens before
-        it, and to the source as the last of these tokens does.
+        Arguments:
+            tokens: ids of the target, `(b, t)` or `(t,)`.
+            encoder_output: what `encode` gave; a cache has its keys and values already.
+            mask, src_tgt_mask, key: as for `__call__`.
+            padding_mask: shape of `tokens`, True where a token is real.
+            src_padding_mask: shape of the source, True where a token is real; None is that of the
+                cache.
+            cache: from `init_cache` or the call before. It keeps no booleans of masks: tokens that
+                `LongScaling` has read again attend to all tokens before them, and to the source as
+                the last of these tokens does.
         """
-        cross = as_mask(src_tgt_mask)
-        if src_padding_mask is not None:
-            source = src_padding_mask.shape if encoder_output is None else encoder_output.shape[:-1]
-            check_padding_mask(src_padding_mask, source, "src_padding_mask")
-            if cross.k_positions is not None:
-                raise ValueError(
-                    "src_tgt_mask with k_positions already says which source tokens are padding, "
-                    "got src_padding_mask as well. Give one of the two."
-                )
-            cross = cross.replace(k_positions=padding_to_positions(jnp.asarray(src_padding_mask)))
         check_usable(model=self)
-        tgt = check_tokens(tgt, self.tgt_vocab_size, "tgt")
+        tokens = check_tokens(tokens, self.tgt_vocab_size, "tgt")
+        source = None if encoder_output is None else encoder_output.shape[:-1]
+        cross = _hide_padding(as_mask(src_tgt_mask), src_padding_mask, source)
         seen = None if cache is None else cache.token_counts
-        mask = place(tgt_mask, tgt.shape, tgt_padding_mask, seen, "tgt_padding_mask")
+        mask = place(mask, tokens.shape, padding_mask, seen, "tgt_padding_mask")
         mask = mask.replace(causal=True)
-
-        last = cross
-        if cross.explicit is not None and cross.explicit.ndim > 1:
-            last = cross.replace(explicit=cross.explicit[..., -1:, :])
-
-        def read(model, tokens, mask, cache):
-            return model._forward(tokens, None, mask, last, None, cache)[1]
-
         if cache is not None:
-            cache = follow(self, cache, mask, read)
-        return self._forward(tgt, encoder_output, mask, cross, key, cache)
+            cache = follow(self, cache, mask, partial(_read, _last_query(cross)))
+        return self._forward(tokens, mask, key, cache, encoder_output, cross)
 
-    def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
-        """Logits from hidden states."""
+    def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
+        """Returns the logits that hidden states give."""
         return self.output.logits(hidden, self.tgt_embedding.table if self.output.tied else None)
 
-    def init_cache(self, encoder_output: Float[Array, "b s d"], slots: int) -> Cache:
-        """An empty cache for `slots` target tokens, with the encoder's keys and values."""
+    def init_cache(
+        self,
+        encoder_output: Float[Array, "b s d"],
+        slots: int,
+        *,
+        src_padding_mask: Bool[Array, "b s"] | None = None,
+    ) -> Cache:
+        """Returns an empty cache for `slots` target tokens, with the source's keys and padding."""
         check_size(slots=slots)
         check_activations(encoder_output, self.tgt_embedding.d_model, "encoder_output")
         check_seq_length(slots, self.max_seq_length, "a cache")
-        return self.decoder.init_cache(encoder_output.shape[0], slots, encoder_output)
+        shape = encoder_output.shape[:-1]
+        real = check_padding_mask(src_padding_mask, shape, "src_padding_mask")
+        return self.decoder.init_cache(shape[0], slots, encoder_output, real)
 
     @classmethod
     def from_pretrained(
@@ -398,19 +399,9 @@ class Transformer(eqx.Module):
                 `max_length` is beyond `max_seq_length`.
             FloatingPointError: if the logits are NaN.
         """
-        return generate_from_source(
-            partial(Seq2SeqStep, self),
-            src,
-            max_length,
-            self._start_token(start_token),
-            src_padding_mask,
-            src_vocab_size=self.src_vocab_size,
-            max_source_length=self.src_embedding.max_seq_length,
-            vocab_size=self.tgt_vocab_size,
-            max_seq_length=self.max_seq_length,
-            origin=self.origin,
-            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
-        )
+        prompt, source = begin_target(self, src, max_length, start_token, src_padding_mask)
+        given = gather(end_token, temperature, top_k, top_p, key, dict(options))
+        return generate(self, prompt, max_length - 1, given, source=source)
 
     @explain_options
     def stream(
@@ -427,20 +418,8 @@ class Transformer(eqx.Module):
         Yields:
             int32, `(b,)`, or `()` for a source without a batch axis; until all rows have ended.
         """
-        return generate_from_source(
-            partial(Seq2SeqStep, self),
-            src,
-            max_length,
-            self._start_token(start_token),
-            src_padding_mask,
-            src_vocab_size=self.src_vocab_size,
-            max_source_length=self.src_embedding.max_seq_length,
-            vocab_size=self.tgt_vocab_size,
-            max_seq_length=self.max_seq_length,
-            origin=self.origin,
-            options=dict(options),
-            decode=stream,
-        )
+        prompt, source = begin_target(self, src, max_length, start_token, src_padding_mask)
+        return stream(self, prompt, max_length - 1, dict(options), source=source)
 
     @explain_options
     def score(
@@ -461,40 +440,20 @@ class Transformer(eqx.Module):
         Raises:
             ValueError: if tokens are not ids within the vocabularies, or too long.
         """
-        return score_with_source(
-            partial(Seq2SeqStep, self),
-            src,
-            tgt,
-            src_padding_mask,
-            tgt_padding_mask,
-            src_vocab_size=self.src_vocab_size,
-            max_source_length=self.src_embedding.max_seq_length,
-            vocab_size=self.tgt_vocab_size,
-            max_seq_length=self.max_seq_length,
-            origin=self.origin,
-        )
+        return score(self, tgt, tgt_padding_mask, read_source(self, src, src_padding_mask)[1])
 
     def _forward(
         self,
-        tgt: Int[Array, "*b t"],
-        encoder_output: Float[Array, "*b s d"] | None,
+        tokens: Int[Array, "*b t"],
         mask: AttentionMask,
-        cross: AttentionMask,
         key: PRNGKeyArray | None,
         cache: Cache | None,
+        encoder_output: Float[Array, "*b s d"] | None,
+        cross: AttentionMask,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         embedding_key, decoder_key = split_key(key, 2)
-        x = self.tgt_embedding(tgt, embedding_key, positions=mask.q_positions)
-        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tgt)
-
-    def _start_token(self, given: int | None) -> int:
-        start = self.origin.special_tokens.start_token if given is None and self.origin else given
-        if start is None:
-            raise ValueError(
-                "start_token must be the id that targets begin with, got None, and this model "
-                "comes from no checkpoint that names one. Pass start_token=."
-            )
-        return start
+        x = self.tgt_embedding(tokens, embedding_key, positions=mask.q_positions)
+        return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tokens)
 
     @property
     def _source_embedding(self) -> TransformerEmbedding:
@@ -502,3 +461,37 @@ class Transformer(eqx.Module):
         if self.src_embedding.token_embedding is not None:
             return self.src_embedding
         return self.src_embedding.with_tokens(self.tgt_embedding.token_embedding)
+
+
+def _hide_padding(
+    cross: AttentionMask, padding_mask: ArrayLike | None, source: tuple[int, ...] | None
+) -> AttentionMask:
+    """Returns the mask over the source with its padding hidden; `source` is its shape if known."""
+    if padding_mask is None:
+        return cross
+    padding_mask = jnp.asarray(padding_mask)
+    check_padding_mask(padding_mask, source or padding_mask.shape, "src_padding_mask")
+    if cross.k_positions is not None:
+        raise ValueError(
+            "src_tgt_mask with k_positions already says which source tokens are padding, "
+            "got src_padding_mask as well. Give one of the two."
+        )
+    return cross.replace(k_positions=padding_to_positions(padding_mask))
+
+
+def _last_query(cross: AttentionMask) -> AttentionMask:
+    """Returns the mask over the source that the last of its queries has."""
+    if cross.explicit is None or cross.explicit.ndim < 2:
+        return cross
+    return cross.replace(explicit=cross.explicit[..., -1:, :])
+
+
+def _read(
+    cross: AttentionMask,
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    mask: AttentionMask,
+    cache: Cache,
+) -> Cache | None:
+    """Returns the cache extended by tokens that have the positions of `mask`."""
+    return model._forward(tokens, mask, None, cache, None, cross)[1]

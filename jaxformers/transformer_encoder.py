@@ -190,10 +190,10 @@ class TransformerEncoder(eqx.Module):
             ValueError: if the model has no output layer; and as for `__call__`.
         """
         self._head("output", self.output)  # said before anything is computed
-        return self.project(self._encode(tokens, mask, key, padding_mask, token_types)[0])
+        return self.logits_of(self._encode(tokens, mask, key, padding_mask, token_types)[0])
 
-    def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
-        """Logits from hidden states; a `ValueError` if the model has no output layer."""
+    def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
+        """Returns the logits that hidden states give, or raises if there is no output layer."""
         output = self._head("output", self.output)
         return output.logits(hidden, self.embedding.table if output.tied else None)
 

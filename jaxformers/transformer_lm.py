@@ -19,11 +19,11 @@ from jaxformers.checks import (
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
-from jaxformers.generation.generate import gather, generate, stream
+from jaxformers.generation.generate import generate, stream
 from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
-from jaxformers.generation.steps import LMStep
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 from jaxformers.ids import Tokens
@@ -32,7 +32,7 @@ from jaxformers.masks import AttentionMask, Mask, as_mask, place
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
-from jaxformers.row_lengths import follow, reread
+from jaxformers.row_lengths import follow
 
 
 class TransformerLM(eqx.Module):
@@ -156,7 +156,7 @@ class TransformerLM(eqx.Module):
         padding_mask: Bool[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t v"]:
         """What `__call__` gives, before the log-softmax."""
-        return self.project(self.forward(tokens, mask, key, padding_mask=padding_mask)[0])
+        return self.logits_of(self.forward(tokens, mask, key, padding_mask=padding_mask)[0])
 
     @explain_options
     def forward(
@@ -180,19 +180,12 @@ class TransformerLM(eqx.Module):
         seen = None if cache is None else cache.token_counts
         mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)
         if cache is not None:
-            cache = follow(self, cache, mask, _read)
+            cache = follow(self, cache, mask)
         return self._forward(tokens, mask, key, cache)
 
-    def project(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
-        """Logits from hidden states."""
+    def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
+        """Returns the logits that hidden states give."""
         return self.output.logits(hidden, self.embedding.table if self.output.tied else None)
-
-    def reread(self, cache: Cache, lengths: Int[Array, " b"]) -> Cache:
-        """The cache with the keys that its tokens have in rows of the given lengths.
-
-        It is the same one unless `LongScaling` or `DynamicScaling` rotates these otherwise.
-        """
-        return reread(self, cache, lengths, _read, AttentionMask(causal=True))
 
     def init_cache(self, batch_size: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens in each of `batch_size` sequences."""
@@ -282,16 +275,8 @@ class TransformerLM(eqx.Module):
                 beyond the length that the model's checkpoint was trained with; or if the checkpoint
                 asks for beams, sampling or penalties of which the call says nothing.
         """
-        return generate(
-            LMStep(self),
-            prompt,
-            max_new_tokens,
-            vocab_size=self.vocab_size,
-            max_seq_length=self.max_seq_length,
-            padding_mask=padding_mask,
-            origin=self.origin,
-            options=gather(end_token, temperature, top_k, top_p, key, dict(options)),
-        )
+        given = gather(end_token, temperature, top_k, top_p, key, dict(options))
+        return generate(self, prompt, max_new_tokens, given, padding_mask)
 
     @explain_options
     def stream(
@@ -311,16 +296,7 @@ class TransformerLM(eqx.Module):
             >>> [token.shape for token in model.stream(prompt, 3)]
             [(1,), (1,), (1,)]
         """
-        return stream(
-            LMStep(self),
-            prompt,
-            max_new_tokens,
-            vocab_size=self.vocab_size,
-            max_seq_length=self.max_seq_length,
-            padding_mask=padding_mask,
-            origin=self.origin,
-            options=dict(options),
-        )
+        return stream(self, prompt, max_new_tokens, dict(options), padding_mask)
 
     @explain_options
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
@@ -341,14 +317,7 @@ class TransformerLM(eqx.Module):
         Raises:
             ValueError: if tokens are not ids within the vocabulary, or too long.
         """
-        return score(
-            LMStep(self),
-            tokens,
-            padding_mask,
-            vocab_size=self.vocab_size,
-            max_seq_length=self.max_seq_length,
-            origin=self.origin,
-        )
+        return score(self, tokens, padding_mask)
 
     def _forward(
         self,
@@ -360,10 +329,3 @@ class TransformerLM(eqx.Module):
         embedding_key, decoder_key = split_key(key, 2)
         x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
         return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
-
-
-def _read(
-    model: TransformerLM, tokens: Int[Array, "b t"], mask: AttentionMask, cache: Cache
-) -> Cache | None:
-    """The cache extended by tokens with the positions of the mask."""
-    return model._forward(tokens, mask, None, cache)[1]

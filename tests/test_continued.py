@@ -186,7 +186,7 @@ def test_an_encoder_decoder_keeps_its_targets_tokens():
     real = jnp.array([[False, True, True, True, True], [True] * 5])
     for part in (slice(0, 3), slice(3, 5)):
         _, cache = eqx.filter_jit(model.forward)(
-            tgt[:, part], tgt_padding_mask=real[:, part], cache=cache
+            tgt[:, part], padding_mask=real[:, part], cache=cache
         )
     check_held(cache, [tgt[0, 1:].tolist(), tgt[1].tolist()])
 

@@ -101,7 +101,7 @@ REAL = jnp.asarray(REAL)
 @eqx.filter_jit
 def cached_logits(model, tokens, cache, **masks):
     hidden, cache = model.forward(tokens, **masks, cache=cache)
-    return model.project(hidden), cache
+    return model.logits_of(hidden), cache
 
 
 def assert_chunks_give(wanted, cache, step):
@@ -135,7 +135,7 @@ def test_cached_logits_of_an_encoder_decoder_equal_full_ones(window):
     cache = model.init_cache(model.encode(src, src_padding_mask=src_real), 24)
 
     def step(tokens, real, cache):
-        masks = {"tgt_padding_mask": real, "src_padding_mask": src_real}
+        masks = {"padding_mask": real, "src_padding_mask": src_real}
         return cached_logits(model, tokens, cache, **masks)
 
     assert_chunks_give(wanted, cache, step)

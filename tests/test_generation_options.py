@@ -354,11 +354,8 @@ def test_a_draft_saves_calls_of_the_model(lm):
             return step(self.model, tokens, **options)
 
     from jaxformers.generation.generate import generate
-    from jaxformers.generation.steps import LMStep
 
-    sizes = {"vocab_size": V, "max_seq_length": None}
-    options = {"draft_model": lm, "draft_length": 4}
-    generate(LMStep(Counting(lm)), prompt_of(4), 21, options=options, **sizes)
+    generate(Counting(lm), prompt_of(4), 21, {"draft_model": lm, "draft_length": 4})
     jax.effects_barrier()
     assert len(calls) == 1 + 4, calls  # the prompt, then five tokens a time
 

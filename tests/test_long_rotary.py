@@ -184,7 +184,7 @@ def test_a_cache_by_hand(lm):
     @eqx.filter_jit
     def extend(cache, tokens, real):
         hidden, cache = lm.forward(tokens, padding_mask=real, cache=cache)
-        return jax.nn.log_softmax(lm.project(hidden[:, -1:]))[:, 0], cache
+        return jax.nn.log_softmax(lm.logits_of(hidden[:, -1:]))[:, 0], cache
 
     text, real = prompt_of(20, 2, seed=8), np.ones((2, 20), bool)
     real[1, 4:7] = False

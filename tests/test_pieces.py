@@ -88,7 +88,7 @@ def test_decoding_with_a_cache_is_the_full_forward(options):
     cache, steps = model.init_cache(B, T), []
     for start, stop in [(0, 2), (2, 3), (3, T)]:
         hidden, cache = model.forward(TOKENS[:, start:stop], cache=cache)
-        steps.append(model.project(hidden))
+        steps.append(model.logits_of(hidden))
     np.testing.assert_allclose(jnp.concatenate(steps, 1), full, atol=1e-5)
     assert all(leaf.size == 0 or jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(full))
 

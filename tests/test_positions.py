@@ -365,7 +365,7 @@ def test_t5_bias_in_models(getkey):
     cache, chunks = model.init_cache(2, 12), []
     for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
         hidden, cache = eqx.filter_jit(model.forward)(chunk, cache=cache)
-        chunks.append(model.project(hidden))
+        chunks.append(model.logits_of(hidden))
     assert_close(jnp.concatenate(chunks, 1), eqx.filter_jit(model.logits)(tokens))
 
 

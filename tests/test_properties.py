@@ -348,7 +348,7 @@ def test_cached_is_full(scheme, group, window):
 
     def step(tokens, real, cache):
         hidden, cache = model.forward(tokens, padding_mask=real, cache=cache)
-        return model.project(hidden), cache
+        return model.logits_of(hidden), cache
 
     check_cached(step, model.init_cache(B, T + 4), np.asarray(model.logits(tokens)), tokens)
 
@@ -374,7 +374,7 @@ def test_cached_is_full_where_the_window_rolls(scheme):
     for chunk in places:
         real = jnp.asarray(chunk >= 0)
         hidden, seen = model.forward(tokens[rows, chunk], padding_mask=real, cache=seen)
-        logits = np.asarray(model.project(hidden))
+        logits = np.asarray(model.logits_of(hidden))
         assert_close(logits[real], full[rows, chunk][real], err_msg=f"at {chunk[0]}")
 
 
@@ -389,9 +389,9 @@ def test_cached_is_full_in_seq2seq(scheme):
 
     def step(tokens, real, cache):
         hidden, cache = model.forward(
-            tokens, src_padding_mask=src_real, tgt_padding_mask=real, cache=cache
+            tokens, src_padding_mask=src_real, padding_mask=real, cache=cache
         )
-        return model.project(hidden), cache
+        return model.logits_of(hidden), cache
 
     check_cached(step, model.init_cache(memory, T + 4), np.asarray(full), tgt)
 
@@ -661,7 +661,7 @@ def parts(constructor, **options):
     if constructor is TransformerLM:
         model = filled(constructor, VOCAB, D, N, 1, F, MAX, **options)
         out = model.forward(tokens, key=key)[0]
-        return {DECODER: out, LOGITS: model.project(hidden)}
+        return {DECODER: out, LOGITS: model.logits_of(hidden)}
     model = filled(constructor, VOCAB, VOCAB, D, N, 1, 1, F, MAX, **options)
     # The cross-attention alone, without what the other sublayers write.
     layer = model.decoder.layers[0]
@@ -675,7 +675,7 @@ def parts(constructor, **options):
         ENCODER: model.encode(tokens, key=key),
         DECODER: model.decode(tokens, hidden, key=key),
         CROSS: stack(hidden, draw(B, S, D), key=key),
-        LOGITS: model.project(hidden),
+        LOGITS: model.logits_of(hidden),
     }
 
 
@@ -787,11 +787,11 @@ def test_bfloat16(build, options):
             return [model(tokens, padding_mask=real)]
         if build is seq2seq_model:
             memory = model.encode(src)
-            cache, padding = model.init_cache(memory, T), {"tgt_padding_mask": real}
+            cache, padding = model.init_cache(memory, T), {"padding_mask": real}
         else:
             cache, padding = model.init_cache(B, T), {"padding_mask": real}
         hidden, cache = model.forward(tokens, cache=cache, **padding)
-        return [hidden, cache.layers[0].own.keys, jax.nn.log_softmax(model.project(hidden))]
+        return [hidden, cache.layers[0].own.keys, jax.nn.log_softmax(model.logits_of(hidden))]
 
     wide = build(1, **options)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)

@@ -223,7 +223,7 @@ def test_cache_is_a_pytree(getkey):
 
     def step(cache, token):
         hidden, cache = model.forward(token[:, None], cache=cache)
-        return cache, model.project(hidden)[:, 0]
+        return cache, model.logits_of(hidden)[:, 0]
 
     cache, logits = jax.lax.scan(step, cache, tokens.T)
     assert_close(jnp.swapaxes(logits, 0, 1), model.logits(tokens))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.generation.loop import prefill, repeat_while
 from jaxformers.generation.plan import Plan
+from jaxformers.generation.prompts import Source
 
 # What keeps a sequence out of a choice of the best: far below any sum of log-probabilities, also
 # of logits divided by a low temperature, and below any score that a length penalty makes of one.
@@ -64,16 +65,17 @@ class BeamState(NamedTuple):
 
 @eqx.filter_jit
 def run_beams(
-    step: Any,
+    model: Any,
     plan: Plan,
     beams: Beams,
     tokens: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     slots: int,
+    source: Source | None = None,
 ) -> tuple[Hypotheses, Bool[Array, " b"]]:
-    """The ended hypotheses of each row, best first, and which rows failed."""
+    """Returns the ended hypotheses of each row, best first, and which rows failed."""
     k = beams.num_beams
-    read, logits = prefill(step, plan, tokens, real, slots)
+    read, logits = prefill(model, plan, tokens, real, slots, source)
     start = Hypotheses(
         tokens=jnp.repeat(read.tokens[:, None], k, axis=1),
         log_probs=jnp.repeat(read.log_probs[:, None], k, axis=1),
@@ -90,7 +92,7 @@ def run_beams(
         hopeful=~read.done,
         stuck=jnp.zeros((), jnp.bool_),
         failed=read.failed,
-        cache=step.repeat(read.cache, k),
+        cache=read.cache.repeat(k),
     )
     plan = plan.repeat(k)
 
@@ -101,18 +103,17 @@ def run_beams(
     def advance(state: BeamState) -> BeamState:
         flat = state.running.tokens.reshape(-1, slots)
         last = lax.dynamic_slice_in_dim(flat, state.length - 1, 1, axis=1)
-        hidden, cache = step(last, jnp.ones(last.shape, jnp.bool_), state.cache)
-        return expand(step, plan, beams, state._replace(cache=cache), step.project(hidden)[:, 0])
+        real = jnp.ones(last.shape, jnp.bool_)
+        hidden, cache = model.forward(last, padding_mask=real, cache=state.cache)
+        return expand(plan, beams, state._replace(cache=cache), model.logits_of(hidden)[:, 0])
 
-    state = expand(step, plan, beams, state, jnp.repeat(logits, k, axis=0))
+    state = expand(plan, beams, state, jnp.repeat(logits, k, axis=0))
     state = repeat_while(unfinished, advance, state)
     return state.ended, state.failed
 
 
-def expand(
-    step: Any, plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk v"]
-) -> BeamState:
-    """The state with one more column: the best continuations go on, those that end are ranked."""
+def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk v"]) -> BeamState:
+    """Returns the state with one more column: the best go on, those that end are ranked."""
     k = beams.num_beams
     failed = jnp.isnan(logits).any(-1).reshape(-1, k).any(-1)
     candidates, parents = continuations(plan, k, state, logits)
@@ -134,7 +135,7 @@ def expand(
         hopeful=state.hopeful & may_improve(plan, beams, running, ended, length),
         stuck=ends.all(),
         failed=state.failed | failed,
-        cache=step.take(state.cache, rows.reshape(-1)),
+        cache=state.cache.take(rows.reshape(-1)),
     )
 
 

@@ -1,9 +1,12 @@
 """The decoding loop: the prompt in chunks, then token by token until all rows have ended.
 
-It is handed an adapter (`steps.py`) and knows no model. Rows of different length are moved to the
-right, so that in every row the prompt's last token stands in column `start - 1` and new ones from
-column `start` on. Each column of the tokens takes one of the cache. Where a cache is continued, the
-tokens that it holds come before the prompt's.
+A model takes part by three methods: `forward(tokens, padding_mask=, cache=)` gives hidden states
+and the longer cache, `logits_of(hidden)` gives logits, and its `decoder` makes the first cache.
+With an encoder, that cache holds the source's keys and padding, and all else is the same.
+
+Rows of different length are moved to the right: in every row the prompt's last token is in column
+`start - 1`, and new tokens follow from column `start` on. Each column of the tokens takes one of
+the cache. Where a cache is continued, the tokens that it holds come before the prompt's.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.cache import CHUNK, Cache, narrow
 from jaxformers.generation.plan import Plan
+from jaxformers.generation.prompts import Source
+from jaxformers.masks import AttentionMask
+from jaxformers.row_lengths import at_lengths, reread
 
 
 class State(NamedTuple):
@@ -32,31 +38,43 @@ class State(NamedTuple):
     cache: Any
 
 
+def begin_cache(model: Any, batch_size: int, slots: int, source: Source | None) -> Cache:
+    """Returns an empty cache of `slots` columns, with the keys of the source if there is one.
+
+    It is not the model's own `init_cache`: padding does not count against `max_seq_length`.
+    """
+    if source is None:
+        return model.decoder.init_cache(batch_size, slots)
+    memory = model.encode(source.tokens, src_padding_mask=source.real)
+    return model.decoder.init_cache(batch_size, slots, memory, source.real)
+
+
 def prefill(
-    step: Any,
+    model: Any,
     plan: Plan,
     tokens: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     slots: int,
-    cache: Any = None,
+    source: Source | None = None,
+    cache: Cache | None = None,
 ) -> tuple[State, Float[Array, "b v"]]:
-    """The state with the prompt in it, and the logits of the first new token."""
+    """Returns the state with the prompt in it, and the logits of the first new token."""
     b, t = tokens.shape
     lengths = real.sum(axis=1, dtype=jnp.int32)
     if cache is None:  # the prompt need not attend to slots that are still empty
         tokens, real = to_the_right(tokens, real, plan.start, plan.pad_token)
-        cache = step.resize(step.start(b, slots), t)
-        last, cache = read(step.at_lengths(lengths), tokens, real, plan.start, cache)
-        cache = step.resize(cache, slots)
+        cache = begin_cache(model, b, slots, source).resize(t)
+        last, cache = read(at_lengths(model, lengths), tokens, real, plan.start, cache)
+        cache = cache.resize(slots)
         filling = jnp.broadcast_to(plan.pad_token, (b, slots))
         row = lax.dynamic_update_slice(filling, tokens, (0, 0))
     else:
-        row, row_real = append(step.held(cache), tokens, real)
-        columns = plan.start - step.held(cache).length
-        lengths = lengths + step.held(cache).token_counts
+        row, row_real = append(cache, tokens, real)
+        columns = plan.start - cache.length
+        lengths = lengths + cache.token_counts
         tokens, real = to_the_right(tokens, real, columns, plan.pad_token)
-        cache = step.reread(cache, lengths)
-        last, cache = read(step.at_lengths(lengths), tokens, real, columns, cache)
+        cache = reread(model, cache, lengths, AttentionMask(causal=True))
+        last, cache = read(at_lengths(model, lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
     none = jnp.zeros(b, jnp.bool_)
     state = State(
@@ -69,34 +87,33 @@ def prefill(
         real=~none,
         cache=cache,
     )
-    return state, step.project(last)[:, 0]
+    return state, model.logits_of(last)[:, 0]
 
 
 def append(
-    held: Cache, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
+    cache: Cache, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]
 ) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-    """The tokens that a cache holds with these after them, in its slots, and which are real."""
+    """Returns a cache's tokens with these after them, in its slots, and which are real."""
     row, row_real = (
-        lax.dynamic_update_slice_in_dim(old, new, held.length, axis=1)
-        for old, new in ((held.tokens, tokens), (held.positions >= 0, real))
+        lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
+        for old, new in ((cache.tokens, tokens), (cache.positions >= 0, real))
     )
     return row, row_real
 
 
 def read(
-    step: Any,
+    model: Any,
     tokens: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     columns: Int[Array, ""],
     cache: Any,
 ) -> tuple[Float[Array, "b 1 d"], Any]:
-    """The hidden state of the prompt's last column, and the cache with its first `columns`."""
+    """Returns the hidden state of the last of the first `columns`, and the cache with those."""
     t = tokens.shape[1]
 
     def chunk(begin: Any, size: int, cache: Any) -> tuple[Any, Any, Any]:
-        """Where the next chunk begins, the hidden state of the prompt's last column, the cache."""
-        parts = (lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (tokens, real))
-        hidden, cache = step(*parts, cache)
+        part, part_real = (lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (tokens, real))
+        hidden, cache = model.forward(part, padding_mask=part_real, cache=cache)
         # A chunk in the middle of the prompt gives its own last column, which nobody reads.
         last = jnp.clip(columns - 1 - begin, 0, size - 1)
         last = lax.dynamic_slice_in_dim(hidden, last, 1, axis=1)
@@ -111,7 +128,7 @@ def read(
         )
     end, last, cache = state
     # Columns past the prompt are only there to keep shapes few: new tokens overwrite them.
-    return last, step.rewind(cache, end - columns)
+    return last, cache.rewind(end - columns)
 
 
 def to_the_right(
@@ -120,7 +137,7 @@ def to_the_right(
     columns: Int[Array, ""],
     pad_token: Int[Array, ""],
 ) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
-    """Each row's tokens moved together to the end of the first `columns`, filling before them."""
+    """Moves each row's tokens to the end of the first `columns`, with filling before them."""
     beyond = jnp.arange(tokens.shape[1]) >= columns
     order = jnp.argsort(jnp.where(beyond, 2, real.astype(jnp.int32)), axis=1, stable=True)
     tokens, real = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, real))
@@ -128,7 +145,7 @@ def to_the_right(
 
 
 def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
-    """The state with one more column; rows that have ended get the filling."""
+    """Returns the state with one more column; rows that have ended get the filling."""
     failed = ~state.done & jnp.isnan(logits).any(-1)
     stopped = state.done | failed
     chosen = plan.choose(logits, plan.history(state.tokens, state.first, state.length))
@@ -150,27 +167,27 @@ def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
     )
 
 
-def feed(step: Any, plan: Plan, state: State) -> tuple[State, Float[Array, "b v"]]:
-    """The state with its last column in the cache, and the logits of the next one."""
+def feed(model: Any, plan: Plan, state: State) -> tuple[State, Float[Array, "b v"]]:
+    """Returns the state with its last column in the cache, and the logits of the next one."""
     last = lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
     # A draft may go beyond the limit, where a model need not know positions any more.
     real = state.real & (state.length <= plan.limit)
-    hidden, cache = step(last, real[:, None], state.cache)
-    return state._replace(cache=cache), step.project(hidden)[:, 0]
+    hidden, cache = model.forward(last, padding_mask=real[:, None], cache=state.cache)
+    return state._replace(cache=cache), model.logits_of(hidden)[:, 0]
 
 
-def advance(step: Any, plan: Plan, state: State) -> State:
-    """The state after one more token."""
-    return emit(plan, *feed(step, plan, state))
+def advance(model: Any, plan: Plan, state: State) -> State:
+    """Returns the state after one more token."""
+    return emit(plan, *feed(model, plan, state))
 
 
 def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
-    """Whether there is a column left and a row that has not ended."""
+    """Returns whether there is a column left and a row that has not ended."""
     return (state.length < plan.limit) & ~state.done.all()
 
 
 def repeat_while(condition: Callable, body: Callable, state: Any) -> Any:
-    """`lax.while_loop` that carries its arrays without their axes of size 1 (see `narrow`)."""
+    """Runs `lax.while_loop` on arrays without their axes of size 1 (see `narrow`)."""
     start, widen = narrow(state)
 
     def narrow_body(state: Any) -> Any:
@@ -181,26 +198,33 @@ def repeat_while(condition: Callable, body: Callable, state: Any) -> Any:
 
 @eqx.filter_jit
 def run(
-    step: Any,
+    model: Any,
     plan: Plan,
     tokens: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     slots: int,
-    cache: Any = None,
+    source: Source | None = None,
+    cache: Cache | None = None,
     keep_cache: bool = False,
 ) -> State:
-    """The whole of decoding in one program; the cache that remains is given if it is to be kept.
+    """Runs the whole of decoding in one program.
 
-    The tokens that a given cache holds are no part of the result.
+    Arguments:
+        model, plan: how to decode.
+        tokens, real: the prompt in the columns of its bucket.
+        slots: columns of the prompt and of the new tokens.
+        source: the encoder's tokens, for a model that has one.
+        cache: what the rows begin with; the tokens that it holds are no part of the result.
+        keep_cache: whether the state has the cache of all tokens; else it has None.
     """
-    begin = None if cache is None else step.held(cache).length
+    begin = None if cache is None else cache.length
     plan = plan if begin is None else plan.after(begin)
-    state = emit(plan, *prefill(step, plan, tokens, real, slots, cache))
+    state = emit(plan, *prefill(model, plan, tokens, real, slots, source, cache))
     state = repeat_while(
-        lambda state: unfinished(plan, state), lambda state: advance(step, plan, state), state
+        lambda state: unfinished(plan, state), lambda state: advance(model, plan, state), state
     )
-    # New columns that no row got to stay what they began as, the filling.
-    state = feed(step, plan, state)[0] if keep_cache else state._replace(cache=None)
+    # New columns that no row reached are still filling.
+    state = feed(model, plan, state)[0] if keep_cache else state._replace(cache=None)
     if begin is None:
         return state
     tokens, log_probs = (
@@ -211,13 +235,18 @@ def run(
 
 @eqx.filter_jit
 def start_stream(
-    step: Any, plan: Plan, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], slots: int
+    model: Any,
+    plan: Plan,
+    tokens: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    slots: int,
+    source: Source | None = None,
 ) -> State:
-    """The state after the first new token, for decoding one call at a time."""
-    return emit(plan, *prefill(step, plan, tokens, real, slots))
+    """Returns the state after the first new token, for decoding one call at a time."""
+    return emit(plan, *prefill(model, plan, tokens, real, slots, source))
 
 
 @eqx.filter_jit(donate="all-except-first")
 def advance_stream(fixed: tuple[Any, Plan], state: State) -> State:
-    """The state after one more token; the old one's memory is used for the new one."""
+    """Returns the state after one more token, in the memory of the old one."""
     return advance(*fixed, state)

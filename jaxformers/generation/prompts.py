@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Int
 
 from jaxformers.cache import Cache, LayerCache
-from jaxformers.checks import check_padding_mask, check_tokens, is_known
+from jaxformers.checks import check_padding_mask, check_size, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
 from jaxformers.origin import Origin, SpecialTokens
@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
         return self._put(xp.pad(self.tokens, width)), self._put(xp.pad(self.real, width))
 
     def begin(self, token: int) -> "Prompt":
-        """A prompt of the same rows, each being `token` alone."""
+        """Returns a prompt of the same rows, each of which is `token` alone."""
         tokens = np.full((self.tokens.shape[0], 1), token, np.int32)
         return self._replace(tokens=tokens, real=np.ones(tokens.shape, np.bool_))
 
@@ -67,6 +67,13 @@ class Prompt(NamedTuple):
             rows = where.spec[:1] if self.batched else ()
             where = NamedSharding(where.mesh, PartitionSpec(*rows))
         return jax.device_put(x, where)
+
+
+class Source(NamedTuple):
+    """The tokens that an encoder reads."""
+
+    tokens: Int[Array, "b s"]
+    real: Bool[Array, "b s"]
 
 
 _MASK_NAMES = {"src": "src_padding_mask", "tgt": "tgt_padding_mask"}
@@ -120,16 +127,37 @@ def read_text(
     return text
 
 
-def read_source(
-    src: Tokens,
-    padding_mask: ArrayLike | None,
-    vocab_size: int,
-    max_length: int | None,
-    origin: Origin | None,
-) -> tuple[Prompt, tuple[Int[Array, "b s"], Bool[Array, "b s"]]]:
-    """A source, checked, and its tokens and padding mask in the columns of its bucket."""
-    source = read_text(src, padding_mask, vocab_size, max_length, "src", origin)
-    return source, source.to_bucket(bucket(source.tokens.shape[1], max_length))
+def read_source(model: Any, src: Tokens, padding_mask: ArrayLike | None) -> tuple[Prompt, Source]:
+    """Checks what a `Transformer` is to read; returns it as it came, and in its bucket."""
+    limit = model.src_embedding.max_seq_length
+    text = read_text(src, padding_mask, model.src_vocab_size, limit, "src", model.origin)
+    return text, Source(*text.to_bucket(bucket(text.tokens.shape[1], limit)))
+
+
+def begin_target(
+    model: Any, src: Tokens, max_length: int, start_token: int | None, padding_mask: Any
+) -> tuple[Prompt, Source]:
+    """Returns the prompt of a `Transformer`, which is the start token alone, and its source.
+
+    Raises:
+        ValueError: if there is no start token or no room for one token more, or as `read_source`.
+    """
+    if start_token is None:
+        start_token = special_of(model.origin).start_token
+    if start_token is None:
+        raise ValueError(
+            "start_token must be the id that targets begin with, got None, and this model "
+            "comes from no checkpoint that names one. Pass start_token=."
+        )
+    check_size(max_length=max_length)
+    if max_length < 2:
+        raise ValueError(
+            "max_length must be an integer of at least 2, the start token and one more, got "
+            f"{max_length!r}."
+        )
+    text, source = read_source(model, src, padding_mask)
+    (start,) = check_ids("start_token", [start_token], model.vocab_size)
+    return text.begin(int(start)), source
 
 
 def warn_of_unmasked(
@@ -196,8 +224,8 @@ def check_room(
     return longest + max_new_tokens
 
 
-def check_cache(step: Any, cache: Any) -> None:
-    """Raise unless a cache is None, or one of the model that the adapter `step` drives."""
+def check_cache(model: Any, cache: Any) -> None:
+    """Raises unless a cache is None, or one of this model."""
     if cache is None:
         return
     if not isinstance(cache, Cache):
@@ -205,8 +233,8 @@ def check_cache(step: Any, cache: Any) -> None:
             f"cache must be a Cache, got a {type(cache).__name__}. Pass that of an earlier call: "
             "out = model.generate(..., return_cache=True), and then cache=out.cache."
         )
-    empty = jax.eval_shape(lambda: step.start(1, _MANY))
-    got, wanted = ([_describe(x) for x in held.layers] for held in (cache, empty))
+    empty = jax.eval_shape(lambda: model.decoder.init_cache(1, _MANY))
+    got, wanted = ([_describe(x) for x in x.layers] for x in (cache, empty))
     if len(got) != len(wanted):
         odd = f"{len(got)} layers instead of {len(wanted)}"
     else:

@@ -1,7 +1,6 @@
 """How probable given text is under a model."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,54 +9,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxformers.checks import check_size
-from jaxformers.generation.prompts import bucket, read_source, read_text
+from jaxformers.checks import check_size, check_usable
+from jaxformers.generation.prompts import Source, bucket, read_text
 from jaxformers.ids import Tokens, as_ids
-from jaxformers.origin import Origin
 
 
 def score(
-    step: Any,
-    tokens: Tokens,
-    padding_mask: ArrayLike | None,
-    *,
-    vocab_size: int,
-    max_seq_length: int | None,
-    origin: Origin | None = None,
-    name: str = "tokens",
+    model: Any, tokens: Tokens, padding_mask: ArrayLike | None, source: Source | None = None
 ) -> Float[Array, "*b t"]:
-    """The log-probability of each token given those before; see the models' own `score`."""
-    text = read_text(tokens, padding_mask, vocab_size, max_seq_length, name, origin)
+    """Returns the log-probability of each token given those before it; see the models' `score`.
+
+    Arguments:
+        model: a `TransformerLM` or a `Transformer`.
+        tokens: of a text, or of a target that has a source.
+        padding_mask: shape of `tokens`, True where a token is real.
+        source: the encoder's tokens, for a model that has one.
+    """
+    check_usable(model=model)
+    limit, name = model.max_seq_length, "tokens" if source is None else "tgt"
+    text = read_text(tokens, padding_mask, model.vocab_size, limit, name, model.origin)
     t = text.tokens.shape[1]
-    log_probs = _score(step, *text.to_bucket(bucket(t, max_seq_length)))
+    log_probs = _score(model, *text.to_bucket(bucket(t, limit)), source)
     return text.place(text.cut(log_probs, 0, t))
 
 
-def score_with_source(
-    make_step: Callable[..., Any],
-    src: Tokens,
-    tgt: Tokens,
-    src_padding_mask: ArrayLike | None,
-    tgt_padding_mask: ArrayLike | None,
-    *,
-    src_vocab_size: int,
-    max_source_length: int | None,
-    origin: Origin | None = None,
-    **sizes: Any,
-) -> Float[Array, "*b t"]:
-    """`score` of a target given a source."""
-    _, arrays = read_source(src, src_padding_mask, src_vocab_size, max_source_length, origin)
-    return score(make_step(*arrays), tgt, tgt_padding_mask, **sizes, origin=origin, name="tgt")
-
-
 @eqx.filter_jit
-def _score(step: Any, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+def _score(
+    model: Any, tokens: Int[Array, "b t"], real: Bool[Array, "b t"], source: Source | None
+) -> Float[Array, "b t"]:
+    given: dict[str, Any] = {}
+    if source is not None:
+        memory = model.encode(source.tokens, src_padding_mask=source.real)
+        given = {"encoder_output": memory, "src_padding_mask": source.real}
+    hidden, _ = model.forward(tokens, padding_mask=real, **given)
     columns = jnp.arange(tokens.shape[1])
     # The column of the last real token before each one, wherever padding stands; -1 if none.
     last = jax.lax.cummax(jnp.where(real, columns, -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    hidden = jnp.take_along_axis(step.full(tokens, real), jnp.maximum(before, 0)[..., None], axis=1)
-    log_probs = jax.nn.log_softmax(step.project(hidden))
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
+    log_probs = jax.nn.log_softmax(model.logits_of(hidden))
     log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     return jnp.where(real & (before >= 0), log_probs, 0.0)
 
@@ -65,7 +55,7 @@ def _score(step: Any, tokens: Int[Array, "b t"], real: Bool[Array, "b t"]) -> Fl
 def perplexity(
     model: Any, tokens: Tokens, stride: int | None = None, context: int | None = None
 ) -> float:
-    """The exponential of the mean negative log-probability per token, of a text of any length.
+    """Returns the exponential of a text's mean negative log-probability per token.
 
     The text is read in windows of `context` tokens that begin `stride` apart; in each, the tokens
     that no window before has scored are scored, so that all but the text's first are, once, with

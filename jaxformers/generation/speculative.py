@@ -18,28 +18,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.generation.loop import State, advance, emit, feed, prefill, repeat_while, unfinished
 from jaxformers.generation.plan import Plan
+from jaxformers.generation.prompts import Source
+from jaxformers.row_lengths import same_until
 
 
 class ModelDraft(eqx.Module):
-    """Guesses by a smaller model, whose adapter `step` is. Its memory is its cache."""
+    """Guesses by a smaller model, whose memory is its cache."""
 
-    step: Any
+    model: Any
 
-    def start(self, plan: Plan, tokens: Any, real: Any, slots: int) -> Any:
-        """The memory of the prompt."""
-        return prefill(self.step, plan, tokens, real, slots)[0].cache
+    def start(self, plan: Plan, *prompt: Any) -> Any:
+        """Returns the memory of the prompt, given as to `prefill`."""
+        return prefill(self.model, plan, *prompt)[0].cache
 
     def guess(
         self, plan: Plan, state: State, memory: Any, count: int
     ) -> tuple[Int[Array, "b s"], Any]:
-        """The tokens with `count` more columns guessed, and the memory with these columns."""
+        """Returns the tokens with `count` more columns guessed, and the memory with them."""
         state = state._replace(cache=memory)
-        state = lax.fori_loop(0, count, lambda _, state: advance(self.step, plan, state), state)
-        return state.tokens, feed(self.step, plan, state)[0].cache
+        state = lax.fori_loop(0, count, lambda _, state: advance(self.model, plan, state), state)
+        return state.tokens, feed(self.model, plan, state)[0].cache
 
     def rewind(self, memory: Any, columns: Int[Array, ""]) -> Any:
-        """The memory without its last columns."""
-        return self.step.rewind(memory, columns)
+        """Returns the memory without its last columns."""
+        return memory.rewind(columns)
 
 
 class LookupDraft(eqx.Module):
@@ -50,13 +52,13 @@ class LookupDraft(eqx.Module):
 
     ngram: int = eqx.field(static=True)
 
-    def start(self, plan: Plan, tokens: Any, real: Any, slots: int) -> None:
-        """Nothing to remember."""
+    def start(self, plan: Plan, *prompt: Any) -> None:
+        """Remembers nothing."""
 
     def guess(
         self, plan: Plan, state: State, memory: None, count: int
     ) -> tuple[Int[Array, "b s"], None]:
-        """The tokens with `count` more columns guessed."""
+        """Returns the tokens with `count` more columns guessed."""
         tokens, length = state.tokens, state.length
         columns = jnp.arange(tokens.shape[1])
         fits = jnp.broadcast_to(columns < length, tokens.shape)
@@ -75,7 +77,7 @@ class LookupDraft(eqx.Module):
         return lax.dynamic_update_slice_in_dim(tokens, guessed, length, axis=1), None
 
     def rewind(self, memory: None, columns: Int[Array, ""]) -> None:
-        """Nothing to forget."""
+        """Forgets nothing."""
 
 
 class Round(NamedTuple):
@@ -89,24 +91,29 @@ class Round(NamedTuple):
 
 @eqx.filter_jit
 def run_speculative(
-    step: Any,
+    model: Any,
     draft: ModelDraft | LookupDraft,
     plan: Plan,
     tokens: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     slots: int,
+    source: Source | None,
     count: int,
 ) -> tuple[State, Float[Array, ""]]:
-    """What `run` gives, `count` tokens guessed at a time, and the share of guesses kept."""
-    state = emit(plan, *prefill(step, plan, tokens, real, slots))
+    """Returns the state that `run` returns, and the share of guesses kept.
+
+    `count` tokens are guessed at a time.
+    """
+    prompt = tokens, real, slots, source
+    state = emit(plan, *prefill(model, plan, *prompt))
     none = jnp.zeros((), jnp.int32)
-    start = Round(state, draft.start(plan, tokens, real, slots), none, none)
+    start = Round(state, draft.start(plan, *prompt), none, none)
 
     def advance_round(old: Round) -> Round:
         state = old.state
         guesses, memory = draft.guess(plan, state, old.memory, count)
-        reach = within_angles(step, state, count)
-        new = check(step, plan, state, guesses, count, reach)
+        reach = within_angles(model, state, count)
+        new = check(model, plan, state, guesses, count, reach)
         moved = new.length - state.length
         room = jnp.minimum(reach, plan.limit - state.length)
         # The last token of a round is the model's own, unless a row or the columns ended there.
@@ -114,7 +121,7 @@ def run_speculative(
         guess = lax.dynamic_slice_in_dim(guesses, new.length - 1, 1, axis=1)
         right = (moved <= reach) & ((last == guess)[:, 0] | state.done).all()
         return Round(
-            state=new._replace(cache=step.rewind(new.cache, count + 1 - moved)),
+            state=new._replace(cache=new.cache.rewind(count + 1 - moved)),
             memory=draft.rewind(memory, count + 1 - moved),
             guessed=old.guessed + room,
             kept=old.kept + moved - 1 + right.astype(jnp.int32),
@@ -125,14 +132,14 @@ def run_speculative(
     return end.state._replace(cache=None), rate
 
 
-def within_angles(step: Any, state: State, count: int) -> Int[Array, ""] | int:
-    """How many guesses may be checked in one call, at most `count`.
+def within_angles(model: Any, state: State, count: int) -> Int[Array, ""] | int:
+    """Returns how many guesses may be checked in one call, at most `count`.
 
     Where angles depend on how long a row is, a call has those of its last token. So it stops at the
     last guess that leaves them as they are for the token before the guesses.
     """
-    lengths = step.held(state.cache).token_counts + 1
-    last = step.same_until(lengths)
+    lengths = state.cache.token_counts + 1
+    last = same_until(model, lengths)
     if last is None:
         return count
     # A row that has ended has no guesses.
@@ -141,14 +148,14 @@ def within_angles(step: Any, state: State, count: int) -> Int[Array, ""] | int:
 
 
 def check(
-    step: Any,
+    model: Any,
     plan: Plan,
     state: State,
     guesses: Int[Array, "b s"],
     count: int,
     reach: Int[Array, ""] | int,
 ) -> State:
-    """The state with the guesses that the model shares, and one more token that is its own.
+    """Returns the state with the guesses that the model shares, and one more token that is its own.
 
     Of `count` guesses the first `reach` are looked at. The cache comes back with `count + 1` more
     columns.
@@ -157,8 +164,8 @@ def check(
     columns = state.length + jnp.arange(count)
     ahead = ~state.done[:, None] & (columns < jnp.minimum(plan.limit, state.length + reach))
     real = jnp.concatenate([state.real[:, None], ahead], axis=1)
-    hidden, cache = step(window, real, state.cache)
-    logits = step.project(hidden)
+    hidden, cache = model.forward(window, padding_mask=real, cache=state.cache)
+    logits = model.logits_of(hidden)
     start = state.length
 
     def agrees(state: State) -> Bool[Array, ""]:

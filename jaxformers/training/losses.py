@@ -101,7 +101,7 @@ def chunked_cross_entropy(
     Example:
         >>> hidden = model.forward(tokens)[0]
         >>> loss = chunked_cross_entropy(model.project, hidden, tokens, chunk=2)
-        >>> print(jnp.allclose(loss, cross_entropy(model.project(hidden), tokens)))
+        >>> print(jnp.allclose(loss, cross_entropy(model.logits_of(hidden), tokens)))
         True
     """
     _check_coefficients(label_smoothing, z_loss)
