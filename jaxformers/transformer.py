@@ -26,7 +26,7 @@ from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.generation.generate import generate, stream
-from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.options import AllOptions, Options
 from jaxformers.generation.prompts import begin_target, read_source
 from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers

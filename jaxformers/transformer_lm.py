@@ -20,7 +20,7 @@ from jaxformers.checks import (
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.generation.generate import generate, stream
-from jaxformers.generation.plan import AllOptions, Options
+from jaxformers.generation.options import AllOptions, Options
 from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score

@@ -16,7 +16,8 @@ from jaxformers import (
     Transformer,
     TransformerLM,
 )
-from jaxformers.generation.constraints import Constraints, History, sequences
+from jaxformers.generation import processors
+from jaxformers.generation.processors import History
 from jaxformers.generation.sampling import Warper
 
 torch = pytest.importorskip("torch")
@@ -346,17 +347,26 @@ def test_few_probable_tokens_are_kept():
 SO_FAR = np.array([[4, 5, 4, 5, 4, 9], [1, 2, 3, 1, 2, 2], [8, 8, 8, 8, 8, 8], [7, 1, 6, 2, 5, 3]])
 BAD_WORDS = [[5], [9, 2], [1, 2, 2, 6], [8, 8]]
 CONSTRAINTS = {
-    "repetition_penalty": (rows(1.4), lambda: hf.RepetitionPenaltyLogitsProcessor(1.4)),
-    "no_repeat_ngram_size": (rows(2), lambda: hf.NoRepeatNGramLogitsProcessor(2)),
+    "repetition_penalty": (
+        processors.RepetitionPenalty(rows(1.4)),
+        lambda: hf.RepetitionPenaltyLogitsProcessor(1.4),
+    ),
+    "no_repeat_ngram_size": (
+        processors.NoRepeatNgram(rows(2)),
+        lambda: hf.NoRepeatNGramLogitsProcessor(2),
+    ),
     "bad_words": (
-        sequences("bad_words", BAD_WORDS, WIDE),
+        processors.BadWords(BAD_WORDS),
         lambda: hf.NoBadWordsLogitsProcessor(BAD_WORDS, eos_token_id=END),
     ),
     "min_new_tokens": (
-        rows(5),
+        processors.MinNewTokens(rows(5)),
         lambda: hf.MinNewTokensLengthLogitsProcessor(2, 5, END),
     ),
-    "forced_last_token": (rows(3), lambda: hf.ForcedEOSTokenLogitsProcessor(7, 3)),
+    "forced_last_token": (
+        processors.ForcedLastToken(rows(3)),
+        lambda: hf.ForcedEOSTokenLogitsProcessor(7, 3),
+    ),
 }
 
 
@@ -371,10 +381,12 @@ def test_constrained_logits_are_equal(names, padding):
     # Columns before the row and after it hold what must not count.
     buffer = np.full((ROWS, padding + 6 + 4), 1, np.int32)
     buffer[:, padding : padding + 6] = SO_FAR
-    history = History(jnp.asarray(buffer), jnp.full(ROWS, padding), jnp.int32(padding + 2),
-                      jnp.int32(padding + 6))  # fmt: skip
-    constraints = Constraints(**{name: CONSTRAINTS[name][0] for name in names})
-    got = constraints(jnp.asarray(LOGITS), history, jnp.int32(padding + 7), jnp.asarray([END]))
+    first, start = jnp.full(ROWS, padding), jnp.int32(padding + 2)
+    history = History(jnp.asarray(buffer), first, start,
+                      jnp.int32(padding + 6), jnp.int32(padding + 7), jnp.asarray([END]))  # fmt: skip
+    got = jnp.asarray(LOGITS)
+    for name in names:
+        _, got = CONSTRAINTS[name][0](None, got, history)
     np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-5)
     assert not np.array_equal(got, LOGITS)
 
@@ -383,17 +395,14 @@ def test_constrained_logits_are_equal(names, padding):
 def test_ngrams_of_any_size(size):
     wanted = hf.NoRepeatNGramLogitsProcessor(size)(torch.tensor(SO_FAR), torch.tensor(LOGITS))
     history = History(jnp.asarray(SO_FAR), jnp.zeros(ROWS, jnp.int32), jnp.int32(0), jnp.int32(6))
-    got = Constraints(no_repeat_ngram_size=rows(size))(
-        jnp.asarray(LOGITS), history, jnp.int32(9), jnp.zeros(0, jnp.int32)
-    )
+    _, got = processors.NoRepeatNgram(rows(size))(None, jnp.asarray(LOGITS), history)
     np.testing.assert_array_equal(got, wanted.numpy())
 
 
 def test_presence_and_frequency_penalties():
     history = History(jnp.asarray(SO_FAR), jnp.zeros(ROWS, jnp.int32), jnp.int32(2), jnp.int32(6))
-    got = Constraints(frequency_penalty=rows(0.5), presence_penalty=rows(0.25))(
-        jnp.asarray(LOGITS), history, jnp.int32(9), jnp.zeros(0, jnp.int32)
-    )
+    _, got = processors.FrequencyPenalty(rows(0.5))(None, jnp.asarray(LOGITS), history)
+    _, got = processors.PresencePenalty(rows(0.25))(None, got, history)
     wanted = LOGITS.copy()
     for row, new in enumerate(SO_FAR[:, 2:]):
         for token in set(new):

@@ -7,8 +7,8 @@ import pytest
 from test_generation import KEY, make_lm, prompt_of
 
 from jaxformers import RotaryPositionalEncoding
-from jaxformers.generation.constraints import History, penalize_repetition
 from jaxformers.generation.plan import SAMPLING
+from jaxformers.generation.processors import History, RepetitionPenalty
 from jaxformers.generation.sampling import Warper, draw, per_row, row_keys
 
 FAR = np.array([[0.0, -200.0, -150.0, -120.0, -300.0]], np.float32)
@@ -113,7 +113,7 @@ def test_a_temperature_of_0_says_what_to_do(given):
 def test_an_extreme_penalty_gives_numbers(penalty):
     history = History(jnp.array([[1, 2, 0]]), jnp.array([0]), jnp.asarray(1), jnp.asarray(2))
     logits = jnp.asarray([[3.0, 4.0, -5.0, -jnp.inf]])
-    got = np.asarray(penalize_repetition(logits, history, jnp.full(1, penalty, jnp.float32)))
+    got = np.asarray(RepetitionPenalty(penalty)(None, logits, history)[1])
     assert np.isfinite(got[0, :3]).all() and got[0, 3] == -np.inf
     assert np.argmax(got) == (1 if penalty < 1 else 0)
 

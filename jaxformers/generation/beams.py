@@ -60,6 +60,7 @@ class BeamState(NamedTuple):
     hopeful: Bool[Array, " b"]  # whether a running beam could still beat those that have ended
     stuck: Bool[Array, ""]  # whether every candidate of the last step ended
     failed: Bool[Array, " b"]
+    processing: tuple[Any, ...]  # the states of the processors
     cache: Any
 
 
@@ -92,6 +93,7 @@ def run_beams(
         hopeful=~read.done,
         stuck=jnp.zeros((), jnp.bool_),
         failed=read.failed,
+        processing=jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), read.processing),
         cache=read.cache.repeat(k),
     )
     plan = plan.repeat(k)
@@ -116,7 +118,7 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
     """Returns the state with one more column: the best go on, those that end are ranked."""
     k = beams.num_beams
     failed = jnp.isnan(logits).any(-1).reshape(-1, k).any(-1)
-    candidates, parents = continuations(plan, k, state, logits)
+    processing, candidates, parents = continuations(plan, k, state, logits)
     length = state.length + 1
     flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
     first = jnp.repeat(state.first[::k], candidates.tokens.shape[1])
@@ -128,6 +130,7 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
     running = running.take(going_on)
     ended = rank(plan, beams, state, candidates, ends)
     rows = jnp.take_along_axis(parents, going_on, axis=1) + k * jnp.arange(len(failed))[:, None]
+    rows = rows.reshape(-1)
     return state._replace(
         running=running,
         ended=ended,
@@ -135,23 +138,26 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
         hopeful=state.hopeful & may_improve(plan, beams, running, ended, length),
         stuck=ends.all(),
         failed=state.failed | failed,
-        cache=state.cache.take(rows.reshape(-1)),
+        processing=jax.tree.map(lambda x: x[rows], processing),
+        cache=state.cache.take(rows),
     )
 
 
 def continuations(
     plan: Plan, k: int, state: BeamState, logits: Float[Array, "bk v"]
-) -> tuple[Hypotheses, Int[Array, "b j"]]:
-    """The candidates: best sums of log-probabilities (or draws by them), and the beams they extend.
+) -> tuple[tuple[Any, ...], Hypotheses, Int[Array, "b j"]]:
+    """Returns the processors' states, the candidates, and the beams that each of these extends.
 
-    There are enough of them that k do not end, however many end.
+    Candidates have the best sums of log-probabilities, or are draws by them. There are enough of
+    them that k do not end, however many end.
     """
     old = state.running
     slots, v = old.tokens.shape[-1], logits.shape[-1]
     count = min(max(2, 1 + plan.end_tokens.shape[0]) * k, k * v)
     log_probs = jax.nn.log_softmax(logits)
     history = plan.history(old.tokens.reshape(-1, slots), state.first, state.length)
-    sums = plan.warp(log_probs, history).reshape(-1, k, v) + old.scores[:, :, None]
+    processing, warped = plan.warp(state.processing, log_probs, history)
+    sums = warped.reshape(-1, k, v) + old.scores[:, :, None]
     sums = noisy = sums.reshape(-1, k * v)
     if plan.keys is not None:  # the highest sums with Gumbel noise are draws without replacement
         index = state.length - plan.start
@@ -166,7 +172,7 @@ def continuations(
         for x, y in ((new.tokens, token.astype(jnp.int32)), (new.log_probs, chosen_log_probs))
     )
     scores = jnp.take_along_axis(sums, chosen, axis=1)
-    return Hypotheses(tokens, log_probs, scores, new.finished), parents
+    return processing, Hypotheses(tokens, log_probs, scores, new.finished), parents
 
 
 def rank(

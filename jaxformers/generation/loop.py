@@ -35,6 +35,7 @@ class State(NamedTuple):
     done: Bool[Array, " b"]
     failed: Bool[Array, " b"]  # rows whose logits were not numbers
     real: Bool[Array, " b"]  # whether the last column holds a token rather than filling
+    processing: tuple[Any, ...]  # the states of the processors before the last column
     cache: Any
 
 
@@ -76,15 +77,16 @@ def prefill(
         cache = reread(model, cache, lengths, AttentionMask(causal=True))
         last, cache = read(at_lengths(model, lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
-    none = jnp.zeros(b, jnp.bool_)
+    none, first = jnp.zeros(b, jnp.bool_), jnp.argmax(real, axis=1).astype(jnp.int32)
     state = State(
         tokens=row,
         log_probs=jnp.zeros(row.shape, jnp.float32),
         length=plan.start,
-        first=jnp.argmax(real, axis=1).astype(jnp.int32),
+        first=first,
         done=none,
         failed=none,
         real=~none,
+        processing=plan.begin(plan.history(row, first, plan.start)),
         cache=cache,
     )
     return state, model.logits_of(last)[:, 0]
@@ -148,7 +150,8 @@ def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
     """Returns the state with one more column; rows that have ended get the filling."""
     failed = ~state.done & jnp.isnan(logits).any(-1)
     stopped = state.done | failed
-    chosen = plan.choose(logits, plan.history(state.tokens, state.first, state.length))
+    history = plan.history(state.tokens, state.first, state.length)
+    processing, chosen = plan.choose(state.processing, logits, history)
     token = jnp.where(stopped, plan.pad_token, chosen)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     log_prob = jnp.where(stopped, 0.0, log_prob)
@@ -164,6 +167,7 @@ def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
         done=stopped | plan.ends(plan.history(tokens, state.first, length)),
         failed=state.failed | failed,
         real=~stopped,
+        processing=processing,
     )
 
 

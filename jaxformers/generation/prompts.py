@@ -289,11 +289,14 @@ def _lengths(prompt: Prompt) -> np.ndarray:
     return prompt.real.sum(-1) if is_known(prompt.real) else np.array(prompt.real.shape[1])
 
 
-def check_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
-    """Token ids, one or several or none, as an array."""
+def check_ids(name: str, ids: Any, vocab_size: int | None = None) -> np.ndarray:
+    """Returns token ids, one or several or none, as an array; without a vocabulary any will do."""
     ids = [] if ids is None else np.ravel(np.asarray(ids)).tolist()
     for token in ids:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if vocab_size is None:
+            if not isinstance(token, int) or token < 0:
+                raise ValueError(f"{name} must be ids of at least 0, got {token!r}.")
+        elif not isinstance(token, int) or not 0 <= token < vocab_size:
             raise ValueError(
                 f"{name} must be ids from 0 to {vocab_size - 1} (the vocabulary has {vocab_size}), "
                 f"got {token!r}."

@@ -10,6 +10,7 @@ more than 103 below the highest have the same one, 0.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,6 +25,13 @@ Numbers = ArrayLike | Sequence[int] | Sequence[float]
 # One key, or one per row.
 Keys = Key[Array, "..."] | UInt32[Array, "..."]
 
+
+# Kinds of numbers: their type, the range that is allowed, and that in words.
+POSITIVE = np.float32, lambda x: x > 0, "a number above 0"
+FRACTION = np.float32, lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"
+ANY = np.float32, lambda x: x == x, "a number"
+COUNT = np.int32, lambda x: x >= 1, "an integer of at least 1"
+NOT_NEGATIVE = np.int32, lambda x: x >= 0, "an integer of at least 0"
 
 # Below this the likeliest token is certain: one rounding step between two logits, divided by it, is
 # far above any noise. Sums of log-probabilities divided by it are still numbers.
@@ -180,19 +188,51 @@ def per_row(
     wanted: str,
     advice: str = "",
 ) -> Array | None:
-    """An option as an array of one entry per row, checked where it is known; None stays None."""
+    """Returns an option as an array of one entry per row; None stays None."""
     if value is None:
         return None
     if not is_known(value):
         return jnp.broadcast_to(jnp.asarray(value).astype(dtype), (batch_size,))
+    shapes = (), (batch_size,)
+    array = _read_numbers(
+        name,
+        value,
+        dtype,
+        inside,
+        f"{wanted}, or an array of that, one per row, shape ({batch_size},)",
+        advice,
+        lambda shape: shape in shapes,
+    )
+    return jax.device_put(np.broadcast_to(array, (batch_size,)))
+
+
+def one_or_more(
+    name: str, value: Any, dtype: type, inside: Callable[[np.ndarray], np.ndarray], wanted: str
+) -> Array:
+    """Returns a number, or an array of several, checked where they are known."""
+    if not is_known(value):
+        return jnp.asarray(value).astype(dtype)
+    wanted = f"{wanted}, or an array of that, one per row"
+    return jax.device_put(
+        _read_numbers(name, value, dtype, inside, wanted, "", lambda shape: len(shape) < 2)
+    )
+
+
+def _read_numbers(
+    name: str,
+    value: Any,
+    dtype: type,
+    inside: Callable[[np.ndarray], np.ndarray],
+    wanted: str,
+    advice: str,
+    has_shape: Callable[[tuple[int, ...]], bool],
+) -> np.ndarray:
+    """Returns known numbers as an array of a type, or raises if they are not as wanted."""
     array = np.asarray(value)
     kind = np.integer if dtype is np.int32 else np.number
-    fits = jnp.issubdtype(array.dtype, kind) and array.shape in ((), (batch_size,))
+    fits = jnp.issubdtype(array.dtype, kind) and has_shape(array.shape)
     if not fits or not (np.isfinite(array) & inside(array)).all():
-        raise ValueError(
-            f"{name} must be {wanted}, or an array of that, one per row, shape ({batch_size},), "
-            f"got {value!r}.{advice}"
-        )
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.{advice}")
     # Numbers beyond what the type holds mean the same as the last one that it does.
     if dtype is np.int32:
         array = np.minimum(array, np.iinfo(np.int32).max)
@@ -200,4 +240,4 @@ def per_row(
         wide, limits = array.astype(np.float64), np.finfo(dtype)
         size = np.clip(np.abs(wide), limits.tiny, limits.max)
         array = np.where(wide == 0, 0.0, np.sign(wide) * size)
-    return jax.device_put(np.broadcast_to(array.astype(dtype), (batch_size,)))
+    return array.astype(dtype)

@@ -1,0 +1,37 @@
+"""Processors: what may come next, given what came before.
+
+A processor is a small module that changes the logits before a token is chosen. `generate` takes a
+list of them, and its options with the names of Hugging Face are short forms of those here.
+`Processor` says how to write one of your own.
+"""
+
+from jaxformers.generation.processors.bans import (
+    BadWords,
+    NoRepeatNgram,
+    SuppressFirstTokens,
+    SuppressTokens,
+)
+from jaxformers.generation.processors.forced import ForcedFirstToken, ForcedLastToken, MinNewTokens
+from jaxformers.generation.processors.function import LogitsFunction
+from jaxformers.generation.processors.penalties import (
+    FrequencyPenalty,
+    PresencePenalty,
+    RepetitionPenalty,
+)
+from jaxformers.generation.processors.processor import History, Processor
+
+__all__ = [
+    "BadWords",
+    "ForcedFirstToken",
+    "ForcedLastToken",
+    "FrequencyPenalty",
+    "History",
+    "LogitsFunction",
+    "MinNewTokens",
+    "NoRepeatNgram",
+    "PresencePenalty",
+    "Processor",
+    "RepetitionPenalty",
+    "SuppressFirstTokens",
+    "SuppressTokens",
+]
