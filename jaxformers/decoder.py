@@ -7,7 +7,7 @@ from typing import Unpack
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.attention import KV, MultiHeadAttention
 from jaxformers.cache import Cache, LayerCache, empty_layer, remember
@@ -20,7 +20,7 @@ from jaxformers.checks import (
 )
 from jaxformers.layer_stack import Rematerialization, ScannedLayers, run_layers
 from jaxformers.layers import as_module, split_key
-from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions
+from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.pieces import (
     MODEL_PIECES,
     STACK_PIECES,
@@ -297,7 +297,7 @@ class Decoder(eqx.Module):
         batch_size: int,
         slots: int,
         encoder_output: Float[Array, "b s d"] | None = None,
-        source_padding_mask: Bool[Array, "b s"] | None = None,
+        source_positions: Int[Array, "b s"] | None = None,
     ) -> Cache:
         """Returns an empty cache for `slots` tokens, with the keys and values of the encoder.
 
@@ -305,13 +305,10 @@ class Decoder(eqx.Module):
             batch_size: number of sequences.
             slots: how many tokens each may have, prompt, padding and new ones together.
             encoder_output: `(batch_size, s, d_model)` for a decoder with cross-attention.
-            source_padding_mask: `(batch_size, s)`, True where a token of the encoder is real; None
-                where all are.
+            source_positions: `(batch_size, s)`, -1 where a token of the encoder is padding; None if
+                there is none.
         """
         check_size(batch_size=batch_size, slots=slots)
-        source_positions = None
-        if source_padding_mask is not None:
-            source_positions = padding_to_positions(source_padding_mask)
 
         def empty(layer: DecoderLayer) -> LayerCache:
             heads = layer.self_attention

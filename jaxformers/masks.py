@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxformers.checks import check_flag, check_padding_mask, check_size
+from jaxformers.checks import check_flag, check_size
 from jaxformers.positions.scheme import (
     BiasPosition,
     acts_as,
@@ -285,48 +285,3 @@ def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"
     """
     counts = jnp.cumsum(padding_mask, axis=-1, dtype=jnp.int32)
     return jnp.where(padding_mask, counts - 1, -1)
-
-
-def place(
-    mask: Mask | None,
-    shape: tuple[int, ...],
-    padding_mask: ArrayLike | None = None,
-    seen: Int[Array, " b"] | None = None,
-    name: str = "padding_mask",
-) -> AttentionMask:
-    """The mask of a sequence over itself, with its positions; none where they are 0 .. t-1.
-
-    Arguments:
-        mask: what the user gave; one with positions keeps them.
-        shape: `(b, t)` or `(t,)`.
-        padding_mask: True where a token is real; positions are counted over those.
-        seen: how many tokens each row already has in the cache.
-        name: what the padding mask is called, for errors.
-    """
-    mask, padding_mask = as_mask(mask), check_padding_mask(padding_mask, shape, name)
-    if mask.q_positions is None and mask.k_positions is not None:
-        raise ValueError(
-            "the mask of a sequence over itself needs q_positions where it has k_positions, got "
-            "k_positions alone. Give q_positions: the keys' are the same unless you say otherwise."
-        )
-    if mask.q_positions is not None:
-        if padding_mask is not None:
-            raise ValueError(
-                "an AttentionMask with q_positions already says what is padding (position -1), "
-                f"got {name} as well. Give one of the two."
-            )
-        keys = mask.q_positions if mask.k_positions is None else mask.k_positions
-        mask = mask.replace(k_positions=keys)
-        mask.check_positions(shape[:-1], shape[-1], keys.shape[-1])
-        return mask
-    if padding_mask is None and seen is None:
-        return mask
-    if seen is not None and seen.shape != shape[:-1]:
-        raise ValueError(
-            f"tokens must have shape (batch, t) with the cache's batch, {len(seen)}, got {shape}."
-        )
-    real = jnp.ones(shape, jnp.bool_) if padding_mask is None else padding_mask
-    positions = padding_to_positions(real)
-    if seen is not None:
-        positions = jnp.where(real, positions + seen[:, None], -1)
-    return mask.replace(q_positions=positions, k_positions=positions)

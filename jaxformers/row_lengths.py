@@ -70,24 +70,23 @@ def same_until(model: Any, lengths: Int[Array, " b"]) -> Int[Array, " b"] | None
     return reduce(jnp.minimum, limits) if limits else None
 
 
-def read_on(
-    model: Any, tokens: Int[Array, "b t"], mask: AttentionMask, cache: Cache
-) -> Cache | None:
-    """Returns the cache extended by tokens that have the positions of the mask."""
-    return model._forward(tokens, mask, None, cache)[1]
-
-
 def follow(
-    model: Any, cache: Cache, mask: AttentionMask, read: Callable[..., Any] = read_on
+    model: Any, cache: Cache, mask: AttentionMask, cross: AttentionMask | None = None
 ) -> Cache:
-    """Returns the cache before tokens with the mask's positions are read, rotated for them as well.
+    """Returns the cache before tokens are read, with keys rotated for the length with these tokens.
 
     With `DynamicScaling` every token would change all angles: keys stay as they are.
+
+    Arguments:
+        model: the model whose cache it is.
+        cache: what it holds so far.
+        mask: of the tokens to come, with their positions.
+        cross: theirs over the source; tokens that are read again have that of the last of them.
     """
     if cache.rotated_for is None or mask.q_positions is None:
         return cache
     lengths = jnp.maximum(cache.token_counts, mask.q_positions.max(axis=1) + 1)
-    cache = reread(model, cache, lengths, mask, read, LongScaling)
+    cache = reread(model, cache, lengths, mask, cross, LongScaling)
     return dataclasses.replace(cache, rotated_for=lengths)
 
 
@@ -96,7 +95,7 @@ def reread(
     cache: Cache,
     lengths: Int[Array, " b"],
     mask: AttentionMask,
-    read: Callable[..., Any] = read_on,
+    cross: AttentionMask | None = None,
     kinds: Any = BY_LENGTH,
 ) -> Cache:
     """Returns the cache with the keys and values that its tokens have in rows of the given lengths.
@@ -106,7 +105,7 @@ def reread(
         cache: it may hold rows that are rotated for other lengths.
         lengths: how long each row becomes, the tokens to come included.
         mask: what holds for all tokens of a row; what it says of single ones is not used.
-        read: a function `(model, tokens, mask, cache) -> cache` that reads more tokens.
+        cross: that over the source, for a model with an encoder.
         kinds: the scalings whose angles are followed.
     """
     scalings = scalings_of(model.decoder, kinds)
@@ -124,16 +123,25 @@ def reread(
     columns = cache.slots if dynamic else min(longest, cache.slots)
     model = at_lengths(model, lengths)
     # Booleans and segments are those of the tokens to come.
+    over_source = () if cross is None else (_last_query(cross),)
     alike = mask.replace(explicit=None, q_segments=None, k_segments=None, k_positions=None)
     start, widen = narrow(cache)
 
     def read_more(tokens: Array, positions: Array, cache: Cache) -> Cache:
-        return read(model, tokens, alike.replace(q_positions=positions), cache)
+        alike_here = alike.replace(q_positions=positions)
+        return model._forward(tokens, alike_here, None, cache, *over_source)[1]
 
     def read_again(cache: Any) -> Any:
         return narrow(_read_again(widen(cache), outgrown, columns, read_more))[0]
 
     return widen(lax.cond(outgrown.any(), read_again, lambda cache: cache, start))
+
+
+def _last_query(cross: AttentionMask) -> AttentionMask:
+    """Returns the mask over the source that the last of its queries has."""
+    if cross.explicit is None or cross.explicit.ndim < 2:
+        return cross
+    return cross.replace(explicit=cross.explicit[..., -1:, :])
 
 
 def _read_again(

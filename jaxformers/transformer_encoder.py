@@ -1,13 +1,11 @@
 """The encoder-only model."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Letters
@@ -23,14 +21,14 @@ from jaxformers.checks import (
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool
-from jaxformers.hf.load import load
-from jaxformers.hf.save import save
+from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.layers import as_module, construct, split_key
-from jaxformers.masks import Mask, as_mask, place
+from jaxformers.masks import Mask, as_mask
 from jaxformers.mistakes import warn_of_text
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.places import place
 
 
 class TransformerEncoder(eqx.Module):
@@ -154,9 +152,11 @@ class TransformerEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b t d"]:
-        """The hidden state of each token.
+        """Returns the hidden state of each token.
 
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
@@ -164,13 +164,17 @@ class TransformerEncoder(eqx.Module):
                 `AttentionMask`.
             key: PRNG key for dropout while training; None means inference.
             padding_mask: shape of `tokens`, True where a token is real.
+            positions: integers of the shape of `tokens`, -1 for padding; instead of a padding mask.
+            segment_ids: integers of the shape of `tokens`, the document of each token in packed
+                rows. A token sees its own document, whose positions begin with 0 if not given.
             token_types: shape of `tokens`, the segment of each (BERT); None is 0.
 
         Raises:
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
                 mask has the wrong shape or type.
         """
-        return self._encode(tokens, mask, key, padding_mask, token_types)[0]
+        places = padding_mask, positions, segment_ids
+        return self._encode(tokens, mask, key, *places, token_types)[0]
 
     @explain_options
     def logits(
@@ -180,9 +184,11 @@ class TransformerEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b t v"]:
-        """Logits over the vocabulary for each token, of a masked language model.
+        """Returns logits over the vocabulary for each token, of a masked language model.
 
         Arguments as for `__call__`.
 
@@ -190,7 +196,8 @@ class TransformerEncoder(eqx.Module):
             ValueError: if the model has no output layer; and as for `__call__`.
         """
         self._head("output", self.output)  # said before anything is computed
-        return self.logits_of(self._encode(tokens, mask, key, padding_mask, token_types)[0])
+        places = padding_mask, positions, segment_ids
+        return self.logits_of(self._encode(tokens, mask, key, *places, token_types)[0])
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Returns the logits that hidden states give, or raises if there is no output layer."""
@@ -205,13 +212,18 @@ class TransformerEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b d"]:
-        """What the pooler makes of the first real token; arguments and errors as for `logits`."""
+        """Returns the pooler's vector for the first real token.
+
+        Arguments and errors as for `logits`; rows must be one document each.
+        """
         self._head("pooler", self.pooler)  # said before anything is computed
-        _check_unpacked(mask)
-        hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
-        return self._pool(hidden, positions, "pooler")
+        _check_unpacked(mask, segment_ids)
+        places = padding_mask, positions, segment_ids
+        return self._pool(*self._encode(tokens, mask, key, *places, token_types), "pooler")
 
     @explain_options
     def classify(
@@ -221,20 +233,24 @@ class TransformerEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b c"] | Float[Array, "*b t c"]:
-        """Logits over the classes, of each sequence or of each token as the classifier says.
+        """Returns logits over the classes, for each sequence or each token as the classifier says.
 
-        Arguments and errors as for `logits`.
+        Arguments and errors as for `logits`; where sequences are classified, a row must be one.
         """
         classifier = self._head("classifier", self.classifier)
-        hidden, positions = self._encode(tokens, mask, key, padding_mask, token_types)
+        if classifier.pooling != "none":
+            _check_unpacked(mask, segment_ids)
+        places = padding_mask, positions, segment_ids
+        hidden, where = self._encode(tokens, mask, key, *places, token_types)
         if classifier.pooling == "none":
             return classifier(hidden)
-        _check_unpacked(mask)
         if classifier.pooling == "late":
-            return pool(classifier(hidden), positions, "mean")
-        return classifier(self._pool(hidden, positions, classifier.pooling))
+            return pool(classifier(hidden), where, "mean")
+        return classifier(self._pool(hidden, where, classifier.pooling))
 
     @explain_options
     def embed(
@@ -244,9 +260,10 @@ class TransformerEncoder(eqx.Module):
         *,
         pooling: str = "mean",
         normalize: bool = True,
+        positions: Int[Array, "*b t"] | None = None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "*b d"]:
-        """One vector per sequence, for search and clustering (Reimers and Gurevych 2019).
+        """Returns one vector per sequence, for search and clustering (Reimers and Gurevych 2019).
 
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
@@ -255,6 +272,7 @@ class TransformerEncoder(eqx.Module):
                 a checkpoint was trained with stands in its `1_Pooling/config.json`.
             normalize: whether to scale the vectors to length 1, so that their product is the
                 cosine.
+            positions: integers of the shape of `tokens`, -1 for padding; instead of a padding mask.
             token_types: shape of `tokens`, the segment of each (BERT); None is 0.
 
         Raises:
@@ -267,8 +285,8 @@ class TransformerEncoder(eqx.Module):
         """
         check_choice(("mean", "first", "pooler"), pooling=pooling)
         check_flag(normalize=normalize)
-        hidden, positions = self._encode(tokens, None, None, padding_mask, token_types)
-        vectors = self._pool(hidden, positions, pooling)
+        places = padding_mask, positions, None
+        vectors = self._pool(*self._encode(tokens, None, None, *places, token_types), pooling)
         if not normalize:
             return vectors
         wide = vectors.astype(jnp.float32)
@@ -276,38 +294,7 @@ class TransformerEncoder(eqx.Module):
         # The length itself has no gradient at 0, which is what a row of padding gives.
         return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(vectors.dtype)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_name: str | os.PathLike,
-        *,
-        dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
-    ) -> "TransformerEncoder":
-        """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint holds a model of another shape; and as there.
-        """
-        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding)
-
-    def save_pretrained(self, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write the model as a checkpoint that transformers loads.
-
-        The directory gets config.json, the weights as safetensors, and the
-        tokenizer's files if the model was loaded from a checkpoint that has them. A model that was
-        built here gets the format of the family whose options it has.
-
-        Arguments:
-            path: directory, made if it is not there.
-            max_shard_bytes: the most bytes of weights in one file.
-
-        Raises:
-            ValueError: if the model has a part that no family of transformers has, or its arrays
-                are of different types.
-            ImportError: if the `safetensors` package is missing.
-        """
-        save(self, path, max_shard_bytes)
+    from_pretrained, save_pretrained = loads("encoder"), save_pretrained
 
     def _encode(
         self,
@@ -315,26 +302,29 @@ class TransformerEncoder(eqx.Module):
         mask: Mask | None,
         key: PRNGKeyArray | None,
         padding_mask: Bool[Array, "*b t"] | None,
+        positions: Int[Array, "*b t"] | None,
+        segment_ids: Int[Array, "*b t"] | None,
         token_types: ArrayLike | None,
     ) -> tuple[Float[Array, "*b t d"], Int[Array, "*#b t"]]:
-        """The hidden states, and the position of each."""
+        """Returns the hidden states, and the position of each."""
         check_usable(model=self)
         tokens = check_tokens(tokens, self.vocab_size)
-        is_masked = mask is not None or padding_mask is not None
-        mask = place(mask, tokens.shape, padding_mask)
-        if key is None:  # of training nobody is warned
+        is_masked = not all(x is None for x in (mask, padding_mask, positions))
+        places, limit = (padding_mask, positions, segment_ids), self.max_seq_length
+        mask = place(mask, tokens.shape, *places, limit=limit)
+        if key is None:  # warnings are for inference alone
             warn_of_text(tokens, is_masked, mask.q_positions, self.origin, self.max_seq_length)
         embedding_key, encoder_key = split_key(key, 2)
         x = self.embedding(
             tokens, embedding_key, positions=mask.q_positions, token_types=token_types
         )
-        positions = mask.query_positions(tokens.shape[-1])
-        return self.encoder(x, mask, encoder_key), jnp.broadcast_to(positions, tokens.shape)
+        where = mask.query_positions(tokens.shape[-1])
+        return self.encoder(x, mask, encoder_key), jnp.broadcast_to(where, tokens.shape)
 
     def _pool(
         self, hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
     ) -> Float[Array, "*b d"]:
-        """One vector per sequence: what `pool` gives, or the pooler."""
+        """Returns one vector per sequence, of `pool` or of the pooler."""
         if pooling != "pooler":
             return pool(hidden, positions, pooling)
         return self._head("pooler", self.pooler)(pool(hidden, positions, "first"))
@@ -348,8 +338,8 @@ class TransformerEncoder(eqx.Module):
         return head
 
 
-def _check_unpacked(mask: Mask | None) -> None:
-    if as_mask(mask).q_segments is not None:
+def _check_unpacked(mask: Mask | None, segment_ids: ArrayLike | None) -> None:
+    if as_mask(mask).q_segments is not None or segment_ids is not None:
         raise ValueError(
             "one answer per row is for one document per row, got a mask with segments of several. "
             "Give each document a row."

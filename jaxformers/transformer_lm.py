@@ -1,12 +1,10 @@
 """The decoder-only language model."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
 import jax
-from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.checks import (
@@ -24,14 +22,14 @@ from jaxformers.generation.options import AllOptions, Options
 from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
-from jaxformers.hf.load import load
-from jaxformers.hf.save import save
+from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
-from jaxformers.masks import AttentionMask, Mask, as_mask, place
+from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
+from jaxformers.places import place
 from jaxformers.row_lengths import follow
 
 
@@ -126,8 +124,10 @@ class TransformerLM(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t v"]:
-        """Log-probabilities of the next token at each position, in float32.
+        """Returns log-probabilities of the next token at each position, in float32.
 
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
@@ -136,6 +136,9 @@ class TransformerLM(eqx.Module):
             key: PRNG key for dropout while training; None means inference.
             padding_mask: shape of `tokens`, True where a token is real. Positions are counted
                 over the real tokens, so left and right padding give the same.
+            positions: integers of the shape of `tokens`, -1 for padding; instead of a padding mask.
+            segment_ids: integers of the shape of `tokens`, the document of each token in packed
+                rows. A token sees its own document, whose positions begin with 0 if not given.
 
         Returns:
             `(b, t, vocab_size)`, or `(t, vocab_size)` for tokens without a batch axis.
@@ -144,7 +147,15 @@ class TransformerLM(eqx.Module):
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
                 mask has the wrong shape or type.
         """
-        return jax.nn.log_softmax(self.logits(tokens, mask, key, padding_mask=padding_mask))
+        logits = self.logits(
+            tokens,
+            mask,
+            key,
+            padding_mask=padding_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        return jax.nn.log_softmax(logits)
 
     @explain_options
     def logits(
@@ -154,9 +165,19 @@ class TransformerLM(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t v"]:
-        """What `__call__` gives, before the log-softmax."""
-        return self.logits_of(self.forward(tokens, mask, key, padding_mask=padding_mask)[0])
+        """Returns the logits of the next token; `__call__` gives their log-softmax."""
+        hidden, _ = self.forward(
+            tokens,
+            mask,
+            key,
+            padding_mask=padding_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        return self.logits_of(hidden)
 
     @explain_options
     def forward(
@@ -166,19 +187,22 @@ class TransformerLM(eqx.Module):
         key: PRNGKeyArray | None = None,
         *,
         padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
-        """The hidden states before the output layer, and the cache extended by these tokens.
+        """Returns the hidden states before the output layer, and the cache with these tokens.
 
         Arguments as for `__call__`, and:
             cache: from `init_cache` or the call before, if `tokens` follow tokens already seen. It
-                keeps no booleans of a mask: what `LongScaling` has read again, attends to all
-                tokens before it.
+                keeps no booleans of a mask: tokens that `LongScaling` has read again attend to all
+                tokens before them. Its rows are one document each, so it goes with no segments.
         """
         check_usable(model=self)
         tokens = check_tokens(tokens, self.vocab_size)
         seen = None if cache is None else cache.token_counts
-        mask = place(mask, tokens.shape, padding_mask, seen).replace(causal=True)
+        places, limit = (padding_mask, positions, segment_ids), self.max_seq_length
+        mask = place(mask, tokens.shape, *places, seen=seen, limit=limit).replace(causal=True)
         if cache is not None:
             cache = follow(self, cache, mask)
         return self._forward(tokens, mask, key, cache)
@@ -188,43 +212,12 @@ class TransformerLM(eqx.Module):
         return self.output.logits(hidden, self.embedding.table if self.output.tied else None)
 
     def init_cache(self, batch_size: int, slots: int) -> Cache:
-        """An empty cache for `slots` tokens in each of `batch_size` sequences."""
+        """Returns an empty cache for `slots` tokens in each of `batch_size` sequences."""
         check_size(batch_size=batch_size, slots=slots)
         check_seq_length(slots, self.max_seq_length, "a cache")
         return self.decoder.init_cache(batch_size, slots)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_name: str | os.PathLike,
-        *,
-        dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
-    ) -> "TransformerLM":
-        """The model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
-
-        Raises:
-            ValueError: if the checkpoint holds a model of another shape; and as there.
-        """
-        return load(path_or_hub_name, {"lm": cls}, dtype, sharding)
-
-    def save_pretrained(self, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write the model as a checkpoint that transformers loads.
-
-        The directory gets config.json, generation_config.json, the weights as safetensors, and the
-        tokenizer's files if the model was loaded from a checkpoint that has them. A model that was
-        built here gets the format of the family whose options it has.
-
-        Arguments:
-            path: directory, made if it is not there.
-            max_shard_bytes: the most bytes of weights in one file.
-
-        Raises:
-            ValueError: if the model has a part that no family of transformers has, or its arrays
-                are of different types.
-            ImportError: if the `safetensors` package is missing.
-        """
-        save(self, path, max_shard_bytes)
+    from_pretrained, save_pretrained = loads("lm"), save_pretrained
 
     @explain_options
     def generate(
@@ -240,7 +233,7 @@ class TransformerLM(eqx.Module):
         key: Keys | None = None,
         **options: Unpack[Options],
     ) -> Any:
-        """The prompt and `max_new_tokens` tokens that continue it.
+        """Returns the prompt and `max_new_tokens` tokens that continue it.
 
         Arguments:
             prompt: ids, `(b, t)` or `(t,)`.
@@ -287,7 +280,7 @@ class TransformerLM(eqx.Module):
         padding_mask: ArrayLike | None = None,
         **options: Unpack[AllOptions],
     ) -> Iterator[Int[Array, "*b"]]:
-        """The new tokens that `generate` gives for the same arguments, one by one as they come.
+        """Returns the new tokens of `generate` for the same arguments, one by one as they come.
 
         Yields:
             int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows have ended.
@@ -300,7 +293,7 @@ class TransformerLM(eqx.Module):
 
     @explain_options
     def score(self, tokens: Tokens, padding_mask: ArrayLike | None = None) -> Float[Array, "*b t"]:
-        """The log-probability of each token given those before it.
+        """Returns the log-probability of each token given those before it.
 
         Each row is read once, so that positions whose angles depend on how long a row is
         (`LongScaling`, `DynamicScaling`) have those of the whole row for all its tokens. Beyond the

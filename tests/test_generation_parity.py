@@ -381,9 +381,14 @@ def test_constrained_logits_are_equal(names, padding):
     # Columns before the row and after it hold what must not count.
     buffer = np.full((ROWS, padding + 6 + 4), 1, np.int32)
     buffer[:, padding : padding + 6] = SO_FAR
-    first, start = jnp.full(ROWS, padding), jnp.int32(padding + 2)
-    history = History(jnp.asarray(buffer), first, start,
-                      jnp.int32(padding + 6), jnp.int32(padding + 7), jnp.asarray([END]))  # fmt: skip
+    history = History(
+        jnp.asarray(buffer),
+        jnp.full(ROWS, padding),
+        start=jnp.int32(padding + 2),
+        length=jnp.int32(padding + 6),
+        limit=jnp.int32(padding + 7),
+        end_tokens=jnp.asarray([END]),
+    )
     got = jnp.asarray(LOGITS)
     for name in names:
         _, got = CONSTRAINTS[name][0](None, got, history)

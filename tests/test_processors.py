@@ -25,7 +25,7 @@ from jaxformers.generation.processors import (
     SuppressTokens,
 )
 
-NEW = 9
+NEW = 16
 
 
 def step(number, token):
@@ -34,9 +34,10 @@ def step(number, token):
 
 
 def allow(number, logits):
-    """The logits where a third of the tokens is banned, by what the row amounts to."""
-    banned = (jnp.arange(logits.shape[1]) + number[:, None]) % 3 == 0
-    return jnp.where(banned, -jnp.inf, logits)
+    """The logits of a few tokens, of which a third is banned by what the row amounts to."""
+    tokens = jnp.arange(logits.shape[1])
+    banned = (tokens + number[:, None]) % 3 == 0
+    return jnp.where(banned | (tokens > 4), -jnp.inf, logits)
 
 
 def fold(history):
@@ -82,13 +83,11 @@ def nearby(model):
 RAGGED = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]]
 SAMPLED = {"key": KEY, "temperature": 2.0}
 LOOPS = {
-    "greedy": {},
     "sampled": SAMPLED,
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"num_beams": 2, **SAMPLED},
     "lookup": {"prompt_lookup": 2, "draft_length": 3},
-    "sampled lookup": {"prompt_lookup": 1, **SAMPLED},
-    "draft": {"draft_length": 3},
+    "draft": {"draft_length": 3, **SAMPLED},
 }
 
 
@@ -102,17 +101,17 @@ def test_a_state_is_that_of_its_row_in_every_loop(lm, name):
         for x in (Remembers(), Recomputes())
     )
     np.testing.assert_array_equal(one.tokens, other.tokens)
-    assert (np.asarray(lm.generate(RAGGED, NEW, **options)) != np.asarray(one.tokens)).any()
     if "draft_length" in options:
-        assert 0 < one.acceptance_rate < 1  # there were guesses to take back
-        plain = lm.generate(RAGGED, NEW, processors=[Remembers()])
-        np.testing.assert_array_equal(one.tokens, plain)
+        assert 0 < one.acceptance_rate < 1  # some guesses were taken, and some taken back
 
 
 def test_states_in_streams_in_turns_and_of_targets(lm):
     wanted = np.asarray(lm.generate(RAGGED, NEW, processors=[Recomputes()]))[:, 5:]
     got = np.stack(list(lm.stream(RAGGED, NEW, processors=[Remembers()])), axis=1)
     np.testing.assert_array_equal(got, wanted)
+
+    lookup = lm.generate(RAGGED, NEW, processors=[Remembers()], prompt_lookup=1)
+    np.testing.assert_array_equal(lookup[:, 5:], wanted)
 
     first = lm.generate(RAGGED, 4, processors=[Remembers()], return_cache=True)
     both = [

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformers.cache import CHUNK, Cache, narrow
 from jaxformers.generation.plan import Plan
 from jaxformers.generation.prompts import Source
-from jaxformers.masks import AttentionMask
+from jaxformers.masks import AttentionMask, padding_to_positions
 from jaxformers.row_lengths import at_lengths, reread
 
 
@@ -47,7 +47,8 @@ def begin_cache(model: Any, batch_size: int, slots: int, source: Source | None) 
     if source is None:
         return model.decoder.init_cache(batch_size, slots)
     memory = model.encode(source.tokens, src_padding_mask=source.real)
-    return model.decoder.init_cache(batch_size, slots, memory, source.real)
+    positions = padding_to_positions(source.real)
+    return model.decoder.init_cache(batch_size, slots, memory, positions)
 
 
 def prefill(
@@ -74,6 +75,7 @@ def prefill(
         columns = plan.start - cache.length
         lengths = lengths + cache.token_counts
         tokens, real = to_the_right(tokens, real, columns, plan.pad_token)
+        # Caches of encoder-decoders are not continued, so that there is no mask over a source.
         cache = reread(model, cache, lengths, AttentionMask(causal=True))
         last, cache = read(at_lengths(model, lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)

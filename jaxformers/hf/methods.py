@@ -1,0 +1,55 @@
+"""The methods by which the models read and write checkpoints of Hugging Face."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Sharding
+
+from jaxformers.hf.load import load
+from jaxformers.hf.save import save
+
+
+def loads(shape: str) -> Any:
+    """Returns the class method `from_pretrained` of a model.
+
+    Arguments:
+        shape: of its families, "lm", "seq2seq" or "encoder".
+    """
+
+    def from_pretrained(
+        cls: type,
+        path_or_hub_name: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        sharding: Sharding | Callable | None = None,
+    ) -> Any:
+        """Returns the model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a model of another shape; and as there.
+        """
+        return load(path_or_hub_name, {shape: cls}, dtype, sharding)
+
+    return classmethod(from_pretrained)
+
+
+def save_pretrained(
+    self: Any, path: str | os.PathLike, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes the model as a checkpoint that transformers loads.
+
+    The directory gets config.json, the weights as safetensors, generation_config.json if the model
+    generates, and the tokenizer's files if the model was loaded from a checkpoint that has them. A
+    model that was built here gets the format of the family whose options it has.
+
+    Arguments:
+        path: directory, made if it is not there.
+        max_shard_bytes: the most bytes of weights in one file.
+
+    Raises:
+        ValueError: if the model has a part that no family of transformers has, or its arrays are of
+            different types.
+        ImportError: if the `safetensors` package is missing.
+    """
+    save(self, path, max_shard_bytes)
