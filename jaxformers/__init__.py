@@ -8,6 +8,7 @@ from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.generation.generate import Generation
+from jaxformers.generation.processors import Processor
 from jaxformers.generation.scoring import perplexity
 from jaxformers.heads import Classifier
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform

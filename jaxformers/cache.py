@@ -1,4 +1,4 @@
-"""The cache: what a decoder remembers of the tokens it has seen."""
+"""The cache, which is a decoder's memory of the tokens it has seen."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CHUNK = 512
 
 
 class LayerCache(NamedTuple):
-    """What one decoder layer remembers: its own keys and values, and those of the encoder.
+    """The memory of one decoder layer: its own keys and values, and those of the encoder.
 
     A layer with a sliding window needs no more slots than the window: there the token at position
     p is in slot `p % slots`, and `positions` says which one is. Without it, slots are the cache's.
@@ -71,7 +71,7 @@ class Cache(eqx.Module):
     def extend(
         self, positions: Int[Array, "b t"], tokens: Int[Array, "b t"] | None = None
     ) -> "Cache":
-        """The cache with t more tokens and their positions; layers write theirs with `remember`.
+        """Returns the cache with t more tokens and their positions; layers write with `remember`.
 
         A decoder that is used without a model knows no ids, and writes none.
 
@@ -94,7 +94,7 @@ class Cache(eqx.Module):
         )
 
     def rewind(self, columns: Int[Array, ""]) -> "Cache":
-        """The cache without its last `columns` slots (at most `SPARE` of them real tokens)."""
+        """Returns the cache without its last `columns` slots (at most `SPARE` real tokens)."""
         length = self.length - columns
         kept = jnp.where(jnp.arange(self.slots) < length, self.positions, -1)
         counts = kept.max(axis=1, keepdims=True) + 1
@@ -109,7 +109,7 @@ class Cache(eqx.Module):
         return dataclasses.replace(self, layers=layers, positions=kept, length=length)
 
     def resize(self, slots: int) -> "Cache":
-        """The cache with `slots` slots: more, or fewer if those are not in use."""
+        """Returns the cache with `slots` slots: more, or fewer if those are not in use."""
         more = slots - self.slots
 
         def resize(layer: LayerCache) -> LayerCache:
@@ -128,7 +128,7 @@ class Cache(eqx.Module):
         )
 
     def take(self, rows: Int[Array, " r"]) -> "Cache":
-        """The cache with the rows that `rows` names, in place of rows with the same source."""
+        """Returns the cache with the given rows, in place of rows with the same source."""
         # The source's keys and values, which can be most of the cache, stay where they are.
         own = [layer._replace(cross=None) for layer in self.layers]
         per_row = own, self.tokens, self.positions, self.rotated_for
@@ -147,7 +147,7 @@ class Cache(eqx.Module):
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
 
     def emptied(self, slots: int) -> "Cache":
-        """A cache of the same kind with `slots` slots, which holds no tokens yet."""
+        """Returns a cache of the same kind with `slots` slots, which holds no tokens yet."""
 
         def empty(layer: LayerCache) -> LayerCache:
             if layer.positions is not None:
@@ -169,7 +169,7 @@ class Cache(eqx.Module):
 def empty_layer(
     batch_size: int, heads: int, slots: int, head_dim: int, dtype, window: int | None
 ) -> LayerCache:
-    """A layer's cache without keys and values of its own yet, nor of an encoder."""
+    """Returns a layer's cache that holds no keys and values yet."""
     own_slots = slots if window is None else min(slots, window + SPARE)
     shape = batch_size, heads, own_slots, head_dim
     # Two arrays: one that stood in both places could not be donated.
@@ -181,7 +181,7 @@ def empty_layer(
 def remember(
     cache: LayerCache, kv: KV, mask: AttentionMask, slot: Int[Array, ""] | int
 ) -> tuple[LayerCache, KV, AttentionMask]:
-    """A layer's cache with `kv` written; and the keys, values and mask to attend with."""
+    """Writes `kv` into a layer's cache; returns that, and the keys, values and mask to use."""
     if cache.positions is not None:
         return _roll(cache, cache.positions, kv, mask)
     own = KV(*(_write(old, new, slot) for old, new in zip(cache.own, kv, strict=True)))
@@ -189,7 +189,7 @@ def remember(
 
 
 def narrow(state: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Arrays without their axes of size 1, and the function that gives these back to such ones.
+    """Returns arrays without their axes of size 1, and the function that gives these axes back.
 
     XLA drops such axes before a product. If a loop or a branch carried them, it would hold a cache
     in both shapes, and write and copy both for every token.
@@ -205,7 +205,7 @@ def narrow(state: Any) -> tuple[Any, Callable[[Any], Any]]:
 def _write(
     old: Float[Array, "b g s h"], new: Float[Array, "b g t h"], slot: Int[Array, ""] | int
 ) -> Float[Array, "b g s h"]:
-    """`old` with `new` from `slot` on, written without axes of size 1 (see `narrow`)."""
+    """Writes `new` into `old` from `slot` on, without axes of size 1 (see `narrow`)."""
     *leading, _, h = (n for i, n in enumerate(old.shape) if i > 1 or n > 1)
     flat, update = (x.reshape(*leading, -1, h) for x in (old, new.astype(old.dtype)))
     written = lax.dynamic_update_slice_in_dim(flat, update, slot, axis=len(leading))
@@ -215,7 +215,7 @@ def _write(
 def _roll(
     cache: LayerCache, old_positions: Int[Array, "b r"], kv: KV, mask: AttentionMask
 ) -> tuple[LayerCache, KV, AttentionMask]:
-    """The same for slots that are used again once their token is out of the window."""
+    """Does the same as `remember` where slots are used again once out of the window."""
     t, slots = kv.keys.shape[2], cache.own.keys.shape[2]
     kv = KV(*(new.astype(old.dtype) for old, new in zip(cache.own, kv, strict=True)))
     positions = mask.query_positions(t)

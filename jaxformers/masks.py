@@ -86,11 +86,11 @@ class AttentionMask(eqx.Module):
         self.bias = bias
 
     def replace(self, **changes) -> "AttentionMask":
-        """The same description with some fields changed."""
+        """Returns the same description with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def biased_by(self, bias: BiasPosition | None) -> "AttentionMask":
-        """The same with the bias of a stack's position scheme, if it has one."""
+        """Returns the same with the bias of a stack's position scheme, if it has one."""
         if bias is not None and self.bias is not None and self.bias is not bias:
             raise ValueError(
                 f"this model biases scores by {bias!r}, got a mask with the bias {self.bias!r} as "
@@ -99,15 +99,15 @@ class AttentionMask(eqx.Module):
         return self if bias is None else self.replace(bias=bias)
 
     def query_positions(self, t: int) -> Int[Array, "*b {t}"]:
-        """The positions of `t` queries, counted from 0 where none were given."""
+        """Returns the positions of `t` queries, counted from 0 where none were given."""
         return jnp.arange(t) if self.q_positions is None else self.q_positions
 
     def key_positions(self, s: int) -> Int[Array, "*b {s}"]:
-        """The positions of `s` keys, counted from 0 where none were given."""
+        """Returns the positions of `s` keys, counted from 0 where none were given."""
         return jnp.arange(s) if self.k_positions is None else self.k_positions
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless everything fits `shape`, that of the scores: `(batch, heads, t, s)`."""
+        """Raises unless everything fits `shape`, that of the scores: `(batch, heads, t, s)`."""
         self.check_positions(shape[:-3], *shape[-2:])
         have = () if self.explicit is None else self.explicit.shape
         pairs = zip(reversed(have), reversed(shape), strict=False)
@@ -123,7 +123,7 @@ class AttentionMask(eqx.Module):
             )
 
     def check_positions(self, batch: tuple[int, ...], t: int, s: int) -> None:
-        """Raise unless positions and segments are one number for each query and each key."""
+        """Raises unless positions and segments are one number for each query and each key."""
         for name, length in dict(q_positions=t, k_positions=s, q_segments=t, k_segments=s).items():
             array = getattr(self, name)
             if array is not None and array.shape not in ((length,), (*batch, length)):
@@ -133,7 +133,7 @@ class AttentionMask(eqx.Module):
                 )
 
     def block(self, i: Any, t: int, j: Any, s: int) -> "AttentionMask":
-        """The description of `t` queries from `i` on and `s` keys from `j` on."""
+        """Returns the description of `t` queries from `i` on and `s` keys from `j` on."""
 
         def part(x: Array | None, start: Any, size: int) -> Array | None:
             return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis=-1)
@@ -154,7 +154,7 @@ class AttentionMask(eqx.Module):
         )
 
     def pad(self, t: int, more_q: int, s: int, more_k: int) -> "AttentionMask":
-        """The description with more queries, and more keys that nobody sees, at the end."""
+        """Returns the description with more queries, and more keys that nobody sees, at the end."""
 
         def pad(x: Array | None, more: int, value: int = 0) -> Array | None:
             widths = [(0, 0)] * (0 if x is None else x.ndim - 1) + [(0, more)]
@@ -176,7 +176,7 @@ class AttentionMask(eqx.Module):
         )
 
     def reach(self, start: int, stop: int, s: int) -> tuple[int, int]:
-        """The keys outside of which the queries `start` to `stop` see none, as far as is known."""
+        """Returns bounds outside of which the queries `start` to `stop` see no keys."""
         if self.q_positions is not None or self.k_positions is not None:
             return 0, s
         first, last = 0, s
@@ -189,7 +189,7 @@ class AttentionMask(eqx.Module):
         return min(first, s - 1), max(last, min(first, s - 1) + 1)
 
     def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:
-        """The mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.
+        """Returns the mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.
 
         The shape broadcasts to `(batch, heads, t, s)`: `(t, s)` where the same holds for all
         sequences, `(batch, 1, t, s)` where positions or segments differ between them.
@@ -214,7 +214,7 @@ class AttentionMask(eqx.Module):
         return functools.reduce(operator.and_, allowed) if allowed else None
 
     def score_bias(self, t: int, s: int, num_heads: int) -> Float[Array, "*b n t s"] | None:
-        """What the position scheme adds to the scores, in float32, or None."""
+        """Returns the bias that the position scheme adds to the scores, in float32, or None."""
         if self.bias is None:
             return None
         positions = self.query_positions(t), self.key_positions(s)
@@ -238,14 +238,14 @@ Mask = AttentionMask | Bool[Array, "..."]
 
 
 def as_mask(mask: Mask | None) -> AttentionMask:
-    """A description of whatever was given: None hides nothing, an array is taken as it is."""
+    """Returns a description of any mask: None hides nothing, an array is taken as it is."""
     if isinstance(mask, AttentionMask):
         return mask
     return AttentionMask(explicit=None if mask is None else jnp.asarray(mask))
 
 
 def create_causal_mask(seq_length: int) -> Bool[Array, "t t"]:
-    """The lower triangle, True where a query (row) may attend to a key (column).
+    """Returns the lower triangle, True where a query (row) may attend to a key (column).
 
     Models make their own causal mask; this one is for layers that are used alone.
 
@@ -262,7 +262,7 @@ def create_causal_mask(seq_length: int) -> Bool[Array, "t t"]:
 
 
 def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Array, "*b t"]:
-    """True where a token is real, False where it is `pad_token`: what models take as padding_mask.
+    """Returns the `padding_mask` of models: True for real tokens, False for `pad_token`.
 
     Example:
         >>> create_padding_mask(jnp.array([5, 7, 0, 0]), pad_token=0)
@@ -277,7 +277,7 @@ def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Arra
 
 
 def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"]:
-    """Positions counted over the real tokens, -1 for padding, wherever the padding stands.
+    """Returns positions counted over the real tokens, -1 for padding, wherever the padding stands.
 
     Example:
         >>> padding_to_positions(jnp.array([False, True, True, False]))

@@ -18,7 +18,7 @@ def from_pretrained(
     dtype: Any = None,
     sharding: Sharding | Callable | None = None,
 ) -> TransformerLM | Transformer | TransformerEncoder:
-    """The model of a Hugging Face checkpoint, in our class for its shape.
+    """Returns the model of a Hugging Face checkpoint, in our class for its shape.
 
     Tensors are read from safetensors one at a time and put where they belong, so that loading
     needs the memory of the model and of one tensor. Where there are no safetensors, they are read

@@ -40,7 +40,7 @@ class _AtLength(eqx.Module):
 
 
 def scalings_of(decoder: Any, kinds: Any = BY_LENGTH) -> list[DynamicScaling | LongScaling]:
-    """The scalings of these kinds in a decoder's layers."""
+    """Returns the scalings of these kinds in a decoder's layers."""
 
     def is_one(x: Any) -> bool:
         return isinstance(x, kinds)
@@ -49,7 +49,7 @@ def scalings_of(decoder: Any, kinds: Any = BY_LENGTH) -> list[DynamicScaling | L
 
 
 def at_lengths(model: Any, lengths: Int[Array, " b"]) -> Any:
-    """The model with the angles of rows of the given lengths; another one stays as it is."""
+    """Returns the model with the angles of rows of given lengths; others stay as they are."""
     if not scalings_of(model.decoder):
         return model
 
@@ -65,7 +65,7 @@ def at_lengths(model: Any, lengths: Int[Array, " b"]) -> Any:
 
 
 def same_until(model: Any, lengths: Int[Array, " b"]) -> Int[Array, " b"] | None:
-    """The longest rows with the angles of rows of these lengths; None if there is no limit."""
+    """Returns the longest rows with the angles of rows of these lengths; None is no limit."""
     limits = [scaling.same_until(lengths) for scaling in scalings_of(model.decoder)]
     return reduce(jnp.minimum, limits) if limits else None
 
@@ -147,7 +147,7 @@ def _last_query(cross: AttentionMask) -> AttentionMask:
 def _read_again(
     cache: Cache, rows: Bool[Array, " b"], columns: int, read: Callable[..., Any]
 ) -> Cache:
-    """The cache, some of whose rows are computed anew from their first `columns` tokens."""
+    """Returns the cache with some rows computed anew from their first `columns` tokens."""
     size = min(columns, CHUNK)
     chunks = -(-columns // size)
     # The real tokens of each row, moved together to the left.

@@ -189,9 +189,8 @@ def marian():
     for side, stack in (("encoder", theirs.model.encoder), ("decoder", theirs.model.decoder)):
         for i, layer in enumerate(stack.layers):
             at = f"{side}.layers.{i}"
-            own = "attention" if side == "encoder" else "self_attention"
-            weights |= heads(f"{at}.{own}", layer.self_attn, "out_proj")
-            weights |= norm(f"{at}.{own}_residual.norm", layer.self_attn_layer_norm)
+            weights |= heads(f"{at}.self_attention", layer.self_attn, "out_proj")
+            weights |= norm(f"{at}.self_attention_residual.norm", layer.self_attn_layer_norm)
             if side == "decoder":
                 weights |= heads(f"{at}.cross_attention", layer.encoder_attn, "out_proj")
                 weights |= norm(

@@ -38,7 +38,7 @@ class Hypotheses(NamedTuple):
     finished: Bool[Array, "b k"]
 
     def take(self, index: Int[Array, "b j"]) -> "Hypotheses":
-        """The ones that `index` names, in each row."""
+        """Returns the ones that `index` names, in each row."""
 
         def gather(x):
             return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
@@ -46,12 +46,12 @@ class Hypotheses(NamedTuple):
         return Hypotheses(*map(gather, self))
 
     def best(self, count: int) -> Int[Array, "b {count}"]:
-        """Which have the highest scores, best first."""
+        """Returns which have the highest scores, best first."""
         return lax.top_k(self.scores, count)[1].astype(jnp.int32)
 
 
 class BeamState(NamedTuple):
-    """What the loop carries."""
+    """The state that the loop carries."""
 
     running: Hypotheses
     ended: Hypotheses
@@ -178,7 +178,7 @@ def continuations(
 def rank(
     plan: Plan, beams: Beams, state: BeamState, candidates: Hypotheses, ends: Bool[Array, "b j"]
 ) -> Hypotheses:
-    """The k best of the hypotheses that had ended and those that do now."""
+    """Returns the k best of the hypotheses that had ended and those that do now."""
     k = beams.num_beams
     # Candidates beyond the first k are only spare ones to go on with.
     ends = ends & (jnp.arange(ends.shape[1]) < k)
@@ -198,7 +198,7 @@ def rank(
 def may_improve(
     plan: Plan, beams: Beams, running: Hypotheses, ended: Hypotheses, length: Int[Array, ""]
 ) -> Bool[Array, " b"]:
-    """Whether the best running beam could still get a higher score than the worst ended one."""
+    """Returns whether the best running beam could still beat the worst ended one."""
     new = length - plan.start
     if beams.early_stopping == "never":  # a long sequence may gain by its length
         new = jnp.where(beams.length_penalty > 0, plan.limit - plan.start, new)
@@ -208,5 +208,5 @@ def may_improve(
 
 
 def best_of(hypotheses: Hypotheses, count: int) -> Hypotheses:
-    """The `count` best of each row, one below the other."""
+    """Returns the `count` best of each row, one below the other."""
     return Hypotheses(*(x[:, :count].reshape(-1, *x.shape[2:]) for x in hypotheses))

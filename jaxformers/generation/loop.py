@@ -26,7 +26,7 @@ from jaxformers.row_lengths import at_lengths, reread
 
 
 class State(NamedTuple):
-    """What the loop carries. The cache lacks the last column, which goes through the model next."""
+    """The state that the loop carries. The cache lacks the last column, which is read next."""
 
     tokens: Int[Array, "b s"]
     log_probs: Float[Array, "b s"]  # of the new tokens under the model itself, unwarped

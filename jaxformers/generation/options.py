@@ -9,7 +9,7 @@ from jaxformers.generation.sampling import Keys, Numbers
 
 
 class Options(TypedDict, total=False):
-    """What `generate` takes besides the arguments it names; every name may be left out.
+    """The options of `generate` besides the arguments it names; every name may be left out.
 
     Numbers may be arrays of one per row, and then compile nothing when they change.
 

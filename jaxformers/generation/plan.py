@@ -27,7 +27,7 @@ from jaxformers.generation.short_forms import read_processors
 
 
 class Plan(eqx.Module):
-    """What to do with logits and when to stop, all numbers as arrays: new ones compile nothing."""
+    """The rules for logits and ends of rows; numbers are arrays, so new ones compile nothing."""
 
     start: Int[Array, ""]  # the column of the first new token
     limit: Int[Array, ""]  # one past the column of the last

@@ -1,4 +1,4 @@
-"""What a user hands to `generate`, checked and brought into the shapes the program is compiled for.
+"""A user's prompt, checked and brought into the shapes that the program is compiled for.
 
 Sizes are rounded up to buckets, so that a new length inside a bucket compiles nothing. That is done
 in NumPy: in JAX, cutting or padding to each new length would itself compile.
@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
     sharding: Sharding | None  # where the result goes; None is the default device
 
     def to_bucket(self, columns: int) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-        """The tokens in `columns` columns, and which of them are real."""
+        """Returns the tokens in `columns` columns, and which of them are real."""
         width = (0, 0), (0, columns - self.tokens.shape[1])
         xp = np if is_known(self.tokens) else jnp
         return self._put(xp.pad(self.tokens, width)), self._put(xp.pad(self.real, width))
@@ -39,7 +39,7 @@ class Prompt(NamedTuple):
         return self._replace(tokens=tokens, real=np.ones(tokens.shape, np.bool_))
 
     def repeat(self, times: int) -> "Prompt":
-        """The prompt with each row `times` times over."""
+        """Returns the prompt with each row `times` times over."""
         xp = np if is_known(self.tokens) else jnp
         tokens, real = (xp.repeat(x, times, axis=0) for x in (self.tokens, self.real))
         return Prompt(tokens, real, self.batched or times > 1, self.sharding)
@@ -49,17 +49,17 @@ class Prompt(NamedTuple):
         return (np.asarray(columns) if is_known(columns) else columns)[:, start:stop]
 
     def join(self, tokens: Int[Array, "b s"], start: int, stop: int) -> Int[Array, "*b t"]:
-        """The prompt as it came, followed by columns `start` to `stop` of `tokens`."""
+        """Returns the prompt as it came, followed by columns `start` to `stop` of `tokens`."""
         new = self.cut(tokens, start, stop)
         xp = np if isinstance(self.tokens, np.ndarray) and isinstance(new, np.ndarray) else jnp
         return self.place(xp.concatenate([self.tokens, new], axis=1))
 
     def place(self, rows: Any) -> Array:
-        """A result with an entry per row, on the prompt's devices, and unbatched if it was."""
+        """Puts a result with an entry per row on the prompt's devices, unbatched if it was."""
         return self._put(rows if self.batched else rows[0])
 
     def _put(self, x: Any) -> Array:
-        """`x` where the prompt came from, with its rows spread over the devices in the same way."""
+        """Puts `x` where the prompt came from, its rows spread over the devices in the same way."""
         if not is_known(x):
             return x
         where = self.sharding
@@ -82,7 +82,7 @@ _MASK_NAMES = {"src": "src_padding_mask", "tgt": "tgt_padding_mask"}
 def read_prompt(
     prompt: Tokens, padding_mask: ArrayLike | None, vocab_size: int, name: str = "prompt"
 ) -> Prompt:
-    """The prompt, checked; rows of different length are padded on the left.
+    """Checks a prompt and returns it; rows of different length are padded on the left.
 
     Raises:
         ValueError: if it holds no ids of the vocabulary, or a row has no token.
@@ -118,7 +118,7 @@ def read_text(
     name: str,
     origin: Origin | None,
 ) -> Prompt:
-    """Text to be read, checked, with warnings of what is seldom meant."""
+    """Checks text that is to be read, and warns of mistakes that are allowed."""
     text = read_prompt(tokens, padding_mask, vocab_size, name)
     check_length(name, text, max_length)
     warn_of_unmasked(text, padding_mask, name, special_of(origin))
@@ -171,7 +171,7 @@ def warn_of_unmasked(
 def _fill_ragged(
     prompt: Any, padding_mask: ArrayLike | None, name: str, mask_name: str
 ) -> tuple[Any, Any]:
-    """Rows of different length as one array padded on the left with 0, and its padding mask."""
+    """Returns rows of different length as one array padded on the left, and its padding mask."""
     rows, lengths = as_rows(prompt, name)
     if lengths is None:
         return rows, padding_mask
@@ -191,21 +191,21 @@ def _fill_ragged(
 
 
 def bucket(size: int, cap: int | None = None) -> int:
-    """`size` rounded up to 16, 24, 32, 48, 64, 96 ..., but not beyond `cap` if `size` is not."""
+    """Rounds `size` up to 16, 24, 32, 48, 64, 96 ..., but not beyond `cap` if `size` is not."""
     power = max(16, 1 << (size - 1).bit_length())
     rounded = power * 3 // 4 if power > 16 and size <= power * 3 // 4 else power
     return rounded if cap is None else max(min(rounded, cap), size)
 
 
 def put(numbers: ArrayLike) -> Array:
-    """Integers as an int32 array, without compiling anything."""
+    """Returns integers as an int32 array, without compiling anything."""
     return jax.device_put(np.asarray(numbers, np.int32))
 
 
 def check_room(
     prompt: Prompt, max_new_tokens: int, max_seq_length: int | None, cache: Any = None
 ) -> int:
-    """How long rows get with their new tokens; raise if the model does not know the positions."""
+    """Returns the length of rows with their new tokens; raises if the model is too short."""
     lengths = _lengths(prompt)
     if cache is not None:
         rows, wanted = cache.positions.shape[0], prompt.tokens.shape[0]
@@ -253,7 +253,7 @@ _MANY = 2**24  # slots, more than any window has
 
 
 class _Kind(NamedTuple):
-    """What a layer's cache has in common with those of its model, besides their rows."""
+    """The properties of a layer's cache that all caches of its model share."""
 
     heads: int
     head_dim: int
@@ -261,7 +261,7 @@ class _Kind(NamedTuple):
     window_slots: int | None
 
     def fits(self, wanted: "_Kind") -> bool:
-        """Whether it may be of a model with such layers; few slots need none for the window."""
+        """Returns whether it may be of such a model; few slots need none for the window."""
         return self[:3] == wanted[:3] and self.window_slots in (None, wanted.window_slots)
 
     def __str__(self) -> str:
@@ -275,7 +275,7 @@ def _describe(layer: LayerCache) -> _Kind:
 
 
 def check_length(name: str, prompt: Prompt, max_seq_length: int | None) -> None:
-    """Raise if a row has more tokens than the model knows positions; padding does not count."""
+    """Raises if a row has more tokens than the model knows positions; padding does not count."""
     longest = int(_lengths(prompt).max())
     if max_seq_length is not None and longest > max_seq_length:
         raise ValueError(
@@ -285,7 +285,7 @@ def check_length(name: str, prompt: Prompt, max_seq_length: int | None) -> None:
 
 
 def _lengths(prompt: Prompt) -> np.ndarray:
-    """How many tokens each row has, or may have where that is not known."""
+    """Returns how many tokens each row has, or may have where that is not known."""
     return prompt.real.sum(-1) if is_known(prompt.real) else np.array(prompt.real.shape[1])
 
 

@@ -39,7 +39,7 @@ COLDEST = 1e-25
 
 
 class Warper(eqx.Module):
-    """What sampling does to the logits: temperature, then cuts of the improbable tokens.
+    """The steps of sampling: a temperature, then cuts of the improbable tokens.
 
     Each field is None (left out) or has one entry per row. `keep` is how many tokens survive every
     cut: 1, or with beams one more than there are end tokens.
@@ -53,7 +53,7 @@ class Warper(eqx.Module):
     keep: int = eqx.field(static=True, default=1)
 
     def __call__(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
-        """The logits that are sampled from, -inf for tokens that were cut."""
+        """Returns the logits that are sampled from, -inf for tokens that were cut."""
         keep = min(self.keep, logits.shape[-1])
         logits = logits.astype(jnp.float32)
         if self.temperature is not None:
@@ -68,7 +68,7 @@ class Warper(eqx.Module):
 
 
 def divide(logits: Float[Array, "b v"], temperature: Float[Array, " b"]) -> Float[Array, "b v"]:
-    """The logits divided by the temperature, however near to 0 it is.
+    """Returns the logits divided by the temperature, however near to 0 it is.
 
     Temperatures below `COLDEST` are taken for it. Where a quotient is beyond float32 nevertheless,
     the row's highest logit is taken off before the division, which leaves the distribution the
@@ -88,7 +88,7 @@ def cut_top(
     top_p: Float[Array, " b"] | None,
     keep: int = 1,
 ) -> Float[Array, "b v"]:
-    """The `top_k` most probable tokens, of these the fewest that hold `top_p` of the probability.
+    """Keeps the `top_k` most probable tokens, and of these the fewest that hold `top_p`.
 
     Fan et al. 2018 and Holtzman et al. 2020. Both cuts are read off one sort, as thresholds: for
     large vocabularies the sort costs more than everything else here.
@@ -114,7 +114,7 @@ def cut_top(
 def cut_min_p(
     logits: Float[Array, "b v"], min_p: Float[Array, " b"], keep: int = 1
 ) -> Float[Array, "b v"]:
-    """The tokens at least `min_p` times as probable as the likeliest one (Nguyen et al. 2024)."""
+    """Keeps tokens at least `min_p` times as probable as the likeliest (Nguyen et al. 2024)."""
     cut = jnp.exp(logits - logits.max(-1, keepdims=True)) < min_p[:, None]
     return jnp.where(cut & ~_best(logits, keep), -jnp.inf, logits)
 
@@ -122,7 +122,7 @@ def cut_min_p(
 def cut_typical(
     logits: Float[Array, "b v"], typical_p: Float[Array, " b"], keep: int = 1
 ) -> Float[Array, "b v"]:
-    """The tokens whose surprise is nearest to the entropy, `typical_p` of them by probability.
+    """Keeps the tokens whose surprise is nearest to the entropy, `typical_p` of probability.
 
     Meister et al. 2023, "Locally typical sampling". Tokens tied with the last one kept are kept as
     well, as transformers does; only where `keep` decides (beams), it keeps that many of them.
@@ -143,7 +143,7 @@ def cut_typical(
 
 
 def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
-    """True at the `count` highest scores of each row; the first of tied ones."""
+    """Returns True at the `count` highest scores of each row; the first of tied ones."""
     rows = jnp.arange(scores.shape[0])[:, None]
     return jnp.zeros(scores.shape, jnp.bool_).at[rows, jax.lax.top_k(scores, count)[1]].set(True)
 
@@ -151,7 +151,7 @@ def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
 def draw(
     logits: Float[Array, "b v"], keys: Key[Array, " b"], index: Int[Array, ""]
 ) -> Int[Array, " b"]:
-    """One token per row, row i with its own key for the `index`-th new token.
+    """Draws one token per row, row i with its own key for the `index`-th new token.
 
     The noise of a token depends on the row's key and the token's index alone (Gumbel-max), never
     on the batch, on how the loop got there, or on how many tokens a draft proposed.
@@ -161,7 +161,7 @@ def draw(
 
 
 def row_keys(key: Keys | None, batch_size: int) -> Key[Array, " b"] | None:
-    """A key per row: `fold_in(key, i)` of one key, or the given array of keys as it is."""
+    """Returns a key per row: `fold_in(key, i)` of one key, or the given array of keys as it is."""
     if key is None:
         return None
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32
@@ -240,4 +240,4 @@ def _read_numbers(
         wide, limits = array.astype(np.float64), np.finfo(dtype)
         size = np.clip(np.abs(wide), limits.tiny, limits.max)
         array = np.where(wide == 0, 0.0, np.sign(wide) * size)
-    return array.astype(dtype)
+    return np.asarray(array, dtype)

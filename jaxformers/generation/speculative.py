@@ -81,7 +81,7 @@ class LookupDraft(eqx.Module):
 
 
 class Round(NamedTuple):
-    """What the loop carries."""
+    """The state that the loop carries."""
 
     state: State
     memory: Any
