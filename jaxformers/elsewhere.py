@@ -99,3 +99,17 @@ OPTIONS = ARRAYS | table(
     max_seq_length="max_position_embeddings",
     tie_embeddings="tie_word_embeddings",
 )
+
+# Options of `apply_chat_template` in transformers, with the advice for each.
+CHAT_OPTIONS = {
+    "conversation": "The conversation is the first argument, messages.",
+    "chat_template": "Pass template=, the name or the text of one.",
+    "return_assistant_tokens_mask": "jaxformers.data.chat says which tokens are the assistant's.",
+    **dict.fromkeys(
+        (
+            *("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length"),
+            "tokenizer_kwargs",
+        ),
+        "It returns text always: encode(text, add_special_tokens=False) makes token ids of it.",
+    ),
+}

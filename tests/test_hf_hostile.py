@@ -42,8 +42,8 @@ from jaxformers import (  # noqa: E402
     from_pretrained,
 )
 from jaxformers.files.hub import TensorFiles, write_tensors  # noqa: E402
-from jaxformers.hf.describe import describe  # noqa: E402
-from jaxformers.hf.settings import HARMLESS  # noqa: E402
+from jaxformers.hf.architecture.describe import describe  # noqa: E402
+from jaxformers.hf.config.harmless import HARMLESS  # noqa: E402
 from jaxformers.kernels.plain import dot_product_attention  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")

@@ -21,9 +21,9 @@ from hf_checkpoints import make  # noqa: E402
 import jaxformers  # noqa: E402
 from jaxformers import TransformerLM, from_pretrained, load_tokenizer  # noqa: E402
 from jaxformers.files.hub import TensorFiles, write_tensors  # noqa: E402
-from jaxformers.hf.describe import describe  # noqa: E402
+from jaxformers.hf.architecture.describe import describe  # noqa: E402
+from jaxformers.hf.config.harmless import HARMLESS  # noqa: E402
 from jaxformers.hf.families import FAMILIES  # noqa: E402
-from jaxformers.hf.harmless import HARMLESS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 torch.set_num_threads(1)

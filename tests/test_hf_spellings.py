@@ -24,11 +24,11 @@ from hf_readers import forget, outputs, part, repeat, table_of, tie, untie  # no
 
 from jaxformers import TransformerLM, YarnScaling, from_pretrained  # noqa: E402
 from jaxformers.files.hub import TensorFiles  # noqa: E402
-from jaxformers.hf.describe import describe  # noqa: E402
+from jaxformers.hf.architecture.describe import describe  # noqa: E402
+from jaxformers.hf.architecture.output import Tied  # noqa: E402
+from jaxformers.hf.architecture.rope import OLDER_KEYS  # noqa: E402
 from jaxformers.hf.families import FAMILIES  # noqa: E402
 from jaxformers.hf.load import read_settings  # noqa: E402
-from jaxformers.hf.rope_settings import OLDER_KEYS  # noqa: E402
-from jaxformers.hf.settings import Tied  # noqa: E402
 from jaxformers.hf.tensors import FileTensors  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker")

@@ -1,4 +1,4 @@
-"""What a family's table consists of."""
+"""The table of a family, and the rules for weights that tables consist of."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from jaxformers.hf.layouts import Rule
 
 
 class Family(NamedTuple):
-    """One `model_type` of Hugging Face: data only, read in both directions.
+    """One `model_type` of Hugging Face. It is data only, which is read in both directions.
 
     Arguments:
         model_type: its name in config.json.
@@ -15,15 +15,15 @@ class Family(NamedTuple):
         classes: the class of transformers for a model with an output layer ("output"), without
             one ("base"), with a classifier of sequences ("sequence") or of tokens ("tokens"; with
             a dense layer before it "discriminator"), with both ("pretraining").
-        settings: how config.json relates to an `Architecture`, read in this order.
+        settings: how config.json relates to an `Architecture`. They are read in this order.
         weights: how tensors relate to arrays.
-        prefix: what names begin with in files of whole models and not in those of bare ones.
+        prefix: the beginning of names in files of whole models, which those of bare ones lack.
         ignored: patterns of tensors that hold nothing to learn, or belong to heads we do not have.
-        copies: tensors that some files store a second time, each with its main name.
-        repeats: tensors that we store a second time where the output layer is not tied, each with
-            its main name: versions of transformers look under different ones.
+        copies: pairs of a tensor that some files store a second time, and its main name.
+        repeats: pairs of a tensor that is written a second time where the output layer is not
+            tied, and its main name, because versions of transformers look under different names.
         special: token ids that config.json leaves out where they are the class's defaults.
-        aliases: other names that older files use: (pattern, replacement).
+        aliases: pairs of a pattern of older names, and its replacement.
         newer: keys of config.json that version 5 of transformers knows and version 4 does not.
     """
 
@@ -42,7 +42,7 @@ class Family(NamedTuple):
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """A linear map and its bias; `ours` is the path of the weight, `theirs` that of the module."""
+    """Returns the rules of a linear map; `ours` is its weight's path, `theirs` the module's."""
     return (
         Rule((ours,), (f"{theirs}.weight",), "linear"),
         Rule((_bias(ours),), (f"{theirs}.bias",), "flat"),
@@ -50,19 +50,19 @@ def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:
 
 
 def _bias(weight: str) -> str:
-    """The path of the bias beside a weight: `b...` for `w...`."""
+    """Returns the path of the bias beside a weight: `b...` for `w...`."""
     module, _, name = weight.rpartition(".")
     return f"{module}.b{name[1:]}"
 
 
 def conv1d(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The same as `linear` for GPT-2's way to store a map, which is ours."""
+    """Returns the rules of a linear map that is stored in GPT-2's layout, which is ours."""
     weight, bias = linear(ours, theirs)
     return weight._replace(layout="conv1d"), bias
 
 
 def fused(ours: tuple[str, ...], theirs: str, layout: str) -> tuple[Rule, Rule]:
-    """Several linear maps in one tensor, and their biases; `layout` is such as "linear rows"."""
+    """Returns the rules of linear maps in one tensor, with a layout such as "linear rows"."""
     biases = tuple(map(_bias, ours))
     flat = f"flat {'heads' if layout.endswith('heads') else 'rows'}"
     return (
@@ -72,7 +72,7 @@ def fused(ours: tuple[str, ...], theirs: str, layout: str) -> tuple[Rule, Rule]:
 
 
 def norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """A norm's gain and bias."""
+    """Returns the rules of a norm."""
     return (
         Rule((f"{ours}.gain",), (f"{theirs}.weight",), "flat"),
         Rule((f"{ours}.b",), (f"{theirs}.bias",), "flat"),
@@ -80,15 +80,15 @@ def norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
 
 
 def same(ours: str, theirs: str) -> tuple[Rule]:
-    """A tensor of the same shape."""
+    """Returns the rule of a tensor that has our shape."""
     return (Rule((ours,), (theirs,), "same"),)
 
 
 def when(condition: Callable[[Any], bool], *groups: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Rules that hold for the architectures of which the condition is true."""
+    """Returns rules that hold for the architectures that meet the condition."""
     return tuple(rule._replace(when=condition) for rule in rules(*groups))
 
 
 def rules(*groups: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Groups of rules, one after the other."""
+    """Returns groups of rules, one after the other."""
     return tuple(rule for group in groups for rule in group)

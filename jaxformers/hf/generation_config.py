@@ -1,4 +1,4 @@
-"""generation_config.json: what of it is taken, and what is written for a model."""
+"""Reads and writes generation_config.json, which holds options of `generate`."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from jaxformers.origin import Origin, SpecialTokens
 def read_origin(
     directory: Path, config: Mapping[str, Any], family: Family, vocab_size: int
 ) -> Origin:
-    """Returns what a checkpoint says beside its weights.
+    """Returns the origin of a model: what a checkpoint holds beside its weights.
 
     Special tokens that generation_config.json leaves out are those of config.json.
     """
@@ -53,7 +53,7 @@ def special_entries(config: Mapping[str, Any], family: Family) -> dict[str, Any]
 
 
 def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTokens:
-    """The special tokens among them; an id that the vocabulary does not have can never come up."""
+    """Returns the special tokens among entries. An id outside the vocabulary is left out."""
 
     def ids(key: str) -> tuple[int, ...]:
         given = entries.get(key)
@@ -80,7 +80,7 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
         end_token=ids("eos_token_id"),
         pad_token=one("pad_token_id"),
         forced_first_token=one("forced_bos_token_id"),
-        # Of several, all have the same logit, and the most probable is the first in order.
+        # The forced ids share one logit, and `argmax` takes the first of equals.
         forced_last_token=min(ids("forced_eos_token_id"), default=None),
         bad_words=tuple(tuple(word) for word in words if all(0 <= x < vocab_size for x in word)),
         suppress_tokens=ids("suppress_tokens"),
@@ -91,10 +91,10 @@ def read_special(entries: Mapping[str, Any], vocab_size: int, where: str) -> Spe
 def generation_entries(
     origin: Origin | None, family: Family, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the file for `generate` of transformers, as the checkpoint had it.
+    """Returns the entries of the file, as the checkpoint had them.
 
-    Where there is such a file, transformers reads nothing of the kind from config.json. So where
-    the checkpoint had none, the file has all that config.json says of it.
+    Where the checkpoint had no such file, it holds the entries of config.json that are about
+    `generate`: transformers does not read them from config.json beside this file.
     """
     if origin is not None and origin.generation_config is not None:
         return json.loads(origin.generation_config)

@@ -1,4 +1,4 @@
-"""Checkpoints to models: the one engine, which reads the families' tables."""
+"""Loads a checkpoint as a model, by the table of its family."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,21 +13,22 @@ from jax.sharding import Mesh
 
 from jaxformers.files.hub import TensorFiles, check_there, has_safetensors, locate
 from jaxformers.files.json_file import read_json
-from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.architecture.record import Architecture, option_name
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.harmless import REDUNDANT, check_not_quantized
+from jaxformers.hf.config.settings import Only
 from jaxformers.hf.family import Family
 from jaxformers.hf.generation_config import read_origin
-from jaxformers.hf.harmless import REDUNDANT, check_not_quantized
 from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
-from jaxformers.hf.settings import Config, Only
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.origin import Origin
 from jaxformers.placement import put
 from jaxformers.precision import check_float_dtype
 from jaxformers.tokenizers.files import TOKENIZER_FILES
 
-# What is fetched of a hub's repository beside the tokenizer's files.
+# The files that are fetched from a repository of a hub, beside the tokenizer's.
 PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -35,12 +36,19 @@ PATTERNS = (
     "model*.safetensors",
     "*.safetensors.index.json",
 )
-# What is fetched only where there are no safetensors.
+# The files that are fetched only where there are no safetensors.
 TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
 def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
-    """The model of a checkpoint; `classes` are ours by shape. See `jaxformers.from_pretrained`."""
+    """Returns the model of a checkpoint.
+
+    Arguments:
+        path: as in `jaxformers.from_pretrained`.
+        classes: our classes by shape. A checkpoint of another shape is refused.
+        dtype: as in `jaxformers.from_pretrained`.
+        sharding: as in `jaxformers.from_pretrained`.
+    """
     directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
     if any(directory.glob("step-*.safetensors")):
         raise ValueError(
@@ -72,7 +80,7 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
 
 
 def warn_of_adapter(directory: Path) -> None:
-    """Warn of an adapter beside the weights of a whole model, which transformers would apply."""
+    """Warns of an adapter beside the weights of a whole model, which transformers would apply."""
     if (directory / "adapter_config.json").exists():
         warnings.warn(
             f"{directory} has an adapter beside the model (adapter_config.json), which is not "
@@ -85,10 +93,10 @@ def warn_of_adapter(directory: Path) -> None:
 def plan_model(
     family: Family, config: Mapping[str, Any], files: TensorFiles, classes: Mapping[str, Any]
 ) -> tuple[Architecture, WeightPlan, FileTensors]:
-    """The architecture of a checkpoint, and how its tensors make the arrays of a model.
+    """Returns the architecture of a checkpoint, the plan for its arrays, and its tensors.
 
     Raises:
-        ValueError: if config.json asks for what we do not have, or for other tensors.
+        ValueError: if config.json describes a model that we do not have, or other tensors.
     """
     stored = FileTensors(family, files)
     a = read_settings(family, config, stored)
@@ -105,7 +113,7 @@ def plan_model(
 def fits(
     family: Family, config: Mapping[str, Any], files: TensorFiles, classes: Mapping[str, Any]
 ) -> bool:
-    """Whether a family understands a config.json and calls for just the tensors of its files."""
+    """Returns whether a family understands a config.json and needs just these tensors."""
     try:
         return family.shape in classes and bool(plan_model(family, config, files, classes))
     except ValueError:
@@ -113,7 +121,7 @@ def fits(
 
 
 def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> Architecture:
-    """The architecture that a config.json describes.
+    """Returns the architecture that a config.json describes.
 
     Raises:
         ValueError: if an entry has the wrong type or a meaning that is not handled.
@@ -131,12 +139,13 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
     if family.shape != "encoder":
         Only("is_causal", (True,), True).read(config, fields)
     if family.shape == "lm":
-        config.used.add("is_decoder")  # as it is
-    a = Architecture(**{k: x for k, x in fields.items() if not k.startswith("_")})
+        config.used.add("is_decoder")  # all of them are
+    a = Architecture.of({k: x for k, x in fields.items() if not k.startswith("_")})
+    flat = a.flat()
     unknown = {
         key: value
         for key, value in config.unknown().items()
-        if key not in REDUNDANT or value is True or value != getattr(a, REDUNDANT[key])
+        if key not in REDUNDANT or value is True or value != flat[REDUNDANT[key]]
     }
     if unknown:
         pairs = [f"{key:.80} = {value!r:.60}" for key, value in sorted(unknown.items())]
@@ -150,39 +159,42 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
 
 
 def check_sizes(a: Architecture, stored: FileTensors) -> None:
-    """Raise before anything is built of a config.json that asks for more than its file can hold."""
+    """Raises if a config.json asks for more than its file can hold, before anything is built."""
     tensors = len(stored.names)
     counts = {
         "layers": a.num_layers,
         "decoder layers": a.num_decoder_layers or 0,
-        "experts in all layers": a.num_layers * (a.experts or 0),
+        "experts in all layers": a.num_layers * (a.feed_forward.experts or 0),
     }
     for what, count in counts.items():
         if count > tensors:
             raise ValueError(
                 f"config.json asks for {count} {what}, the file has {tensors} tensors."
             )
-    # A size that is only wrong shows in the shapes, an absurd one would be felt before.
+    # Shapes show a wrong size, but an absurd one would fill the memory before they are compared.
     longest = max([2**20, *(n for name in stored.names for n in stored.shape(name))])
+    flat = a.flat()
     for name in AXES:
-        size = getattr(a, name) or 0
+        size = flat[name] or 0
         if size > longest:
             raise ValueError(
-                f"config.json asks for a {name} of {size}, no tensor of the file is so long."
+                f"config.json asks for a {option_name(name)} of {size}, no tensor of the file is "
+                "so long."
             )
 
 
 AXES = (
-    *("vocab_size", "src_vocab_size", "embedding_dim", "d_model", "d_ff", "decoder_d_ff"),
-    *("num_heads", "num_kv_heads", "decoder_num_heads", "head_dim", "t5_buckets", "token_types"),
-    *("max_seq_length", "position_offset"),
+    *("vocab_size", "src_vocab_size", "embedding.dim", "d_model", "feed_forward.d_ff"),
+    *("feed_forward.decoder_d_ff", "attention.num_heads", "attention.num_kv_heads"),
+    *("attention.decoder_num_heads", "attention.head_dim", "position.t5_buckets"),
+    *("embedding.token_types", "position.max_seq_length", "position.offset"),
 )
 
 
 def read_arrays(
     plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
 ) -> dict[str, jax.Array]:
-    """The arrays of a model, read one tensor at a time and put where they belong."""
+    """Returns the arrays of a model. They are read and placed one tensor at a time."""
     if isinstance(sharding, Mesh):
         raise ValueError("sharding must be a Sharding, got a Mesh: pass NamedSharding(mesh, spec).")
     names = [name for rule in plan.rules for name in rule.theirs]
@@ -198,7 +210,7 @@ def read_arrays(
 
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:
-    """The type that weights get: as asked, else that of the file (the widest, if it mixes them)."""
+    """Returns the type of the weights: the given one, else that of the file (or its widest)."""
     if dtype is not None:
         return check_float_dtype(dtype=dtype)
     widest = jnp.float32 if len(stored) > 1 else next(iter(stored))
@@ -206,7 +218,7 @@ def read_dtype(dtype: Any, stored: set[Any]) -> Any:
 
 
 def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
-    """The numbers of a tensor in another type, or an error if they are too large for it."""
+    """Returns a tensor in another type, or raises if its numbers are too large for that."""
     if x.dtype == dtype:
         return x
     with np.errstate(over="ignore"):
@@ -220,7 +232,7 @@ def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def check_finite(name: str, x: np.ndarray) -> np.ndarray:
-    """The tensor itself, or an error if it holds NaN or infinity."""
+    """Returns the tensor itself, or raises if it holds NaN or infinity."""
     if not is_finite(x):
         raise ValueError(
             f"the tensor {name} holds numbers that are NaN or infinite: the file is damaged."
@@ -229,13 +241,13 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Looked at in steps: of the whole, the answers would take a quarter of its memory."""
+    """Returns whether all numbers are finite; in steps, because a mask takes memory too."""
     flat, step = x.ravel(order="K"), 1 << 22  # no copy, even of what is transposed
     return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 
 def with_origin(model: Any, origin: Origin) -> Any:
-    """The same model, which knows where it came from."""
+    """Returns the same model, which knows where it came from."""
     model = jax.tree.map(lambda x: x, model)
     object.__setattr__(model, "origin", origin)  # a fresh copy that nobody has seen yet
     return model

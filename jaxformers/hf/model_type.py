@@ -1,4 +1,4 @@
-"""The family of a checkpoint: what config.json calls it, or what its tensors show."""
+"""Finds the family of a checkpoint, by the name in config.json or by its tensors."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ KEY = "model_type"
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The table for a config.json.
+    """Returns the table for a config.json.
 
     Raises:
         ValueError: if it names none of them.
@@ -36,9 +36,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def guess_family(
     config: Mapping[str, Any], files: TensorFiles, fits: Callable[[Family], bool]
 ) -> Family:
-    """The family of a checkpoint whose config.json has no `model_type`, if only one can be it.
+    """Returns the family of a checkpoint whose config.json has no `model_type`.
 
-    That is the one whose class `architectures` names, or else the only one that fits.
+    It is the family that has the class in `architectures`, or else the only one that fits.
 
     Arguments:
         config: the entries of config.json.
@@ -70,14 +70,14 @@ def _entry(name: str) -> str:
 
 
 def _named_by_class(config: Mapping[str, Any]) -> list[str]:
-    """The families that have a class of `architectures`."""
+    """Returns the families that have a class of `architectures`."""
     names = config.get("architectures")
     names = [x for x in names if isinstance(x, str)] if isinstance(names, list) else []
     return [name for name, family in FAMILIES.items() if set(_classes(family)) & set(names)]
 
 
 def _classes(family: Family) -> list[str]:
-    """The family's classes, with those that transformers has for further tasks."""
+    """Returns the family's classes, with those that transformers has for further tasks."""
     base = family.classes.get("base", "").removesuffix("Model")
     return [*family.classes.values(), *(f"{base}For{task}" for task in TASKS if base)]
 
@@ -86,7 +86,7 @@ TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "
 
 
 def _has_names(family: Family, files: TensorFiles) -> bool:
-    """Whether the family's table has all names: a quick look before settings are read."""
+    """Returns whether the family's table has all names: a quick check before settings are read."""
     try:
         return not FileTensors(family, files).unknown
     except ValueError:

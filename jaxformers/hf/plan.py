@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxformers.axes import axes_of
 from jaxformers.files.json_file import shorten
-from jaxformers.hf.architecture import Architecture, build
+from jaxformers.hf.architecture.build import build
+from jaxformers.hf.architecture.record import Architecture
 from jaxformers.hf.family import Family
 from jaxformers.hf.layouts import Rule, tensor_shapes
 from jaxformers.hf.tensors import FileTensors

@@ -1,7 +1,6 @@
-"""Models to checkpoints: the engine in the other direction."""
+"""Saves a model as a checkpoint, by the table of its family."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -16,25 +15,25 @@ import jax
 import numpy as np
 
 from jaxformers.files.hub import write_tensors
-from jaxformers.hf.architecture import Architecture
-from jaxformers.hf.describe import describe
+from jaxformers.hf.architecture.describe import describe
+from jaxformers.hf.architecture.record import Architecture, option_name
+from jaxformers.hf.architecture.rope import OLDER_KEYS
+from jaxformers.hf.config.harmless import REDUNDANT
+from jaxformers.hf.config.settings import Kept, Older
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.generation_config import generation_entries
-from jaxformers.hf.harmless import REDUNDANT
 from jaxformers.hf.layouts import Rule, to_theirs
 from jaxformers.hf.load import is_finite, read_settings
 from jaxformers.hf.model_type import family_of
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
-from jaxformers.hf.rope_settings import OLDER_KEYS, Rotary, Windows
-from jaxformers.hf.settings import Kept, Older
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
 from jaxformers.tokenizers.files import TOKENIZER_FILES
 from jaxformers.weights import merge_weights
 
-# What the sentence-transformers package reads beside a checkpoint.
+# The files that the sentence-transformers package reads beside a checkpoint.
 SENTENCE_FILES = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     "*_Pooling/config.json",
@@ -59,10 +58,10 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
 
 
 def without_scale(model: Any) -> Any:
-    """The same model; an encoder-decoder's scale of the logits is in the output layer's weights.
+    """Returns the model with the scale of its logits moved into the output layer's weights.
 
-    The original T5 scales the logits of a tied output layer. transformers 4 does so for tied ones
-    alone, so that files have no words for the scale of one that got weights of its own.
+    That is done for an encoder-decoder with an output layer of its own. The original T5 scales the
+    logits of a tied one. transformers 4 scales no others, so that files cannot say it of them.
     """
     output = model.output
     if not hasattr(model, "tgt_embedding") or output is None or output.tied or output.scale == 1.0:
@@ -77,7 +76,7 @@ def without_scale(model: Any) -> Any:
 
 
 def check_directory(path: Any) -> Path:
-    """The directory to write to, which need not be there."""
+    """Returns the directory to write to, which may not be there yet."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"a model is saved in a directory, got {path!r:.80}.")
     if os.path.isfile(path):
@@ -86,7 +85,7 @@ def check_directory(path: Any) -> Path:
 
 
 def check_arrays(arrays: Mapping[str, Any]) -> str:
-    """The dtype of a model's weights; raise unless they are there, for one model and of one dtype.
+    """Returns the dtype of a model's weights, after a check that they are those of one model.
 
     Raises:
         ValueError: for a model inside of a transformation, of shapes alone, stacked or quantized.
@@ -116,7 +115,7 @@ def check_arrays(arrays: Mapping[str, Any]) -> str:
 def _tensors(
     plan: WeightPlan, arrays: Mapping[str, jax.Array], config: Mapping[str, Any]
 ) -> list[tuple]:
-    """For each tensor its name, shape, dtype, and a function that makes it."""
+    """Returns for each tensor its name, shape, dtype, and a function that makes it."""
     shapes, listed, family = plan.shapes(), {}, plan.family
     for rule in plan.rules:
         for j, name in enumerate(rule.theirs):
@@ -143,7 +142,7 @@ def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
-    """Copy what lies beside the weights of the checkpoint that the model came from."""
+    """Copies the files beside the weights of the checkpoint that the model came from."""
     if origin is None or origin.directory is None:
         return
     source = Path(origin.directory)
@@ -164,7 +163,7 @@ def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
 
 
 def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
-    """The family that a model belongs to, as a plan for its arrays, and its config.json.
+    """Returns the plan for a model's arrays in the family that it belongs to, and its config.json.
 
     A model from a checkpoint stays in its family. For another the families are tried in order: one
     fits if its config.json, when read again, describes this very model.
@@ -197,7 +196,7 @@ def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
 
 
 class Misfit(ValueError):
-    """What stands against a family's format for a model."""
+    """The reasons why the format of a family does not hold a model."""
 
     def __init__(self, faults: Sequence[str]):
         self.faults = tuple(dict.fromkeys(faults))
@@ -206,7 +205,7 @@ class Misfit(ValueError):
 
 
 def check_described(a: Architecture, model: Any) -> None:
-    """Raise for a model with other arrays than its architecture calls for."""
+    """Raises for a model with other arrays than its architecture has."""
     own, usual = (
         {path: array.shape for path, array in arrays_by_path(x).items()}
         for x in (model, abstract(a, type(model)))
@@ -223,15 +222,15 @@ def check_described(a: Architecture, model: Any) -> None:
 def fit(
     family: Family, model: Any, a: Architecture, entries: dict[str, Any]
 ) -> tuple[WeightPlan, dict[str, Any]]:
-    """A plan and a config.json for a model in this family.
+    """Returns a plan and a config.json for a model in this family.
 
     Raises:
-        Misfit: if the family has no words for something in the model.
+        Misfit: if the format of the family does not hold the model.
     """
-    plan = WeightPlan.of(family, model, a)
+    plan, fields = WeightPlan.of(family, model, a), a.flat()
     named = ModelTensors(plan.shapes())
     unnamed = [f"no tensor for {re.sub(r'[.][0-9]+', '[i]', path)}" for path in plan.unnamed]
-    # Another head than the file's makes it another class; a class that we do not name stays.
+    # Other heads than the file's make it another class. A class that no table has stays.
     given, own = entries.get("architectures"), [class_name(a, family)]
     faults = ["no class with these heads"] if own == [None] else []
     same_class = given == own or given not in [[name] for name in family.classes.values()]
@@ -245,20 +244,20 @@ def fit(
         and not differences(family, entries, named, a)
     ):
         return plan, _respell(family, entries, named, a)
-    # The class's own special tokens are another vocabulary's.
+    # The default special tokens of the class belong to another vocabulary.
     config = {**(entries or dict.fromkeys(family.special)), "model_type": family.model_type}
     kept = {key for x in family.settings if isinstance(x, Kept) for key in x.keys}
-    for key in (REDUNDANT.keys() - kept) & config.keys():  # those that a table has are overwritten
-        config[key] = getattr(a, REDUNDANT[key])
+    for key in (REDUNDANT.keys() - kept) & config.keys():  # the table overwrites its own
+        config[key] = fields[REDUNDANT[key]]
     for setting in family.settings:
         try:
-            setting.write(a, config)
+            setting.write(fields, config)
         except ValueError as error:
             faults.append(str(error).rstrip("."))
     config["architectures"] = own
     faults += differences(family, config, named, a)
     if faults or unnamed:
-        raise Misfit(faults or unnamed)  # what is different says why there is no tensor
+        raise Misfit(faults or unnamed)  # a difference explains why a tensor is missing
     _warn_of_version_4(family, config, named, a)
     return plan, config
 
@@ -266,19 +265,19 @@ def fit(
 def _respell(
     family: Family, entries: dict[str, Any], tensors: ModelTensors, a: Architecture
 ) -> dict[str, Any]:
-    """The entries of a file, completed by the words that readers of other versions know.
+    """Returns the entries of a file, and those that readers of other versions know beside them.
 
-    Its own words stay, unless some reader would take them for something else.
+    The entries of the file stay, unless a reader would misunderstand them.
     """
     words = dict(entries)
     config: dict[str, Any] = {}
     for setting in family.settings:
-        twice = isinstance(setting, Rotary | Windows) or getattr(setting, "twice", False)
-        anew = getattr(setting, "anew", False)
-        if twice or anew or getattr(setting, "disputed", False):
+        twice = getattr(setting, "twice", False)
+        anew = getattr(setting, "anew", False) or getattr(setting, "disputed", False)
+        if twice or anew:
             before = dict(words)
-            with contextlib.suppress(ValueError):  # the file says what we have no words for
-                setting.write(a, words)
+            with contextlib.suppress(ValueError):  # the file has other words, which stay
+                setting.write(a.flat(), words)
             if not twice:
                 config |= {key: x for key, x in words.items() if before.get(key) != x}
     own = {key: x for key, x in entries.items() if x is not None}
@@ -297,7 +296,7 @@ def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]
 def _warn_of_version_4(
     family: Family, config: Mapping[str, Any], tensors: ModelTensors, a: Architecture
 ) -> None:
-    """Warn if only version 5 of transformers has words for the model."""
+    """Warns if only version 5 of transformers has words for the model."""
     faults = differences(family, _without(config, family.newer), tensors, a)
     if faults:
         warnings.warn(
@@ -310,24 +309,24 @@ def _warn_of_version_4(
 def differences(
     family: Family, entries: Mapping[str, Any], tensors: Any, a: Architecture
 ) -> list[str]:
-    """Where a config.json describes another architecture than this one; dropout does not count."""
+    """Returns how a config.json describes another architecture; dropout does not count."""
     try:
-        read = read_settings(family, entries, tensors)
+        read = read_settings(family, entries, tensors).flat()
     except ValueError as error:
         return [str(error).rstrip(".")]
     return [
-        f"{field.name} is {getattr(a, field.name)!r:.80}, not {getattr(read, field.name)!r:.80}"
-        for field in dataclasses.fields(a)
-        if "dropout" not in field.name and getattr(a, field.name) != getattr(read, field.name)
+        f"{option_name(name)} is {value!r:.80}, not {read[name]!r:.80}"
+        for name, value in a.flat().items()
+        if "dropout" not in name and value != read[name]
     ]
 
 
 def class_name(a: Architecture, family: Family) -> str | None:
-    """Which of the family's classes the model is; None if there is none with its heads."""
-    role = "output" if a.output else "base"
-    if a.labels is not None:
-        role = "tokens" if a.classifier == "none" else "sequence"
-        role = "pretraining" if a.output else role
-        if role == "tokens" and a.classifier_transform is not None:
+    """Returns the family's class that has the model's heads, or None if there is none."""
+    role = "output" if a.output.present else "base"
+    if a.heads.labels is not None:
+        role = "tokens" if a.heads.pooling == "none" else "sequence"
+        role = "pretraining" if a.output.present else role
+        if role == "tokens" and a.heads.transform is not None:
             role = "discriminator" if "discriminator" in family.classes else role
     return family.classes.get(role)

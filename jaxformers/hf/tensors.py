@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint under the names of its family's table: of a file, and of a model."""
+"""The tensors of a file or of a model, under the names that the family's table has for them."""
 
 import re
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ CONSTANTS = (r"(^|\.)position_ids$", r"\.inv_freq$", r"\.masked_bias$")
 class FileTensors:
     """A checkpoint's tensors under the names of its family's table.
 
-    Files may lack the prefix that the table's names have, use older names, and hold tensors that
-    are of no interest.
+    Files may lack the prefix of the table's names, have older names, and hold tensors that no
+    model needs.
     """
 
     def __init__(self, family: Family, files: TensorFiles):
         self.files = files
         self.names: dict[str, str] = {}
-        self.unknown: list[str] = []  # of the names, those that are in no table
+        self.unknown: list[str] = []  # names that are in no table
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
         known = re.compile("|".join(dict.fromkeys(map(_pattern, expected))))
@@ -61,7 +61,7 @@ class FileTensors:
         return self.files.read(self.names[name])
 
     def merge(self, copy: str, of: str) -> bool:
-        """Whether two tensors are one, stored under one of the names or twice."""
+        """Returns whether two tensors are one, which is stored under one of the names or twice."""
         if not self.has(copy):
             return True
         if not self.has(of):
@@ -72,7 +72,7 @@ class FileTensors:
         return True
 
     def choose(self, names: Sequence[str], name: str) -> None:
-        """Keep the first of these tensors that is there, under the last argument's name."""
+        """Keeps the first of these tensors that is there, under the name `name`."""
         found = [self.names.pop(x) for x in names if x in self.names]
         if found:
             self.names[name] = found[0]
@@ -87,7 +87,7 @@ def _pattern(name: str) -> str:
 
 
 class ModelTensors:
-    """The tensors of a model that is about to be written, as settings ask about them."""
+    """The tensors of a model that is being written, for settings that ask about them."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         self.shapes = shapes
@@ -102,4 +102,4 @@ class ModelTensors:
         return not self.has(copy)
 
     def choose(self, names: Sequence[str], name: str) -> None:
-        pass  # they have their names already
+        pass  # a tensor of a model has its name already

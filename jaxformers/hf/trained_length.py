@@ -1,18 +1,18 @@
-"""How long the texts were that a checkpoint's model was trained on, as its config.json says."""
+"""The length of the texts that a model was trained on, read from its config.json."""
 
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from jaxformers.hf.config.settings import Kept
 from jaxformers.hf.family import Family
-from jaxformers.hf.settings import Kept
 
-# Where files say it, the most usual first.
+# The keys of the length, the most usual first.
 KEYS = (
     *("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"),
     *("seq_length", "n_ctx", "model_max_length"),
 )
-# Scalings of rotary positions that are laid over a model so that it takes longer texts; with the
-# others the length of the file is that with the scaling.
+# Scalings of rotary positions that extend the length in the file. With the other scalings, the
+# length in the file is the extended one.
 STRETCHING = ("linear", "dynamic", "yarn")
 
 

@@ -11,17 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxformers.checks import OptionError, check_options
-
-# Arguments of `apply_chat_template` in transformers with another name here, or without one.
-ELSEWHERE = {
-    "conversation": "The conversation is the first argument, messages.",
-    "chat_template": "Pass template=, the name or the text of one.",
-    "return_assistant_tokens_mask": "jaxformers.data.chat says which tokens are the assistant's.",
-} | dict.fromkeys(
-    ("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length",
-     "tokenizer_kwargs"),
-    "It returns text always: encode(text, add_special_tokens=False) makes token ids of it.",
-)  # fmt: skip
+from jaxformers.elsewhere import CHAT_OPTIONS
 
 
 def choose_template(
@@ -160,8 +150,8 @@ def _check_variables(
         except ValueError:  # this template is broken, but it was not asked for
             continue
     for name in unread:
-        if name in ELSEWHERE and name not in known:
-            raise OptionError(f"apply_chat_template has no option {name!r}. {ELSEWHERE[name]}")
+        if name in CHAT_OPTIONS and name not in known:
+            raise OptionError(f"apply_chat_template has no option {name!r}. {CHAT_OPTIONS[name]}")
     check_options(
         unread,
         known - {"messages"} | {"add_generation_prompt", "continue_final_message", "template"},

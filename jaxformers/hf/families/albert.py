@@ -1,9 +1,11 @@
 """ALBERT."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.architecture import Architecture
-from jaxformers.hf.encoder_settings import Heads
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Derived, Kept, Only, Setting
 from jaxformers.hf.families.bert_like import (
     ATTENTION,
     BERT_LIKE,
@@ -21,11 +23,10 @@ from jaxformers.hf.families.bert_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, linear, norm, rules
-from jaxformers.hf.settings import Config, Derived, Kept, Only, Setting
 
 
 class SharedLayers(NamedTuple):
-    """ALBERT's layers, of which each runs several times."""
+    """ALBERT's layers. Each of them runs several times."""
 
     layers: int = 12
     groups: int = 1
@@ -38,9 +39,10 @@ class SharedLayers(NamedTuple):
         fields["num_layers"] = groups
         fields["layer_order"] = tuple(int(i / (layers / groups)) for i in range(layers))
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["num_hidden_layers"] = a.num_layers if a.layer_order is None else len(a.layer_order)
-        config["num_hidden_groups"] = a.num_layers
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        groups, order = fields["num_layers"], fields["layer_order"]
+        config["num_hidden_layers"] = groups if order is None else len(order)
+        config["num_hidden_groups"] = groups
 
 
 A = "albert.encoder.albert_layer_groups.{i}.albert_layers.0"
@@ -62,11 +64,11 @@ ALBERT = Family(
         ),
         SharedLayers(),  # which says what num_hidden_layers is here
         Only("inner_group_num", (1,), 1),
-        Setting("embedding_size", "embedding_dim", 128),
+        Setting("embedding_size", "embedding.dim", 128),
         *POSITIONS,
         *BERT_LIKE,
         *masked_lm_settings("predictions", "albert"),
-        Derived("transform", lambda fields: fields["activation"]),
+        Derived("output.transform", lambda fields: fields["feed_forward.activation"]),
         Heads(
             output="predictions.dense.weight",
             pooler="albert.pooler.weight",
@@ -88,9 +90,9 @@ ALBERT = Family(
         norm(f"{LAYER}.feed_forward_residual.norm", f"{A}.full_layer_layer_norm"),
         linear("pooler.w", "albert.pooler"),
         masked_lm("predictions", "dense", "LayerNorm"),
-        classifiers(lambda a: not a.output, "classifier"),
+        classifiers(lambda a: not a.output.present, "classifier"),
         # Which of two sentences comes first, trained together with the masked-LM head.
-        classifiers(lambda a: a.output, "sop_classifier.classifier"),
+        classifiers(lambda a: a.output.present, "sop_classifier.classifier"),
     ),
     prefix="albert.",
     repeats=masked_lm_repeats("predictions"),

@@ -1,5 +1,7 @@
 """Arcee's AFM."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Fixed
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -10,7 +12,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Fixed, Tied
 
 # Arcee AI 2025, AFM.
 ARCEE = llama_like(
@@ -18,7 +19,7 @@ ARCEE = llama_like(
     "Arcee",
     (
         *sizes(hidden_size=2560, intermediate_size=18432),
-        Fixed({"norm": "rms"}),
+        Fixed({"norm.kind": "rms"}),
         rms(1e-5),
         RELU_SQUARED,
         *ATTENTION_BIAS,

@@ -1,21 +1,25 @@
 """BART and its successors: mBART, Marian, Pegasus and M2M-100."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.embedding import Scaled
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Fixed, Kept, Named, Present, Setting
 from jaxformers.hf.family import Family, Rule, linear, norm, rules, same, when
-from jaxformers.hf.settings import Config, Fixed, Kept, Named, Present, Scaled, Setting, Tied
 
 
 class FirstPosition(NamedTuple):
     """M2M-100's positions, counted on from the id of padding."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        fields["position_offset"] = config.get("pad_token_id", 1, "count") + 1
+        fields["position.offset"] = config.get("pad_token_id", 1, "count") + 1
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["pad_token_id"] = a.position_offset - 1 if a.position_offset > 0 else 1
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        offset = fields["position.offset"]
+        config["pad_token_id"] = offset - 1 if offset > 0 else 1
 
 
 class Vocabularies(NamedTuple):
@@ -23,7 +27,7 @@ class Vocabularies(NamedTuple):
 
     @property
     def anew(self) -> bool:
-        """That its entries are replaced at each save: see `Tied`."""
+        """Whether each save replaces the entries, also those of the file the model came from."""
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
@@ -37,15 +41,16 @@ class Vocabularies(NamedTuple):
                 config.tensors.merge(f"model.{stack}.embed_tokens.weight", "model.shared.weight")
         table = "model.shared.weight" if shared else "model.decoder.embed_tokens.weight"
         Tied(True, table=table).read(config, fields)
-        fields |= {"src_vocab_size": source, "vocab_size": target, "shared": shared}
+        fields |= {"src_vocab_size": source, "vocab_size": target, "embedding.shared": shared}
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["vocab_size"] = a.src_vocab_size
-        config["decoder_vocab_size"] = a.vocab_size
-        config["share_encoder_decoder_embeddings"] = a.shared
-        config["tie_word_embeddings"] = a.tied if a.output else a.shared
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        shared, tied = fields["embedding.shared"], fields["output.tied"]
+        config["vocab_size"] = fields["src_vocab_size"]
+        config["decoder_vocab_size"] = fields["vocab_size"]
+        config["share_encoder_decoder_embeddings"] = shared
+        config["tie_word_embeddings"] = tied if fields["output.present"] else shared
         if config.get("decoder_start_token_id") is None:
-            config["decoder_start_token_id"] = -1  # none, which its class has no other word for
+            config["decoder_start_token_id"] = -1  # its class has no other word for none
 
 
 TARGET_TABLE = "tgt_embedding.token_embedding.weight"
@@ -57,16 +62,16 @@ def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scal
         Setting("d_model", "d_model", 1024, alias="hidden_size"),
         Setting("encoder_layers", "num_layers", 12, "layers", alias="num_hidden_layers"),
         Setting("decoder_layers", "num_decoder_layers", 12, "layers"),
-        Setting("encoder_attention_heads", "num_heads", 16, alias="num_attention_heads"),
-        Setting("decoder_attention_heads", "decoder_num_heads", 16),
-        Setting("encoder_ffn_dim", "d_ff", 4096),
-        Setting("decoder_ffn_dim", "decoder_d_ff", 4096),
-        Setting("max_position_embeddings", "max_seq_length", 1024),
+        Setting("encoder_attention_heads", "attention.num_heads", 16, alias="num_attention_heads"),
+        Setting("decoder_attention_heads", "attention.decoder_num_heads", 16),
+        Setting("encoder_ffn_dim", "feed_forward.d_ff", 4096),
+        Setting("decoder_ffn_dim", "feed_forward.decoder_d_ff", 4096),
+        Setting("max_position_embeddings", "position.max_seq_length", 1024),
         Setting("dropout", "dropout", 0.1, "number"),
-        Setting("attention_dropout", "attention_dropout", attention_dropout, "number"),
-        Named("activation_function", "activation", activation, ACTIVATION_NAMES),
+        Setting("attention_dropout", "attention.dropout", attention_dropout, "number"),
+        Named("activation_function", "feed_forward.activation", activation, ACTIVATION_NAMES),
         Scaled(default=scaled),
-        Fixed({"qkv_bias": True, "out_bias": True, "ff_bias": True}),
+        Fixed({"attention.qkv_bias": True, "attention.out_bias": True, "feed_forward.bias": True}),
         Kept(("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "is_decoder")),
         # Older files say as well what their family does anyway, and repeat themselves.
         Kept(
@@ -77,17 +82,17 @@ def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scal
     )
 
 
-BART_LEARNED = Fixed({"position": "learned", "position_offset": 2, "embedding_norm": True})
-BART_SINUSOIDS = Fixed({"position": "sinusoid", "sinusoid_interleaved": False})
-BART_POST_NORM = Fixed({"placement": "post", "final_norm": False})
-LOGITS_BIAS = Present("logits_bias", "final_logits_bias")
+BART_LEARNED = Fixed({"position.kind": "learned", "position.offset": 2, "embedding.norm": True})
+BART_SINUSOIDS = Fixed({"position.kind": "sinusoid", "position.sinusoid_interleaved": False})
+BART_POST_NORM = Fixed({"residual.placement": "post", "residual.final_norm": False})
+LOGITS_BIAS = Present("output.bias", "final_logits_bias")
 
 
 def bart_vocabulary(vocab_size: int = 50265):
     """One vocabulary for source and target."""
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
-        Fixed({"shared": True}),
+        Fixed({"embedding.shared": True}),
         Tied(True, table="model.shared.weight", stacks=True),
     )
 
@@ -177,8 +182,11 @@ MARIAN = Family(
     classes={"output": "MarianMTModel", "base": "MarianModel"},
     settings=(*bart_settings(), Vocabularies(), LOGITS_BIAS, BART_SINUSOIDS, BART_POST_NORM),
     weights=rules(
-        when(lambda a: a.shared, BART_TABLE),
-        when(lambda a: not a.shared, same(TARGET_TABLE, "model.decoder.embed_tokens.weight")),
+        when(lambda a: a.embedding.shared, BART_TABLE),
+        when(
+            lambda a: not a.embedding.shared,
+            same(TARGET_TABLE, "model.decoder.embed_tokens.weight"),
+        ),
         same("src_embedding.token_embedding.weight", "model.encoder.embed_tokens.weight"),
         BART_STACKS,
         BART_BIAS,
@@ -218,7 +226,7 @@ M2M_100 = Family(
         *bart_settings("relu", attention_dropout=0.1, scaled=True),
         *bart_vocabulary(128112),
         BART_SINUSOIDS,
-        Fixed({"sinusoid_inclusive": True}),
+        Fixed({"position.sinusoid_inclusive": True}),
         FirstPosition(),
     ),
     weights=rules(BART_TABLE, BART_STACKS),

@@ -1,6 +1,7 @@
 """BERT."""
 
-from jaxformers.hf.encoder_settings import Heads
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.config.settings import Derived, Kept
 from jaxformers.hf.families.bert_like import (
     BERT_LIKE,
     IGNORED,
@@ -17,7 +18,6 @@ from jaxformers.hf.families.bert_like import (
     masked_lm_settings,
 )
 from jaxformers.hf.family import Family, rules
-from jaxformers.hf.settings import Derived, Kept
 
 BERT = Family(
     model_type="bert",
@@ -28,7 +28,7 @@ BERT = Family(
         *POSITIONS,
         *BERT_LIKE,
         *masked_lm_settings("cls.predictions", "bert"),
-        Derived("transform", lambda fields: fields["activation"]),
+        Derived("output.transform", lambda fields: fields["feed_forward.activation"]),
         Heads(
             output="cls.predictions.transform.dense.weight",
             pooler="bert.pooler.dense.weight",
@@ -43,9 +43,9 @@ BERT = Family(
         embeddings("bert"),
         layers("bert"),
         masked_lm("cls.predictions", "transform.dense", "transform.LayerNorm"),
-        classifiers(lambda a: not a.output, "classifier"),
+        classifiers(lambda a: not a.output.present, "classifier"),
         # Whether one sentence follows another, trained together with the masked-LM head.
-        classifiers(lambda a: a.output and a.labels == 2, "cls.seq_relationship"),
+        classifiers(lambda a: a.output.present and a.heads.labels == 2, "cls.seq_relationship"),
     ),
     prefix="bert.",
     repeats=masked_lm_repeats("cls.predictions"),

@@ -1,9 +1,9 @@
 """The settings and weights that BERT began and most encoder-only families have kept."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.encoder_settings import OutputBias
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import OutputBias, Tied
+from jaxformers.hf.config.settings import Fixed, Named, Only, Setting, with_defaults
 from jaxformers.hf.family import linear, norm, rules, same, when
-from jaxformers.hf.settings import Fixed, Named, Only, Setting, Tied, with_defaults
 
 LAYER = "encoder.layers.{i}"
 ATTENTION = f"{LAYER}.self_attention"
@@ -12,11 +12,11 @@ IGNORED = (r"\.position_ids$",)
 
 # Classifiers by pooling: of sequences by BERT's pooler, of sequences by their first token after a
 # dense layer, and of tokens.
-POOLED, PER_TOKEN = {"classifier": "pooler"}, {"classifier": "none"}
+POOLED, PER_TOKEN = {"heads.pooling": "pooler"}, {"heads.pooling": "none"}
 
 
 def first(activation: str) -> dict[str, str]:
-    return {"classifier": "first", "classifier_transform": activation}
+    return {"heads.pooling": "first", "heads.transform": activation}
 
 
 def classes(name: str, **more: str) -> dict[str, str]:
@@ -35,13 +35,13 @@ SIZES = (
     Setting("vocab_size", "vocab_size", 30522),
     Setting("hidden_size", "d_model", 768),
     Setting("num_hidden_layers", "num_layers", 12, "layers"),
-    Setting("num_attention_heads", "num_heads", 12),
-    Setting("intermediate_size", "d_ff", 3072),
-    Setting("type_vocab_size", "token_types", 2),
-    Setting("layer_norm_eps", "norm_eps", 1e-12, "positive"),
+    Setting("num_attention_heads", "attention.num_heads", 12),
+    Setting("intermediate_size", "feed_forward.d_ff", 3072),
+    Setting("type_vocab_size", "embedding.token_types", 2),
+    Setting("layer_norm_eps", "norm.eps", 1e-12, "positive"),
     Setting("hidden_dropout_prob", "dropout", 0.1, "number"),
-    Setting("attention_probs_dropout_prob", "attention_dropout", 0.1, "number"),
-    Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
+    Setting("attention_probs_dropout_prob", "attention.dropout", 0.1, "number"),
+    Named("hidden_act", "feed_forward.activation", "gelu", ACTIVATION_NAMES),
 )
 
 
@@ -50,16 +50,25 @@ def sizes(**defaults):
     return with_defaults(SIZES, **defaults)
 
 
-POSITIONS = (Setting("max_position_embeddings", "max_seq_length", 512),)
+POSITIONS = (Setting("max_position_embeddings", "position.max_seq_length", 512),)
 BERT_LIKE = (
     Only("position_embedding_type", ("absolute",), "absolute"),
     Only("is_decoder", (False,), False),
     Only("add_cross_attention", (False,), False),
     Fixed(
         {
-            **{"position": "learned", "placement": "post", "final_norm": False},
-            **{"qkv_bias": True, "out_bias": True, "ff_bias": True, "embedding_norm": True},
-            **{"logits_bias": True},
+            **{
+                "position.kind": "learned",
+                "residual.placement": "post",
+                "residual.final_norm": False,
+            },
+            **{
+                "attention.qkv_bias": True,
+                "attention.out_bias": True,
+                "feed_forward.bias": True,
+                "embedding.norm": True,
+            },
+            **{"output.bias": True},
         }
     ),
 )
@@ -99,8 +108,8 @@ def masked_lm(head: str, dense: str, layer_norm: str):
         linear("output.transform.w", f"{head}.{dense}"),
         norm("output.transform.norm", f"{head}.{layer_norm}"),
         [weight],
-        when(lambda a: a.tied, [alone]),
-        when(lambda a: not a.tied, [bias]),
+        when(lambda a: a.output.tied, [alone]),
+        when(lambda a: not a.output.tied, [bias]),
     )
 
 
@@ -125,6 +134,6 @@ def classifiers(condition, out: str, dense: str | None = None):
 
 # Of sequences, with a dense layer, and of tokens, without: files call them differently.
 DENSE_CLASSIFIER = rules(
-    classifiers(lambda a: a.classifier == "first", "classifier.out_proj", "classifier.dense"),
-    classifiers(lambda a: a.classifier == "none" and not a.classifier_transform, "classifier"),
+    classifiers(lambda a: a.heads.pooling == "first", "classifier.out_proj", "classifier.dense"),
+    classifiers(lambda a: a.heads.pooling == "none" and not a.heads.transform, "classifier"),
 )

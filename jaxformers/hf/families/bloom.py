@@ -1,5 +1,7 @@
 """BLOOM."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Fixed, Kept, Only, Setting
 from jaxformers.hf.families.decoder_paths import (
     ATTENTION,
     FEED_FORWARD,
@@ -10,7 +12,6 @@ from jaxformers.hf.families.decoder_paths import (
 )
 from jaxformers.hf.families.gpt import H
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same
-from jaxformers.hf.settings import Fixed, Kept, Only, Setting, Tied
 
 # BigScience 2022.
 BLOOM = Family(
@@ -21,15 +22,15 @@ BLOOM = Family(
         Setting("vocab_size", "vocab_size", 250880),
         Setting("hidden_size", "d_model", 64, alias="n_embed"),
         Setting("n_layer", "num_layers", 2, "layers", alias="num_hidden_layers"),
-        Setting("n_head", "num_heads", 8, alias="num_attention_heads"),
-        Fixed({"d_ff": None, "activation": "gelu_tanh"}),
+        Setting("n_head", "attention.num_heads", 8, alias="num_attention_heads"),
+        Fixed({"feed_forward.d_ff": None, "feed_forward.activation": "gelu_tanh"}),
         FOUR_TIMES,
         Setting("hidden_dropout", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
         Only("apply_residual_connection_post_layernorm", (False,), False),
-        Fixed({"position": "alibi", "embedding_norm": True}),
-        Fixed({"qkv_bias": True, "out_bias": True, "ff_bias": True}),
+        Fixed({"position.kind": "alibi", "embedding.norm": True}),
+        Fixed({"attention.qkv_bias": True, "attention.out_bias": True, "feed_forward.bias": True}),
         # How to compute the same.
         Kept(("pretraining_tp", "slow_but_exact", "attention_softmax_in_fp32", "offset_alibi")),
         Kept(("bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "seq_length")),

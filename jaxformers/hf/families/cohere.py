@@ -1,5 +1,8 @@
 """Cohere's Command R and Command A."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import FULL, Windows
+from jaxformers.hf.config.settings import Fixed, Kept, Named, Only, Setting
 from jaxformers.hf.families.decoder_paths import ATTENTION
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
@@ -14,8 +17,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import rules, same
-from jaxformers.hf.rope_settings import FULL, Windows
-from jaxformers.hf.settings import Fixed, Kept, Named, Only, Setting, Tied
 
 COHERE_SIZES = sizes(
     vocab_size=256000,
@@ -26,11 +27,11 @@ COHERE_SIZES = sizes(
 )
 
 COHERE_LAYERS = (
-    Fixed({"norm_bias": False, "parallel": "one norm", "gated": True}),
-    Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
+    Fixed({"norm.bias": False, "residual.parallel": "one norm", "feed_forward.gated": True}),
+    Setting("layer_norm_eps", "norm.eps", 1e-5, "positive"),
     SILU,
     *ATTENTION_BIAS,
-    Setting("logit_scale", "logits_scale", 0.0625, "positive"),
+    Setting("logit_scale", "output.scale", 0.0625, "positive"),
 )
 
 COHERE_WEIGHTS = rules(LLAMA_ENDS, LLAMA_NORMS[:2], LLAMA_ATTENTION, LLAMA_FEED_FORWARD)
@@ -42,7 +43,9 @@ COHERE = llama_like(
     (
         *COHERE_SIZES,
         *COHERE_LAYERS,
-        Named("use_qk_norm", "qk_norm", False, {False: None, None: None, True: "per head"}),
+        Named(
+            "use_qk_norm", "attention.qk_norm", False, {False: None, None: None, True: "per head"}
+        ),
         *rotary(8192, theta=5e5, interleaved=True, partial_key=None),
         Tied(True),
     ),

@@ -1,7 +1,9 @@
 """DistilBERT."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.encoder_settings import Heads
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting
 from jaxformers.hf.families.bert_like import (
     ATTENTION,
     BERT_LIKE,
@@ -14,7 +16,6 @@ from jaxformers.hf.families.bert_like import (
     first,
 )
 from jaxformers.hf.family import Family, linear, norm, rules
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, Tied
 
 D = "distilbert.transformer.layer.{i}"
 
@@ -27,16 +28,16 @@ DISTILBERT = Family(
         Setting("vocab_size", "vocab_size", 30522),
         Setting("dim", "d_model", 768, alias="hidden_size"),
         Setting("n_layers", "num_layers", 6, "layers", alias="num_hidden_layers"),
-        Setting("n_heads", "num_heads", 12, alias="num_attention_heads"),
-        Setting("hidden_dim", "d_ff", 3072),
+        Setting("n_heads", "attention.num_heads", 12, alias="num_attention_heads"),
+        Setting("hidden_dim", "feed_forward.d_ff", 3072),
         Setting("dropout", "dropout", 0.1, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.1, "number"),
-        Named("activation", "activation", "gelu", ACTIVATION_NAMES),
+        Setting("attention_dropout", "attention.dropout", 0.1, "number"),
+        Named("activation", "feed_forward.activation", "gelu", ACTIVATION_NAMES),
         *POSITIONS,
         *BERT_LIKE,
-        Fixed({"norm_eps": 1e-12}),
+        Fixed({"norm.eps": 1e-12}),
         Tied(True, "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
-        Derived("transform", lambda fields: fields["activation"]),
+        Derived("output.transform", lambda fields: fields["feed_forward.activation"]),
         Heads(
             output="vocab_transform.weight",
             pooler="",

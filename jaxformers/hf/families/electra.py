@@ -1,6 +1,9 @@
 """ELECTRA."""
 
-from jaxformers.hf.encoder_settings import EmbeddingSize, Heads
+from jaxformers.hf.architecture.embedding import EmbeddingSize
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Derived, Fixed
 from jaxformers.hf.families.bert_like import (
     BERT_LIKE,
     DENSE_CLASSIFIER,
@@ -15,7 +18,6 @@ from jaxformers.hf.families.bert_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, linear, norm, rules
-from jaxformers.hf.settings import Derived, Fixed, Tied
 
 # Clark et al. 2020: the generator is a masked LM, the discriminator a classifier of tokens.
 ELECTRA = Family(
@@ -28,14 +30,14 @@ ELECTRA = Family(
         *POSITIONS,
         *BERT_LIKE,
         Tied(True, "generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
-        Fixed({"transform": "gelu"}),
-        Derived("classifier_transform", lambda fields: fields["activation"]),
+        Fixed({"output.transform": "gelu"}),
+        Derived("heads.transform", lambda fields: fields["feed_forward.activation"]),
         Heads(
             output="generator_predictions.dense.weight",
             pooler="",
             sequence={"classifier.out_proj.weight": first("gelu")},
             tokens={
-                "classifier.weight": {**PER_TOKEN, "classifier_transform": None},
+                "classifier.weight": {**PER_TOKEN, "heads.transform": None},
                 "discriminator_predictions.dense_prediction.weight": PER_TOKEN,
             },
         ),
@@ -49,7 +51,7 @@ ELECTRA = Family(
         linear("output.w", "generator_lm_head"),
         DENSE_CLASSIFIER,
         classifiers(
-            lambda a: a.classifier == "none" and a.classifier_transform and a.labels == 1,
+            lambda a: a.heads.pooling == "none" and a.heads.transform and a.heads.labels == 1,
             "discriminator_predictions.dense_prediction",
             "discriminator_predictions.dense",
         ),

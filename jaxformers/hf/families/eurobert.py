@@ -1,12 +1,12 @@
 """EuroBERT."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.encoder_settings import Heads, Pooling
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.heads import Heads, Pooling
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Older, Only, Setting
 from jaxformers.hf.families.bert_like import ATTENTION, LAYER, PER_TOKEN, TABLE, classes
 from jaxformers.hf.families.modernbert import M
 from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Older, Only, Setting
 
 # Boizard et al. 2025.
 EUROBERT = Family(
@@ -18,18 +18,18 @@ EUROBERT = Family(
         Setting("vocab_size", "vocab_size", 128256),
         Setting("hidden_size", "d_model", 768),
         Setting("num_hidden_layers", "num_layers", 12, "layers"),
-        Setting("num_attention_heads", "num_heads", 12),
-        Setting("num_key_value_heads", "num_kv_heads", None, optional=True),
-        Setting("head_dim", "head_dim", None, optional=True),
-        Setting("intermediate_size", "d_ff", 3072),
-        Setting("rms_norm_eps", "norm_eps", 1e-5, "positive"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Named("hidden_act", "activation", "silu", ACTIVATION_NAMES),
-        Setting("attention_bias", "qkv_bias", False, "flag"),
-        Derived("out_bias", lambda fields: fields["qkv_bias"]),
-        Setting("mlp_bias", "ff_bias", False, "flag"),
-        Derived("logits_bias", lambda fields: fields["ff_bias"]),
-        Fixed({"norm": "rms", "gated": True}),
+        Setting("num_attention_heads", "attention.num_heads", 12),
+        Setting("num_key_value_heads", "attention.num_kv_heads", None, optional=True),
+        Setting("head_dim", "attention.head_dim", None, optional=True),
+        Setting("intermediate_size", "feed_forward.d_ff", 3072),
+        Setting("rms_norm_eps", "norm.eps", 1e-5, "positive"),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Named("hidden_act", "feed_forward.activation", "silu", ACTIVATION_NAMES),
+        Setting("attention_bias", "attention.qkv_bias", False, "flag"),
+        Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
+        Setting("mlp_bias", "feed_forward.bias", False, "flag"),
+        Derived("output.bias", lambda fields: fields["feed_forward.bias"]),
+        Fixed({"norm.kind": "rms", "feed_forward.gated": True}),
         Rotary(partial_key=None, max_length=8192),
         # A tied output layer would leave nothing in a file that says that it is there.
         Only("tie_word_embeddings", (False,), False),
@@ -37,7 +37,7 @@ EUROBERT = Family(
         Heads(
             output="lm_head.weight",
             pooler="",
-            sequence={"classifier.weight": {"classifier_transform": "gelu"}},
+            sequence={"classifier.weight": {"heads.transform": "gelu"}},
             tokens={"classifier.weight": PER_TOKEN},
         ),
         Kept(("pretraining_tp", "hidden_dropout")),

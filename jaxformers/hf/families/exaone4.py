@@ -1,5 +1,8 @@
 """EXAONE 4."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import FULL, Windows
+from jaxformers.hf.config.settings import Fixed
 from jaxformers.hf.families.llama_like import (
     LLAMA_ATTENTION,
     LLAMA_ENDS,
@@ -14,8 +17,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import rules
-from jaxformers.hf.rope_settings import FULL, Windows
-from jaxformers.hf.settings import Fixed, Tied
 
 # LG AI Research 2025.
 EXAONE4 = llama_like(
@@ -24,7 +25,7 @@ EXAONE4 = llama_like(
     (
         *sizes(vocab_size=102400, intermediate_size=16384, num_key_value_heads=32),
         RMS_GATED,
-        Fixed({"placement": "output", "qk_norm": "head"}),
+        Fixed({"residual.placement": "output", "attention.qk_norm": "head"}),
         rms(1e-5),
         SILU,
         Windows(4096, "every", 4, every_key="sliding_window_pattern"),

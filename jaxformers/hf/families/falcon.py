@@ -1,9 +1,13 @@
 """Falcon."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Derived, Kept, Named, Only, Setting
 from jaxformers.hf.families.decoder_paths import (
     ATTENTION,
     FEED_FORWARD,
@@ -14,8 +18,6 @@ from jaxformers.hf.families.decoder_paths import (
 )
 from jaxformers.hf.families.gpt import H
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same, when
-from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Config, Derived, Kept, Named, Only, Setting, Tied
 
 
 class FalconLayers(NamedTuple):
@@ -26,23 +28,25 @@ class FalconLayers(NamedTuple):
         one_key = config.get("multi_query", True, "flag")
         parallel = config.get("parallel_attn", True, "flag")
         norms = config.get("num_ln_in_parallel_attn", None, "size", optional=True)
-        heads = fields["num_heads"]
+        heads = fields["attention.num_heads"]
         given = config.get("num_kv_heads", None, "size", optional=True) or heads
         if new and not parallel:
             config.refuse("parallel_attn", "the new architecture has parallel layers only.")
         if norms not in ((None, 1, 2) if new else (None, 1)):
             config.refuse("num_ln_in_parallel_attn", "it is 1, or in the new architecture 2.")
-        fields["num_kv_heads"] = given if new else 1 if one_key else heads
+        fields["attention.num_kv_heads"] = given if new else 1 if one_key else heads
         norms = "two norms" if new and norms != 1 else "one norm"
-        fields["parallel"] = norms if parallel else None
+        fields["residual.parallel"] = norms if parallel else None
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        new = a.parallel == "two norms" or a.num_kv_heads not in (1, a.num_heads)
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        kv_heads, parallel = fields["attention.num_kv_heads"], fields["residual.parallel"]
+        two = parallel == "two norms"
+        new = two or kv_heads not in (1, fields["attention.num_heads"])
         config["new_decoder_architecture"] = new
-        config["multi_query"] = a.num_kv_heads == 1
-        config["num_kv_heads"] = a.num_kv_heads
-        config["parallel_attn"] = a.parallel is not None
-        config["num_ln_in_parallel_attn"] = (2 if a.parallel == "two norms" else 1) if new else None
+        config["multi_query"] = kv_heads == 1
+        config["num_kv_heads"] = kv_heads
+        config["parallel_attn"] = parallel is not None
+        config["num_ln_in_parallel_attn"] = (2 if two else 1) if new else None
 
 
 # Almazrouei et al. 2023. The smallest models, with ALiBi in low precision, are not among these.
@@ -54,17 +58,17 @@ FALCON = Family(
         Setting("vocab_size", "vocab_size", 65024),
         Setting("hidden_size", "d_model", 4544, alias="n_embed"),
         Setting("num_hidden_layers", "num_layers", 32, "layers"),
-        Setting("num_attention_heads", "num_heads", 71),
-        Setting("ffn_hidden_size", "d_ff", None, optional=True),
+        Setting("num_attention_heads", "attention.num_heads", 71),
+        Setting("ffn_hidden_size", "feed_forward.d_ff", None, optional=True),
         FOUR_TIMES,
-        Named("activation", "activation", "gelu", ACTIVATION_NAMES),
+        Named("activation", "feed_forward.activation", "gelu", ACTIVATION_NAMES),
         Setting("hidden_dropout", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
         FalconLayers(),
-        Setting("bias", "qkv_bias", False, "flag"),
-        Derived("out_bias", lambda fields: fields["qkv_bias"]),
-        Derived("ff_bias", lambda fields: fields["qkv_bias"]),
+        Setting("bias", "attention.qkv_bias", False, "flag"),
+        Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
+        Derived("feed_forward.bias", lambda fields: fields["attention.qkv_bias"]),
         Only("alibi", (False,), False),
         Rotary(partial_key=None, max_length=2048),
         Kept((), {"max_position_embeddings": 2048}),
@@ -73,12 +77,12 @@ FALCON = Family(
     weights=rules(
         same(TABLE, "transformer.word_embeddings.weight"),
         when(
-            lambda a: a.parallel == "two norms",
+            lambda a: a.residual.parallel == "two norms",
             norm(f"{LAYER}.self_attention_residual.norm", f"{H}.ln_attn"),
             norm(f"{LAYER}.feed_forward_residual.norm", f"{H}.ln_mlp"),
         ),
         when(
-            lambda a: a.parallel != "two norms",
+            lambda a: a.residual.parallel != "two norms",
             norm(f"{LAYER}.self_attention_residual.norm", f"{H}.input_layernorm"),
             norm(f"{LAYER}.feed_forward_residual.norm", f"{H}.post_attention_layernorm"),
         ),

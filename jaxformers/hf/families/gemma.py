@@ -1,6 +1,9 @@
 """Gemma."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Only, Power, Setting
 from jaxformers.hf.families.decoder_paths import LAYER
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
@@ -16,13 +19,11 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import norm, rules
-from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Only, Power, Setting, Tied
 
 GEMMA_NORMS = (
-    Fixed({"norm": "rms", "norm_offset": 1.0, "gated": True}),
+    Fixed({"norm.kind": "rms", "norm.offset": 1.0, "feed_forward.gated": True}),
     rms(1e-6),
-    Derived("embedding_scale", lambda fields: fields["d_model"] ** 0.5),
+    Derived("embedding.scale", lambda fields: fields["d_model"] ** 0.5),
 )
 
 GEMMA_SPECIAL = {"pad": 0, "eos": 1, "bos": 2}
@@ -45,7 +46,7 @@ GEMMA = llama_like(
             head_dim=256,
         ),
         *GEMMA_NORMS,
-        Named("hidden_act", "activation", TANH_GELU, GEMMA_ACTIVATIONS, disputed=True),
+        Named("hidden_act", "feed_forward.activation", TANH_GELU, GEMMA_ACTIVATIONS, disputed=True),
         Only("hidden_activation", (None, TANH_GELU), None),
         *ATTENTION_BIAS,
         *rotary(8192, partial_key=None),
@@ -66,10 +67,10 @@ GEMMA2_SIZES = sizes(
 
 GEMMA2_LAYERS = (
     *GEMMA_NORMS,
-    Fixed({"placement": "sandwich"}),
-    Named("hidden_activation", "activation", TANH_GELU, ACTIVATION_NAMES),
+    Fixed({"residual.placement": "sandwich"}),
+    Named("hidden_activation", "feed_forward.activation", TANH_GELU, ACTIVATION_NAMES),
     *ATTENTION_BIAS,
-    Power("query_pre_attn_scalar", "attention_scale", 256, -0.5, "size"),
+    Power("query_pre_attn_scalar", "attention.scale", 256, -0.5, "size"),
 )
 
 GEMMA2_WEIGHTS = rules(
@@ -89,8 +90,8 @@ GEMMA2 = llama_like(
     (
         *GEMMA2_SIZES,
         *GEMMA2_LAYERS,
-        Setting("attn_logit_softcapping", "softcap", 50.0, "positive", optional=True),
-        Setting("final_logit_softcapping", "logits_softcap", 30.0, "positive", optional=True),
+        Setting("attn_logit_softcapping", "attention.softcap", 50.0, "positive", optional=True),
+        Setting("final_logit_softcapping", "output.softcap", 30.0, "positive", optional=True),
         Windows(4096, "every", 2),
         *rotary(8192, partial_key=None),
         # Said a second time in the first files.
@@ -108,8 +109,8 @@ GEMMA3 = llama_like(
     (
         *(x._replace(default=262208) if x.key == "vocab_size" else x for x in GEMMA2_SIZES),
         *GEMMA2_LAYERS,
-        Fixed({"qk_norm": "head"}),
-        Setting("final_logit_softcapping", "logits_softcap", None, "positive", optional=True),
+        Fixed({"attention.qk_norm": "head"}),
+        Setting("final_logit_softcapping", "output.softcap", None, "positive", optional=True),
         Windows(4096, "every", 6, every_key="sliding_window_pattern"),
         *rotary(
             131072,

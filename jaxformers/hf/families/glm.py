@@ -1,5 +1,6 @@
 """GLM."""
 
+from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.families.llama_like import (
     FUSED_FEED_FORWARD,
     LLAMA_ATTENTION,
@@ -14,7 +15,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import rules
-from jaxformers.hf.settings import Tied
 
 # GLM Team 2024.
 GLM = llama_like(

@@ -1,9 +1,14 @@
 """GPT-2 and the families that grew from it: GPT-Neo, GPT-J and GPT-NeoX."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture, Rope
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.parts import of_layer
+from jaxformers.hf.architecture.rope import Rope, Rotary
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting
 from jaxformers.hf.families.decoder_paths import (
     ATTENTION,
     FEED_FORWARD,
@@ -13,8 +18,6 @@ from jaxformers.hf.families.decoder_paths import (
     TABLE,
 )
 from jaxformers.hf.family import Family, conv1d, fused, linear, norm, rules, same
-from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Config, Derived, Fixed, Kept, Named, Setting, Tied
 
 
 class LayerScale(NamedTuple):
@@ -23,33 +26,34 @@ class LayerScale(NamedTuple):
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         scaled = config.get("scale_attn_weights", True, "flag")
         by_layer = config.get("scale_attn_by_inverse_layer_idx", False, "flag")
-        head_dim = fields["d_model"] // fields["num_heads"]
+        head_dim = fields["d_model"] // fields["attention.num_heads"]
         scale = max(1, head_dim) ** -0.5 if scaled else 1.0
-        fields["attention_scale"] = None if scaled and not by_layer else scale
+        fields["attention.scale"] = None if scaled and not by_layer else scale
         if by_layer:
-            fields["attention_scale"] = tuple(scale / (i + 1) for i in range(fields["num_layers"]))
+            fields["attention.scale"] = tuple(scale / (i + 1) for i in range(fields["num_layers"]))
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        first = a.layer("attention_scale", 0)
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        first = of_layer(fields["attention.scale"], 0)
         config["scale_attn_weights"] = first != 1.0
-        config["scale_attn_by_inverse_layer_idx"] = isinstance(a.attention_scale, tuple)
+        config["scale_attn_by_inverse_layer_idx"] = isinstance(fields["attention.scale"], tuple)
 
 
 class RotaryDim(NamedTuple):
-    """GPT-J's rotary positions, of which files say nothing but how many features turn."""
+    """GPT-J's rotary positions. Files say only how many features rotate."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         dim = config.get("rotary_dim", 64, "size")
-        fields["rope"] = Rope(10000.0, dim, interleaved=True)
+        fields["position.rope"] = Rope(10000.0, dim, interleaved=True)
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        if not isinstance(a.rope, Rope):
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        rope = fields["position.rope"]
+        if not isinstance(rope, Rope):
             raise ValueError("layers differ in their rotary positions.")
-        config["rotary_dim"] = a.rope.dim  # what else it is, is seen when this is read again
+        config["rotary_dim"] = rope.dim  # the written file is read again, which shows the rest
 
 
 class LocalLayers(NamedTuple):
-    """GPT-Neo's layers, each of which sees everything or a window."""
+    """GPT-Neo's layers. Each of them sees all positions or a window."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         layers = fields["num_layers"]
@@ -63,10 +67,10 @@ class LocalLayers(NamedTuple):
                 f"config.json: {key} must say 'global' or 'local' for each of the {layers} layers, "
                 f"got {config.entries.get(key)!r:.120}."
             )
-        fields["window"] = tuple(window if kind == "local" else None for kind in kinds)
+        fields["attention.window"] = tuple(window if kind == "local" else None for kind in kinds)
 
     def _expand(self, types: list[Any], layers: int) -> list[Any]:
-        """Lists of kinds, each of which is repeated: `[[["global", "local"], 12]]`."""
+        """Returns the kinds that repeated lists make, such as `[[["global", "local"], 12]]`."""
         kinds: list[Any] = []
         for item in types:
             match item:
@@ -76,8 +80,8 @@ class LocalLayers(NamedTuple):
                     return []
         return kinds
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        windows = [a.layer("window", i) for i in range(a.num_layers)]
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        windows = [of_layer(fields["attention.window"], i) for i in range(fields["num_layers"])]
         sizes = {window for window in windows if window is not None}
         if len(sizes) > 1:
             raise ValueError(f"layers have windows of different size, {sorted(sizes)}.")
@@ -90,7 +94,7 @@ class LocalLayers(NamedTuple):
 H = "transformer.h.{i}"
 GPT_TABLE = "transformer.wte.weight"
 GPT_IGNORED = (r"\.attn\.(attention\.)?(masked_)?bias$",)
-INNER = (Setting("n_inner", "d_ff", None, optional=True), FOUR_TIMES)
+INNER = (Setting("n_inner", "feed_forward.d_ff", None, optional=True), FOUR_TIMES)
 
 # Radford et al. 2019.
 GPT2 = Family(
@@ -99,16 +103,23 @@ GPT2 = Family(
     classes={"output": "GPT2LMHeadModel", "base": "GPT2Model"},
     settings=(
         Setting("vocab_size", "vocab_size", 50257),
-        Setting("n_positions", "max_seq_length", 1024, alias="max_position_embeddings"),
+        Setting("n_positions", "position.max_seq_length", 1024, alias="max_position_embeddings"),
         Setting("n_embd", "d_model", 768, alias="hidden_size"),
         Setting("n_layer", "num_layers", 12, "layers", alias="num_hidden_layers"),
-        Setting("n_head", "num_heads", 12, alias="num_attention_heads"),
+        Setting("n_head", "attention.num_heads", 12, alias="num_attention_heads"),
         *INNER,
-        Named("activation_function", "activation", "gelu_new", ACTIVATION_NAMES),
+        Named("activation_function", "feed_forward.activation", "gelu_new", ACTIVATION_NAMES),
         Setting("resid_pdrop", "dropout", 0.1, "number"),
-        Setting("attn_pdrop", "attention_dropout", 0.1, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
-        Fixed({"position": "learned", "qkv_bias": True, "out_bias": True, "ff_bias": True}),
+        Setting("attn_pdrop", "attention.dropout", 0.1, "number"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
+        Fixed(
+            {
+                "position.kind": "learned",
+                "attention.qkv_bias": True,
+                "attention.out_bias": True,
+                "feed_forward.bias": True,
+            }
+        ),
         LayerScale(),
         Kept(("embd_pdrop", "n_ctx", "reorder_and_upcast_attn")),
         Tied(True, table=GPT_TABLE),
@@ -141,16 +152,16 @@ GPT_NEOX = Family(
         Setting("vocab_size", "vocab_size", 50432),
         Setting("hidden_size", "d_model", 6144),
         Setting("num_hidden_layers", "num_layers", 44, "layers"),
-        Setting("num_attention_heads", "num_heads", 64),
-        Setting("intermediate_size", "d_ff", 24576),
+        Setting("num_attention_heads", "attention.num_heads", 64),
+        Setting("intermediate_size", "feed_forward.d_ff", 24576),
         Setting("hidden_dropout", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
-        Named("hidden_act", "activation", "gelu", ACTIVATION_NAMES),
-        Named("use_parallel_residual", "parallel", True, {True: "two norms", False: None}),
-        Setting("attention_bias", "qkv_bias", True, "flag"),
-        Derived("out_bias", lambda fields: fields["qkv_bias"]),
-        Fixed({"ff_bias": True}),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Setting("layer_norm_eps", "norm.eps", 1e-5, "positive"),
+        Named("hidden_act", "feed_forward.activation", "gelu", ACTIVATION_NAMES),
+        Named("use_parallel_residual", "residual.parallel", True, {True: "two norms", False: None}),
+        Setting("attention_bias", "attention.qkv_bias", True, "flag"),
+        Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
+        Fixed({"feed_forward.bias": True}),
         Rotary(partial=0.25, partial_key="rotary_pct", theta_key="rotary_emb_base"),
         # Some files repeat what they say under other names.
         Kept(("rope_theta", "partial_rotary_factor", "is_decoder")),
@@ -188,14 +199,14 @@ GPTJ = Family(
         Setting("vocab_size", "vocab_size", 50400),
         Setting("n_embd", "d_model", 4096, alias="hidden_size"),
         Setting("n_layer", "num_layers", 28, "layers", alias="num_hidden_layers"),
-        Setting("n_head", "num_heads", 16, alias="num_attention_heads"),
+        Setting("n_head", "attention.num_heads", 16, alias="num_attention_heads"),
         *INNER,
-        Named("activation_function", "activation", "gelu_new", ACTIVATION_NAMES),
+        Named("activation_function", "feed_forward.activation", "gelu_new", ACTIVATION_NAMES),
         Setting("resid_pdrop", "dropout", 0.0, "number"),
-        Setting("attn_pdrop", "attention_dropout", 0.0, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
+        Setting("attn_pdrop", "attention.dropout", 0.0, "number"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
         RotaryDim(),
-        Fixed({"parallel": "one norm", "ff_bias": True, "logits_bias": True}),
+        Fixed({"residual.parallel": "one norm", "feed_forward.bias": True, "output.bias": True}),
         Kept(("embd_pdrop", "rotary", "scale_attn_weights", "max_position_embeddings")),
         Kept((), {"n_positions": 2048}),
         Tied(False, table=GPT_TABLE),
@@ -222,18 +233,25 @@ GPT_NEO = Family(
     classes={"output": "GPTNeoForCausalLM", "base": "GPTNeoModel"},
     settings=(
         Setting("vocab_size", "vocab_size", 50257),
-        Setting("max_position_embeddings", "max_seq_length", 2048),
+        Setting("max_position_embeddings", "position.max_seq_length", 2048),
         Setting("hidden_size", "d_model", 2048),
         Setting("num_layers", "num_layers", 24, "layers", alias="num_hidden_layers"),
-        Setting("num_heads", "num_heads", 16, alias="num_attention_heads"),
-        Setting("intermediate_size", "d_ff", None, optional=True),
+        Setting("num_heads", "attention.num_heads", 16, alias="num_attention_heads"),
+        Setting("intermediate_size", "feed_forward.d_ff", None, optional=True),
         FOUR_TIMES,
-        Named("activation_function", "activation", "gelu_new", ACTIVATION_NAMES),
+        Named("activation_function", "feed_forward.activation", "gelu_new", ACTIVATION_NAMES),
         Setting("resid_dropout", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
         LocalLayers(),
-        Fixed({"position": "learned", "attention_scale": 1.0, "out_bias": True, "ff_bias": True}),
+        Fixed(
+            {
+                "position.kind": "learned",
+                "attention.scale": 1.0,
+                "attention.out_bias": True,
+                "feed_forward.bias": True,
+            }
+        ),
         Kept(("embed_dropout",)),
         Tied(True, table=GPT_TABLE),
     ),

@@ -1,5 +1,7 @@
 """Granite."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Power, Setting
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -10,7 +12,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Power, Setting, Tied
 
 # Granite Team 2024.
 GRANITE = llama_like(
@@ -23,10 +24,10 @@ GRANITE = llama_like(
         SILU,
         *ATTENTION_BIAS,
         MLP_BIAS,
-        Setting("embedding_multiplier", "embedding_scale", 1.0, "positive"),
-        Setting("residual_multiplier", "residual_scale", 1.0, "positive"),
-        Setting("attention_multiplier", "attention_scale", 1.0, "positive"),
-        Power("logits_scaling", "logits_scale", 1.0, -1.0),
+        Setting("embedding_multiplier", "embedding.scale", 1.0, "positive"),
+        Setting("residual_multiplier", "residual.scale", 1.0, "positive"),
+        Setting("attention_multiplier", "attention.scale", 1.0, "positive"),
+        Power("logits_scaling", "output.scale", 1.0, -1.0),
         *rotary(2048, partial_key=None),
         Tied(False),
     ),

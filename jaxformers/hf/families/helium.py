@@ -1,5 +1,6 @@
 """Helium."""
 
+from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.families.llama_like import (
     MLP_BIAS,
     QKV_BIAS,
@@ -10,7 +11,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Tied
 
 # Kyutai 2025.
 HELIUM = llama_like(

@@ -1,5 +1,7 @@
 """Llama."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Kept
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -10,7 +12,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Kept, Tied
 
 # Touvron et al. 2023; Grattafiori et al. 2024.
 LLAMA = llama_like(

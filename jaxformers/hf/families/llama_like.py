@@ -1,21 +1,21 @@
 """The settings and weights that Llama began and most decoder-only families since have kept."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting, with_defaults
 from jaxformers.hf.families.decoder_paths import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.family import Family, Rule, fused, linear, norm, rules, same
-from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, with_defaults
 
 # What Llama began and most families since have kept.
 SIZES = (
     Setting("vocab_size", "vocab_size", 32000),
     Setting("hidden_size", "d_model", 4096),
     Setting("num_hidden_layers", "num_layers", 32, "layers"),
-    Setting("num_attention_heads", "num_heads", 32),
-    Setting("num_key_value_heads", "num_kv_heads", None, optional=True),
-    Setting("head_dim", "head_dim", None, optional=True),
-    Setting("intermediate_size", "d_ff", 11008),
-    Setting("attention_dropout", "attention_dropout", 0.0, "number"),
+    Setting("num_attention_heads", "attention.num_heads", 32),
+    Setting("num_key_value_heads", "attention.num_kv_heads", None, optional=True),
+    Setting("head_dim", "attention.head_dim", None, optional=True),
+    Setting("intermediate_size", "feed_forward.d_ff", 11008),
+    Setting("attention_dropout", "attention.dropout", 0.0, "number"),
 )
 
 
@@ -37,17 +37,17 @@ def rotary(max_length, **options):
 
 def rms(eps):
     """The epsilon of all norms."""
-    return Setting("rms_norm_eps", "norm_eps", eps, "positive")
+    return Setting("rms_norm_eps", "norm.eps", eps, "positive")
 
 
-RMS_GATED = Fixed({"norm": "rms", "gated": True})
-SILU = Named("hidden_act", "activation", "silu", ACTIVATION_NAMES)
+RMS_GATED = Fixed({"norm.kind": "rms", "feed_forward.gated": True})
+SILU = Named("hidden_act", "feed_forward.activation", "silu", ACTIVATION_NAMES)
 ATTENTION_BIAS = (
-    Setting("attention_bias", "qkv_bias", False, "flag"),
-    Derived("out_bias", lambda fields: fields["qkv_bias"]),
+    Setting("attention_bias", "attention.qkv_bias", False, "flag"),
+    Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
 )
 
-MLP_BIAS = Setting("mlp_bias", "ff_bias", False, "flag")
+MLP_BIAS = Setting("mlp_bias", "feed_forward.bias", False, "flag")
 L = "model.layers.{i}"
 LLAMA_ATTENTION = rules(*(linear(f"{ATTENTION}.w{x}", f"{L}.self_attn.{x}_proj") for x in "qkvo"))
 LLAMA_FEED_FORWARD = rules(
@@ -106,8 +106,8 @@ UP_DOWN = rules(
 )
 
 UP_DOWN_WEIGHTS = rules(LLAMA_ENDS, LLAMA_NORMS, LLAMA_ATTENTION, UP_DOWN)
-RELU_SQUARED = Named("hidden_act", "activation", "relu2", ACTIVATION_NAMES)
-QKV_BIAS = Setting("attention_bias", "qkv_bias", False, "flag")
+RELU_SQUARED = Named("hidden_act", "feed_forward.activation", "relu2", ACTIVATION_NAMES)
+QKV_BIAS = Setting("attention_bias", "attention.qkv_bias", False, "flag")
 
 
 def experts(module, gate, up, down):

@@ -1,5 +1,8 @@
 """Mistral, Ministral and Mixtral."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Fixed, Setting
 from jaxformers.hf.families.llama_like import (
     LLAMA_ATTENTION,
     LLAMA_ENDS,
@@ -14,8 +17,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import rules
-from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Fixed, Setting, Tied
 
 
 def mistral(model_type, name, windows):
@@ -45,9 +46,9 @@ MIXTRAL = llama_like(
         RMS_GATED,
         rms(1e-5),
         SILU,
-        Setting("num_local_experts", "experts", 8),
-        Setting("num_experts_per_tok", "experts_used", 2),
-        Fixed({"renormalize": True}),
+        Setting("num_local_experts", "feed_forward.experts", 8),
+        Setting("num_experts_per_tok", "feed_forward.experts_used", 2),
+        Fixed({"feed_forward.renormalize": True}),
         Windows(None, typed=False),
         *rotary(131072, theta=1e6, partial_key=None),
         Tied(False),

@@ -1,34 +1,37 @@
 """ModernBERT."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture
-from jaxformers.hf.encoder_settings import Heads, Pooling
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.heads import Heads, Pooling
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting
 from jaxformers.hf.families.bert_like import ATTENTION, LAYER, PER_TOKEN, TABLE, classes
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same, when
-from jaxformers.hf.rope_settings import Rotary, Windows
-from jaxformers.hf.settings import Config, Derived, Fixed, Kept, Named, Setting, Tied
 
 
 class DenseHead(NamedTuple):
-    """ModernBERT's dense layer, which stands before the vocabulary or before the classes."""
+    """ModernBERT's dense layer before the vocabulary or before the classes."""
 
-    activation: Named = Named("classifier_activation", "transform", "gelu", ACTIVATION_NAMES)
+    activation: Named = Named("classifier_activation", "output.transform", "gelu", ACTIVATION_NAMES)
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         self.activation.read(config, fields)
         bias = config.get("classifier_bias", False, "flag")
-        fields |= {"transform_bias": bias, "classifier_bias": bias, "classifier_norm": True}
-        fields["classifier_transform"] = fields["transform"]
+        fields |= {"output.transform_bias": bias, "heads.bias": bias, "heads.norm": True}
+        fields["heads.transform"] = fields["output.transform"]
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        if a.labels is not None:
-            a = replace(a, transform=a.classifier_transform, transform_bias=a.classifier_bias)
-        if a.transform is not None:
-            self.activation.write(a, config)
-            config["classifier_bias"] = a.transform_bias
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        activation, bias = fields["output.transform"], fields["output.transform_bias"]
+        if fields["heads.labels"] is not None:
+            activation, bias = fields["heads.transform"], fields["heads.bias"]
+        if activation is not None:
+            self.activation.write({"output.transform": activation}, config)
+            config["classifier_bias"] = bias
 
 
 M = "model.layers.{i}"
@@ -51,17 +54,23 @@ MODERNBERT = Family(
         Setting("vocab_size", "vocab_size", 50368),
         Setting("hidden_size", "d_model", 768),
         Setting("num_hidden_layers", "num_layers", 22, "layers"),
-        Setting("num_attention_heads", "num_heads", 12),
-        Setting("intermediate_size", "d_ff", 1152),
-        Setting("norm_eps", "norm_eps", 1e-5, "positive"),
-        Setting("norm_bias", "norm_bias", False, "flag"),
-        Setting("attention_bias", "qkv_bias", False, "flag"),
-        Derived("out_bias", lambda fields: fields["qkv_bias"]),
-        Setting("mlp_bias", "ff_bias", False, "flag"),
-        Named("hidden_activation", "activation", "gelu", ACTIVATION_NAMES),
+        Setting("num_attention_heads", "attention.num_heads", 12),
+        Setting("intermediate_size", "feed_forward.d_ff", 1152),
+        Setting("norm_eps", "norm.eps", 1e-5, "positive"),
+        Setting("norm_bias", "norm.bias", False, "flag"),
+        Setting("attention_bias", "attention.qkv_bias", False, "flag"),
+        Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
+        Setting("mlp_bias", "feed_forward.bias", False, "flag"),
+        Named("hidden_activation", "feed_forward.activation", "gelu", ACTIVATION_NAMES),
         Setting("embedding_dropout", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Fixed({"gated": True, "embedding_norm": True, "first_attention_norm": False}),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Fixed(
+            {
+                "feed_forward.gated": True,
+                "embedding.norm": True,
+                "residual.first_attention_norm": False,
+            }
+        ),
         Windows(
             128,
             "first",
@@ -78,7 +87,7 @@ MODERNBERT = Family(
             partial_key=None,
             max_length=8192,
         ),
-        Setting("decoder_bias", "logits_bias", True, "flag"),
+        Setting("decoder_bias", "output.bias", True, "flag"),
         DenseHead(),
         Pooling("cls", {"cls": "first", "mean": "mean"}),
         Tied(True, "decoder.weight", "model.embeddings.tok_embeddings.weight"),
@@ -110,8 +119,8 @@ MODERNBERT = Family(
         ),
         linear(f"{LAYER}.feed_forward.w_down", f"{M}.mlp.Wo"),
         norm("encoder.norm", "model.final_norm"),
-        when(lambda a: a.labels is None, dense_head("output")),
-        when(lambda a: not a.output, dense_head("classifier")),
+        when(lambda a: a.heads.labels is None, dense_head("output")),
+        when(lambda a: not a.output.present, dense_head("classifier")),
         linear("output.w", "decoder"),
         linear("classifier.out.w", "classifier"),
     ),

@@ -1,6 +1,8 @@
 """MPNet."""
 
-from jaxformers.hf.encoder_settings import AfterPadding, Heads
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.architecture.position import AfterPadding
+from jaxformers.hf.config.settings import Fixed, Only
 from jaxformers.hf.families.bert_like import (
     ATTENTION,
     BERT_LIKE,
@@ -17,7 +19,6 @@ from jaxformers.hf.families.bert_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.settings import Fixed, Only
 
 MP = "mpnet.encoder.layer.{i}"
 
@@ -31,9 +32,9 @@ MPNET = Family(
         *BERT_LIKE,
         AfterPadding(key=None),
         Only("relative_attention_num_buckets", (32,), 32),
-        Fixed({"t5_buckets": 32, "t5_distance": 128}),
+        Fixed({"position.t5_buckets": 32, "position.t5_distance": 128}),
         *masked_lm_settings("lm_head", "mpnet"),
-        Fixed({"transform": "gelu"}),
+        Fixed({"output.transform": "gelu"}),
         Heads(
             output="lm_head.dense.weight",
             pooler="mpnet.pooler.dense.weight",

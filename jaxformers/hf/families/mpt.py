@@ -1,5 +1,7 @@
 """MPT."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Fixed, Inside, Kept, Only, Setting
 from jaxformers.hf.families.decoder_paths import (
     ATTENTION,
     FEED_FORWARD,
@@ -9,7 +11,6 @@ from jaxformers.hf.families.decoder_paths import (
     TABLE,
 )
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same
-from jaxformers.hf.settings import Fixed, Inside, Kept, Only, Setting, Tied
 
 MPT_LAYER = "transformer.blocks.{i}"
 
@@ -22,15 +23,22 @@ MPT = Family(
         Setting("vocab_size", "vocab_size", 50368),
         Setting("d_model", "d_model", 2048, alias="hidden_size"),
         Setting("n_layers", "num_layers", 24, "layers", alias="num_hidden_layers"),
-        Setting("n_heads", "num_heads", 16, alias="num_attention_heads"),
-        Fixed({"d_ff": None, "activation": "gelu", "position": "alibi", "norm_bias": False}),
+        Setting("n_heads", "attention.num_heads", 16, alias="num_attention_heads"),
+        Fixed(
+            {
+                "feed_forward.d_ff": None,
+                "feed_forward.activation": "gelu",
+                "position.kind": "alibi",
+                "norm.bias": False,
+            }
+        ),
         FOUR_TIMES,
-        Setting("layer_norm_epsilon", "norm_eps", 1e-5, "positive"),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-5, "positive"),
         Inside(
             "attn_config",
             (
-                Setting("clip_qkv", "qkv_clip", None, "positive", optional=True),
-                Setting("softmax_scale", "attention_scale", None, "positive", optional=True),
+                Setting("clip_qkv", "attention.qkv_clip", None, "positive", optional=True),
+                Setting("softmax_scale", "attention.scale", None, "positive", optional=True),
                 Only("alibi", (True,), True),
                 Only("alibi_bias_max", (8,), 8),
                 Only("attn_type", ("multihead_attention",), "multihead_attention"),

@@ -1,5 +1,7 @@
 """Nemotron."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Fixed, Kept, Setting
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -9,7 +11,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Fixed, Kept, Setting, Tied
 
 # Parmar et al. 2024.
 NEMOTRON = llama_like(
@@ -19,8 +20,8 @@ NEMOTRON = llama_like(
         *sizes(
             vocab_size=256000, hidden_size=6144, intermediate_size=24576, num_attention_heads=48
         ),
-        Fixed({"norm_offset": 1.0}),
-        Setting("norm_eps", "norm_eps", 1e-5, "positive"),
+        Fixed({"norm.offset": 1.0}),
+        Setting("norm_eps", "norm.eps", 1e-5, "positive"),
         RELU_SQUARED,
         *ATTENTION_BIAS,
         MLP_BIAS,

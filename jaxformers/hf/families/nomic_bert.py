@@ -1,7 +1,9 @@
 """Nomic BERT."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.encoder_settings import Heads
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Older, Only, Setting
 from jaxformers.hf.families.bert_like import (
     ATTENTION,
     LAYER,
@@ -15,8 +17,6 @@ from jaxformers.hf.families.bert_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same
-from jaxformers.hf.rope_settings import Rotary
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Older, Only, Setting
 
 N = "nomic_bert.encoder.layers.{i}"
 NOMIC_OLDER = {
@@ -44,13 +44,22 @@ NOMIC_BERT = Family(
             )
             if setting.key != "hidden_act"
         ),
-        Named("hidden_act", "activation", "silu", ACTIVATION_NAMES | {"swiglu": "silu"}),
-        Setting("head_dim", "head_dim", None, optional=True),
-        Fixed({"placement": "post", "final_norm": False, "embedding_norm": True, "gated": True}),
+        Named(
+            "hidden_act", "feed_forward.activation", "silu", ACTIVATION_NAMES | {"swiglu": "silu"}
+        ),
+        Setting("head_dim", "attention.head_dim", None, optional=True),
+        Fixed(
+            {
+                "residual.placement": "post",
+                "residual.final_norm": False,
+                "embedding.norm": True,
+                "feed_forward.gated": True,
+            }
+        ),
         Rotary(theta=1000.0, partial_key=None),
         *masked_lm_settings("cls.predictions", "nomic_bert"),
-        Fixed({"logits_bias": True}),
-        Derived("transform", lambda fields: fields["activation"]),
+        Fixed({"output.bias": True}),
+        Derived("output.transform", lambda fields: fields["feed_forward.activation"]),
         Heads(
             output="cls.predictions.transform.dense.weight",
             pooler="nomic_bert.pooler.dense.weight",

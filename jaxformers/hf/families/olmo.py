@@ -1,5 +1,8 @@
 """OLMo."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Fixed, Setting
 from jaxformers.hf.families.decoder_paths import ATTENTION
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
@@ -16,8 +19,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import norm, rules
-from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Fixed, Setting, Tied
 
 ALL_HEADS_NORMS = rules(
     norm(f"{ATTENTION}.q_norm.norm", f"{L}.self_attn.q_norm"),
@@ -27,7 +28,7 @@ ALL_HEADS_NORMS = rules(
 OLMO2_LAYERS = (
     *sizes(vocab_size=50304),
     RMS_GATED,
-    Fixed({"placement": "output", "qk_norm": "all heads"}),
+    Fixed({"residual.placement": "output", "attention.qk_norm": "all heads"}),
     rms(1e-5),
     SILU,
     *ATTENTION_BIAS,
@@ -53,10 +54,10 @@ OLMO = llama_like(
     "Olmo",
     (
         *sizes(vocab_size=50304),
-        Fixed({"norm_gain": False, "norm_bias": False, "gated": True}),
+        Fixed({"norm.gain": False, "norm.bias": False, "feed_forward.gated": True}),
         SILU,
         *ATTENTION_BIAS,
-        Setting("clip_qkv", "qkv_clip", None, "positive", optional=True),
+        Setting("clip_qkv", "attention.qkv_clip", None, "positive", optional=True),
         *rotary(2048, partial_key=None),
         Tied(False),
     ),

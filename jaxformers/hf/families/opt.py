@@ -1,9 +1,10 @@
 """OPT."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting
 from jaxformers.hf.families.decoder_paths import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.settings import Derived, Fixed, Kept, Named, Setting, Tied
 
 OPT_LAYER = "model.decoder.layers.{i}"
 
@@ -14,29 +15,36 @@ OPT = Family(
     classes={"output": "OPTForCausalLM", "base": "OPTModel"},
     settings=(
         Setting("vocab_size", "vocab_size", 50272),
-        Setting("max_position_embeddings", "max_seq_length", 2048),
+        Setting("max_position_embeddings", "position.max_seq_length", 2048),
         Setting("hidden_size", "d_model", 768),
         Setting("num_hidden_layers", "num_layers", 12, "layers"),
-        Setting("num_attention_heads", "num_heads", 12),
-        Setting("ffn_dim", "d_ff", 3072),
-        Named("activation_function", "activation", "relu", ACTIVATION_NAMES),
+        Setting("num_attention_heads", "attention.num_heads", 12),
+        Setting("ffn_dim", "feed_forward.d_ff", 3072),
+        Named("activation_function", "feed_forward.activation", "relu", ACTIVATION_NAMES),
         Setting("dropout", "dropout", 0.1, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Fixed({"position": "learned", "position_offset": 2}),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Fixed({"position.kind": "learned", "position.offset": 2}),
         # A table of another width is mapped into the stream, and what leaves it back.
-        Setting("word_embed_proj_dim", "embedding_dim", None, optional=True),
-        Derived("project_tokens", lambda f: f["embedding_dim"] not in (None, f["d_model"])),
-        Derived("embedding_dim", lambda f: f["embedding_dim"] if f["project_tokens"] else None),
-        Derived("transform", lambda f: "linear" if f["project_tokens"] else None),
-        Derived("transform_bias", lambda f: not f["project_tokens"]),
-        Named("do_layer_norm_before", "placement", True, {True: "pre", False: "post"}),
-        Named("_remove_final_layer_norm", "final_norm", False, {False: True, True: False}),
-        Derived("final_norm", lambda f: f["final_norm"] and f["placement"] == "pre"),
-        Setting("layer_norm_elementwise_affine", "norm_gain", True, "flag"),
-        Derived("norm_bias", lambda f: f["norm_gain"]),
-        Setting("enable_bias", "qkv_bias", True, "flag"),
-        Derived("out_bias", lambda f: f["qkv_bias"]),
-        Derived("ff_bias", lambda f: f["qkv_bias"]),
+        Setting("word_embed_proj_dim", "embedding.dim", None, optional=True),
+        Derived(
+            "embedding.project_tokens", lambda f: f["embedding.dim"] not in (None, f["d_model"])
+        ),
+        Derived(
+            "embedding.dim", lambda f: f["embedding.dim"] if f["embedding.project_tokens"] else None
+        ),
+        Derived("output.transform", lambda f: "linear" if f["embedding.project_tokens"] else None),
+        Derived("output.transform_bias", lambda f: not f["embedding.project_tokens"]),
+        Named("do_layer_norm_before", "residual.placement", True, {True: "pre", False: "post"}),
+        Named("_remove_final_layer_norm", "residual.final_norm", False, {False: True, True: False}),
+        Derived(
+            "residual.final_norm",
+            lambda f: f["residual.final_norm"] and f["residual.placement"] == "pre",
+        ),
+        Setting("layer_norm_elementwise_affine", "norm.gain", True, "flag"),
+        Derived("norm.bias", lambda f: f["norm.gain"]),
+        Setting("enable_bias", "attention.qkv_bias", True, "flag"),
+        Derived("attention.out_bias", lambda f: f["attention.qkv_bias"]),
+        Derived("feed_forward.bias", lambda f: f["attention.qkv_bias"]),
         Kept(("activation_dropout", "layerdrop", "learned_embeddings")),
         Tied(True, table="model.decoder.embed_tokens.weight"),
     ),

@@ -1,6 +1,10 @@
 """Phi."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.rope import Rotary
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Fixed, Kept, Named, Only, Setting
 from jaxformers.hf.families.decoder_paths import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.families.llama_like import (
     FUSED_FEED_FORWARD,
@@ -15,8 +19,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, fused, linear, norm, rules, same
-from jaxformers.hf.rope_settings import Rotary, Windows
-from jaxformers.hf.settings import Fixed, Kept, Named, Only, Setting, Tied
 
 # Abdin et al. 2024.
 PHI3 = llama_like(
@@ -57,17 +59,24 @@ PHI = Family(
     settings=(
         Setting("vocab_size", "vocab_size", 51200),
         Setting("hidden_size", "d_model", 2048),
-        Setting("intermediate_size", "d_ff", 8192),
+        Setting("intermediate_size", "feed_forward.d_ff", 8192),
         Setting("num_hidden_layers", "num_layers", 24, "layers"),
-        Setting("num_attention_heads", "num_heads", 32),
-        Setting("num_key_value_heads", "num_kv_heads", None, optional=True),
+        Setting("num_attention_heads", "attention.num_heads", 32),
+        Setting("num_key_value_heads", "attention.num_kv_heads", None, optional=True),
         Setting("resid_pdrop", "dropout", 0.0, "number"),
-        Setting("attention_dropout", "attention_dropout", 0.0, "number"),
-        Named("hidden_act", "activation", "gelu_new", ACTIVATION_NAMES),
-        Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
-        Named("qk_layernorm", "qk_norm", False, {False: None, True: "head"}),
-        Fixed({"parallel": "one norm", "qkv_bias": True, "out_bias": True, "ff_bias": True}),
-        Fixed({"logits_bias": True}),
+        Setting("attention_dropout", "attention.dropout", 0.0, "number"),
+        Named("hidden_act", "feed_forward.activation", "gelu_new", ACTIVATION_NAMES),
+        Setting("layer_norm_eps", "norm.eps", 1e-5, "positive"),
+        Named("qk_layernorm", "attention.qk_norm", False, {False: None, True: "head"}),
+        Fixed(
+            {
+                "residual.parallel": "one norm",
+                "attention.qkv_bias": True,
+                "attention.out_bias": True,
+                "feed_forward.bias": True,
+            }
+        ),
+        Fixed({"output.bias": True}),
         Rotary(partial=0.5, max_length=2048),
         Kept(("embd_pdrop",), {"max_position_embeddings": 2048}),
         Tied(False),

@@ -1,5 +1,8 @@
 """Qwen, with and without a mixture of experts."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Fixed, Kept, Only, Setting
 from jaxformers.hf.families.decoder_paths import FEED_FORWARD
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
@@ -18,8 +21,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import linear, rules
-from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Fixed, Kept, Only, Setting, Tied
 
 QWEN_SIZES = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
 QWEN_LAYERS = (
@@ -35,7 +36,7 @@ QWEN_LAYERS = (
 QWEN2 = llama_like(
     "qwen2",
     "Qwen2",
-    (*sizes(**QWEN_SIZES), Fixed({"qkv_bias": True}), *QWEN_LAYERS),
+    (*sizes(**QWEN_SIZES), Fixed({"attention.qkv_bias": True}), *QWEN_LAYERS),
 )
 
 # Yang et al. 2025.
@@ -45,7 +46,7 @@ QWEN3 = llama_like(
     (
         *sizes(**QWEN_SIZES, head_dim=128),
         *ATTENTION_BIAS,
-        Fixed({"qk_norm": "head"}),
+        Fixed({"attention.qk_norm": "head"}),
         *QWEN_LAYERS,
     ),
     rules(LLAMA_WEIGHTS, QK_NORMS),
@@ -55,7 +56,7 @@ QWEN_SHARED = (
     RMS_GATED,
     rms(1e-6),
     SILU,
-    Setting("norm_topk_prob", "renormalize", False, "flag"),
+    Setting("norm_topk_prob", "feed_forward.renormalize", False, "flag"),
     # Some layers could be dense; in the models that are published none is.
     Only("decoder_sparse_step", (1,), 1),
     Only("mlp_only_layers", ([], None), None),
@@ -69,8 +70,12 @@ QWEN_EXPERTS = experts(f"{L}.mlp", "gate_proj", "up_proj", "down_proj")
 def qwen_sizes(expert_width, **defaults):
     """Sizes, of which `intermediate_size` is that of dense layers and says nothing."""
     usual = sizes(vocab_size=151936, hidden_size=2048, num_hidden_layers=24, **defaults)
-    width = Setting("moe_intermediate_size", "d_ff", expert_width)
-    return (*(x for x in usual if x.field != "d_ff"), width, Kept(("intermediate_size",)))
+    width = Setting("moe_intermediate_size", "feed_forward.d_ff", expert_width)
+    return (
+        *(x for x in usual if x.field != "feed_forward.d_ff"),
+        width,
+        Kept(("intermediate_size",)),
+    )
 
 
 # Yang et al. 2024.
@@ -79,10 +84,10 @@ QWEN2_MOE = llama_like(
     "Qwen2Moe",
     (
         *qwen_sizes(1408, num_attention_heads=16, num_key_value_heads=16),
-        Setting("qkv_bias", "qkv_bias", True, "flag"),
-        Setting("num_experts", "experts", 60),
-        Setting("num_experts_per_tok", "experts_used", 4),
-        Setting("shared_expert_intermediate_size", "shared_expert_d_ff", 5632),
+        Setting("qkv_bias", "attention.qkv_bias", True, "flag"),
+        Setting("num_experts", "feed_forward.experts", 60),
+        Setting("num_experts_per_tok", "feed_forward.experts_used", 4),
+        Setting("shared_expert_intermediate_size", "feed_forward.shared_expert_d_ff", 5632),
         Windows(4096, "odd", enabled_key="use_sliding_window"),
         *QWEN_SHARED,
     ),
@@ -106,9 +111,9 @@ QWEN3_MOE = llama_like(
     (
         *qwen_sizes(768, num_key_value_heads=4),
         *ATTENTION_BIAS,
-        Fixed({"qk_norm": "head"}),
-        Setting("num_experts", "experts", 128, alias="num_local_experts", twice=True),
-        Setting("num_experts_per_tok", "experts_used", 8),
+        Fixed({"attention.qk_norm": "head"}),
+        Setting("num_experts", "feed_forward.experts", 128, alias="num_local_experts", twice=True),
+        Setting("num_experts_per_tok", "feed_forward.experts_used", 8),
         Windows(4096, enabled_key="use_sliding_window", typed=False),
         Kept(("max_window_layers",)),
         *QWEN_SHARED,

@@ -1,6 +1,8 @@
 """RoBERTa, XLM-RoBERTa and CamemBERT."""
 
-from jaxformers.hf.encoder_settings import AfterPadding, Heads
+from jaxformers.hf.architecture.heads import Heads
+from jaxformers.hf.architecture.position import AfterPadding
+from jaxformers.hf.config.settings import Fixed
 from jaxformers.hf.families.bert_like import (
     BERT_LIKE,
     DENSE_CLASSIFIER,
@@ -16,7 +18,6 @@ from jaxformers.hf.families.bert_like import (
     sizes,
 )
 from jaxformers.hf.family import Family, rules
-from jaxformers.hf.settings import Fixed
 
 
 def roberta(model_type: str, name: str, vocab_size: int) -> Family:
@@ -31,7 +32,7 @@ def roberta(model_type: str, name: str, vocab_size: int) -> Family:
             AfterPadding(),
             *masked_lm_settings("lm_head", "roberta"),
             # Its head has this GELU, whatever the layers have.
-            Fixed({"transform": "gelu"}),
+            Fixed({"output.transform": "gelu"}),
             Heads(
                 output="lm_head.dense.weight",
                 pooler="roberta.pooler.dense.weight",

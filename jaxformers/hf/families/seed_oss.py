@@ -1,5 +1,7 @@
 """Seed-OSS."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Kept, Setting
 from jaxformers.hf.families.llama_like import (
     MLP_BIAS,
     QKV_BIAS,
@@ -10,7 +12,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.settings import Kept, Setting, Tied
 
 # ByteDance Seed Team 2025.
 SEED_OSS = llama_like(
@@ -30,7 +31,7 @@ SEED_OSS = llama_like(
         rms(1e-6),
         SILU,
         QKV_BIAS._replace(default=True),
-        Setting("attention_out_bias", "out_bias", False, "flag"),
+        Setting("attention_out_bias", "attention.out_bias", False, "flag"),
         MLP_BIAS,
         Setting("residual_dropout", "dropout", 0.1, "number"),
         *rotary(524288, partial_key=None),

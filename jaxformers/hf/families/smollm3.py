@@ -1,5 +1,8 @@
 """SmolLM3."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import NO_ROPE, Windows
+from jaxformers.hf.config.settings import Kept
 from jaxformers.hf.families.llama_like import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -10,8 +13,6 @@ from jaxformers.hf.families.llama_like import (
     rotary,
     sizes,
 )
-from jaxformers.hf.rope_settings import NO_ROPE, Windows
-from jaxformers.hf.settings import Kept, Tied
 
 # Bakouch et al. 2025; some layers have no positions (Yang et al. 2025).
 SMOLLM3 = llama_like(

@@ -1,9 +1,10 @@
 """StableLM."""
 
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.settings import Derived, Fixed, Named, Setting
 from jaxformers.hf.families.decoder_paths import ATTENTION
 from jaxformers.hf.families.llama_like import LLAMA_WEIGHTS, SILU, L, llama_like, rotary, sizes
 from jaxformers.hf.family import Rule, rules
-from jaxformers.hf.settings import Derived, Fixed, Named, Setting, Tied
 
 # Bellagente et al. 2024.
 STABLELM = llama_like(
@@ -17,14 +18,17 @@ STABLELM = llama_like(
             )
             if setting.key != "head_dim"
         ),
-        Fixed({"gated": True}),
-        Setting("layer_norm_eps", "norm_eps", 1e-5, "positive"),
+        Fixed({"feed_forward.gated": True}),
+        Setting("layer_norm_eps", "norm.eps", 1e-5, "positive"),
         SILU,
-        Setting("use_qkv_bias", "qkv_bias", False, "flag"),
+        Setting("use_qkv_bias", "attention.qkv_bias", False, "flag"),
         Setting("hidden_dropout", "dropout", 0.0, "number"),
-        Named("use_parallel_residual", "parallel", False, {False: None, True: "one norm"}),
-        Named("qk_layernorm", "qk_norm", False, {False: None, True: "per head"}),
-        Derived("qk_norm_bias", lambda fields: None if fields["qk_norm"] is None else False),
+        Named("use_parallel_residual", "residual.parallel", False, {False: None, True: "one norm"}),
+        Named("qk_layernorm", "attention.qk_norm", False, {False: None, True: "per head"}),
+        Derived(
+            "attention.qk_norm_bias",
+            lambda fields: None if fields["attention.qk_norm"] is None else False,
+        ),
         *rotary(4096, partial=0.25),
         Tied(False),
     ),

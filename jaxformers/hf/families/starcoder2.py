@@ -1,6 +1,9 @@
 """StarCoder 2."""
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.architecture.window import Windows
+from jaxformers.hf.config.settings import Derived, Kept, Named, Only, Setting
 from jaxformers.hf.families.decoder_paths import FEED_FORWARD
 from jaxformers.hf.families.llama_like import (
     LLAMA_ATTENTION,
@@ -13,8 +16,6 @@ from jaxformers.hf.families.llama_like import (
     sizes,
 )
 from jaxformers.hf.family import linear, rules
-from jaxformers.hf.rope_settings import Windows
-from jaxformers.hf.settings import Derived, Kept, Named, Only, Setting, Tied
 
 # Lozhkov et al. 2024.
 STARCODER2 = llama_like(
@@ -29,11 +30,16 @@ STARCODER2 = llama_like(
             num_key_value_heads=2,
             intermediate_size=12288,
         ),
-        Setting("norm_epsilon", "norm_eps", 1e-5, "positive"),
-        Named("hidden_act", "activation", TANH_GELU, {TANH_GELU: "gelu_tanh"} | ACTIVATION_NAMES),
-        Setting("use_bias", "ff_bias", True, "flag"),
-        Derived("qkv_bias", lambda fields: fields["ff_bias"]),
-        Derived("out_bias", lambda fields: fields["ff_bias"]),
+        Setting("norm_epsilon", "norm.eps", 1e-5, "positive"),
+        Named(
+            "hidden_act",
+            "feed_forward.activation",
+            TANH_GELU,
+            {TANH_GELU: "gelu_tanh"} | ACTIVATION_NAMES,
+        ),
+        Setting("use_bias", "feed_forward.bias", True, "flag"),
+        Derived("attention.qkv_bias", lambda fields: fields["feed_forward.bias"]),
+        Derived("attention.out_bias", lambda fields: fields["feed_forward.bias"]),
         Setting("residual_dropout", "dropout", 0.0, "number"),
         Windows(None, typed=False),
         *rotary(4096, partial_key=None),

@@ -1,16 +1,18 @@
 """T5 and mT5."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxformers.hf.activation_names import ACTIVATION_NAMES
-from jaxformers.hf.architecture import Architecture
+from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
+from jaxformers.hf.architecture.output import Tied
+from jaxformers.hf.config.entries import Config
+from jaxformers.hf.config.settings import Fixed, Kept, Setting
 from jaxformers.hf.families.bart import TARGET_TABLE
 from jaxformers.hf.family import Family, linear, norm, rules, same
-from jaxformers.hf.settings import Config, Fixed, Kept, Setting, Tied
 
 
 class GatedName(NamedTuple):
-    """T5's name for its feed-forward: an activation, with `gated-` before it or not."""
+    """T5's name of a feed-forward: an activation, with or without `gated-` before it."""
 
     default: str
 
@@ -18,23 +20,22 @@ class GatedName(NamedTuple):
         name = config.get("feed_forward_proj", self.default, "text")
         if name not in _T5_FEED_FORWARDS:
             config.refuse("feed_forward_proj", f"it must be one of {', '.join(_T5_FEED_FORWARDS)}.")
-        fields["gated"], fields["activation"] = _T5_FEED_FORWARDS[name]
+        fields["feed_forward.gated"], fields["feed_forward.activation"] = _T5_FEED_FORWARDS[name]
         # Newer files spell out what follows.
         own = config.get("dense_act_fn", None, "text", optional=True)
         if own is not None:
             if own not in ACTIVATION_NAMES:
                 config.refuse("dense_act_fn", f"it must be one of {', '.join(ACTIVATION_NAMES)}.")
-            fields["activation"] = ACTIVATION_NAMES[own]
-        gated = config.get("is_gated_act", fields["gated"], "flag")
-        if gated != fields["gated"]:
+            fields["feed_forward.activation"] = ACTIVATION_NAMES[own]
+        gated = config.get("is_gated_act", fields["feed_forward.gated"], "flag")
+        if gated != fields["feed_forward.gated"]:
             config.refuse("is_gated_act", "it contradicts feed_forward_proj.")
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        names = [
-            name for name, what in _T5_FEED_FORWARDS.items() if what == (a.gated, a.activation)
-        ]
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        own = fields["feed_forward.gated"], fields["feed_forward.activation"]
+        names = [name for name, meaning in _T5_FEED_FORWARDS.items() if meaning == own]
         if not names:
-            raise ValueError(f"feed_forward_proj has no name for {a.activation}.")
+            raise ValueError(f"feed_forward_proj has no name for {own[1]}.")
         config["feed_forward_proj"] = names[0]
         for key in ("dense_act_fn", "is_gated_act"):
             config.pop(key, None)
@@ -51,24 +52,25 @@ _T5_FEED_FORWARDS = {
 class T5Scale(NamedTuple):
     """Whether hidden states are scaled by `d_model^-0.5` before the output layer (T5 v1.0).
 
-    For transformers 4 that is whether the output layer is tied, and so it is in what is written: a
-    tied layer that is not scaled gets a tensor all the same.
+    Transformers 4 scales them if the output layer is tied. The written entries agree with that: a
+    tied layer that is not scaled is written as one that is not tied.
     """
 
     @property
     def anew(self) -> bool:
-        """That its entries are replaced at each save: see `Tied`."""
+        """Whether each save replaces the entries, also those of the file the model came from."""
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        # Files of transformers 4 say it by whether the output layer is tied.
+        # In files of transformers 4, they are scaled if the output layer is tied.
         tied = config.get("tie_word_embeddings", True, "flag")
         on = config.get("scale_decoder_outputs", tied, "flag")
-        fields["logits_scale"] = fields["d_model"] ** -0.5 if on else 1.0
+        fields["output.scale"] = fields["d_model"] ** -0.5 if on else 1.0
 
-    def write(self, a: Architecture, config: dict[str, Any]) -> None:
-        config["scale_decoder_outputs"] = config["tie_word_embeddings"] = a.logits_scale != 1.0
-        if a.logits_scale != 1.0 and not a.tied:
+    def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        scaled = fields["output.scale"] != 1.0
+        config["scale_decoder_outputs"] = config["tie_word_embeddings"] = scaled
+        if scaled and not fields["output.tied"]:
             raise ValueError("it has no words for an output layer of its own that is scaled.")
 
 
@@ -119,16 +121,23 @@ def t5_settings(
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
         Setting("d_model", "d_model", 512, alias="hidden_size"),
-        Setting("d_kv", "head_dim", 64, alias="head_dim"),
-        Setting("d_ff", "d_ff", d_ff),
+        Setting("d_kv", "attention.head_dim", 64, alias="head_dim"),
+        Setting("d_ff", "feed_forward.d_ff", d_ff),
         Setting("num_layers", "num_layers", num_layers, "layers", alias="num_hidden_layers"),
         Setting("num_decoder_layers", "num_decoder_layers", None, "layers", optional=True),
-        Setting("num_heads", "num_heads", num_heads, alias="num_attention_heads"),
-        Setting("relative_attention_num_buckets", "t5_buckets", 32),
-        Setting("relative_attention_max_distance", "t5_distance", 128, "distance"),
+        Setting("num_heads", "attention.num_heads", num_heads, alias="num_attention_heads"),
+        Setting("relative_attention_num_buckets", "position.t5_buckets", 32),
+        Setting("relative_attention_max_distance", "position.t5_distance", 128, "distance"),
         Setting("dropout_rate", "dropout", 0.1, "number"),
-        Setting("layer_norm_epsilon", "norm_eps", 1e-6, "positive"),
-        Fixed({"norm": "rms", "position": "t5", "attention_scale": 1.0, "shared": True}),
+        Setting("layer_norm_epsilon", "norm.eps", 1e-6, "positive"),
+        Fixed(
+            {
+                "norm.kind": "rms",
+                "position.kind": "t5",
+                "attention.scale": 1.0,
+                "embedding.shared": True,
+            }
+        ),
         GatedName(feed_forward),
         Kept(("n_positions", "max_position_embeddings", "is_decoder")),
         tied,

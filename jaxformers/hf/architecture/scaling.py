@@ -1,10 +1,10 @@
-"""Scalings of rotary positions as a config.json says them."""
+"""Scalings of rotary positions in a config.json."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxformers.hf.settings import KINDS, NAMES, Config
+from jaxformers.hf.config.entries import KINDS, NAMES, Config
 from jaxformers.positions.length_scaling import (
     DynamicScaling,
     LongScaling,
@@ -19,7 +19,7 @@ from jaxformers.positions.scaling import (
 
 
 def number(parameters: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A number of a rope's dictionary, or the default."""
+    """Returns a number of a rope's dictionary, or the default."""
     value = parameters.get(key)
     if value is None:
         return default
@@ -57,7 +57,7 @@ _ALWAYS = {
 def read_scaling(
     config: Config, parameters: Mapping[str, Any], max_length: int, original_length: int | None
 ) -> Any:
-    """The scaling that a dictionary of the file describes, or None."""
+    """Returns the scaling that a dictionary of the file describes, or None."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = "longrope" if kind == "su" else kind
     if not isinstance(kind, str) or kind not in _KNOWN:
@@ -130,7 +130,7 @@ def _numbers(parameters: Mapping[str, Any], key: str) -> tuple[float, ...]:
 
 
 def write_scaling(scaling: Any) -> dict[str, Any]:
-    """A scaling as files say it."""
+    """Returns the dictionary that describes a scaling."""
     original = {"original_max_position_embeddings": getattr(scaling, "original_length", None)}
     match scaling:
         case LinearScaling():
@@ -167,13 +167,13 @@ def write_scaling(scaling: Any) -> dict[str, Any]:
 
 
 def write_lengths(scaling: Any, config: dict[str, Any], max_length: int | None) -> None:
-    """Write the lengths of the training that files have beside a scaling.
+    """Writes the lengths of the training that files have beside a scaling.
 
     Arguments:
         scaling: of all layers, or None.
         config: the entries, which are changed.
         max_length: the longest sequence of the training where the file names none; None in
-            families without the words that `write_three_words` is about.
+            families without Phi-3's words, see `write_older_scaling`.
     """
     config.pop("original_max_position_embeddings", None)
     if isinstance(scaling, DynamicScaling):
@@ -186,7 +186,7 @@ def write_lengths(scaling: Any, config: dict[str, Any], max_length: int | None) 
 
 
 def _length_of(scaling: LongScaling) -> int:
-    """The length of the training for which the factor on the scores is the usual one."""
+    """Returns the length of the training for which the factor on the scores is the usual one."""
     original = scaling.original_length
     exponent = max(0.0, scaling.attention_factor**2 - 1) * math.log(original)
     return original if exponent > 20 else round(original * math.exp(exponent))
@@ -195,10 +195,10 @@ def _length_of(scaling: LongScaling) -> int:
 def write_older_scaling(
     scaling: Any, config: Mapping[str, Any], max_length: int | None
 ) -> dict[str, Any]:
-    """A scaling as version 4 of transformers takes it: in Phi-3, with three words and no more.
+    """Returns the dictionary for version 4 of transformers, which in Phi-3 allows three words only.
 
-    There, the factor on the scores follows from the lengths. Where it is another, version 4 has
-    no words for it, and all are written.
+    There, the factor on the scores follows from the lengths. Version 4 has no words for another
+    factor. All words are written then.
     """
     if max_length is not None and isinstance(scaling, LongScaling):
         original = scaling.original_length

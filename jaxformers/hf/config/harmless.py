@@ -1,8 +1,8 @@
-"""Entries of any config.json that change no number of a model at inference.
+"""Entries of a config.json that change no number of a model at inference.
 
-Whatever is not here and in no family's table is refused, since a model that ignored it could give
-other numbers. So an entry belongs here only if no tool reads it for anything but names, ids,
-bookkeeping, training, or how to compute the same.
+An entry that is neither here nor in the family's table is refused, because a model that ignored it
+could give other numbers. An entry belongs here only if every tool that reads it takes it for names,
+ids, bookkeeping, training, or a way to compute the same.
 """
 
 import re
@@ -19,7 +19,7 @@ _ABOUT_TEXT = """
     max_seq_length max_seq_len max_len max_input_length seq_length n_ctx
     id2label label2id num_labels _num_labels num_choices problem_type prefix
 """
-# Those that change the tokens of `generate` have a table there.
+# `generate` has a table of the entries that change its tokens.
 _OF_GENERATION = """
     bad_words_ids suppress_tokens begin_suppress_tokens max_length max_new_tokens
     remove_invalid_values low_memory use_cache cache_implementation cache_config
@@ -58,24 +58,28 @@ HARMLESS = frozenset(
         + (_WAYS_TO_COMPUTE,)
     ).split()
 )
-# Dropout of anything; kernels of attention and of fused steps; notes of Unsloth.
+# Rates of dropout, kernels of attention and of fused steps, and notes of Unsloth.
 _HARMLESS_NAMES = re.compile(
     r"(\w+_)?(dropout|pdrop|layerdrop)(_prob|_rate|_p)?|_attn_implementation\w*|_?(use_)?flash_(attn|attention)\w*"
     r"|(use_)?(sdpa|xformers|memory_efficient)_attention|(use_)?fused_\w+|unsloth_\w+"
 )
 
-# Entries that say a size again, under the name that it has in other families.
+# Entries that repeat a size under the name that it has in other families, with our field.
 REDUNDANT = {
     **dict.fromkeys(("embedding_size", "emb_size", "n_embd", "n_embed"), "d_model"),
     **dict.fromkeys(("hidden_size", "d_model", "dim"), "d_model"),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), "num_heads"),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_heads", "n_head", "n_heads"), "attention.num_heads"
+    ),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), "num_layers"),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), "num_kv_heads"),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), "d_ff"),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), "norm_eps"),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), "attention.num_kv_heads"),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), "feed_forward.d_ff"
+    ),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), "norm.eps"),
 }
 
-# How tools say that weights are of fewer than 16 bits.
+# Keys by which tools say that weights have fewer than 16 bits.
 QUANTIZED = (
     *("quantization_config", "quantization", "compression_config", "sparsity_config"),
     *("quantize_config", "quant_config"),
@@ -83,7 +87,7 @@ QUANTIZED = (
 
 
 def is_harmless(entries: Mapping[str, Any], key: str) -> bool:
-    """Whether an entry that no table knows can be left aside."""
+    """Returns whether an entry that no table has may be ignored."""
     value = entries[key]
     if value is None or value is False or value in ("", [], {}) or key in HARMLESS:
         return True
@@ -96,7 +100,7 @@ def is_harmless(entries: Mapping[str, Any], key: str) -> bool:
 
 
 def check_not_quantized(entries: Mapping[str, Any]) -> None:
-    """Raise if the weights are of fewer bits than we read, or would be when they are loaded."""
+    """Raises if weights have fewer bits than are read here, or would get fewer when loaded."""
     key = next((key for key in QUANTIZED if entries.get(key) not in (None, False, {})), None)
     if key is None:
         return
