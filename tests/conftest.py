@@ -42,6 +42,30 @@ def no_shape_checker():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs that run once on tiny arrays are not worth optimizing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A function that gives the directory of a case of `hf_cases`, which is made once."""
+    from hf_checkpoints import make
+
+    known = {}
+
+    def directory(name):
+        if name not in known:
+            known[name] = tmp_path_factory.mktemp(name)
+            make(name, known[name])
+        return known[name]
+
+    return directory
+
+
 def pytest_addoption(parser):
     parser.addoption("--list-skipped", metavar="FILE", help="write the skipped tests to FILE")
 

@@ -28,7 +28,6 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
 from hf_checkpoints import load as load_reference  # noqa: E402
-from hf_checkpoints import make  # noqa: E402
 
 from jaxformers import (  # noqa: E402
     AdamW,
@@ -46,35 +45,13 @@ from jaxformers.hf.architecture.describe import describe  # noqa: E402
 from jaxformers.hf.config.harmless import HARMLESS  # noqa: E402
 from jaxformers.kernels.plain import dot_product_attention  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_shape_checker")
+pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
 torch.set_num_threads(1)
 
 FAMILIES = ["llama", "gpt2", "bert", "t5", "bart", "mixtral", "gemma3", "modernbert", "albert"]
 TOKENS = np.array([[8, 9, 30, 12, 25, 33, 41, 50, 11], [13, 14, 52, 44, 20, 19, 18, 9, 23]])
 WRONG = ["x", [], [[None]], {"a": 1}, -1, 0, 10**18, 10**9, 1e308, 0.5, True, None]
 MEGABYTE = 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A function that gives the directory of a checkpoint, which is made once."""
-    known = {}
-
-    def directory(name):
-        if name not in known:
-            known[name] = tmp_path_factory.mktemp(name)
-            make(name, known[name])
-        return known[name]
-
-    return directory
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
-from hf_checkpoints import make  # noqa: E402
 
 import jaxformers  # noqa: E402
 from jaxformers import TransformerLM, from_pretrained, load_tokenizer  # noqa: E402
@@ -28,20 +27,6 @@ from jaxformers.hf.families import FAMILIES  # noqa: E402
 pytestmark = pytest.mark.usefixtures("no_shape_checker")
 torch.set_num_threads(1)
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A function that gives the directory of a case's checkpoint, which is made once."""
-    known = {}
-
-    def directory(name):
-        if name not in known:
-            known[name] = tmp_path_factory.mktemp(name)
-            make(name, known[name])
-        return known[name]
-
-    return directory
 
 
 @pytest.fixture

@@ -25,29 +25,8 @@ from jaxformers.cli import compare as verification  # noqa: E402
 from jaxformers.cli.compare import Row, table, verify  # noqa: E402
 
 torch.set_num_threads(1)  # on arrays this small, more threads only wait for each other
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES_AND_SETTINGS = [(name, i) for name, case in CASES.items() for i in range(len(case.off))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A function that gives the directory of a case's checkpoint, which is made once."""
-    made = {}
-
-    def directory(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make(name, made[name])
-        return made[name]
-
-    return directory
 
 
 # What is stored in another way only generates nothing else; docs/parity.md generates with all.
@@ -67,9 +46,9 @@ SIXTEEN_BITS = ("gpt2", "llama_bfloat16", "gemma2", "t5", "bert_classify", "mode
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_checkpoint_is_equal(name, checkpoint):
+def test_checkpoint_is_equal(name, made):
     new = not name.endswith(STORED_OTHERWISE)
-    rows = verify(checkpoint(name), generate=new, sixteen_bits=name in SIXTEEN_BITS)
+    rows = verify(made(name), generate=new, sixteen_bits=name in SIXTEEN_BITS)
     assert len(rows) >= 5
     assert all(row.passed for row in rows), f"\n{table(rows)}"
 
@@ -81,10 +60,10 @@ WRITTEN_OUT = {"mt5": ("lm_head.weight", "shared.weight")}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_saved_file_is_equal(name, checkpoint, tmp_path):
+def test_saved_file_is_equal(name, made, tmp_path):
     """The same names and the same bits, but for what only older files have."""
-    from_pretrained(checkpoint(name)).save_pretrained(tmp_path)
-    wanted, got = (read_tensors(directory) for directory in (checkpoint(name), tmp_path))
+    from_pretrained(made(name)).save_pretrained(tmp_path)
+    wanted, got = (read_tensors(directory) for directory in (made(name), tmp_path))
     for old, new in CASES[name].renames.items():
         got = {key.replace(old, new): x for key, x in got.items()}
     if name in BARE:
@@ -100,9 +79,9 @@ def test_saved_file_is_equal(name, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("setting", REFUSED)
-def test_unknown_settings_are_refused(setting, checkpoint):
+def test_unknown_settings_are_refused(setting, made):
     with pytest.raises(ValueError, match=setting):
-        from_pretrained(checkpoint(setting))
+        from_pretrained(made(setting))
 
 
 def read_tensors(directory):
@@ -114,10 +93,10 @@ def read_tensors(directory):
 
 
 @pytest.mark.parametrize("name, i", CASES_AND_SETTINGS)
-def test_settings_matter(name, i, checkpoint):
+def test_settings_matter(name, i, made):
     with torch.no_grad():
-        on = outputs(load(name, checkpoint(name)))
-        off = outputs(load(name, checkpoint(name), **CASES[name].off[i]))
+        on = outputs(load(name, made(name)))
+        off = outputs(load(name, made(name), **CASES[name].off[i]))
     assert (on - off).abs().max() > 0.1
 
 
@@ -143,8 +122,8 @@ def test_checkpoints_are_reproducible(tmp_path):
 # The command line.
 
 
-def test_verify_prints_a_table(checkpoint, capsys):
-    assert main(["verify", str(checkpoint("bert_classify")), "--seed", "3", "--no-generation"]) == 0
+def test_verify_prints_a_table(made, capsys):
+    assert main(["verify", str(made("bert_classify")), "--seed", "3", "--no-generation"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["difference", "allowed"]
     assert [line.split("  ")[0] for line in lines[1:4]] == [
@@ -155,7 +134,7 @@ def test_verify_prints_a_table(checkpoint, capsys):
     assert not any("differs" in line for line in lines)
 
 
-def test_verify_finds_a_difference(checkpoint, capsys, monkeypatch):
+def test_verify_finds_a_difference(made, capsys, monkeypatch):
     """A gain that is off by a thousandth shows in every row but the tokens."""
 
     def almost(path, **options):
@@ -163,7 +142,7 @@ def test_verify_finds_a_difference(checkpoint, capsys, monkeypatch):
         return eqx.tree_at(lambda m: m.decoder.norm.gain, model, replace_fn=lambda x: x * 1.001)
 
     monkeypatch.setattr(verification, "from_pretrained", almost)
-    assert main(["verify", str(checkpoint("gpt2")), "--no-16-bits"]) == 1
+    assert main(["verify", str(made("gpt2")), "--no-16-bits"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines()[1:] if "tokens" not in line]
     assert len(lines) >= 5 and all(line.endswith("<- differs") for line in lines)
     assert not Row("anything", float("nan"), 1.0).passed
@@ -183,9 +162,9 @@ def worsened(monkeypatch, dtype, factor):
 @pytest.mark.parametrize(
     "name, dtype", [("gpt2", "bfloat16"), ("bert_classify_float16", "float16")]
 )
-def test_sixteen_bits_are_compared_with_float32(checkpoint, monkeypatch, tmp_path, name, dtype):
+def test_sixteen_bits_are_compared_with_float32(made, monkeypatch, tmp_path, name, dtype):
     """In those of the file, or bfloat16; ours may be as far from float32 as torch, and twice."""
-    path = checkpoint(name.removesuffix("_float16"))
+    path = made(name.removesuffix("_float16"))
     if name.endswith("float16"):
         path = in_dtype(path, tmp_path, dtype)
     # All weights a sixteenth larger, which is 16 times the rounding of bfloat16's.
@@ -201,7 +180,7 @@ def test_sixteen_bits_are_compared_with_float32(checkpoint, monkeypatch, tmp_pat
         assert all(row.passed for row in rows if row not in found), table(rows)
 
 
-def test_what_overflows_in_torch_too_is_no_fault(checkpoint, monkeypatch):
+def test_what_overflows_in_torch_too_is_no_fault(made, monkeypatch):
     """Where torch gives NaN with 16 bits, ours may give numbers; where ours does, it may not."""
     of_torch = verification._their_outputs
 
@@ -211,10 +190,10 @@ def test_what_overflows_in_torch_too_is_no_fault(checkpoint, monkeypatch):
         return {name: x * np.nan for name, x in outputs.items()} if few else outputs
 
     monkeypatch.setattr(verification, "_their_outputs", overflowing)
-    rows = verify(checkpoint("gpt2"), generate=False)
+    rows = verify(made("gpt2"), generate=False)
     assert all(row.passed for row in rows), table(rows)
     worsened(monkeypatch, jax.numpy.bfloat16, np.nan)
-    rows = verify(checkpoint("gpt2"), generate=False)
+    rows = verify(made("gpt2"), generate=False)
     assert sum(not row.passed for row in rows) == 3, table(rows)
 
 
@@ -233,19 +212,19 @@ def in_dtype(path, directory, dtype, but=()):
     "name, dtype",
     [("gpt2", "bfloat16"), ("llama_bfloat16", "float32"), ("bert", "float16"), ("gpt2", "mixed")],
 )
-def test_the_file_has_another_dtype_than_config_says(checkpoint, tmp_path, name, dtype):
+def test_the_file_has_another_dtype_than_config_says(made, tmp_path, name, dtype):
     """It is compared as it is: what is saved has the type of the file, the widest of several."""
     but = ("transformer.wte.weight",) if dtype == "mixed" else ()
-    path = in_dtype(checkpoint(name), tmp_path, dtype.replace("mixed", "bfloat16"), but)
+    path = in_dtype(made(name), tmp_path, dtype.replace("mixed", "bfloat16"), but)
     stated = json.loads((path / "config.json").read_text())["dtype"]
     assert stated != dtype
     rows = verify(path, generate=False, sixteen_bits=False)
     assert all(row.passed for row in rows), f"\n{table(rows)}"
 
 
-def test_saving_in_another_dtype_is_found(checkpoint, monkeypatch, tmp_path):
+def test_saving_in_another_dtype_is_found(made, monkeypatch, tmp_path):
     """That only config.json of what is saved would say another dtype is a difference, too."""
-    path = in_dtype(checkpoint("gpt2"), tmp_path, "bfloat16")
+    path = in_dtype(made("gpt2"), tmp_path, "bfloat16")
     save = TransformerLM.save_pretrained
 
     def misstated(model, directory):
@@ -258,11 +237,11 @@ def test_saving_in_another_dtype_is_found(checkpoint, monkeypatch, tmp_path):
     assert [row.name for row in rows if not row.passed] == ["tensors, saved"]
 
 
-def test_the_allowance_grows_with_the_rounding_of_torch(checkpoint, monkeypatch, tmp_path):
+def test_the_allowance_grows_with_the_rounding_of_torch(made, monkeypatch, tmp_path):
     """Of logits this large float32 has few digits, as of those of a deep model."""
-    shallow = verify(checkpoint("gpt2_untied"), generate=False, sixteen_bits=False)
+    shallow = verify(made("gpt2_untied"), generate=False, sixteen_bits=False)
     assert all(1e-5 <= row.allowed < 1e-4 for row in shallow[:3])
-    shutil.copytree(checkpoint("gpt2_untied"), tmp_path, dirs_exist_ok=True)
+    shutil.copytree(made("gpt2_untied"), tmp_path, dirs_exist_ok=True)
     tensors = read_tensors(tmp_path)
     tensors["lm_head.weight"] *= 300
     safetensors_torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -277,7 +256,7 @@ def test_the_allowance_grows_with_the_rounding_of_torch(checkpoint, monkeypatch,
     assert not any(row.passed for row in rows[:3]), table(rows)
 
 
-def test_products_have_all_bits(checkpoint, monkeypatch):
+def test_products_have_all_bits(made, monkeypatch):
     """On GPUs and TPUs they have fewer if JAX is not told."""
     seen = []
     ours, generate = verification._our_outputs, TransformerLM.generate
@@ -292,16 +271,16 @@ def test_products_have_all_bits(checkpoint, monkeypatch):
     monkeypatch.setattr(verification, "_our_outputs", spy(ours))
     monkeypatch.setattr(TransformerLM, "generate", spy(generate))
     before = jax.config.jax_default_matmul_precision
-    verify(checkpoint("gpt2"), sixteen_bits=False)
+    verify(made("gpt2"), sixteen_bits=False)
     assert seen == ["highest"] * 4
     assert jax.config.jax_default_matmul_precision == before
 
 
-def test_verify_says_what_is_missing(checkpoint, capsys, monkeypatch, tmp_path):
+def test_verify_says_what_is_missing(made, capsys, monkeypatch, tmp_path):
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["verify", str(checkpoint("gpt2"))]) == 1
+    assert main(["verify", str(made("gpt2"))]) == 1
     assert "pip install 'jaxformers[hf,parity]'" in capsys.readouterr().err
 
 

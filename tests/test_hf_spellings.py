@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
 from hf_cases import CASES, FULL, MAX, SLIDING, WINDOW, D  # noqa: E402
-from hf_checkpoints import load, make  # noqa: E402
+from hf_checkpoints import load  # noqa: E402
 from hf_readers import forget, outputs, part, repeat, table_of, tie, untie  # noqa: E402
 
 from jaxformers import TransformerLM, YarnScaling, from_pretrained  # noqa: E402
@@ -31,31 +31,9 @@ from jaxformers.hf.families import FAMILIES  # noqa: E402
 from jaxformers.hf.load import read_settings  # noqa: E402
 from jaxformers.hf.tensors import FileTensors  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_shape_checker")
+pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
 torch.set_num_threads(1)
 TOKENS = np.array([[8, 9, 30, 12, 25, 33, 41, 50, 11], [13, 14, 52, 44, 20, 19, 18, 9, 23]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs that run once on tiny arrays are not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A function that gives the directory of a case's checkpoint, which is made once."""
-    known = {}
-
-    def directory(name):
-        if name not in known:
-            known[name] = tmp_path_factory.mktemp(name)
-            make(name, known[name])
-        return known[name]
-
-    return directory
 
 
 @pytest.fixture

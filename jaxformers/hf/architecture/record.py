@@ -1,4 +1,4 @@
-"""The architecture of a model: what families differ in, as a record of records."""
+"""The architecture of a model: a record of all options in which families differ."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ class Architecture:
         return found
 
 
-# In the order in which a difference is told.
+# Differences are listed in this order.
 RECORDS: dict[str, Any] = {
     "norm": NormOptions,
     "residual": ResidualOptions,

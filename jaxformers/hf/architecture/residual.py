@@ -1,4 +1,4 @@
-"""The residual stream: where norms stand, parallel layers, and the factor on what is added."""
+"""The residual stream: the places of norms, parallel layers, and the scale of sublayers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""ALBERT."""
+"""The table of ALBERT."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ ALBERT = Family(
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
-        SharedLayers(),  # which says what num_hidden_layers is here
+        SharedLayers(),  # it replaces the usual meaning of num_hidden_layers
         Only("inner_group_num", (1,), 1),
         Setting("embedding_size", "embedding.dim", 128),
         *POSITIONS,
@@ -91,7 +91,7 @@ ALBERT = Family(
         linear("pooler.w", "albert.pooler"),
         masked_lm("predictions", "dense", "LayerNorm"),
         classifiers(lambda a: not a.output.present, "classifier"),
-        # Which of two sentences comes first, trained together with the masked-LM head.
+        # The classifier of the order of two sentences, trained together with the masked-LM head.
         classifiers(lambda a: a.output.present, "sop_classifier.classifier"),
     ),
     prefix="albert.",

@@ -1,4 +1,4 @@
-"""Arcee's AFM."""
+"""The table of Arcee's AFM."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Fixed

@@ -1,4 +1,4 @@
-"""BART and its successors: mBART, Marian, Pegasus and M2M-100."""
+"""The tables of BART and its successors: mBART, Marian, Pegasus and M2M-100."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxformers.hf.family import Family, Rule, linear, norm, rules, same, when
 
 
 class FirstPosition(NamedTuple):
-    """M2M-100's positions, counted on from the id of padding."""
+    """M2M-100's positions, which begin after the id of padding."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         fields["position.offset"] = config.get("pad_token_id", 1, "count") + 1
@@ -23,7 +23,7 @@ class FirstPosition(NamedTuple):
 
 
 class Vocabularies(NamedTuple):
-    """Marian's: one token table for source and target, or one for each."""
+    """Marian's vocabularies: one token table for source and target, or one for each."""
 
     @property
     def anew(self) -> bool:
@@ -57,7 +57,7 @@ TARGET_TABLE = "tgt_embedding.token_embedding.weight"
 
 
 def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scaled: bool = False):
-    """What BART and its successors have in common, with a family's defaults."""
+    """Returns the settings of BART and its successors, with a family's defaults."""
     return (
         Setting("d_model", "d_model", 1024, alias="hidden_size"),
         Setting("encoder_layers", "num_layers", 12, "layers", alias="num_hidden_layers"),
@@ -73,7 +73,7 @@ def bart_settings(activation: str = "gelu", attention_dropout: float = 0.0, scal
         Scaled(default=scaled),
         Fixed({"attention.qkv_bias": True, "attention.out_bias": True, "feed_forward.bias": True}),
         Kept(("activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "is_decoder")),
-        # Older files say as well what their family does anyway, and repeat themselves.
+        # Entries of older files that only repeat the options of their family.
         Kept(
             ("add_bias_logits", "add_final_layer_norm", "normalize_before", "normalize_embedding")
         ),
@@ -89,7 +89,7 @@ LOGITS_BIAS = Present("output.bias", "final_logits_bias")
 
 
 def bart_vocabulary(vocab_size: int = 50265):
-    """One vocabulary for source and target."""
+    """Returns the settings of one vocabulary for source and target."""
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
         Fixed({"embedding.shared": True}),
@@ -98,7 +98,7 @@ def bart_vocabulary(vocab_size: int = 50265):
 
 
 def bart_stack(stack: str, attentions: dict[str, str]):
-    """One of BART's stacks: `attentions` are ours with their name in the file."""
+    """Returns the rules of a stack; `attentions` are our attentions with their names in files."""
     ours, theirs = f"{stack}.layers.{{i}}", f"model.{stack}.layers.{{i}}"
     parts = []
     for name, their_name in attentions.items():
@@ -138,7 +138,7 @@ BART_COPIES = tuple(
 
 BART_IGNORED = (r"coder\.version$",)
 
-# Sinusoids that are stored.
+# Some files have sinusoids.
 SINUSOIDS_IGNORED = (*BART_IGNORED, r"embed_positions\.weights?$")
 
 # Lewis et al. 2020.

@@ -1,4 +1,4 @@
-"""BERT."""
+"""The table of BERT."""
 
 from jaxformers.hf.architecture.heads import Heads
 from jaxformers.hf.config.settings import Derived, Kept
@@ -35,7 +35,7 @@ BERT = Family(
             sequence={"classifier.weight": POOLED, "cls.seq_relationship.weight": POOLED},
             tokens={"classifier.weight": PER_TOKEN},
         ),
-        # How the first multilingual files describe the pooler that all of them have.
+        # The first multilingual files describe the pooler, which is the same in all files.
         Kept(("directionality", "pooler_type", "pooler_fc_size", "pooler_size_per_head")),
         Kept(("pooler_num_attention_heads", "pooler_num_fc_layers")),
     ),
@@ -44,7 +44,7 @@ BERT = Family(
         layers("bert"),
         masked_lm("cls.predictions", "transform.dense", "transform.LayerNorm"),
         classifiers(lambda a: not a.output.present, "classifier"),
-        # Whether one sentence follows another, trained together with the masked-LM head.
+        # The classifier of following sentences, trained together with the masked-LM head.
         classifiers(lambda a: a.output.present and a.heads.labels == 2, "cls.seq_relationship"),
     ),
     prefix="bert.",

@@ -10,8 +10,8 @@ ATTENTION = f"{LAYER}.self_attention"
 TABLE = "embedding.token_embedding.weight"
 IGNORED = (r"\.position_ids$",)
 
-# Classifiers by pooling: of sequences by BERT's pooler, of sequences by their first token after a
-# dense layer, and of tokens.
+# The fields of classifiers: of sequences by BERT's pooler, of tokens, and of sequences by their
+# first token after a dense layer.
 POOLED, PER_TOKEN = {"heads.pooling": "pooler"}, {"heads.pooling": "none"}
 
 
@@ -20,7 +20,7 @@ def first(activation: str) -> dict[str, str]:
 
 
 def classes(name: str, **more: str) -> dict[str, str]:
-    """The names of a family's classes, which all end in the same way."""
+    """Returns the classes of transformers for a family, by the beginning of their names."""
     return {
         "output": f"{name}ForMaskedLM",
         "base": f"{name}Model",
@@ -46,7 +46,7 @@ SIZES = (
 
 
 def sizes(**defaults):
-    """BERT's sizes with the defaults of another family."""
+    """Returns BERT's sizes with the defaults of another family."""
     return with_defaults(SIZES, **defaults)
 
 
@@ -55,27 +55,14 @@ BERT_LIKE = (
     Only("position_embedding_type", ("absolute",), "absolute"),
     Only("is_decoder", (False,), False),
     Only("add_cross_attention", (False,), False),
-    Fixed(
-        {
-            **{
-                "position.kind": "learned",
-                "residual.placement": "post",
-                "residual.final_norm": False,
-            },
-            **{
-                "attention.qkv_bias": True,
-                "attention.out_bias": True,
-                "feed_forward.bias": True,
-                "embedding.norm": True,
-            },
-            **{"output.bias": True},
-        }
-    ),
+    Fixed({"position.kind": "learned", "residual.placement": "post", "residual.final_norm": False}),
+    Fixed({"attention.qkv_bias": True, "attention.out_bias": True, "feed_forward.bias": True}),
+    Fixed({"embedding.norm": True, "output.bias": True}),
 )
 
 
 def embeddings(name: str):
-    """The tables and the norm at the entrance of the model that files call `name`."""
+    """Returns the rules of the embedding; `name` is the prefix of the model in files."""
     return rules(
         same(TABLE, f"{name}.embeddings.word_embeddings.weight"),
         same("embedding.position.weight", f"{name}.embeddings.position_embeddings.weight"),
@@ -85,7 +72,7 @@ def embeddings(name: str):
 
 
 def layers(name: str):
-    """The layers and the pooler of the model that files call `name`."""
+    """Returns the rules of the layers and the pooler; `name` is the prefix in files."""
     layer = f"{name}.encoder.layer.{{i}}"
     return rules(
         linear(f"{ATTENTION}.wq", f"{layer}.attention.self.query"),
@@ -101,7 +88,7 @@ def layers(name: str):
 
 
 def masked_lm(head: str, dense: str, layer_norm: str):
-    """A masked-LM head that has a bias of its own beside that of the map to the vocabulary."""
+    """Returns the rules of a masked-LM head; its bias has one of two names."""
     weight, bias = linear("output.w", f"{head}.decoder")
     [_, alone] = linear("output.w", head)
     return rules(
@@ -114,7 +101,7 @@ def masked_lm(head: str, dense: str, layer_norm: str):
 
 
 def masked_lm_settings(head: str, name: str):
-    """Whether the map to the vocabulary of such a head is the token table."""
+    """Returns the settings of such a head that say whether it is tied, and of its bias."""
     return (
         Tied(True, f"{head}.decoder.weight", f"{name}.embeddings.word_embeddings.weight"),
         OutputBias(f"{head}.bias", f"{head}.decoder.bias"),
@@ -122,17 +109,17 @@ def masked_lm_settings(head: str, name: str):
 
 
 def masked_lm_repeats(head: str):
-    """The bias of such a head, which version 4 of transformers reads under the one name only."""
+    """Returns the repeats of its bias, which version 4 of transformers reads under one name."""
     return ((f"{head}.bias", f"{head}.decoder.bias"),)
 
 
 def classifiers(condition, out: str, dense: str | None = None):
-    """The names of the classifier's maps where the condition holds."""
+    """Returns the rules of a classifier, for architectures that meet the condition."""
     transform = [] if dense is None else linear("classifier.transform.w", dense)
     return when(condition, linear("classifier.out.w", out), transform)
 
 
-# Of sequences, with a dense layer, and of tokens, without: files call them differently.
+# A classifier of sequences has a dense layer, one of tokens has none; their names differ.
 DENSE_CLASSIFIER = rules(
     classifiers(lambda a: a.heads.pooling == "first", "classifier.out_proj", "classifier.dense"),
     classifiers(lambda a: a.heads.pooling == "none" and not a.heads.transform, "classifier"),

@@ -1,4 +1,4 @@
-"""BLOOM."""
+"""The table of BLOOM."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Fixed, Kept, Only, Setting
@@ -31,7 +31,7 @@ BLOOM = Family(
         Only("apply_residual_connection_post_layernorm", (False,), False),
         Fixed({"position.kind": "alibi", "embedding.norm": True}),
         Fixed({"attention.qkv_bias": True, "attention.out_bias": True, "feed_forward.bias": True}),
-        # How to compute the same.
+        # Ways to compute the same.
         Kept(("pretraining_tp", "slow_but_exact", "attention_softmax_in_fp32", "offset_alibi")),
         Kept(("bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "seq_length")),
         Kept(("skip_bias_add", "skip_bias_add_qkv", "max_position_embeddings")),

@@ -1,4 +1,4 @@
-"""Cohere's Command R and Command A."""
+"""The tables of Cohere's Command R and Command A."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import FULL, Windows
@@ -73,7 +73,7 @@ COHERE2 = llama_like(
         Only("use_parallel_block", (True,), True),
         Only("order_of_interleaved_layers", ("local_attn_first",), "local_attn_first"),
         Kept(("layer_switch", "use_embedding_sharing", "use_parallel_embedding")),
-        Kept(("_sliding_window_pattern",)),  # beside layer_types, which say it
+        Kept(("_sliding_window_pattern",)),  # layer_types say the same
         Tied(True),
     ),
     COHERE_WEIGHTS,

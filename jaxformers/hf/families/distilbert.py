@@ -1,4 +1,4 @@
-"""DistilBERT."""
+"""The table of DistilBERT."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.heads import Heads

@@ -1,4 +1,4 @@
-"""ELECTRA."""
+"""The table of ELECTRA."""
 
 from jaxformers.hf.architecture.embedding import EmbeddingSize
 from jaxformers.hf.architecture.heads import Heads

@@ -1,4 +1,4 @@
-"""EuroBERT."""
+"""The table of EuroBERT."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.heads import Heads, Pooling
@@ -31,7 +31,7 @@ EUROBERT = Family(
         Derived("output.bias", lambda fields: fields["feed_forward.bias"]),
         Fixed({"norm.kind": "rms", "feed_forward.gated": True}),
         Rotary(partial_key=None, max_length=8192),
-        # A tied output layer would leave nothing in a file that says that it is there.
+        # A file with a tied output layer would have no tensor that shows the layer.
         Only("tie_word_embeddings", (False,), False),
         Pooling("late", {"bos": "first", "mean": "mean", "late": "late"}),
         Heads(

@@ -1,4 +1,4 @@
-"""EXAONE 4."""
+"""The table of EXAONE 4."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import FULL, Windows

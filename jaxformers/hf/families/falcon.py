@@ -1,4 +1,4 @@
-"""Falcon."""
+"""The table of Falcon."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from jaxformers.hf.family import Family, fused, linear, norm, rules, same, when
 
 
 class FalconLayers(NamedTuple):
-    """Falcon's key heads and parallel layers, for which its two generations have switches."""
+    """Falcon's key/value heads and parallel layers, with the switches of its two generations."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         new = config.get("new_decoder_architecture", False, "flag")

@@ -1,4 +1,4 @@
-"""Gemma."""
+"""The tables of Gemma."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.output import Tied
@@ -94,7 +94,7 @@ GEMMA2 = llama_like(
         Setting("final_logit_softcapping", "output.softcap", 30.0, "positive", optional=True),
         Windows(4096, "every", 2),
         *rotary(8192, partial_key=None),
-        # Said a second time in the first files.
+        # The first files repeat these.
         Kept(("hidden_act", "sliding_window_size")),
         Tied(True),
     ),

@@ -1,4 +1,4 @@
-"""GLM."""
+"""The table of GLM."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.families.llama_like import (

@@ -1,4 +1,4 @@
-"""GPT-2 and the families that grew from it: GPT-Neo, GPT-J and GPT-NeoX."""
+"""The tables of GPT-2 and the families that grew from it: GPT-Neo, GPT-J and GPT-NeoX."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -163,7 +163,7 @@ GPT_NEOX = Family(
         Derived("attention.out_bias", lambda fields: fields["attention.qkv_bias"]),
         Fixed({"feed_forward.bias": True}),
         Rotary(partial=0.25, partial_key="rotary_pct", theta_key="rotary_emb_base"),
-        # Some files repeat what they say under other names.
+        # Some files repeat entries under other names.
         Kept(("rope_theta", "partial_rotary_factor", "is_decoder")),
         Kept(("attention_probs_dropout_prob", "hidden_dropout_prob")),
         Kept((), {"max_position_embeddings": 2048}),

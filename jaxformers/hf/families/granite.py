@@ -1,4 +1,4 @@
-"""Granite."""
+"""The table of Granite."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Power, Setting

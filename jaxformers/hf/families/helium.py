@@ -1,4 +1,4 @@
-"""Helium."""
+"""The table of Helium."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.families.llama_like import (

@@ -1,4 +1,4 @@
-"""Llama."""
+"""The table of Llama."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Kept

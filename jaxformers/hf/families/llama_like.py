@@ -6,7 +6,6 @@ from jaxformers.hf.config.settings import Derived, Fixed, Kept, Named, Setting, 
 from jaxformers.hf.families.decoder_paths import ATTENTION, FEED_FORWARD, LAYER, TABLE
 from jaxformers.hf.family import Family, Rule, fused, linear, norm, rules, same
 
-# What Llama began and most families since have kept.
 SIZES = (
     Setting("vocab_size", "vocab_size", 32000),
     Setting("hidden_size", "d_model", 4096),
@@ -20,23 +19,23 @@ SIZES = (
 
 
 def sizes(**defaults):
-    """The usual sizes, with this family's defaults."""
+    """Returns Llama's sizes with the defaults of another family."""
     return with_defaults(SIZES, **defaults)
 
 
 def classes(name):
-    """The classes of transformers for a family, by the name they begin with."""
+    """Returns the classes of transformers for a family, by the beginning of their names."""
     return {"output": f"{name}ForCausalLM", "base": f"{name}Model"}
 
 
 def rotary(max_length, **options):
-    """Rotary positions, for families that name the length of their training beside them."""
+    """Returns the settings of rotary positions and of the length of the training."""
     named = Kept((), {"max_position_embeddings": max_length})
     return Rotary(max_length=max_length, **options), named
 
 
 def rms(eps):
-    """The epsilon of all norms."""
+    """Returns the setting of the epsilon of all norms."""
     return Setting("rms_norm_eps", "norm.eps", eps, "positive")
 
 
@@ -81,7 +80,7 @@ LLAMA_WEIGHTS = rules(LLAMA_ENDS, LLAMA_NORMS, LLAMA_ATTENTION, LLAMA_FEED_FORWA
 
 
 def llama_like(model_type, name, settings, weights=LLAMA_WEIGHTS, **special):
-    """A family whose tensors are named as Llama's; `special` are token ids."""
+    """Returns a family with tensors named like Llama's; `special` are token ids."""
     return Family(
         model_type=model_type,
         shape="lm",
@@ -111,7 +110,7 @@ QKV_BIAS = Setting("attention_bias", "attention.qkv_bias", False, "flag")
 
 
 def experts(module, gate, up, down):
-    """A router and its experts; `module` is theirs, and the others are its maps' names."""
+    """Returns the rules of a mixture of experts in `module`; the others are its maps' names."""
     names = {"gate": gate, "up": up, "down": down}
     return rules(
         linear(f"{FEED_FORWARD}.router", f"{module}.gate")[:1],

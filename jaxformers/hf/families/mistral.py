@@ -1,4 +1,4 @@
-"""Mistral, Ministral and Mixtral."""
+"""The tables of Mistral, Ministral and Mixtral."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import Windows
@@ -20,7 +20,7 @@ from jaxformers.hf.family import rules
 
 
 def mistral(model_type, name, windows):
-    """Mistral's tables differ in their windows alone."""
+    """Returns one of Mistral's tables, which differ in their windows only."""
     settings = (
         *sizes(intermediate_size=14336, num_key_value_heads=8),
         RMS_GATED,

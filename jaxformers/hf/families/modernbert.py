@@ -1,4 +1,4 @@
-"""ModernBERT."""
+"""The table of ModernBERT."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ M = "model.layers.{i}"
 
 
 def dense_head(ours: str):
-    """What stands before the vocabulary, or before the classes, under the same names."""
+    """Returns the rules of the dense layer before the vocabulary or before the classes."""
     return rules(
         linear(f"{ours}.transform.w", "head.dense"),
         norm(f"{ours}.transform.norm", "head.norm"),
@@ -101,7 +101,7 @@ MODERNBERT = Family(
         Kept(
             ("mlp_dropout", "position_embedding_type", "layer_norm_eps", "repad_logits_with_grad")
         ),
-        # Of the training.
+        # Entries about the training.
         Kept(("initializer_cutoff_factor", "sparse_prediction", "sparse_pred_ignore_index")),
         Kept((), {"max_position_embeddings": 8192}),
     ),

@@ -1,4 +1,4 @@
-"""MPNet."""
+"""The table of MPNet."""
 
 from jaxformers.hf.architecture.heads import Heads
 from jaxformers.hf.architecture.position import AfterPadding

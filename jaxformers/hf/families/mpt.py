@@ -1,4 +1,4 @@
-"""MPT."""
+"""The table of MPT."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Fixed, Inside, Kept, Only, Setting

@@ -1,4 +1,4 @@
-"""Nemotron."""
+"""The table of Nemotron."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Fixed, Kept, Setting

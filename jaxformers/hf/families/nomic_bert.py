@@ -1,4 +1,4 @@
-"""Nomic BERT."""
+"""The table of Nomic BERT."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.heads import Heads
@@ -72,7 +72,7 @@ NOMIC_BERT = Family(
         # Its class takes no null for the padding id.
         Kept((), {"max_position_embeddings": 2048, "pad_token_id": 0}),
     ),
-    # transformers calls them otherwise in memory, in files as they were first published.
+    # These are the names in files. transformers has other names in memory.
     weights=rules(
         same(TABLE, "nomic_bert.embeddings.word_embeddings.weight"),
         same(

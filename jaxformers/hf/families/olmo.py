@@ -1,4 +1,4 @@
-"""OLMo."""
+"""The tables of OLMo."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import Windows

@@ -1,4 +1,4 @@
-"""OPT."""
+"""The table of OPT."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.output import Tied
@@ -24,7 +24,7 @@ OPT = Family(
         Setting("dropout", "dropout", 0.1, "number"),
         Setting("attention_dropout", "attention.dropout", 0.0, "number"),
         Fixed({"position.kind": "learned", "position.offset": 2}),
-        # A table of another width is mapped into the stream, and what leaves it back.
+        # Token vectors of another width are mapped to the stream's, and hidden states back.
         Setting("word_embed_proj_dim", "embedding.dim", None, optional=True),
         Derived(
             "embedding.project_tokens", lambda f: f["embedding.dim"] not in (None, f["d_model"])

@@ -1,4 +1,4 @@
-"""Phi."""
+"""The tables of Phi."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.output import Tied

@@ -1,4 +1,4 @@
-"""Qwen, with and without a mixture of experts."""
+"""The tables of Qwen, with and without a mixture of experts."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import Windows
@@ -57,7 +57,7 @@ QWEN_SHARED = (
     rms(1e-6),
     SILU,
     Setting("norm_topk_prob", "feed_forward.renormalize", False, "flag"),
-    # Some layers could be dense; in the models that are published none is.
+    # Some layers could be dense. In the published models none is.
     Only("decoder_sparse_step", (1,), 1),
     Only("mlp_only_layers", ([], None), None),
     *rotary(32768, partial_key=None),
@@ -68,7 +68,7 @@ QWEN_EXPERTS = experts(f"{L}.mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def qwen_sizes(expert_width, **defaults):
-    """Sizes, of which `intermediate_size` is that of dense layers and says nothing."""
+    """Returns sizes; `intermediate_size` is that of dense layers, which no model has."""
     usual = sizes(vocab_size=151936, hidden_size=2048, num_hidden_layers=24, **defaults)
     width = Setting("moe_intermediate_size", "feed_forward.d_ff", expert_width)
     return (

@@ -1,4 +1,4 @@
-"""RoBERTa, XLM-RoBERTa and CamemBERT."""
+"""The tables of RoBERTa, XLM-RoBERTa and CamemBERT."""
 
 from jaxformers.hf.architecture.heads import Heads
 from jaxformers.hf.architecture.position import AfterPadding
@@ -21,7 +21,7 @@ from jaxformers.hf.family import Family, rules
 
 
 def roberta(model_type: str, name: str, vocab_size: int) -> Family:
-    """RoBERTa and the models that differ from it in what they were trained on alone."""
+    """Returns the table of RoBERTa, or of a model that differs only in its training texts."""
     return Family(
         model_type=model_type,
         shape="encoder",

@@ -1,4 +1,4 @@
-"""Seed-OSS."""
+"""The table of Seed-OSS."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Kept, Setting

@@ -1,4 +1,4 @@
-"""SmolLM3."""
+"""The table of SmolLM3."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.window import NO_ROPE, Windows

@@ -1,4 +1,4 @@
-"""StableLM."""
+"""The table of StableLM."""
 
 from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.settings import Derived, Fixed, Named, Setting

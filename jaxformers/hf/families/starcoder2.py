@@ -1,4 +1,4 @@
-"""StarCoder 2."""
+"""The table of StarCoder 2."""
 
 from jaxformers.hf.architecture.activation import ACTIVATION_NAMES
 from jaxformers.hf.architecture.output import Tied
@@ -45,7 +45,7 @@ STARCODER2 = llama_like(
         *rotary(4096, partial_key=None),
         Only("norm_type", ("layer_norm",), "layer_norm"),
         Only("mlp_type", ("default",), "default"),
-        # Left over from StarCoder in the files of the first hour.
+        # The first files still have these entries of StarCoder.
         Kept(("embedding_dropout", "activation_function", "layer_norm_epsilon")),
         Kept(
             ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "scale_attn_weights")

@@ -1,4 +1,4 @@
-"""T5 and mT5."""
+"""The tables of T5 and mT5."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class GatedName(NamedTuple):
         if name not in _T5_FEED_FORWARDS:
             config.refuse("feed_forward_proj", f"it must be one of {', '.join(_T5_FEED_FORWARDS)}.")
         fields["feed_forward.gated"], fields["feed_forward.activation"] = _T5_FEED_FORWARDS[name]
-        # Newer files spell out what follows.
+        # Newer files have both parts as entries of their own.
         own = config.get("dense_act_fn", None, "text", optional=True)
         if own is not None:
             if own not in ACTIVATION_NAMES:
@@ -44,7 +44,7 @@ class GatedName(NamedTuple):
 _T5_FEED_FORWARDS = {
     **{name: (False, activation) for name, activation in ACTIVATION_NAMES.items()},
     **{f"gated-{name}": (True, activation) for name, activation in ACTIVATION_NAMES.items()},
-    # transformers takes GPT-2's GELU here, whatever the name says.
+    # transformers takes GPT-2's GELU here, despite the name.
     "gated-gelu": (True, "gelu_tanh"),
 }
 
@@ -75,12 +75,12 @@ class T5Scale(NamedTuple):
 
 
 def t5_attention(ours: str, theirs: str):
-    """One of T5's attentions."""
+    """Returns the rules of an attention."""
     return rules(*(linear(f"{ours}.w{x}", f"{theirs}.{x}") for x in "qkvo"))
 
 
 def t5_stack(stack: str, attentions: dict[str, int], feed_forward: int):
-    """One of T5's stacks: `attentions` are ours with their place in the block and their name."""
+    """Returns the rules of a stack; `attentions` are our attentions with their place in a block."""
     ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.block.{{i}}.layer"
     parts = []
     for name, place in attentions.items():
@@ -117,7 +117,7 @@ def t5_settings(
     feed_forward: str,
     tied: Tied = T5_TIED,
 ):
-    """What T5 and its successors have in common, with a family's defaults."""
+    """Returns the settings of T5 and its successors, with a family's defaults."""
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
         Setting("d_model", "d_model", 512, alias="hidden_size"),
