@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxformers.hf.config.settings import ConfigSetting
 from jaxformers.hf.layouts import Rule
 
 
@@ -30,7 +31,7 @@ class Family(NamedTuple):
     model_type: str
     shape: str
     classes: dict[str, str]
-    settings: tuple[Any, ...]
+    settings: tuple[ConfigSetting, ...]
     weights: tuple[Rule, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()

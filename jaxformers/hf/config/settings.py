@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from jaxformers.hf.config.entries import Config, is_number
 
 
-class Reads(Protocol):
-    """A setting."""
+class ConfigSetting(Protocol):
+    """A relation between entries of a config.json and fields."""
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         """Reads entries of the file into fields."""
@@ -145,7 +145,7 @@ class Inside(NamedTuple):
     """Settings within an object of the file."""
 
     key: str
-    settings: tuple[Reads, ...]
+    settings: tuple[ConfigSetting, ...]
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
         entries = config.get(self.key, None, "dict", optional=True) or {}
