@@ -15,6 +15,7 @@ from jaxformers.checkpoint.orbax_model import has_orbax_checkpoints, read_orbax_
 from jaxformers.checkpoint.trained_model import Wanted, build_model
 from jaxformers.checkpoint.training_state import HostKey
 from jaxformers.checks import check_flag
+from jaxformers.files.found import describe_untrained
 from jaxformers.files.json_file import shorten
 from jaxformers.files.safetensors_file import Stored
 
@@ -99,26 +100,7 @@ def _from_directory(directory: Path, known: list, sharding: Any, averaged: bool)
         )
     if has_orbax_checkpoints(directory):
         return read_orbax_model(directory, known, sharding, averaged)
-    raise ValueError(_what_it_is(directory))
-
-
-def _what_it_is(directory: Path) -> str:
-    """Returns what to do with a directory in which no training has saved its state."""
-    if (directory / "config.json").exists():
-        return (
-            f"{directory} is a checkpoint in the format of Hugging Face. Load it by "
-            f"from_pretrained({str(directory)!r})."
-        )
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
-    if files:
-        return (
-            f"{directory} is a directory without checkpoints of a training. Pass the file that is "
-            f"to be loaded, such as {str(directory / files[0])!r}."
-        )
-    return (
-        f"{directory} is a directory without checkpoints of a training. Pass the file that save "
-        "wrote, or the directory of Checkpoints(directory) when fit has saved its first step."
-    )
+    raise ValueError(describe_untrained(directory))
 
 
 class _Saved:

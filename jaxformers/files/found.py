@@ -188,6 +188,25 @@ def describe_file(path: Path) -> str:
     return next((kind.advice for kind in kinds), "")
 
 
+def describe_untrained(directory: Path) -> str:
+    """Returns sentences about a directory in which no training has saved its state."""
+    if (directory / "config.json").exists():
+        return (
+            f"{directory} is a checkpoint in the format of Hugging Face. Load it by "
+            f"from_pretrained({str(directory)!r})."
+        )
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if files:
+        return (
+            f"{directory} is a directory without checkpoints of a training. Pass the file that is "
+            f"to be loaded, such as {str(directory / files[0])!r}."
+        )
+    return (
+        f"{directory} is a directory without checkpoints of a training. Pass the file that save "
+        "wrote, or the directory of Checkpoints(directory) when fit has saved its first step."
+    )
+
+
 def describe_hub(name: str) -> str:
     """Returns sentences about a hub repository without a checkpoint, or "" if it fails."""
     try:
