@@ -87,7 +87,7 @@ def chunked_cross_entropy(
 
     Arguments:
         project: function from hidden states `(rows, d)` to logits `(rows, v)`, which treats each
-            row alone, such as `model.project`. Gradients reach the weights that it holds.
+            row alone, such as `model.logits_of`. Gradients reach the weights that it holds.
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
         chunk: the largest number of rows at a time. None takes as many as have 2**25 logits (on
@@ -100,7 +100,7 @@ def chunked_cross_entropy(
 
     Example:
         >>> hidden = model.forward(tokens)[0]
-        >>> loss = chunked_cross_entropy(model.project, hidden, tokens, chunk=2)
+        >>> loss = chunked_cross_entropy(model.logits_of, hidden, tokens, chunk=2)
         >>> print(jnp.allclose(loss, cross_entropy(model.logits_of(hidden), tokens)))
         True
     """

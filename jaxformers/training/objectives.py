@@ -287,7 +287,7 @@ def _mean(
     model: Any, hidden: Array, batch: Batch, label_smoothing: float, z_loss: float
 ) -> Float[Array, ""]:
     loss = chunked_cross_entropy(
-        model.project,
+        model.logits_of,
         hidden,
         batch["targets"],
         _mask(batch),
