@@ -155,7 +155,7 @@ def test_a_token_that_may_come_after_another_one(lm):
     assert (after[:, 2] == 7).all() and (after[:, 3:] == 5).all()
     lm.generate(prompt, 4, processors=[likes_five, OnlyAfter(5, 7), RepetitionPenalty(1.1)])
     with count_compilations() as compiled:
-        others = [likes_five, OnlyAfter(jnp.int32(9), jnp.int32(3)), RepetitionPenalty(1.3)]
+        others = [likes_five, OnlyAfter(9, 3), RepetitionPenalty(1.3)]
         lm.generate(prompt, 4, processors=others)
     assert compiled == []
 
