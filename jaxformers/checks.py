@@ -205,9 +205,7 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
     if 0 in tokens.shape:
         raise ValueError(f"{name} must not be empty, got shape {tokens.shape}.")
     if is_known(tokens):
-        # Known ids inside a `jit` (closed over, not passed in) would otherwise be staged out.
-        with jax.ensure_compile_time_eval():
-            low, high = int(tokens.min()), int(tokens.max())
+        low, high = _least_and_most(tokens)
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"{name} must be ids from 0 to {vocab_size - 1} (the vocabulary has {vocab_size}), "
@@ -218,6 +216,15 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
     if isinstance(tokens, np.ndarray):
         return jax.device_put(tokens.astype(np.int32))
     return tokens.astype(jnp.int32)
+
+
+def _least_and_most(x: Any) -> tuple[int, int]:
+    """Returns the smallest and the largest integer of an array whose values are known."""
+    if getattr(x, "is_fully_addressable", True):
+        x = np.asarray(x)  # in JAX each new shape would compile two programs
+        return int(x.min()), int(x.max())
+    with jax.ensure_compile_time_eval():  # inside someone's `jit` they would be a part of it
+        return int(x.min()), int(x.max())
 
 
 def check_seq_length(length: int, max_seq_length: int | None, name: str = "a sequence") -> None:

@@ -246,21 +246,33 @@ class TransformerEmbedding(eqx.Module):
             positions = eqx.error_if(positions, (positions >= limit).any(), message)
         return positions
 
+    def check_types(
+        self, token_types: ArrayLike | None, shape: tuple[int, ...]
+    ) -> Int[Array, "*b t"] | None:
+        """Returns the types of tokens as ids, or None, and raises unless they fit the tokens.
+
+        Arguments:
+            token_types: as the caller gave them.
+            shape: of the tokens.
+        """
+        if token_types is None:
+            return None
+        if self.type_embedding is None:
+            raise ValueError("token_types needs a model with num_token_types, got one without.")
+        ids = check_tokens(token_types, self.type_embedding.vocab_size, "token_types")
+        if ids.shape != shape:
+            raise ValueError(f"token_types must have the tokens' shape {shape}, got {ids.shape}.")
+        return ids
+
     def _add_types(
         self, x: Float[Array, "*b t e"], token_types: ArrayLike | None
     ) -> Float[Array, "*b t e"]:
         """Returns `x` plus the vectors of the types; without types, all are 0."""
+        ids = self.check_types(token_types, x.shape[:-1])
         if self.type_embedding is None:
-            if token_types is not None:
-                raise ValueError("token_types needs a model with num_token_types, got one without.")
             return x
-        if token_types is None:
+        if ids is None:
             return add(x, lookup(self.type_embedding.weight, jnp.int32(0)))
-        ids = check_tokens(token_types, self.type_embedding.vocab_size, "token_types")
-        if ids.shape != x.shape[:-1]:
-            raise ValueError(
-                f"token_types must have the tokens' shape {x.shape[:-1]}, got {ids.shape}."
-            )
         return add(x, self.type_embedding(ids))
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -18,7 +19,7 @@ POOLINGS = ("first", "mean", "late", "pooler", "none")
 def pool(
     hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
 ) -> Float[Array, "*b d"]:
-    """One vector per sequence: the first real token's, or the mean over the real tokens.
+    """Returns one vector per sequence: the first real token's, or the mean over the real tokens.
 
     Arguments:
         hidden: `(b, t, d)`.
@@ -36,6 +37,14 @@ def pool(
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
     mean = jnp.einsum("...t,...td->...d", weights / total, hidden.astype(jnp.float32))
     return mean.astype(hidden.dtype)
+
+
+def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Returns vectors scaled to length 1, and those of length 0 as they are."""
+    wide = vectors.astype(jnp.float32)
+    square = jnp.square(wide).sum(-1, keepdims=True)
+    # The length itself has no gradient at 0, which is the vector of a row of padding.
+    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(vectors.dtype)
 
 
 class Classifier(eqx.Module):

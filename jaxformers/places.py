@@ -21,6 +21,22 @@ from jaxformers.checks import check_padding_mask, is_known
 from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions
 
 
+class TextPlaces(TypedDict, total=False):
+    """Where the tokens of an encoder are, and of which type; every name may be left out.
+
+    Arguments:
+        padding_mask: boolean, shape of `tokens`, True where a token is real.
+        positions: integers, shape of `tokens`, -1 for padding; instead of a padding mask.
+        segment_ids: integers, shape of `tokens`, the document of each token in packed rows.
+        token_types: integers, shape of `tokens`, the segment of each token (BERT).
+    """
+
+    padding_mask: ArrayLike | None
+    positions: ArrayLike | None
+    segment_ids: ArrayLike | None
+    token_types: ArrayLike | None
+
+
 class SourcePlaces(TypedDict, total=False):
     """Where the tokens of a source are; every name may be left out.
 

@@ -6,14 +6,13 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxformers.calls import read_pair, read_source, read_target
 from jaxformers.checks import (
     check_activations,
     check_flag,
     check_key,
     check_seq_length,
     check_size,
-    check_tokens,
-    check_usable,
     explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -22,8 +21,8 @@ from jaxformers.encoder import Encoder
 from jaxformers.generation.targets import generate_target, score_target, stream_target
 from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.layers import split_key
-from jaxformers.masks import AttentionMask, Mask
-from jaxformers.mistakes import warn_of_text
+from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
@@ -31,9 +30,7 @@ from jaxformers.places import (
     PairPlaces,
     SourcePlaces,
     TargetPlaces,
-    of_source,
     of_target,
-    place,
     place_source,
 )
 from jaxformers.row_lengths import follow
@@ -188,8 +185,8 @@ class Transformer(eqx.Module):
             ValueError: if tokens are not ids within the vocabularies, are empty or too long, or a
                 mask has the wrong shape or type.
         """
-        masks = src_mask, tgt_mask, src_tgt_mask
-        return jax.nn.log_softmax(self.logits(src, tgt, *masks, key, **places))
+        texts = read_pair(self, src, tgt, (src_mask, tgt_mask, src_tgt_mask), key, places)
+        return one_program(_log_probs, self, *texts, key=key)
 
     @explain_options
     def logits(
@@ -203,9 +200,8 @@ class Transformer(eqx.Module):
         **places: Unpack[PairPlaces],
     ) -> Float[Array, "*b t v"]:
         """Returns the logits of the next target token; `__call__` gives their log-softmax."""
-        src_key, tgt_key = split_key(key, 2)
-        memory = self.encode(src, src_mask, src_key, **of_source(places))
-        return self.logits_of(self.decode(tgt, memory, tgt_mask, src_tgt_mask, tgt_key, **places))
+        texts = read_pair(self, src, tgt, (src_mask, tgt_mask, src_tgt_mask), key, places)
+        return one_program(_logits, self, *texts, key=key)
 
     @explain_options
     def encode(
@@ -216,21 +212,7 @@ class Transformer(eqx.Module):
         **places: Unpack[SourcePlaces],
     ) -> Float[Array, "*b s d"]:
         """Returns the encoder's output; arguments as for `__call__`."""
-        check_usable(model=self)
-        src = check_tokens(src, self.src_vocab_size, "src")
-        real, positions = places.get("src_padding_mask"), places.get("src_positions")
-        given, limit = (
-            (real, positions, places.get("src_segment_ids")),
-            self.src_embedding.max_seq_length,
-        )
-        mask = place(src_mask, src.shape, *given, limit=limit, prefix="src_")
-        is_masked = not all(x is None for x in (src_mask, real, positions))
-        if key is None:  # warnings are for inference alone
-            names = "src", "src_padding_mask"
-            warn_of_text(src, is_masked, mask.q_positions, self.origin, limit, *names)
-        embedding_key, encoder_key = split_key(key, 2)
-        x = self._source_embedding(src, embedding_key, positions=mask.q_positions)
-        return self.encoder(x, mask, encoder_key)
+        return one_program(_memory, self, read_source(self, src, src_mask, key, places), key=key)
 
     @explain_options
     def decode(
@@ -270,18 +252,14 @@ class Transformer(eqx.Module):
             **places: `padding_mask`, `positions` and `segment_ids` as for `TransformerLM`, and
                 those of the source, whose padding a cache has already: see `TargetPlaces`.
         """
-        check_usable(model=self)
-        tokens = check_tokens(tokens, self.tgt_vocab_size, "tgt")
         source = None if encoder_output is None else encoder_output.shape[:-1]
-        segments, limit = places.get("segment_ids"), self.max_seq_length
-        cross = place_source(src_tgt_mask, source, segments, **of_source(places))
-        given = places.get("padding_mask"), places.get("positions"), segments
-        seen = None if cache is None else cache.token_counts
-        mask = place(mask, tokens.shape, *given, seen=seen, limit=limit, prefix="tgt_")
-        mask = mask.replace(causal=True)
-        if cache is not None:
-            cache = follow(self, cache, mask, cross)
-        return self._forward(tokens, mask, key, cache, cross, encoder_output)
+        rows = read_target(self, tokens, mask, src_tgt_mask, source, cache, places)
+        if cache is None:
+            given = self, encoder_output
+            return one_program(_hidden, given, rows, key=key, keep_shapes=True), None
+        cross = as_mask(rows.cross)
+        cache = follow(self, cache, rows.mask, cross)
+        return self._forward(rows.tokens, rows.mask, key, cache, cross, encoder_output)
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Returns the logits that hidden states give."""
@@ -330,3 +308,34 @@ class Transformer(eqx.Module):
         if self.src_embedding.token_embedding is not None:
             return self.src_embedding
         return self.src_embedding.with_tokens(self.tgt_embedding.token_embedding)
+
+
+def _memory(
+    model: Transformer, src: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b s d"]:
+    embedding_key, encoder_key = split_key(key, 2)
+    x = model._source_embedding(src.tokens, embedding_key, positions=src.mask.q_positions)
+    return model.encoder(x, src.mask, encoder_key)
+
+
+def _hidden(
+    given: tuple[Transformer, Float[Array, "*b s d"] | None],
+    tgt: TokenRows,
+    *,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "*b t d"]:
+    model, memory = given
+    return model._forward(tgt.tokens, tgt.mask, key, None, as_mask(tgt.cross), memory)[0]
+
+
+def _logits(
+    model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t v"]:
+    src_key, tgt_key = split_key(key, 2)
+    return model.logits_of(_hidden((model, _memory(model, src, key=src_key)), tgt, key=tgt_key))
+
+
+def _log_probs(
+    model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t v"]:
+    return jax.nn.log_softmax(_logits(model, src, tgt, key=key))

@@ -1,34 +1,32 @@
 """The encoder-only model."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Unpack
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Letters
+from jaxformers.calls import read_encoded
 from jaxformers.checks import (
     check_callable,
     check_choice,
     check_flag,
     check_key,
-    check_tokens,
-    check_usable,
     explain_options,
 )
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.heads import Classifier, pool
+from jaxformers.heads import Classifier, pool, unit_length
 from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.layers import as_module, construct, split_key
 from jaxformers.masks import Mask, as_mask
-from jaxformers.mistakes import warn_of_text
+from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
-from jaxformers.places import place
+from jaxformers.places import TextPlaces
 
 
 class TransformerEncoder(eqx.Module):
@@ -173,8 +171,9 @@ class TransformerEncoder(eqx.Module):
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
                 mask has the wrong shape or type.
         """
-        places = padding_mask, positions, segment_ids
-        return self._encode(tokens, mask, key, *places, token_types)[0]
+        places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
+        rows = read_encoded(self, tokens, mask, key, token_types, **places)
+        return one_program(_hidden, self, rows, key=key)
 
     @explain_options
     def logits(
@@ -182,11 +181,7 @@ class TransformerEncoder(eqx.Module):
         tokens: Int[Array, "*b t"],
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
-        *,
-        padding_mask: Bool[Array, "*b t"] | None = None,
-        positions: Int[Array, "*b t"] | None = None,
-        segment_ids: Int[Array, "*b t"] | None = None,
-        token_types: ArrayLike | None = None,
+        **places: Unpack[TextPlaces],
     ) -> Float[Array, "*b t v"]:
         """Returns logits over the vocabulary for each token, of a masked language model.
 
@@ -196,8 +191,8 @@ class TransformerEncoder(eqx.Module):
             ValueError: if the model has no output layer; and as for `__call__`.
         """
         self._head("output", self.output)  # said before anything is computed
-        places = padding_mask, positions, segment_ids
-        return self.logits_of(self._encode(tokens, mask, key, *places, token_types)[0])
+        rows = read_encoded(self, tokens, mask, key, **places)
+        return one_program(_logits, self, rows, key=key)
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Returns the logits that hidden states give, or raises if there is no output layer."""
@@ -210,20 +205,16 @@ class TransformerEncoder(eqx.Module):
         tokens: Int[Array, "*b t"],
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
-        *,
-        padding_mask: Bool[Array, "*b t"] | None = None,
-        positions: Int[Array, "*b t"] | None = None,
-        segment_ids: Int[Array, "*b t"] | None = None,
-        token_types: ArrayLike | None = None,
+        **places: Unpack[TextPlaces],
     ) -> Float[Array, "*b d"]:
         """Returns the pooler's vector for the first real token.
 
         Arguments and errors as for `logits`; rows must be one document each.
         """
         self._head("pooler", self.pooler)  # said before anything is computed
-        _check_unpacked(mask, segment_ids)
-        places = padding_mask, positions, segment_ids
-        return self._pool(*self._encode(tokens, mask, key, *places, token_types), "pooler")
+        _check_unpacked(mask, places.get("segment_ids"))
+        rows = read_encoded(self, tokens, mask, key, **places)
+        return one_program(_pooled, self, rows, key=key, per_token=False)
 
     @explain_options
     def classify(
@@ -231,26 +222,17 @@ class TransformerEncoder(eqx.Module):
         tokens: Int[Array, "*b t"],
         mask: Mask | None = None,
         key: PRNGKeyArray | None = None,
-        *,
-        padding_mask: Bool[Array, "*b t"] | None = None,
-        positions: Int[Array, "*b t"] | None = None,
-        segment_ids: Int[Array, "*b t"] | None = None,
-        token_types: ArrayLike | None = None,
+        **places: Unpack[TextPlaces],
     ) -> Float[Array, "*b c"] | Float[Array, "*b t c"]:
         """Returns logits over the classes, for each sequence or each token as the classifier says.
 
         Arguments and errors as for `logits`; where sequences are classified, a row must be one.
         """
         classifier = self._head("classifier", self.classifier)
-        if classifier.pooling != "none":
-            _check_unpacked(mask, segment_ids)
-        places = padding_mask, positions, segment_ids
-        hidden, where = self._encode(tokens, mask, key, *places, token_types)
-        if classifier.pooling == "none":
-            return classifier(hidden)
-        if classifier.pooling == "late":
-            return pool(classifier(hidden), where, "mean")
-        return classifier(self._pool(hidden, where, classifier.pooling))
+        if not (per_token := classifier.pooling == "none"):
+            _check_unpacked(mask, places.get("segment_ids"))
+        rows = read_encoded(self, tokens, mask, key, **places)
+        return one_program(_classes, self, rows, key=key, per_token=per_token)
 
     @explain_options
     def embed(
@@ -285,41 +267,14 @@ class TransformerEncoder(eqx.Module):
         """
         check_choice(("mean", "first", "pooler"), pooling=pooling)
         check_flag(normalize=normalize)
-        places = padding_mask, positions, None
-        vectors = self._pool(*self._encode(tokens, None, None, *places, token_types), pooling)
-        if not normalize:
-            return vectors
-        wide = vectors.astype(jnp.float32)
-        square = jnp.square(wide).sum(-1, keepdims=True)
-        # The length itself has no gradient at 0, which is what a row of padding gives.
-        return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(vectors.dtype)
+        if pooling == "pooler":
+            self._head("pooler", self.pooler)
+        places = dict(padding_mask=padding_mask, positions=positions)
+        rows = read_encoded(self, tokens, None, None, token_types, **places)
+        body = partial(_vectors, pooling=pooling, normalize=normalize)
+        return one_program(body, self, rows, per_token=False)
 
     from_pretrained, save_pretrained = loads("encoder"), save_pretrained
-
-    def _encode(
-        self,
-        tokens: Int[Array, "*b t"],
-        mask: Mask | None,
-        key: PRNGKeyArray | None,
-        padding_mask: Bool[Array, "*b t"] | None,
-        positions: Int[Array, "*b t"] | None,
-        segment_ids: Int[Array, "*b t"] | None,
-        token_types: ArrayLike | None,
-    ) -> tuple[Float[Array, "*b t d"], Int[Array, "*#b t"]]:
-        """Returns the hidden states, and the position of each."""
-        check_usable(model=self)
-        tokens = check_tokens(tokens, self.vocab_size)
-        is_masked = not all(x is None for x in (mask, padding_mask, positions))
-        places, limit = (padding_mask, positions, segment_ids), self.max_seq_length
-        mask = place(mask, tokens.shape, *places, limit=limit)
-        if key is None:  # warnings are for inference alone
-            warn_of_text(tokens, is_masked, mask.q_positions, self.origin, self.max_seq_length)
-        embedding_key, encoder_key = split_key(key, 2)
-        x = self.embedding(
-            tokens, embedding_key, positions=mask.q_positions, token_types=token_types
-        )
-        where = mask.query_positions(tokens.shape[-1])
-        return self.encoder(x, mask, encoder_key), jnp.broadcast_to(where, tokens.shape)
 
     def _pool(
         self, hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
@@ -344,3 +299,52 @@ def _check_unpacked(mask: Mask | None, segment_ids: ArrayLike | None) -> None:
             "one answer per row is for one document per row, got a mask with segments of several. "
             "Give each document a row."
         )
+
+
+def _hidden(
+    model: TransformerEncoder, rows: TokenRows, *, key: PRNGKeyArray | None = None
+) -> Float[Array, "*b t d"]:
+    embedding_key, encoder_key = split_key(key, 2)
+    places = {"positions": rows.mask.q_positions, "token_types": rows.token_types}
+    return model.encoder(
+        model.embedding(rows.tokens, embedding_key, **places), rows.mask, encoder_key
+    )
+
+
+def _logits(
+    model: TransformerEncoder, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t v"]:
+    return model.logits_of(_hidden(model, rows, key=key))
+
+
+def _pooled(
+    model: TransformerEncoder,
+    rows: TokenRows,
+    *,
+    key: PRNGKeyArray | None = None,
+    pooling: str = "pooler",
+) -> Float[Array, "*b d"]:
+    return model._pool(_hidden(model, rows, key=key), rows.positions, pooling)
+
+
+def _classes(
+    model: TransformerEncoder, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b c"] | Float[Array, "*b t c"]:
+    classifier: Any = model.classifier
+    if classifier.pooling == "none":
+        return classifier(_hidden(model, rows, key=key))
+    if classifier.pooling == "late":
+        return pool(classifier(_hidden(model, rows, key=key)), rows.positions, "mean")
+    return classifier(_pooled(model, rows, key=key, pooling=classifier.pooling))
+
+
+def _vectors(
+    model: TransformerEncoder,
+    rows: TokenRows,
+    *,
+    key: PRNGKeyArray | None,
+    pooling: str,
+    normalize: bool,
+) -> Float[Array, "*b d"]:
+    vectors = _pooled(model, rows, key=key, pooling=pooling)
+    return unit_length(vectors) if normalize else vectors

@@ -7,12 +7,11 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from jaxformers.calls import read_text
 from jaxformers.checks import (
     check_key,
     check_seq_length,
     check_size,
-    check_tokens,
-    check_usable,
     explain_options,
 )
 from jaxformers.decoder import Cache, Decoder
@@ -26,10 +25,10 @@ from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
-from jaxformers.places import place
 from jaxformers.row_lengths import follow
 
 
@@ -147,15 +146,9 @@ class TransformerLM(eqx.Module):
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
                 mask has the wrong shape or type.
         """
-        logits = self.logits(
-            tokens,
-            mask,
-            key,
-            padding_mask=padding_mask,
-            positions=positions,
-            segment_ids=segment_ids,
-        )
-        return jax.nn.log_softmax(logits)
+        places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
+        rows = read_text(self, tokens, mask, None, **places)
+        return one_program(_log_probs, self, rows, key=key)
 
     @explain_options
     def logits(
@@ -169,15 +162,9 @@ class TransformerLM(eqx.Module):
         segment_ids: Int[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t v"]:
         """Returns the logits of the next token; `__call__` gives their log-softmax."""
-        hidden, _ = self.forward(
-            tokens,
-            mask,
-            key,
-            padding_mask=padding_mask,
-            positions=positions,
-            segment_ids=segment_ids,
-        )
-        return self.logits_of(hidden)
+        places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
+        rows = read_text(self, tokens, mask, None, **places)
+        return one_program(_logits, self, rows, key=key)
 
     @explain_options
     def forward(
@@ -198,14 +185,11 @@ class TransformerLM(eqx.Module):
                 keeps no booleans of a mask: tokens that `LongScaling` has read again attend to all
                 tokens before them. Its rows are one document each, so it goes with no segments.
         """
-        check_usable(model=self)
-        tokens = check_tokens(tokens, self.vocab_size)
-        seen = None if cache is None else cache.token_counts
-        places, limit = (padding_mask, positions, segment_ids), self.max_seq_length
-        mask = place(mask, tokens.shape, *places, seen=seen, limit=limit).replace(causal=True)
-        if cache is not None:
-            cache = follow(self, cache, mask)
-        return self._forward(tokens, mask, key, cache)
+        places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
+        rows = read_text(self, tokens, mask, cache, **places)
+        if cache is None:
+            return one_program(_hidden, self, rows, key=key), None
+        return self._forward(rows.tokens, rows.mask, key, follow(self, cache, rows.mask))
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
         """Returns the logits that hidden states give."""
@@ -322,3 +306,21 @@ class TransformerLM(eqx.Module):
         embedding_key, decoder_key = split_key(key, 2)
         x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
         return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
+
+
+def _hidden(
+    model: TransformerLM, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t d"]:
+    return model._forward(rows.tokens, rows.mask, key, None)[0]
+
+
+def _logits(
+    model: TransformerLM, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t v"]:
+    return model.logits_of(_hidden(model, rows, key=key))
+
+
+def _log_probs(
+    model: TransformerLM, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t v"]:
+    return jax.nn.log_softmax(_logits(model, rows, key=key))

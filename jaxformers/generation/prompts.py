@@ -16,6 +16,7 @@ from jaxformers.cache import Cache, LayerCache
 from jaxformers.checks import check_padding_mask, check_size, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
+from jaxformers.one_program import bucket
 from jaxformers.origin import Origin, SpecialTokens
 
 
@@ -188,13 +189,6 @@ def _fill_ragged(
         (np if is_known(row) else jnp).pad(row, pad) for row, pad in zip(rows, pads, strict=True)
     ]
     return stack(padded), np.arange(longest) >= np.array(pads)[:, :1]
-
-
-def bucket(size: int, cap: int | None = None) -> int:
-    """Rounds `size` up to 16, 24, 32, 48, 64, 96 ..., but not beyond `cap` if `size` is not."""
-    power = max(16, 1 << (size - 1).bit_length())
-    rounded = power * 3 // 4 if power > 16 and size <= power * 3 // 4 else power
-    return rounded if cap is None else max(min(rounded, cap), size)
 
 
 def put(numbers: ArrayLike) -> Array:

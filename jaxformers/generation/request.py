@@ -15,7 +15,6 @@ from jaxformers.generation.prompts import (
     Prompt,
     Source,
     Tokens,
-    bucket,
     check_ids,
     check_room,
     read_prompt,
@@ -24,6 +23,7 @@ from jaxformers.generation.prompts import (
 from jaxformers.generation.sampling import per_row
 from jaxformers.generation.speculative import LookupDraft, ModelDraft
 from jaxformers.mistakes import special_of, warn_of_length
+from jaxformers.one_program import bucket
 from jaxformers.origin import Origin, SpecialTokens
 
 

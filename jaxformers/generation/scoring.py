@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_size, check_usable
-from jaxformers.generation.prompts import Source, bucket, read_text
+from jaxformers.generation.prompts import Source, read_text
 from jaxformers.ids import Tokens, as_ids
+from jaxformers.one_program import bucket
 
 
 def score(
