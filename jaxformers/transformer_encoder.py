@@ -93,14 +93,12 @@ class TransformerEncoder(eqx.Module):
     ):
         check_pieces(pieces, type(self))
         embedding_key, encoder_key, output_key, head_key = split_key(check_key(key), 4)
-        sizes = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
-        self.embedding, stack_pieces = build_embedding(vocab_size, *sizes, embedding_key, **pieces)
+        width = d_model, max_seq_length, learnable_pos, dropout_rate, embedding_scale
+        self.embedding, stack_pieces = build_embedding(vocab_size, *width, embedding_key, **pieces)
+        sizes = d_model, num_heads, d_ff, dropout_rate
         self.encoder = Encoder(
             num_layers,
-            d_model,
-            num_heads,
-            d_ff,
-            dropout_rate,
+            *sizes,
             final_norm=final_norm,
             layer_order=layer_order,
             key=encoder_key,
@@ -116,15 +114,15 @@ class TransformerEncoder(eqx.Module):
                 "tie_embeddings and use_logits_bias are for an output layer, got none. Pass "
                 "output=OutputLayer, or leave them out."
             )
-        heads = {"pooler": pooler, "classifier": classifier}
-        check_callable(**{name: x for name, x in heads.items() if x is not None})
+        given = {"pooler": pooler, "classifier": classifier}.items()
+        check_callable(**{name: x for name, x in given if x is not None})
         pooler_key, classifier_key = split_key(head_key, 2)
         if pooler is not None:
             widths = {"d_in": d_model, "d_out": d_model}
             self.pooler = as_module(construct("pooler", pooler, widths, key=pooler_key))
         if classifier is not None:
-            width = {"d_model": d_model}
-            self.classifier = construct("classifier", classifier, width, key=classifier_key)
+            widths = {"d_model": d_model}
+            self.classifier = construct("classifier", classifier, widths, key=classifier_key)
             if not isinstance(self.classifier, Classifier):
                 raise ValueError(
                     "classifier must be a constructor of a Classifier, such as "
