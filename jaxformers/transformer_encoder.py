@@ -5,6 +5,7 @@ from functools import partial
 from typing import Annotated, Any, Unpack
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Letters
@@ -304,9 +305,9 @@ def _hidden(
 ) -> Float[Array, "*b t d"]:
     embedding_key, encoder_key = split_key(key, 2)
     places = {"positions": rows.mask.q_positions, "token_types": rows.token_types}
-    return model.encoder(
-        model.embedding(rows.tokens, embedding_key, **places), rows.mask, encoder_key
-    )
+    with jax.named_scope("embedding"):
+        x = model.embedding(rows.tokens, embedding_key, **places)
+    return model.encoder(x, rows.mask, encoder_key)
 
 
 def _logits(

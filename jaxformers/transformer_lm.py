@@ -304,7 +304,8 @@ class TransformerLM(eqx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         embedding_key, decoder_key = split_key(key, 2)
-        x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
+        with jax.named_scope("embedding"):
+            x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
         return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
 
 

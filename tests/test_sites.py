@@ -68,11 +68,11 @@ def layers(stack, scanned, cross=False, experts=False):
 
 def expected(name, scanned):
     if name == "seq2seq":
-        paths = ["embedding", "embedding", "output.logits"]
+        paths = ["src_embedding.embedding", "tgt_embedding.embedding", "output.logits"]
         return [*paths, *layers("encoder", scanned), *layers("decoder", scanned, cross=True)]
     if name == "encoder":
-        return ["embedding", *layers("encoder", scanned)]
-    paths = ["embedding", "output.logits"]
+        return ["embedding.embedding", *layers("encoder", scanned)]
+    paths = ["embedding.embedding", "output.logits"]
     return [*paths, *layers("decoder", scanned, experts=name == "experts")]
 
 
