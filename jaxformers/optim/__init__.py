@@ -1,4 +1,4 @@
-"""Optimizers written out, gradient clipping, and one protocol for every optimizer."""
+"""Optimizers, gradient clipping, and the protocol that every optimizer follows."""
 
 from jaxformers.optim.adafactor import Adafactor, relative_step
 from jaxformers.optim.adamw import AdamW

@@ -1,4 +1,4 @@
-"""Adafactor."""
+"""The optimizer Adafactor."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY
@@ -15,10 +15,12 @@ from jaxformers.optim.schedules import Schedule
 
 
 def relative_step(largest: float = 0.01) -> Schedule:
-    """The paper's relative step size, `min(largest, 1 / sqrt(t))` with `t` from 1.
+    """Returns the relative step size of Adafactor as a schedule.
+
+    It is `min(largest, 1 / sqrt(t))` in update `t`, which counts from 1 (Shazeer & Stern 2018).
 
     Arguments:
-        largest: the rate of the first steps, at least 0.
+        largest: upper bound of the rate, at least 0; 0.01.
 
     Raises:
         ValueError: if `largest` is negative or not finite.
@@ -36,11 +38,12 @@ def _relative_step(step: Int32[Array, "*n"], largest: float) -> Float[Array, "*n
 
 
 class Adafactor(LeafwiseOptimizer):
-    """Adam without a first moment, and of the second only rows and columns (Shazeer & Stern 2018).
+    """Adam without a first moment, whose second moment is factored (Shazeer & Stern 2018).
 
-    A matrix of gradients' squares is remembered by the means of its rows and of its columns, so
-    that the state of `(inputs, outputs)` takes `inputs + outputs` numbers; a vector's is whole.
-    With `t` from 1 and `rms` the root of the mean of squares, the paper's algorithms 4 and 5:
+    The state of a matrix holds the row means and the column means of its squared gradients. It
+    takes `inputs + outputs` numbers for a matrix of shape `(inputs, outputs)`. The state of a
+    vector holds every squared gradient. The update `t` counts from 1, and `rms` is the root mean
+    square. Algorithms 4 and 5 of the paper are:
 
         decay   = 1 - t^-decay_rate
         rows    <- decay rows    + (1 - decay) (mean over outputs of g^2 + eps)
@@ -48,24 +51,26 @@ class Adafactor(LeafwiseOptimizer):
         u = g / sqrt(rows columns / mean(rows))
         p <- p - rate (max(smallest_scale, rms(p)) u / max(1, rms(u) / max_rms) + weight_decay p)
 
-    as in `optax.adafactor` (but that there the decay is not multiplied by the learning rate) and
-    `transformers.Adafactor` (there it is multiplied by `rms(p)` as well). `torch.optim.Adafactor`
-    has another place for `eps`.
+    `optax.adafactor` differs in one point: it does not multiply the weight decay by the learning
+    rate. `transformers.Adafactor` multiplies the weight decay by `rms(p)` as well.
+    `torch.optim.Adafactor` adds `eps` at another place.
 
     Arguments:
-        learning_rate: a number of at least 0, or a schedule `step -> rate`; the paper's
-            `relative_step()`, which falls from 0.01. It is relative to the size of the weights
-            unless `smallest_scale` is None.
-        decay_rate: how fast the decay of the second moment goes to 1, above 0, 0.8.
-        max_rms: updates of a larger root mean square are scaled down to it, 1; None for none.
-        smallest_scale: the step is multiplied by the root mean square of the weights, or by this if
-            that is smaller, 1e-3; None for steps that do not depend on the weights.
-        eps: added to the squares of gradients, above 0, 1e-30.
-        weight_decay: at least 0, 0; multiplied by the learning rate of the step.
-        max_grad_norm: gradients are first clipped to this global norm; None for no clipping.
+        learning_rate: a number of at least 0, or a schedule `step -> rate`. The default is the
+            schedule `relative_step()` of the paper, which decreases from 0.01. The rate is relative
+            to the size of the weights unless `smallest_scale` is None.
+        decay_rate: exponent with which the decay of the second moment approaches 1, above 0; 0.8.
+        max_rms: limit of the root mean square of an update, 1. A larger update is scaled down to
+            it. None sets no limit.
+        smallest_scale: lower bound of the root mean square of the weights, by which the step is
+            multiplied; 1e-3. With None the step does not depend on the weights.
+        eps: number that is added to the squared gradients, above 0; 1e-30.
+        weight_decay: at least 0; 0. It is multiplied by the learning rate of the step.
+        max_grad_norm: global norm to which gradients are clipped before the update. None, the
+            default, does not clip.
         decay_mask: function `model -> tree of bools`, True where weight decay applies.
-        layout: function `(path, array) -> Layout`, which axes of a leaf are rows and columns.
-            Layers and experts are apart: each has its rows, columns and root mean squares.
+        layout: function `(path, array) -> Layout` that says which axes of a leaf are rows and which
+            are columns. Each layer and each expert has its own rows, columns and root mean squares.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -96,7 +101,10 @@ class Adafactor(LeafwiseOptimizer):
         check_positive(**{name: x for name, x in optional.items() if x is not None})
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
-        """The means of rows and columns of the squared gradients, or of each square, zeros."""
+        """Returns zeros for the means of squared gradients by row and by column.
+
+        For a vector they are zeros for each squared gradient.
+        """
         layout = self.layout(path, p)
         apart, rows, columns = layout.sizes(p.shape)
         if layout.inputs == 0:
@@ -130,11 +138,11 @@ class Adafactor(LeafwiseOptimizer):
 
 
 def _inverse_root(moments: Moments) -> Float[Array, "apart i o"]:
-    """`1 / sqrt(second moment)`, where need be from its rows and columns."""
+    """Returns `1 / sqrt(second moment)`, for a matrix from its row and column means."""
     if "squares" in moments:
         return 1 / jnp.sqrt(moments["squares"])
     rows, columns = moments["rows"], moments["columns"]
-    # Two roots: the product of two small means would be zero in float32.
+    # The two roots are separate: the product of two small means would be zero in float32.
     rows = rows / rows.mean(-1, keepdims=True)
     return (1 / jnp.sqrt(rows))[..., :, None] * (1 / jnp.sqrt(columns))[..., None, :]
 

@@ -1,4 +1,4 @@
-"""AdamW."""
+"""The optimizer AdamW."""
 
 import math
 from collections.abc import Callable
@@ -16,24 +16,26 @@ from jaxformers.optim.leafwise import LeafwiseOptimizer, Moments, learning_rate
 class AdamW(LeafwiseOptimizer):
     """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019).
 
-    With `t` from 1, each trained leaf `p` with gradient `g` becomes
+    In update `t`, which counts from 1, a trained leaf `p` with gradient `g` is updated by
 
         mu <- b1 mu + (1 - b1) g,    nu <- b2 nu + (1 - b2) g^2
         p  <- p - rate (mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps) + weight_decay p)
 
-    as in `torch.optim.AdamW` and `optax.adamw`. A leaf that is no inexact array or whose gradient
-    is None stays as it is. Frozen leaves need no moments: `init` takes a model without them too.
+    as in `torch.optim.AdamW` and `optax.adamw`. A leaf does not change if it is no inexact array or
+    if its gradient is None. Frozen leaves need no moments: `init` also accepts a model without
+    them.
 
     Arguments:
-        learning_rate: a number of at least 0, or a schedule `step -> rate` (step 0 comes first).
-        b1: decay of the first moment, in [0, 1), 0.9.
-        b2: decay of the second moment, in [0, 1), 0.999.
-        eps: added to the denominator, above 0, 1e-8.
-        weight_decay: at least 0, 0.01; multiplied by the learning rate of the step.
-        max_grad_norm: gradients are first clipped to this global norm; None for no clipping.
-        decay_mask: function `model -> tree of bools`, True where weight decay applies. To spare
-            embeddings too: `functools.partial(default_decay_mask, decay_embeddings=False)`, made
-            once (another one compiles the update anew).
+        learning_rate: a number of at least 0, or a schedule `step -> rate` that counts from step 0.
+        b1: decay of the first moment, in [0, 1); 0.9.
+        b2: decay of the second moment, in [0, 1); 0.999.
+        eps: number that is added to the denominator, above 0; 1e-8.
+        weight_decay: at least 0; 0.01. It is multiplied by the learning rate of the step.
+        max_grad_norm: global norm to which gradients are clipped before the update. None, the
+            default, does not clip.
+        decay_mask: function `model -> tree of bools`, True where weight decay applies. Embeddings
+            do not decay with `functools.partial(default_decay_mask, decay_embeddings=False)`.
+            Create this function once, because the update is compiled again for each new one.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -62,7 +64,7 @@ class AdamW(LeafwiseOptimizer):
         check_positive(eps=self.eps)
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
-        """The means of gradients and of their squares, zeros."""
+        """Returns zeros for the means of gradients and of squared gradients."""
         return {name: jnp.zeros(p.shape, jnp.float32) for name in ("mu", "nu")}
 
     def direction(
@@ -80,5 +82,8 @@ class AdamW(LeafwiseOptimizer):
 
 
 def _bias_correction(b: float, t: Int32[Array, ""]) -> Float[Array, ""]:
-    """`1 - b**t`; computed like that in float32, 0.999 would give an error of 1e-5."""
+    """Returns `1 - b**t`.
+
+    For b = 0.999 the plain formula in float32 would have an error of 1e-5.
+    """
     return -jnp.expm1(t.astype(jnp.float32) * (math.log(b) if b else -math.inf))

@@ -1,4 +1,4 @@
-"""An average of the weights, which is often better than the last ones."""
+"""A moving average of the weights, which is often better than the last weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from jaxformers.precision import widened
 
 
 class AveragedState(eqx.Module):
-    """The number of updates made, the average so far, and the state of what is wrapped."""
+    """The number of updates, the average, and the state of the wrapped optimizer."""
 
     step: Int32[Array, ""]
     average: PyTree
@@ -27,26 +27,29 @@ def _decay(value: Any) -> Any:
     if callable(value) or not is_known(value):
         return value
     check_rate(decay=value)
-    return np.float32(value)  # not static: another one does not compile anew
+    return np.float32(value)  # an array: a new value does not compile the update again
 
 
 class Averaged(Optimizer):
-    """An optimizer that keeps an exponential moving average of the weights beside them.
+    """An optimizer that also keeps an exponential moving average of the weights.
+
+    After each update the average becomes, in float32,
 
         average <- decay average + (1 - decay) p
 
-    after each update, in float32; it starts as a copy of the weights (Polyak & Juditsky 1992; as in
-    `torch.optim.swa_utils.AveragedModel`). What is frozen needs no average.
+    as in `torch.optim.swa_utils.AveragedModel` (Polyak & Juditsky 1992). It starts as a copy of the
+    weights. Frozen leaves have no average.
 
     Arguments:
         optimizer: an `Optimizer` or an optax transformation.
-        decay: in [0, 1), 0.999. In the first updates it is `(1 + t) / (10 + t)` if that is smaller,
-            `t` from 1, so that the start is soon forgotten (as TensorFlow's
-            `ExponentialMovingAverage` does with `num_updates`). A function `t -> decay` is taken as
-            it is: `schedules.constant(0.999)` for the plain average.
+        decay: a number in [0, 1), 0.999, or a function `t -> decay`. For a number, the decay of
+            update `t`, which counts from 1, is at most `(1 + t) / (10 + t)`, so that the first
+            weights soon have little influence. TensorFlow's `ExponentialMovingAverage` does the
+            same with `num_updates`. A function has no such limit: `schedules.constant(0.999)` gives
+            the plain average.
 
     Raises:
-        ValueError: if `decay` is out of its range or the optimizer is none.
+        ValueError: if `decay` is out of its range or `optimizer` is no optimizer.
 
     Example:
         >>> optimizer = Averaged(AdamW(1e-3), decay=0.99)
@@ -58,7 +61,7 @@ class Averaged(Optimizer):
     decay: Float[ArrayLike, ""] | Callable = eqx.field(default=0.999, converter=_decay)
 
     def init(self, model: PyTree) -> AveragedState:
-        """The state before the first update; the average is a copy of the trained leaves."""
+        """Returns the first state, whose average is a copy of the trained leaves."""
         check_usable(model=model)
         trained = eqx.filter(model, self.trains(model))
         average = jax.tree.map(lambda p: jnp.array(widened(p), copy=True), trained)
@@ -69,7 +72,7 @@ class Averaged(Optimizer):
     def update(
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, AveragedState]:
-        """The model after one update of the optimizer, and the average with it."""
+        """Returns the model and the state after one update of the optimizer and of the average."""
         check_state(state, AveragedState)
         check_fit(model, average=state.average)
         model, inner = self.optimizer.update(grads, state.inner, model, **extra)
@@ -90,33 +93,34 @@ class Averaged(Optimizer):
         return model, AveragedState(step=t, average=average, inner=inner)
 
     def takes(self, name: str) -> bool:
-        """Whatever the optimizer takes."""
+        """Returns whether the wrapped optimizer takes an argument of this name."""
         return self.optimizer.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """What the optimizer trains."""
+        """Returns the model's tree with True for each leaf that the wrapped optimizer trains."""
         return self.optimizer.trains(model)
 
     def rate(self, state: AveragedState) -> Float[Array, ""] | None:
-        """The optimizer's learning rate."""
+        """Returns the learning rate of the wrapped optimizer."""
         return self.optimizer.rate(state.inner)
 
     def averaged(self, model: Model, state: AveragedState) -> Model:
-        """The model with the average for weights, in their types."""
+        """Returns the model with the averages as weights, in the types of the weights."""
         return jax.tree.map(
             lambda p, mean: p if mean is None else jnp.array(mean, p.dtype), model, state.average
         )
 
 
 def kept_average(state: PyTree, model: PyTree) -> PyTree | None:
-    """Returns the averages of a model's weights in a state, whichever optimizers it is of.
+    """Returns the averages of a model's weights in a state of any optimizers.
 
     Arguments:
-        state: any tree with the states of optimizers in it.
+        state: any tree that contains states of optimizers.
         model: the model that they train.
 
     Returns:
-        The model's tree with the averages and None where none is kept; None if nothing is averaged.
+        The model's tree with the averages, and None for leaves without one. None if the state holds
+        no average of this model.
     """
 
     def is_state(x: Any) -> bool:
@@ -125,7 +129,7 @@ def kept_average(state: PyTree, model: PyTree) -> PyTree | None:
     def fits(average: PyTree) -> bool:
         try:
             jax.tree.map(lambda *_: None, model, average)
-        except ValueError:  # of another model that is trained beside it
+        except ValueError:  # The average belongs to another model that is trained beside it.
             return False
         return True
 

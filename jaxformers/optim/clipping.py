@@ -1,4 +1,4 @@
-"""The norm of gradients, and gradients scaled down to a norm."""
+"""The global norm of gradients, and gradient clipping."""
 
 import equinox as eqx
 import jax
@@ -9,10 +9,10 @@ from jaxformers.checks import check_positive, is_known
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all inexact arrays of a tree as one vector, computed in float32.
+    """Returns the Euclidean norm of all inexact arrays of a tree as one vector, in float32.
 
     Arguments:
-        tree: any pytree, gradients for instance; other leaves do not count.
+        tree: any pytree, such as gradients. Other leaves are ignored.
 
     Example:
         >>> print(global_norm({"w": jnp.asarray([3.0]), "b": jnp.asarray([4.0])}))
@@ -24,13 +24,14 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def clip_by_global_norm(grads: PyTree, max_norm: float) -> tuple[PyTree, Float[Array, ""]]:
-    """Gradients scaled down together so that their norm is at most `max_norm`, and their old norm.
+    """Returns gradients whose global norm is at most `max_norm`, and the norm before clipping.
 
-    Gradients within the limit stay as they are (Pascanu et al. 2013).
+    All gradients are scaled by one factor. Gradients within the limit do not change (Pascanu et al.
+    2013).
 
     Arguments:
-        grads: gradients; leaves that are not inexact arrays pass through.
-        max_norm: the limit, above 0.
+        grads: gradients. Leaves that are not inexact arrays are returned unchanged.
+        max_norm: largest global norm, above 0.
 
     Raises:
         ValueError: if `max_norm` is not a finite number above 0.

@@ -1,4 +1,4 @@
-"""Updates as compiled programs, and what is looked at before one."""
+"""Updates as compiled programs, and the checks of their arguments."""
 
 import functools
 from collections.abc import Callable
@@ -17,10 +17,10 @@ Tree = TypeVar("Tree", bound=PyTree)
 
 
 def compiled(update: Update) -> Update:
-    """Returns the method `update` as a compiled program, or as a part of the one it is called in.
+    """Returns the method `update` as a compiled program.
 
-    Arrays that a step was given to write over are refused, and of weights of 16 bits a warning
-    speaks once.
+    Within another compiled function it becomes a part of that function. It raises an error for
+    arrays that have been donated, and warns once about weights of 16 bits.
     """
     program = eqx.filter_jit(update)
 
@@ -35,31 +35,35 @@ def compiled(update: Update) -> Update:
             return eqx.filter(has_gradient, self.trains(model))
 
         with noticed(getattr(self, "transformation", self), model, trained):
-            # Not a program of its own within another one, which sees then what stays as it is.
+            # Within another program it is inlined: the compiler sees which arrays do not change.
             return (program if known else update)(self, grads, state, model, **extra)
 
     return run  # type: ignore[return-value]
 
 
 def own_arrays(tree: Tree) -> Tree:
-    """Returns a tree each of whose arrays is a copy, at one place alone and owned by nobody else.
+    """Returns a tree whose arrays are copies, each with a buffer of its own.
 
-    The state that an optax transformation begins with may hold the weights themselves, or a key
-    that the transformation keeps; a step writes over what it is given.
+    The first state of an optax transformation may hold the weights themselves, or a key that the
+    transformation keeps. A step that donates its state would overwrite them.
     """
     leaves, structure = jax.tree.flatten(tree)
-    del tree  # one array at a time: what nobody else has is free when it is copied
+    del tree  # frees each array that has no other owner as soon as it is copied
     for i, x in enumerate(leaves):
         leaves[i] = x.copy() if isinstance(x, jax.Array) else x
     return jax.tree.unflatten(structure, leaves)
 
 
 def check_fit(model: PyTree, **trees: PyTree) -> None:
-    """Raise unless each tree has, at each leaf of the model, an array of its shape or none."""
+    """Checks that each tree has, for each leaf of the model, an array of its shape or None.
+
+    Raises:
+        ValueError: if a tree has another structure or an array of another shape.
+    """
 
     def check(path: tuple, p: Any, x: Any) -> str | None:
         fits = eqx.is_inexact_array(p) and eqx.is_array(x) and x.shape == p.shape
-        # A leaf's moments, in a dict, have shapes of their own.
+        # The moments of a leaf are a dict of arrays with other shapes.
         if x is None or isinstance(x, bool | np.bool | dict) or fits:
             return None
         return f"{eqx.tree_pformat(x)} for {eqx.tree_pformat(p)} at {jax.tree_util.keystr(path)}"
@@ -77,7 +81,11 @@ def check_fit(model: PyTree, **trees: PyTree) -> None:
 
 
 def check_state(state: Any, kind: type[Any], length: int | None = None) -> None:
-    """Raise unless a state is of the kind that `init` makes."""
+    """Checks that a state has the type that `init` returns, and the length.
+
+    Raises:
+        ValueError: if it has another type or length.
+    """
     fits = isinstance(state, kind) and (length is None or len(state) == length)
     if not fits:
         count = "" if length is None else f" of {length}"

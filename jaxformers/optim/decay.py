@@ -12,9 +12,9 @@ from jaxformers.optim.layout import default_layout, leaf_path
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
     """Returns the model's tree with a bool for each leaf: True for weights, False for vectors.
 
-    Weight decay applies where it is True, to the inexact arrays that `default_layout` reads as
-    matrices. Norms, gains and biases do not decay. The number of axes alone does not tell them
-    apart, because the biases of attention have two.
+    Weight decay applies where the bool is True: to the inexact arrays that `default_layout` reads
+    as matrices. Norms, gains and biases do not decay. The number of axes does not decide, because
+    the biases of attention have two.
 
     Arguments:
         model: any pytree.

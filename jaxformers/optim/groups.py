@@ -1,4 +1,4 @@
-"""Another optimizer, or none, for some of the leaves."""
+"""Groups of leaves, each with an optimizer of its own or frozen."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,22 +18,24 @@ Predicate = Callable[[str, Any], Any]
 
 
 class Groups(Optimizer):
-    """An optimizer for each group of leaves, and none for those that are frozen.
+    """An optimizer that trains each group of leaves by another optimizer, or freezes it.
 
-    Frozen leaves cost neither gradients (in `train_step`) nor moments.
+    Frozen leaves need no gradients in `train_step` and no moments.
 
     Arguments:
-        groups: pairs of a predicate and an optimizer, ours or optax's; None freezes. A predicate
-            is a function `(path, array) -> bool` with paths such as
-            "decoder.layers.0.self_attention.wq", of whose arrays shape and dtype may be read. The
-            first that holds decides.
-        rest: the optimizer of all other leaves; None freezes them.
-        max_grad_norm: gradients are first clipped to this norm, over all groups together; None for
-            no clipping. An optimizer's own limit is for its group alone.
+        groups: pairs of a predicate and an optimizer. The optimizer is an `Optimizer`, an optax
+            transformation, or None, which freezes the group. A predicate is a function
+            `(path, array) -> bool`. It gets paths such as "decoder.layers.0.self_attention.wq", and
+            arrays of which it may read shape and dtype. A leaf belongs to the first group whose
+            predicate holds.
+        rest: the optimizer of all other leaves. None freezes them.
+        max_grad_norm: norm over all groups to which gradients are clipped before the update. None,
+            the default, does not clip. The limit of a group's optimizer applies to that group
+            alone.
 
     Raises:
-        ValueError: if a predicate is no function or an optimizer is none; by `init`, if a predicate
-            gets no leaf, or none is left to train.
+        ValueError: if a predicate is no function or an optimizer is no optimizer. `init` raises it
+            if a group has no leaf, or if all leaves are frozen.
 
     Example:
         >>> def is_norm(path, array):
@@ -45,7 +47,7 @@ class Groups(Optimizer):
     """
 
     predicates: tuple[Predicate, ...]
-    optimizers: tuple[Optimizer | None, ...]  # of the groups, and of the rest
+    optimizers: tuple[Optimizer | None, ...]  # those of the groups, then that of the rest
     max_grad_norm: float | None
 
     def __init__(
@@ -67,7 +69,7 @@ class Groups(Optimizer):
             check_positive(max_grad_norm=max_grad_norm)
 
     def init(self, model: PyTree) -> tuple[PyTree, ...]:
-        """The states of the groups and of the rest, None where they are frozen."""
+        """Returns the states of the groups and of the rest, None for frozen ones."""
         self._check_groups(model)
         parts = self._split(model, model)
         return tuple(
@@ -79,7 +81,7 @@ class Groups(Optimizer):
     def update(
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, tuple[PyTree, ...]]:
-        """The model and the states after one update; gradients of frozen leaves do not count."""
+        """Returns the model and the states after one update; ignores gradients of frozen leaves."""
         for name in extra:
             if not self.takes(name):
                 raise TypeError(f"none of the optimizers takes {name}=.")
@@ -99,29 +101,29 @@ class Groups(Optimizer):
         return eqx.combine(*parts, model), tuple(states)
 
     def takes(self, name: str) -> bool:
-        """What one of the optimizers takes."""
+        """Returns whether one of the optimizers takes an argument of this name."""
         return any(x is not None and x.takes(name) for x in self.optimizers)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """True where the optimizer of the leaf's group differentiates it."""
+        """Returns the model's tree with True for each leaf that its group's optimizer trains."""
         parts = zip(self.optimizers, self._split(model, model), strict=True)
         trained = [optimizer.trains(part) for optimizer, part in parts if optimizer is not None]
         return eqx.combine(*trained, jax.tree.map(lambda _: False, model))
 
     def rate(self, state: tuple[PyTree, ...]) -> Float[Array, ""] | None:
-        """The learning rate of the rest, or where that has none, of the last group that has one."""
+        """Returns the learning rate of the rest, or else of the last group that has one."""
         pairs = zip(self.optimizers, state, strict=True)
         rates = [optimizer.rate(s) for optimizer, s in pairs if optimizer is not None]
         return next((rate for rate in reversed(rates) if rate is not None), None)
 
     def averaged(self, model: Model, state: tuple[PyTree, ...]) -> Model:
-        """The model with the averages of the groups that keep one."""
+        """Returns the model with the averages of the groups that keep one."""
         parts = zip(self.optimizers, self._split(model, model), state, strict=True)
         averages = [o.averaged(part, s) for o, part, s in parts if o is not None]
         return eqx.combine(*averages, model)
 
     def _owners(self, model: PyTree) -> PyTree:
-        """The number of the group of each inexact array, None for other leaves."""
+        """Returns the index of the group of each inexact array, None for other leaves."""
 
         def owner(path: tuple, leaf: Any) -> int | None:
             if not eqx.is_inexact_array(leaf):
@@ -133,7 +135,7 @@ class Groups(Optimizer):
         return jax.tree_util.tree_map_with_path(owner, model)
 
     def _split(self, tree: PyTree, model: PyTree) -> tuple[PyTree, ...]:
-        """A tree of the model's structure for each group and the rest, with None elsewhere."""
+        """Returns for each group and the rest a tree with its leaves, and None for the others."""
         owners = self._owners(model)
         return tuple(
             jax.tree.map(lambda _, x, owner, i=i: x if owner == i else None, model, tree, owners)
@@ -154,15 +156,15 @@ class Groups(Optimizer):
 
 
 def freeze(optimizer: Any, predicate: Predicate) -> Groups:
-    """The optimizer for all leaves but those for which the predicate holds; these are frozen.
+    """Returns an optimizer that trains all leaves except those for which the predicate holds.
 
     Arguments:
         optimizer: an `Optimizer` or an optax transformation.
-        predicate: function `(path, array) -> bool`, True where a leaf stays as it is.
+        predicate: function `(path, array) -> bool`, True for leaves that are frozen.
 
     Raises:
-        ValueError: if the predicate is no function or the optimizer is none; by `init`, if the
-            predicate holds for no leaf, or for all.
+        ValueError: if the predicate is no function or the optimizer is no optimizer. `init` raises
+            it if the predicate holds for no leaf, or for all leaves.
 
     Example:
         >>> frozen_embedding = freeze(AdamW(1e-3), lambda path, array: "embedding" in path)

@@ -1,4 +1,4 @@
-"""The matrix that a weight is, whatever its axes: heads, experts and stacked layers."""
+"""Layouts, which read a weight with any axes as one matrix or several."""
 
 from collections.abc import Callable
 from math import prod
@@ -11,25 +11,25 @@ from jaxformers.paths import path_name
 
 
 class Layout(NamedTuple):
-    """The reading of a leaf as matrices: its first axes lie apart, then come rows, then columns.
+    """A division of the axes of a leaf into separate matrices, their rows and their columns.
 
     Arguments:
-        apart: how many leading axes count things of the same kind, such as layers or experts.
-        inputs: how many axes after these are the rows of a matrix, which are the inputs of a
-            linear map; the rest are its outputs. 0 says that the leaf is a vector, such as a bias
-            or a gain.
+        apart: number of leading axes that separate matrices, such as those of layers or experts.
+        inputs: number of axes after these that form the rows of a matrix, which are the inputs of a
+            linear map. The remaining axes form its outputs. 0 means that the leaf is a vector, such
+            as a bias or a gain.
     """
 
     apart: int
     inputs: int
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Returns how many matrices a leaf of this shape is, and their inputs and outputs."""
+        """Returns the number of matrices in a leaf of this shape, and their inputs and outputs."""
         split = self.apart + self.inputs
         return prod(shape[: self.apart]), prod(shape[self.apart : split]), prod(shape[split:])
 
     def matrices(self, x: Float[Array, "..."]) -> Float[Array, "apart i o"]:
-        """Returns `x` as a stack of matrices; a vector is a matrix of one row."""
+        """Returns `x` as a stack of matrices; a vector becomes a matrix with one row."""
         return x.reshape(self.sizes(x.shape))
 
 
@@ -40,8 +40,8 @@ class LeafPath(str):
     """The path of a leaf as text, together with the axes of the leaf.
 
     Arguments:
-        text: such as "blocks.norm.weight".
-        axes: of the leaf; None if only its path is known.
+        text: the path, such as "blocks.norm.weight".
+        axes: the axes of the leaf. None means that only its path is known.
     """
 
     axes: Axes | None
@@ -53,7 +53,7 @@ class LeafPath(str):
 
 
 def leaf_path(tree: PyTree, path: tuple) -> LeafPath:
-    """Returns the path of a leaf of a tree, with the axes that the annotations in the tree name.
+    """Returns the path of a leaf of a tree, with the axes that annotations in the tree name.
 
     Example:
         >>> norms = eqx.filter_vmap(lambda _: eqx.nn.RMSNorm(8))(jnp.arange(3))
@@ -68,15 +68,15 @@ def default_layout(path: str, x: Any) -> Layout:
     """Returns the layout of a leaf, which follows from its axes.
 
     An optimizer passes a `LeafPath`, whose axes come from annotations like `Float[Array, "d n h"]`
-    and from the modules of `equinox.nn`; `jaxformers/axes.py` states the rule. Without these, the
+    and from the modules of `equinox.nn`; `jaxformers/axes.py` states the rule. Without axes, the
     names in the path decide. A bias or a gain (`b`, `bq`, `b_in`, `bias`, `gain`, `scale`, `gamma`,
     `beta`), an array of a norm and an array of fewer than two axes are vectors. Attention's `wq`,
     `wk` and `wv` map d_model to all heads, and `wo` maps all heads to d_model. Other weights are
-    `(inputs, outputs)`. The axes before these lie apart: experts, the layers of `scan_layers`, and
-    modules that `eqx.filter_vmap` has made.
+    `(inputs, outputs)`. The axes before these separate matrices: experts, the layers of
+    `scan_layers`, and modules that `eqx.filter_vmap` has created.
 
     Arguments:
-        path: such as "decoder.layers.0.self_attention.wq".
+        path: path of the leaf, such as "decoder.layers.0.self_attention.wq".
         x: the array, or its shape as a `jax.ShapeDtypeStruct`.
 
     Example:
@@ -88,6 +88,6 @@ def default_layout(path: str, x: Any) -> Layout:
     axes = path.axes if isinstance(path, LeafPath) else None
     if axes is None or len(axes.names) != x.ndim:
         axes = axes_by_name(path, x.ndim)
-    # The rows come first; of `equinox.nn.Linear` they are the outputs.
+    # The rows come first. In `equinox.nn.Linear` the rows are the outputs.
     pairs = axes.inputs, axes.outputs
     return Layout(len(axes.apart), len(min(pairs) if all(pairs) else axes.inputs))

@@ -1,4 +1,4 @@
-"""What AdamW, Lion, Adafactor and Muon have in common: each updates leaf by leaf, by a rule."""
+"""The base class of AdamW, Lion, Adafactor and Muon, which update one leaf at a time."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -21,31 +21,36 @@ Moments = dict[str, Array]
 
 
 class State(eqx.Module):
-    """The number of updates made, and of each trained leaf its moments by name, in float32."""
+    """The number of updates, and the moments of each trained leaf by name, in float32."""
 
     step: Int32[Array, ""]
     moments: PyTree
 
 
 def learning_rate(value: Any) -> Any:
-    """A learning rate as it is kept: a schedule, or a number that is checked."""
+    """Returns a schedule as it is, and a number as float32.
+
+    Raises:
+        ValueError: if a number is negative or not finite.
+    """
     if callable(value) or not is_known(value):
         return value
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
     check_nonnegative(learning_rate=value)
-    # Python numbers are static under eqx.filter_jit: each new rate would compile anew.
+    # Python numbers are static under eqx.filter_jit: each new rate would compile a new program.
     return np.float32(value)
 
 
 class LeafwiseOptimizer(Optimizer):
-    """An optimizer whose rule says for one leaf at a time in which direction it goes.
+    """An optimizer whose rule gives the direction of the update for one leaf at a time.
 
     Each trained leaf `p` becomes `p - rate (direction + weight_decay p)`, computed in float32 and
-    rounded once to the type of `p`. A leaf that is no inexact array or whose gradient is None stays
-    as it is. Frozen leaves need no moments: `init` takes a model without them too.
+    rounded once to the type of `p`. A leaf does not change if it is no inexact array or if its
+    gradient is None. Frozen leaves need no moments: `init` also accepts a model without them.
 
-    Derive from it to write a rule of your own: fields with these names, `moments`, `direction`.
+    To write a rule of your own, derive a class with the four fields below and the methods `moments`
+    and `direction`.
 
     Example:
         >>> class SignDescent(LeafwiseOptimizer):
@@ -74,7 +79,7 @@ class LeafwiseOptimizer(Optimizer):
 
     @abstractmethod
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
-        """What is remembered of a leaf, before the first update."""
+        """Returns the moments of a leaf before the first update."""
 
     @abstractmethod
     def direction(
@@ -85,20 +90,22 @@ class LeafwiseOptimizer(Optimizer):
         moments: Moments,
         step: Int32[Array, ""],
     ) -> tuple[Float[Array, "..."], Moments]:
-        """Where a leaf goes against, of its shape, and its new moments; all in float32.
+        """Returns the direction of the step and the new moments of a leaf, all in float32.
+
+        The direction has the shape of the leaf. The update subtracts it.
 
         Arguments:
-            path: such as "decoder.layers.0.self_attention.wq".
+            path: path of the leaf, such as "decoder.layers.0.self_attention.wq".
             p: the leaf.
             g: its gradient.
-            moments: as `moments` or the last update gave them.
-            step: the number of updates made before.
+            moments: the result of `moments`, or of the last update.
+            step: the number of earlier updates.
         """
 
     def init(self, model: PyTree) -> State:
-        """The state before the first update, with moments for each inexact array of `model`."""
+        """Returns the state before the first update, with moments for each inexact array."""
         trained = eqx.filter(model, eqx.is_inexact_array)
-        # A set of buffers for each leaf: a function that donates the state must not get one twice.
+        # Each leaf has its own buffers: a function that donates the state must not get one twice.
         moments = jax.tree_util.tree_map_with_path(
             lambda path, p: self.moments(leaf_path(trained, path), p), trained
         )
@@ -106,18 +113,18 @@ class LeafwiseOptimizer(Optimizer):
 
     @compiled
     def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, State]:
-        """The model and the state after one update.
+        """Returns the model and the state after one update.
 
-        Compiled, and nothing is donated: the old model stays usable. Within a compiled function
-        of yours it becomes a part of that function, which may donate.
+        The method is compiled. It donates no arrays, so that the old model stays usable. Within a
+        compiled function it becomes a part of that function, which may donate arrays.
 
         Arguments:
-            grads: gradients of the model's structure, None where nothing is trained.
-            state: what `init` or the last `update` returned.
+            grads: gradients in the model's structure, None for leaves that are not trained.
+            state: the state that `init` or the last `update` returned.
             model: the model before the update.
 
         Raises:
-            ValueError: if `grads`, `state` or the decay mask do not fit the model.
+            ValueError: if `grads`, `state` or the decay mask does not fit the model.
         """
         check_state(state, State)
         decays = self.decay_mask(model)
@@ -142,7 +149,7 @@ class LeafwiseOptimizer(Optimizer):
         return model, State(step=state.step + 1, moments=moments)
 
     def rate(self, state: State) -> Float[Array, ""]:
-        """The learning rate of the next update."""
+        """Returns the learning rate of the next update."""
         rate = self.learning_rate
         return jnp.asarray(rate(state.step) if callable(rate) else rate, jnp.float32)
 

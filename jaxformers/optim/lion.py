@@ -1,4 +1,4 @@
-"""Lion."""
+"""The optimizer Lion."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY
@@ -13,20 +13,21 @@ from jaxformers.optim.leafwise import LeafwiseOptimizer, Moments, learning_rate
 
 
 class Lion(LeafwiseOptimizer):
-    """Each number of a leaf moves by the learning rate, up or down (Chen et al. 2023, algorithm 2).
+    """An optimizer that steps by the sign of a momentum (Chen et al. 2023, algorithm 2).
 
         p  <- p - rate (sign(b1 mu + (1 - b1) g) + weight_decay p)
         mu <- b2 mu + (1 - b2) g
 
-    as in `optax.lion`. It keeps one moment where AdamW keeps two. The authors take a learning rate
-    3 to 10 times smaller than AdamW's and a weight decay as many times larger.
+    as in `optax.lion`. Lion keeps one moment, and AdamW keeps two. The authors use a learning rate
+    3 to 10 times smaller than that of AdamW, and a weight decay larger by the same factor.
 
     Arguments:
-        learning_rate: a number of at least 0, or a schedule `step -> rate` (step 0 comes first).
-        b1: the moment's share in the direction, in [0, 1), 0.9.
-        b2: decay of the moment, in [0, 1), 0.99.
-        weight_decay: at least 0, 0.1; multiplied by the learning rate of the step.
-        max_grad_norm: gradients are first clipped to this global norm; None for no clipping.
+        learning_rate: a number of at least 0, or a schedule `step -> rate` that counts from step 0.
+        b1: weight of the moment in the direction, in [0, 1); 0.9.
+        b2: decay of the moment, in [0, 1); 0.99.
+        weight_decay: at least 0; 0.1. It is multiplied by the learning rate of the step.
+        max_grad_norm: global norm to which gradients are clipped before the update. None, the
+            default, does not clip.
         decay_mask: function `model -> tree of bools`, True where weight decay applies.
 
     Raises:
@@ -49,7 +50,7 @@ class Lion(LeafwiseOptimizer):
         check_rate(b1=self.b1, b2=self.b2)
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
-        """The mean of gradients, zeros."""
+        """Returns zeros for the mean of gradients."""
         return {"mu": jnp.zeros(p.shape, jnp.float32)}
 
     def direction(

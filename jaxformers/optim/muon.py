@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model, another optimizer for the rest."""
+"""The optimizer Muon for the matrices inside a model, with another optimizer for the rest."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -21,28 +21,28 @@ from jaxformers.optim.optimizer import Model, Optimizer
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
-# Jordan's, five times: singular values go to about 1 fast, rather than to exactly 1.
+# Jordan's triple, five times. Singular values approach 1 quickly, but do not become exactly 1.
 QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def orthogonalize(
     x: Float[Array, "*n i o"], coefficients: Coefficients = QUINTIC
 ) -> Float[Array, "*n i o"]:
-    """Matrices with about the same singular vectors and with singular values near 1.
+    """Returns matrices with about the same singular vectors and with singular values near 1.
 
-    A Newton-Schulz iteration: `x <- a x + (b x x^T + c (x x^T)^2) x` from `x` of norm 1, for each
-    of the triples (Jordan et al. 2024, Muon).
+    They are the result of a Newton-Schulz iteration. It divides `x` by its norm, and computes
+    `x <- a x + (b x x^T + c (x x^T)^2) x` for each of the triples (Jordan et al. 2024, Muon).
 
     Arguments:
-        x: one matrix or more.
-        coefficients: a triple `(a, b, c)` for each step.
+        x: one matrix or several.
+        coefficients: a triple `(a, b, c)` for each step; Jordan's triple five times.
 
     Example:
         >>> orthogonalize(jnp.asarray([[3.0, 0.0], [0.0, -0.2]])).round(1)
         Array([[ 0.7,  0. ],
                [ 0. , -1.1]], dtype=float32)
     """
-    if x.shape[-2] > x.shape[-1]:  # the smaller of the two squares
+    if x.shape[-2] > x.shape[-1]:  # x x^T is then the smaller of the two squares
         return jnp.swapaxes(orthogonalize(jnp.swapaxes(x, -1, -2), coefficients), -1, -2)
 
     def step(x, abc):
@@ -56,7 +56,10 @@ def orthogonalize(
 
 
 def match_adamw(inputs: int, outputs: int) -> float:
-    """Updates of about AdamW's root mean square, for AdamW's learning rates (Liu et al. 2025).
+    """Returns the factor `0.2 sqrt(max(inputs, outputs))` of an orthogonal matrix.
+
+    With it, updates have about the root mean square of AdamW's updates, so that learning rates of
+    AdamW fit (Liu et al. 2025).
 
     Example:
         >>> match_adamw(400, 100)
@@ -66,7 +69,9 @@ def match_adamw(inputs: int, outputs: int) -> float:
 
 
 def match_width(inputs: int, outputs: int) -> float:
-    """Updates as in Jordan's original Muon, whose learning rates are about 0.02.
+    """Returns the factor `sqrt(max(1, outputs / inputs))` of an orthogonal matrix.
+
+    It is that of Jordan's original Muon, whose learning rates are about 0.02.
 
     Example:
         >>> match_width(100, 400), match_width(400, 100)
@@ -76,7 +81,9 @@ def match_width(inputs: int, outputs: int) -> float:
 
 
 def is_hidden_matrix(path: str, array: Any) -> bool:
-    """Whether a leaf is a matrix inside the model: no embedding, position, output, bias or norm.
+    """Returns whether a leaf is a matrix inside the model.
+
+    Embeddings, positions, output layers, classifiers, biases and norms are not.
 
     Example:
         >>> is_hidden_matrix("decoder.layers.0.self_attention.wq", jnp.ones((16, 2, 8)))
@@ -86,12 +93,12 @@ def is_hidden_matrix(path: str, array: Any) -> bool:
     """
     layout = default_layout(path, array)
     outside = re.search("embed|position|score_bias|output|classifier|head", path.lower())
-    # Of a single row or column there is nothing to make orthogonal.
+    # A single row or column cannot be made orthogonal.
     return min(layout.sizes(array.shape)[1:]) > 1 and outside is None
 
 
 class OrthogonalMomentum(LeafwiseOptimizer):
-    """The rule of Muon, for matrices alone; see there for its arguments.
+    """The rule of Muon for matrices alone. `Muon` describes its arguments.
 
     Example:
         >>> matrices = OrthogonalMomentum(0.02, scale=match_width)
@@ -121,7 +128,7 @@ class OrthogonalMomentum(LeafwiseOptimizer):
             )
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
-        """The mean of gradients, zeros.
+        """Returns zeros for the mean of gradients.
 
         Raises:
             ValueError: if the leaf is no matrix.
@@ -150,39 +157,42 @@ class OrthogonalMomentum(LeafwiseOptimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024).
+    """An optimizer that orthogonalizes the momentum of matrices (Jordan et al. 2024).
 
-    For matrices inside the model, with `g` their gradients:
+    A matrix `p` inside the model with gradient `g` is updated by
 
         momentum <- m momentum + (1 - m) g
         p <- p - rate (scale(inputs, outputs) orthogonalize(m momentum + (1 - m) g)
                        + weight_decay p)
 
-    as in `torch.optim.Muon`, and in float32 where that computes in bfloat16. optax's `muon` differs
-    where `nesterov` is True: in update t (the first is 1) it divides `m momentum` by
-    `1 - m^(t + 1)` and `(1 - m) g` by `1 - m^t`, so that the newest gradient weighs more at first;
-    where it is False, both are the same. Embeddings, the output
-    layer, norms and biases are trained by another optimizer. Heads of attention are one matrix
-    together; layers and experts are matrices of their own.
+    as in `torch.optim.Muon`, which computes in bfloat16; `Muon` computes in float32. optax's `muon`
+    is equal if `nesterov` is False. If it is True, optax divides `m momentum` by `1 - m^(t + 1)`
+    and `(1 - m) g` by `1 - m^t` in update `t`, which counts from 1, so that the newest gradient has
+    more weight in the first updates.
+
+    Another optimizer trains embeddings, the output layer, norms and biases. All heads of an
+    attention form one matrix. Each layer and each expert has matrices of its own.
 
     Arguments:
-        learning_rate: a number of at least 0, or a schedule `step -> rate` (step 0 comes first).
-        momentum: decay of the mean of gradients, in [0, 1), 0.95.
-        weight_decay: at least 0, 0.1; multiplied by the learning rate of the step.
-        rest: the optimizer for what is no such matrix, ours or optax's. None is `AdamW` with the
-            same learning rate and weight decay.
-        max_grad_norm: gradients are first clipped to this global norm, those of the rest included;
-            None for no clipping.
-        nesterov: whether the current gradient counts again, True.
-        scale: function `(inputs, outputs) -> factor` on the orthogonal matrix: `match_adamw`, which
-            suits AdamW's learning rates (torch's "match_rms_adamw"), or `match_width` (torch's
-            "original").
-        coefficients: of the Newton-Schulz iteration, a triple for each step.
-        hidden: predicate `(path, array) -> bool`, which leaves are such matrices.
-        layout: function `(path, array) -> Layout`, how the axes of a leaf make a matrix.
+        learning_rate: a number of at least 0, or a schedule `step -> rate` that counts from step 0.
+        momentum: decay of the mean of gradients, in [0, 1); 0.95. It is `m` in the formula.
+        weight_decay: at least 0; 0.1. It is multiplied by the learning rate of the step.
+        rest: the optimizer of all other leaves, an `Optimizer` or an optax transformation. None,
+            the default, is `AdamW` with the same learning rate and weight decay.
+        max_grad_norm: norm over all leaves, the rest included, to which gradients are clipped
+            before the update. None, the default, does not clip.
+        nesterov: whether the update uses Nesterov momentum, as in the formula, True. If False, it
+            orthogonalizes `momentum` alone.
+        scale: function `(inputs, outputs) -> factor` of the orthogonal matrix. `match_adamw`, the
+            default, fits learning rates of AdamW (torch's "match_rms_adamw"). `match_width` is
+            torch's "original".
+        coefficients: the triples of `orthogonalize`, one for each step.
+        hidden: predicate `(path, array) -> bool`, True for the matrices that Muon trains.
+        layout: function `(path, array) -> Layout` that divides the axes of a leaf into rows and
+            columns.
 
     Raises:
-        ValueError: if a number is out of its range; by `init`, if there is no such matrix.
+        ValueError: if a number is out of its range. `init` raises it if `hidden` holds for no leaf.
 
     Example:
         >>> optimizer = Muon(1e-3, max_grad_norm=1.0)
@@ -218,28 +228,28 @@ class Muon(Optimizer):
         self.groups = Groups([(hidden, matrices)], rest, max_grad_norm)
 
     def init(self, model: PyTree) -> PyTree:
-        """The states of the matrices and of the rest before the first update."""
+        """Returns the states of the matrices and of the rest before the first update."""
         return self.groups.init(model)
 
     def update(
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, PyTree]:
-        """The model and the state after one update."""
+        """Returns the model and the state after one update."""
         return self.groups.update(grads, state, model, **extra)
 
     def takes(self, name: str) -> bool:
-        """What the optimizer of the rest takes."""
+        """Returns whether the optimizer of the rest takes an argument of this name."""
         return self.groups.takes(name)
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """All, unless the rest leaves something out."""
+        """Returns the model's tree with True for the matrices and each leaf the rest trains."""
         return self.groups.trains(model)
 
     def rate(self, state: PyTree) -> Float[Array, ""] | None:
-        """The learning rate of the matrices."""
+        """Returns the learning rate of the matrices."""
         matrices = self.groups.optimizers[0]
         return None if matrices is None else matrices.rate(state[0])
 
     def averaged(self, model: Model, state: PyTree) -> Model:
-        """The model with the averages that the rest keeps."""
+        """Returns the model with the averages that the rest keeps."""
         return self.groups.averaged(model, state)

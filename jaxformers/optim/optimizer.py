@@ -1,10 +1,10 @@
-"""One protocol for every optimizer, ours and optax's.
+"""The protocol of every optimizer, and optax transformations in this protocol.
 
     state = optimizer.init(model)
     model, state = optimizer.update(grads, state, model)
 
-`grads` come from `eqx.filter_grad`: None for what is not trained. An `update` that takes `value=`
-as well is given the loss by `train_step` and `fit`.
+`grads` come from `eqx.filter_grad`, with None for leaves that are not trained. If `update` also
+takes an argument `value`, `train_step` and `fit` pass it the loss.
 """
 
 import inspect
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=PyTree)
 
 
 class Optimizer(eqx.Module):
-    """The protocol; derive from it to write an optimizer of your own.
+    """The protocol of an optimizer. Derive a class from it to write an optimizer of your own.
 
     Example:
         >>> class GradientDescent(Optimizer):
@@ -40,28 +40,28 @@ class Optimizer(eqx.Module):
 
     @abstractmethod
     def init(self, model: PyTree) -> PyTree:
-        """The state before the first update."""
+        """Returns the state before the first update."""
 
     @abstractmethod
     def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, PyTree]:
-        """The model and the state after one update."""
+        """Returns the model and the state after one update."""
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """The model's tree with True for each leaf to differentiate: all inexact arrays."""
+        """Returns the model's tree with True for each leaf to differentiate: all inexact arrays."""
         return jax.tree.map(eqx.is_inexact_array, model)
 
     def rate(self, state: PyTree) -> Float[Array, ""] | None:
-        """The learning rate of the next update; None where it is not known."""
+        """Returns the learning rate of the next update; None if it is not known."""
         return None
 
     def averaged(self, model: Model, state: PyTree) -> Model:
-        """The model to evaluate: the trained one itself, unless an average is kept."""
+        """Returns the model to evaluate: the trained one, unless the state keeps an average."""
         return model
 
     def takes(self, name: str) -> bool:
         """Returns whether `update` takes a further argument of this name.
 
-        `train_step` and `fit` have one: `value`, the loss of the batch before the update.
+        `train_step` and `fit` pass one: `value`, the loss of the batch before the update.
         """
         return _takes(type(self).update, name)
 
@@ -81,7 +81,7 @@ _OTHER_WEIGHTS = (
 
 
 class _Optax(Optimizer):
-    """An optax transformation behind our protocol."""
+    """An optax transformation in the protocol of `Optimizer`."""
 
     transformation: Any
 
@@ -98,7 +98,7 @@ class _Optax(Optimizer):
     ) -> tuple[Model, PyTree]:
         check_fit(model, grads=grads)
         params = eqx.filter(model, eqx.is_inexact_array)
-        # optax wants a gradient for every parameter: frozen ones get zeros and lose their update.
+        # optax needs a gradient for every parameter. Frozen ones get zeros, and do not change.
         filled = jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, params, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
             try:
@@ -125,11 +125,11 @@ def _takes(function: Callable, name: str) -> bool:
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
-    """An optimizer in our protocol: an `Optimizer` as it is, an optax transformation wrapped.
+    """Returns an `Optimizer` as it is, and wraps an optax transformation in one.
 
     Arguments:
-        optimizer: an `Optimizer` or an `optax.GradientTransformation`; what the latter takes
-            beyond optax's three arguments is handed to `update` by name.
+        optimizer: an `Optimizer` or an `optax.GradientTransformation`. Further arguments of the
+            latter are passed to `update` by name.
 
     Raises:
         ValueError: if it is neither.
@@ -142,7 +142,7 @@ def as_optimizer(optimizer: Any) -> Optimizer:
         return optimizer
     if callable(getattr(optimizer, "gradient_transformation", None)):  # optax.MultiSteps
         optimizer = optimizer.gradient_transformation()
-    # By type, not by methods: both protocols have the same two, with different results.
+    # The type decides: both protocols have the methods init and update, with different results.
     if isinstance(optimizer, tuple) and hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return _Optax(optimizer)
     raise ValueError(

@@ -1,7 +1,7 @@
 """Learning rates as functions of the step: `step -> rate`.
 
-Step 0 is the first update. Every schedule here, any function of your own and every optax schedule
-can be given wherever a learning rate is expected.
+Step 0 is the first update. A learning rate may be one of these schedules, a function of your own or
+an optax schedule.
 """
 
 import math
@@ -18,10 +18,11 @@ from jaxformers.checks import check_nonnegative
 
 @dataclass(frozen=True)
 class Schedule:
-    """A formula with its numbers, called as `schedule(step)`.
+    """A schedule that consists of a formula and its arguments.
 
-    Two schedules built from the same numbers are equal and hash alike, which closures and
-    `functools.partial` do not: so building one anew does not compile a training step anew.
+    Two schedules with equal arguments are equal and have the same hash, unlike closures and
+    `functools.partial`. Therefore a new schedule with the same arguments does not compile a
+    training step again.
 
     Arguments:
         formula: function `(step, *args) -> rate` in JAX operations; `step` is an int32 array.
@@ -41,7 +42,7 @@ class Schedule:
 
 
 def constant(value: float) -> Schedule:
-    """`value` at every step.
+    """Returns a schedule with the rate `value` at every step.
 
     Arguments:
         value: the rate, at least 0.
@@ -58,7 +59,7 @@ def constant(value: float) -> Schedule:
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    """A straight line: `start` at step 0, `end` at step `steps` and from there on.
+    """Returns a linear schedule from `start` at step 0 to `end` at step `steps` and later.
 
     Arguments:
         start: rate at step 0, at least 0.
@@ -76,7 +77,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
-    """Half a cosine: `start` at step 0, `end` at step `steps` and from there on.
+    """Returns a cosine schedule from `start` at step 0 to `end` at step `steps` and later.
 
     Arguments:
         start: rate at step 0, at least 0.
@@ -94,12 +95,12 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 
 
 def join(first: Callable, steps: int, second: Callable) -> Schedule:
-    """`first` for `steps` steps, then `second`, which counts its steps from 0 again.
+    """Returns `first` for `steps` steps, then `second`, whose steps count from 0 again.
 
     Arguments:
-        first: a schedule, ours or any function `step -> rate`.
-        steps: how many steps `first` lasts.
-        second: the schedule after it.
+        first: any schedule, a function `step -> rate`.
+        steps: number of steps of `first`.
+        second: the schedule after `first`.
 
     Raises:
         ValueError: if `steps` is not a whole number from 0.
@@ -112,10 +113,10 @@ def join(first: Callable, steps: int, second: Callable) -> Schedule:
 
 
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float = 0.0) -> Schedule:
-    """A straight line up to `peak`, then half a cosine down to `end` (Loshchilov & Hutter 2017).
+    """Returns a linear warm-up to `peak`, then a cosine decay to `end` (Loshchilov & Hutter 2017).
 
     The rate is 0 at step 0 (`peak` without warm-up), `peak` at step `warmup_steps`, and `end` at
-    step `total_steps` and from there on, as in `optax.warmup_cosine_decay_schedule`.
+    step `total_steps` and later, as in `optax.warmup_cosine_decay_schedule`.
 
     Arguments:
         peak: highest rate, at least 0.
@@ -125,7 +126,7 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float =
 
     Raises:
         ValueError: if a rate is negative or not finite, a number of steps is not a whole number
-            from 0, or the warm-up is longer than the whole.
+            from 0, or the warm-up is longer than the whole schedule.
 
     Example:
         >>> print(warmup_cosine(1.0, 2, 4)(jnp.arange(6)))
@@ -137,10 +138,10 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float =
 
 
 def warmup_linear(peak: float, warmup_steps: int, total_steps: int, end: float = 0.0) -> Schedule:
-    """A straight line up to `peak`, then another down to `end` (Devlin et al. 2019).
+    """Returns a linear warm-up to `peak`, then a linear decay to `end` (Devlin et al. 2019).
 
     The rate is 0 at step 0 (`peak` without warm-up), `peak` at step `warmup_steps`, and `end` at
-    step `total_steps` and from there on.
+    step `total_steps` and later.
 
     Arguments:
         peak: highest rate, at least 0.
@@ -150,7 +151,7 @@ def warmup_linear(peak: float, warmup_steps: int, total_steps: int, end: float =
 
     Raises:
         ValueError: if a rate is negative or not finite, a number of steps is not a whole number
-            from 0, or the warm-up is longer than the whole.
+            from 0, or the warm-up is longer than the whole schedule.
 
     Example:
         >>> print(warmup_linear(1.0, 2, 6)(jnp.arange(8)))
@@ -162,14 +163,14 @@ def warmup_linear(peak: float, warmup_steps: int, total_steps: int, end: float =
 
 
 def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
-    """A straight line up to `peak`, then `peak * sqrt(warmup_steps / step)` without an end.
+    """Returns a linear warm-up to `peak`, then the rate `peak * sqrt(warmup_steps / step)`.
 
-    The rate is 0 at step 0 and `peak` at step `warmup_steps`. The schedule of Vaswani et al. 2017
-    is the one with `peak = (d_model * warmup_steps) ** -0.5`.
+    The rate is 0 at step 0 and `peak` at step `warmup_steps`. The decay has no end. Vaswani et al.
+    2017 use `peak = (d_model * warmup_steps) ** -0.5`.
 
     Arguments:
         peak: highest rate, at least 0.
-        warmup_steps: length of the warm-up in steps, at least 1: it also sets the decay's pace.
+        warmup_steps: length of the warm-up in steps, at least 1. It also scales the decay.
 
     Raises:
         ValueError: if `peak` is negative or not finite, or `warmup_steps` is not a whole number
@@ -187,11 +188,11 @@ def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
 def warmup_stable_decay(
     peak: float, warmup_steps: int, stable_steps: int, decay_steps: int, end: float = 0.0
 ) -> Schedule:
-    """A straight line up to `peak`, a plateau, and a straight line down to `end`.
+    """Returns a linear warm-up to `peak`, a plateau, and a linear decay to `end`.
 
     The rate is 0 at step 0 (`peak` without warm-up), `peak` from step `warmup_steps` to
-    `warmup_steps + stable_steps`, and `end` after `decay_steps` more and from there on. The
-    plateau can be prolonged without knowing the end (Hu et al. 2024; Hägele et al. 2024).
+    `warmup_steps + stable_steps`, and `end` from `decay_steps` steps later on. The plateau can be
+    extended while the total number of steps is unknown (Hu et al. 2024; Hägele et al. 2024).
 
     Arguments:
         peak: highest rate, at least 0.
@@ -257,7 +258,7 @@ def _cosine_ramp(step: Array, start: float, end: float, steps: int) -> Array:
 
 
 def _fraction(step: Array, steps: int) -> Array:
-    """How much of `steps` is over, from 0 to 1, exact at both."""
+    """Returns `step / steps`, at most 1; 0 and 1 are exact."""
     return jnp.where(step < steps, step.astype(jnp.float32) / max(steps, 1), 1.0)
 
 
