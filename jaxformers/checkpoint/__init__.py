@@ -1,10 +1,10 @@
-"""Models and trainings in files.
+"""Checkpoints of models and of trainings.
 
-`model_file` saves a model that `load` makes again without being told what it is. `construction` is
-how a file says so, by the `names` of objects, and `migration` is what earlier versions said.
-`directory` keeps the last states of a training, `orbax_directory` those of one that spans hosts.
-`training_state` is what both take out of a training and put back, and `trained_model` how the model
-in it is built. `best` keeps the best model of a run.
+`model_file` saves a model, and `load` builds it again from the file alone. `construction` describes
+objects in a file by their `names`, and `migration` reads the descriptions of earlier versions.
+`directory` keeps the last states of a training, and `orbax_directory` those of a training on
+several hosts. `training_state` copies the arrays and numbers out of a training and back into it.
+`trained_model` describes the model of a training. `best` keeps the best model of a run.
 """
 
 from jaxformers.checkpoint.best import KeepBest

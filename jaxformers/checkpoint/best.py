@@ -1,4 +1,4 @@
-"""The best model of a run in a file, also where the run goes on later."""
+"""The best model of a run in a file, also of a run that is continued later."""
 
 import math
 import os
@@ -11,20 +11,21 @@ from jaxformers.training.run import Report
 
 
 class KeepBest:
-    """A callback of `fit` that saves the model whenever it was never as good before.
+    """A callback of `fit` that saves the model whenever it is better than all earlier ones.
 
-    The file notes how good its model is, so that a run that goes on later writes over it only with
-    a better one. A run that begins anew writes over it at its first evaluation.
+    The file also holds the metric of its model, so that a continued run overwrites it only with a
+    better model. A new run overwrites it at its first evaluation.
 
     Arguments:
-        path: the file, such as "best.safetensors"; `load` reads it.
-        metric: which of `Report.metrics` says how good a model is, the less the better:
-            "eval_loss", or "eval_cross_entropy" where there is label smoothing or z-loss.
+        path: the file, such as "best.safetensors". `load` reads it.
+        metric: the entry of `Report.metrics` by which models are compared; smaller is better.
+            "eval_loss" is the default. "eval_cross_entropy" contains no label smoothing and no
+            z-loss.
 
     Raises:
-        ValueError: if there is such a file already, and it does not note how good its model is; in
-            a call, if there is no such metric.
-        OSError: in a call, if the file cannot be written; what was there is there still.
+        ValueError: if the file exists and does not hold this metric of its model. A call raises it
+            if `Report.metrics` has no such metric.
+        OSError: if a call cannot write the file; an earlier file then stays.
 
     Example:
         >>> import tempfile
@@ -45,7 +46,7 @@ class KeepBest:
         2
     """
 
-    step: int | None  # of the model in the file, and how good it is
+    step: int | None  # the step of the model in the file; `best` is its metric
     best: float
 
     def __init__(self, path: str | os.PathLike, metric: str = "eval_loss"):
@@ -71,7 +72,7 @@ class KeepBest:
         self._noted = None
         value = report.metrics[self.metric]
         if math.isfinite(value) and value < self.best:
-            if jax.process_index() == 0:  # of many hosts, one writes
+            if jax.process_index() == 0:  # only one host writes
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 notes = {"step": report.step, self.metric: value}
                 write_object(self.path, report.model, notes)

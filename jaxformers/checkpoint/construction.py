@@ -1,8 +1,8 @@
-"""Objects as JSON and arrays, and back: how a file says what a model is built of.
+"""Conversion of objects to JSON and arrays, and back.
 
-Nothing that a file names is imported or run. A name in it is looked up in the table of `names`, and
-objects are put together from their fields without calling `__init__`. What an earlier version wrote
-is brought into the form of this one by `migration`.
+Reading a file imports and runs nothing that the file names. Names are looked up in the table of
+`names`, and objects are built from their fields without calling `__init__`. `migration` converts
+the records of earlier versions.
 """
 
 import functools
@@ -30,10 +30,10 @@ _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
 
 
 class Encoder:
-    """Writes objects down; what it finds in arrays is in `arrays` then, by path.
+    """An encoder of objects as JSON, which collects their arrays by path in `arrays`.
 
-    An array that is found at two places is kept once. `found` has those that it knows, by their
-    `id`: the array itself and what is written in its place.
+    An array that occurs at two places is stored once. `found` holds the known arrays by their `id`:
+    each array itself and the JSON that is written in its place.
     """
 
     arrays: dict[str, Any]
@@ -45,10 +45,10 @@ class Encoder:
         self._inside: set[int] = set()
 
     def encode(self, x: Any, path: str = "") -> Any:
-        """`x` in JSON.
+        """Returns `x` as JSON.
 
         Raises:
-            ValueError: naming the path to what cannot be written down.
+            ValueError: if an object cannot be encoded; the error names its path.
         """
         if x is None or type(x) in (bool, int, str):
             return x
@@ -114,7 +114,7 @@ class Encoder:
             return self.found[id(x)][1]
         name = path or "array"
         while name in self.arrays or name == "__metadata__":
-            name += "'"  # two paths may read alike, as those of {"a.b": x} and {"a": {"b": x}}
+            name += "'"  # {"a.b": x} and {"a": {"b": x}} have the same path
         kind, data = kind_of(x), x
         if kind.startswith("key "):
             data = jax.random.key_data(x)
@@ -129,12 +129,12 @@ class Encoder:
             )
         self.arrays[name] = data
         entry = {"array": name, "as": kind}
-        self.found[id(x)] = x, entry  # which keeps it alive, and so its id its own
+        self.found[id(x)] = x, entry  # keeps x alive, so that no other object gets its id
         return entry
 
 
 def kind_of(x: Any) -> str:
-    """Returns what a file says of an array beside its numbers."""
+    """Returns the kind of an array that a file stores beside its numbers."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return f"key {jax.random.key_impl(x)}"
     if isinstance(x, jax.Array):
@@ -143,7 +143,7 @@ def kind_of(x: Any) -> str:
 
 
 def _importable_name(x: Any, path: str) -> str:
-    """The name of a class or function that another program can find it by."""
+    """Returns the name by which another program can find a class or function."""
     module, name = getattr(x, "__module__", None), x.__qualname__
     found: Any = sys.modules.get(module or "")
     for part in name.split("."):
@@ -158,12 +158,12 @@ def _importable_name(x: Any, path: str) -> str:
 
 
 class Decoder:
-    """Puts objects together again.
+    """A decoder, which builds objects from the JSON of an `Encoder`.
 
     Arguments:
-        read: function `(name, kind) -> array` for what the file holds as a tensor; the kinds are
-            "jax", "numpy", "scalar" (of NumPy) and "key <implementation>".
-        known: classes and functions that it may name beside those of `known_objects`.
+        read: function `(name, kind) -> array` that reads a tensor of the file. The kinds are "jax",
+            "numpy", "scalar" (of NumPy) and "key <implementation>".
+        known: classes and functions that the file may name, besides those of `known_objects`.
     """
 
     def __init__(self, read: Callable[[str, str], Any], known: Iterable[Any] = ()):
@@ -178,10 +178,11 @@ class Decoder:
         self._arrays: dict[tuple, Any] = {}
 
     def decode(self, x: Any, path: str = "") -> Any:
-        """What JSON of an `Encoder` stands for.
+        """Returns the object that JSON of an `Encoder` describes.
 
         Raises:
-            ValueError: naming the path to what is not understood, not known or does not fit.
+            ValueError: if a part has an invalid form, an unknown name or other fields; the error
+                names its path.
         """
         if isinstance(x, list):
             return [self.decode(item, _join(path, i)) for i, item in enumerate(x)]
@@ -256,7 +257,7 @@ class Decoder:
     def _fields(
         self, name: str, owner: str | None, cls: type, fields: dict, path: str
     ) -> dict[str, Any]:
-        """Returns the value of each field of a record, whichever version wrote it."""
+        """Returns the value of each field of a record of any version."""
         own = field_names(cls)
         gone = REMOVED.get(owner or "", {})
         new = {k: default_of(owner, cls, k) for k in own if k not in fields}
@@ -298,5 +299,5 @@ def _join(path: str, name: Any) -> str:
 
 
 def _at(path: str) -> str:
-    """How an error names a place."""
+    """Returns the name of a place for an error."""
     return shorten(path) if path else "the whole"

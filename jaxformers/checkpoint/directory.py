@@ -1,4 +1,4 @@
-"""The state of a training in a directory: saved in the background, rotated, restored."""
+"""Checkpoints of a training in a directory, written in the background."""
 
 import os
 import re
@@ -27,21 +27,22 @@ _LEFT_OVER = re.compile(r"step-\d{9,}\.safetensors\.\d+\.\d+\.tmp")
 
 
 class Checkpoints:
-    """The last states of a training in a directory, one file each, written in the background.
+    """The last checkpoints of a training in a directory, one file each, written in the background.
 
-    `save` copies the state to the host, which is all that a step waits for; a thread writes it. At
-    any moment, killed processes and full disks included, the directory holds whole checkpoints:
-    one gets its name when it is safe on the disk, and only then an older one goes. `restore` fills
-    a skeleton with the whole state; `jaxformers.load(directory)` needs none, and gives the model.
+    `save` copies the state to the host, and a thread writes it; a training step waits only for the
+    copy. The checkpoints in the directory are complete at any moment, even after a killed process
+    or on a full disk. A checkpoint gets its name when it is safely on the disk, and an older one is
+    deleted only after that. `restore` fills a skeleton with the whole state.
+    `jaxformers.load(directory)` returns the model alone, and needs no skeleton.
 
     Arguments:
-        directory: made if it is not there; one process writes to it at a time.
-        every: after how many steps `fit` saves, 500.
-        keep: how many checkpoints stay, 3.
+        directory: created if it does not exist. One process at a time writes to it.
+        every: number of steps between two checkpoints of `fit`, 500.
+        keep: number of checkpoints that are kept, 3.
 
     Raises:
         ValueError: if a number is not positive.
-        OSError: if the directory cannot be written to, or another process has it.
+        OSError: if the directory cannot be written to, or another process uses it.
         ImportError: if the `safetensors` package is missing.
 
     Example:
@@ -68,32 +69,34 @@ class Checkpoints:
         self._claim = claim(self.directory, "checkpoints", "another training", _clean)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
-        self._broken: set[int] = set()  # found when restoring, gone after the next save
+        self._broken: set[int] = set()  # found by restore, deleted after the next save
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, the newest last."""
+        """Returns the steps of all checkpoints in the directory, the newest last."""
         return steps_in(self.directory)
 
     def save(self, training: Any, step: int) -> None:
-        """Copy a state to the host, and begin to write it.
+        """Copies a state to the host, and starts to write it.
 
-        It waits if the last one is still being written. Arrays may be donated afterwards. If the
-        last one could not be written, this one is tried all the same before the error is raised.
+        It waits while the last state is still being written. Afterwards the arrays may be donated.
+        If the last state could not be written, `save` still starts to write this state, and then
+        raises the error.
 
         Arguments:
-            training: any pytree; its arrays and Python numbers are kept, and of its model how that
-                is built: of what is called `model` in it, or the first module of a tuple.
-            step: how many steps it has behind it.
+            training: any pytree. The checkpoint holds its arrays and Python numbers, and a
+                description of its model. The model is the part called `model`, or the first module
+                of a tuple.
+            step: number of steps that the state has been trained for.
 
         Raises:
-            ValueError: if there are later steps (of another training), or an array is spread over
-                several hosts.
-            OSError: if the last one could not be written.
+            ValueError: if the directory has checkpoints of later steps, which belong to another
+                training, or if an array is spread over several hosts.
+            OSError: if the last state could not be written.
         """
         failed = self._join()
         whole = [other for other in self.steps() if other not in self._broken]
         step = check_step(step, whole, self.directory)
-        # Not a daemon: a program that ends waits until it is written.
+        # The thread is not a daemon: a program that ends waits until the state is written.
         arguments = snapshot(training), step, describe_model(training)
         self._thread = threading.Thread(target=self._write, args=arguments)
         self._thread.start()
@@ -110,22 +113,22 @@ class Checkpoints:
                     self._path(old).unlink(missing_ok=True)
                 self._broken.clear()
         except OSError as error:
-            self._error = error  # for the next call
+            self._error = error  # the next call raises it
         except Exception as error:
             self._error = OSError(f"{self._path(step)} could not be written: {error!r}")
 
     def wait(self) -> None:
-        """Wait until all is written.
+        """Waits until the last state is written.
 
         Raises:
-            OSError: if it could not be; earlier checkpoints are as they were.
+            OSError: if it could not be written. Earlier checkpoints are unchanged.
         """
         failed = self._join()
         if failed is not None:
             raise failed
 
     def _join(self) -> OSError | None:
-        """What went wrong with the last save, when it is over."""
+        """Waits for the last save, and returns its error or None."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -133,24 +136,25 @@ class Checkpoints:
         return failed
 
     def restore(self, like: Tree) -> tuple[Tree, int] | None:
-        """The newest state that is whole, in the form of a skeleton, and its step.
+        """Returns the newest complete state in the form of a skeleton, and its step.
 
-        Of one that is damaged a warning says what is wrong, and the one before is taken.
+        It skips a damaged checkpoint with a warning, and reads the one before it.
 
         Arguments:
-            like: a tree like the one that was saved, whose arrays (or their `ShapeDtypeStruct`s)
-                say where the new ones go. Leaves that are neither arrays nor numbers are kept.
+            like: a tree with the structure of the saved one, the skeleton. The new arrays get the
+                placement of its arrays or `ShapeDtypeStruct`s. Leaves that are neither arrays nor
+                numbers are kept.
 
         Returns:
             The state and its step, or None if there are no checkpoints.
 
         Raises:
-            ValueError: if the state is of another training, naming what differs, or all
-                checkpoints are damaged.
-            OSError: if one cannot be read.
+            ValueError: if the state belongs to another training, or if all checkpoints are damaged.
+                The error names the leaves that differ.
+            OSError: if a checkpoint cannot be read.
         """
         self.wait()
-        with self._claim.mutex:  # another object of this directory may be writing
+        with self._claim.mutex:  # another object may be writing to this directory
             return self._restore(like)
 
     def _restore(self, like: Tree) -> tuple[Tree, int] | None:
@@ -159,7 +163,7 @@ class Checkpoints:
             try:
                 saved = read_object(self._path(step))
                 leaves = leaves_of(self._path(step), saved, step)
-            except ValueError as error:  # damaged; what cannot be read now may be read later
+            except ValueError as error:  # damaged; after an OSError a later read may succeed
                 self._broken.add(step)
                 warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=2)
                 continue
@@ -178,19 +182,23 @@ class Checkpoints:
 
 
 def steps_in(directory: Path) -> list[int]:
-    """Returns the steps of the checkpoints that are there, the newest last."""
+    """Returns the steps of all checkpoints in a directory, the newest last."""
     files = (path for path in directory.iterdir() if path.is_file())
     names = (_NAME.fullmatch(path.name) for path in files)
     return sorted(int(name[1]) for name in names if name)
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """Returns the file of a checkpoint."""
+    """Returns the path of a checkpoint's file."""
     return directory / f"step-{step:09}.safetensors"
 
 
 def leaves_of(path: Path, saved: Any, step: int) -> dict[str, Any]:
-    """Returns the leaves in what a file holds, by path; raises if it is not that step's state."""
+    """Returns the leaves by path in the content of a file.
+
+    Raises:
+        ValueError: if the content is not the state at this step.
+    """
     if (
         not isinstance(saved, dict)
         or saved.keys() != {"step", "leaves"}
@@ -202,7 +210,7 @@ def leaves_of(path: Path, saved: Any, step: int) -> dict[str, Any]:
 
 
 def _current(leaves: dict[str, Any], like: Any, where: str) -> dict[str, Any]:
-    """Returns what any version saved by the paths that a skeleton has now."""
+    """Returns the saved leaves of any version by the paths that a skeleton has now."""
     found = match(leaves, like)
     for path, neutral in found.removed.items():
         check_removed(leaves[path], neutral, f"{path} in {where}")
@@ -210,7 +218,7 @@ def _current(leaves: dict[str, Any], like: Any, where: str) -> dict[str, Any]:
 
 
 def _clean(directory: Path) -> None:
-    """Removes what a process that was killed has left."""
+    """Removes the temporary files of killed processes."""
     for path in directory.iterdir():
         if _LEFT_OVER.fullmatch(path.name) and path.is_file():
             path.unlink()

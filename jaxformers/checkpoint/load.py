@@ -1,4 +1,4 @@
-"""Loading: a model from its file, or from the checkpoints of a training."""
+"""The function that loads a model from its file or from the checkpoints of a training."""
 
 import os
 import warnings
@@ -27,30 +27,31 @@ def load(
     sharding: Sharding | Callable | None = None,
     averaged: bool = True,
 ) -> Any:
-    """The model in a file of `save`, or the one that a training has reached.
+    """Returns the model in a file of `save`, or the newest model of a training.
 
     A file may name classes and functions of jaxformers, `equinox.nn` and `jax.nn`, and the
-    elementwise functions of `jax.numpy`. Anything else has to be handed in, and nothing is
-    imported: a file from a stranger can be loaded.
+    elementwise functions of `jax.numpy`. Pass all others as `known`. `load` imports nothing, so
+    that a file from an unknown author can be loaded.
 
-    Of the directory of `Checkpoints` or `OrbaxCheckpoints` it is the model of the newest state that
-    is whole, whether or not the training still runs: of `fit` the model that it trains, of a state
-    of your own what is called `model` in it, or the first module of a tuple.
+    A directory of `Checkpoints` or `OrbaxCheckpoints` gives the model of its newest complete state.
+    The training may still run. For `fit` it is the model that it trains. For a state of your own it
+    is the part called `model`, or the first module of a tuple.
 
     Arguments:
         path: the file, or the directory.
-        known: further classes and functions that it may name, such as `[MyNorm, my_activation]`.
-        sharding: where JAX's arrays go: a `jax.sharding.Sharding` for all, or a function
+        known: further classes and functions that the file may name, such as
+            `[MyNorm, my_activation]`.
+        sharding: placement of JAX arrays: a `jax.sharding.Sharding` for all, or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
-            "decoder.layers.0.self_attention.wq"; None is the default device.
-        averaged: of a training whose optimizer keeps an average of the weights (`Averaged`): True,
-            the default, takes the average, which is what `fit` evaluates; False takes the weights
-            that are trained.
+            "decoder.layers.0.self_attention.wq". None is the default device.
+        averaged: which weights to load if the optimizer of a training keeps an average of them
+            (`Averaged`). True, the default, loads the average, which `fit` evaluates. False loads
+            the trained weights.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it asks for what is not known or
-            was built otherwise in another version; or if the directory has no checkpoints, or they
-            do not say how the model is built.
+        ValueError: if the file does not exist, is damaged, names an unknown object, or has fields
+            of another version. For a directory: if it has no checkpoints, or if they do not
+            describe the model.
         ImportError: if the `safetensors` package is missing.
 
     Example:
@@ -78,14 +79,14 @@ def load(
 
 
 def _from_directory(directory: Path, known: list, sharding: Any, averaged: bool) -> Any:
-    """Returns the model of the newest state in a directory that is whole."""
+    """Returns the model of the newest complete state in a directory."""
     steps = steps_in(directory)
     for step in reversed(steps):
         path = step_path(directory, step)
         try:
             saved = _Saved(path, step, sharding)
         except (OSError, ValueError) as error:
-            if not path.exists():  # the training has gone on, and newer ones are there
+            if not path.exists():  # the training has replaced it by a newer one
                 return _from_directory(directory, known, sharding, averaged)
             warnings.warn(f"a checkpoint is skipped: {error}", stacklevel=3)
             continue
@@ -104,7 +105,7 @@ def _from_directory(directory: Path, known: list, sharding: Any, averaged: bool)
 
 
 class _Saved:
-    """A state of a training in a file: how its model is built, and its arrays when asked for."""
+    """A state of a training in a file: the description of its model, and its arrays on request."""
 
     def __init__(self, path: Path, step: int, sharding: Any):
         tensors, described, self.model = read_description(path)
@@ -121,7 +122,7 @@ class _Saved:
         return self._find(path).dtype
 
     def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
-        """Returns arrays by their path in the model."""
+        """Returns the arrays by their path in the model."""
         return {
             name: read_array(name, self._find(x.path), x.kind, self._sharding, x.dtype)
             for name, x in wanted.items()

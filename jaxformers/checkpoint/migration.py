@@ -1,8 +1,8 @@
-"""How files of earlier versions are brought into the form of this one.
+"""The conversion of files of earlier versions.
 
-Whoever changes the fields of a class that files hold adds a line to one of the tables. They
-serve native files, whose records name their class, and states of trainings, whose arrays have paths
-alone: the classes along a path are those of the skeleton that is restored.
+A change of the fields of a class that files hold needs a line in one of the tables. The tables
+apply to model files and to states of trainings. Records of a model file name their class. Arrays of
+a state have only paths, and the classes along a path are those of the skeleton.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from jaxformers.paths import path_name
 T = TypeVar("T")
 Table = dict[str, dict[str, Any]]
 
-# By the public name of a class: the fields that have another name now. A field that moved into a
-# part of its object, or out of one, has a path: {"EncoderLayer": {"scale": "residual.scale"}}. A
-# name that was given up is not used again for something else.
+# The renamed fields by the public name of their class: the old name and the new one. A field that
+# moved into a part of its object, or out of it, has a path: {"EncoderLayer": {"scale":
+# "residual.scale"}}. An old name is never used again for another field.
 RENAMED: dict[str, dict[str, str]] = {
     "EncoderLayer": {
         "attention": "self_attention",
@@ -34,18 +34,18 @@ RENAMED: dict[str, dict[str, str]] = {
     "MixtureOfExperts": {"renormalise": "renormalize"},
 }
 
-# What a file means that does not have a new field. In native files the default that the class
-# declares holds without a line here; in states of trainings every new array needs one.
+# The values of new fields for files without these fields. If the table has no line, model files use
+# the default that the class declares. In states of trainings every new array needs a line.
 ADDED: Table = {}
 
-# The fields that are gone, with the value by which they had no effect.
+# The removed fields, with the value for which a field had no effect.
 REMOVED: Table = {}
 
 
 def _joint(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Converts a `Residual`, which was one class with a word for the place of its norms.
+    """Converts a `Residual`, which was one class with a word for the placement of its norms.
 
-    Other fields than those of earlier versions stay as they are, and are refused later.
+    Unknown fields do not change, and raise an error later.
     """
     kinds = {
         "pre": ("PreNorm", ["norm"]),
@@ -75,9 +75,9 @@ def _layer(kind: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return kind, fields
 
 
-# What a table of names cannot say, such as a word that became an object. A function gets the fields
-# of a record, as JSON and under their names of today, and returns the public name of the class that
-# the record has now, and the fields of that class.
+# The conversions that a table of names cannot express, such as that of a word to an object. A
+# function gets the fields of a record as JSON, under their present names. It returns the public
+# name of the present class, and the fields of that class.
 CONVERTED: dict[str, Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]] = {
     "Residual": _joint,
     "EncoderLayer": partial(_layer, "EncoderLayer"),
@@ -92,7 +92,7 @@ def convert(owner: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
     Arguments:
         owner: public name of the record's class in the file.
-        fields: what the file has, as JSON; it may be changed in place.
+        fields: the fields in the file as JSON. They may be changed in place.
 
     Returns:
         The public name of the class, and its fields as JSON.
@@ -105,11 +105,11 @@ def convert(owner: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def rename_fields(owner: str, fields: dict[str, Any]) -> None:
-    """Gives the fields of a record, as JSON, the names that they have now.
+    """Renames the fields of a record, as JSON, to their present names.
 
     Arguments:
         owner: public name of the record's class.
-        fields: what the file has, changed in place.
+        fields: the fields in the file, which are changed in place.
     """
     for old, new in RENAMED.get(owner, {}).items():
         source, target = _holder(fields, old), _holder(fields, new)
@@ -119,7 +119,7 @@ def rename_fields(owner: str, fields: dict[str, Any]) -> None:
 
 
 def _holder(fields: Any, path: str) -> dict[str, Any] | None:
-    """Returns the fields among which the last name of a path is; None if there is no such part."""
+    """Returns the fields that contain the last name of a path; None if a part is missing."""
     for part in path.split(".")[:-1]:
         inner = fields.get(part)
         fields = inner.get("fields") if isinstance(inner, dict) else None
@@ -129,7 +129,7 @@ def _holder(fields: Any, path: str) -> dict[str, Any] | None:
 
 
 def default_of(owner: str | None, cls: type, field: str) -> Any:
-    """Returns what a record means that does not have a field; `MISSING` if that is not declared."""
+    """Returns the value of a field that a record lacks; `MISSING` if none is declared."""
     if field in ADDED.get(owner or "", {}):
         return ADDED[owner or ""][field]
     if not dataclasses.is_dataclass(cls):
@@ -143,7 +143,11 @@ def default_of(owner: str | None, cls: type, field: str) -> Any:
 
 
 def check_removed(value: Any, neutral: Any, what: str) -> None:
-    """Raises unless a field that is gone has the value by which it had no effect."""
+    """Checks that a removed field has the value for which it had no effect.
+
+    Raises:
+        ValueError: if it has another value.
+    """
     array = isinstance(value, jax.Array | np.ndarray | np.generic)
     if not (bool(np.all(np.asarray(value) == neutral)) if array else value == neutral):
         shown = f"{value.dtype} {value.shape}" if array else repr(value)[:80]
@@ -154,12 +158,12 @@ def check_removed(value: Any, neutral: Any, what: str) -> None:
 
 
 class Match(NamedTuple):
-    """How the paths of what was saved fit a skeleton.
+    """The correspondence between the paths of saved leaves and those of a skeleton.
 
     Arguments:
-        current: the path in the skeleton, by the path that was saved, where these differ.
-        added: leaves that were not saved, by their path in the skeleton.
-        removed: by the path that was saved, the value with which a leaf had no effect that is gone.
+        current: the path in the skeleton by the saved path, where they differ.
+        added: the leaves that were not saved, by their path in the skeleton.
+        removed: for each removed leaf, by its saved path, the value for which it had no effect.
     """
 
     current: dict[str, str]
@@ -167,15 +171,15 @@ class Match(NamedTuple):
     removed: dict[str, Any]
 
     def renamed(self, saved: Mapping[str, T]) -> dict[str, T]:
-        """Returns what was saved by the paths of the skeleton, without what is gone."""
+        """Returns the saved leaves by the paths of the skeleton, without the removed leaves."""
         kept = {path: x for path, x in saved.items() if path not in self.removed}
         return {self.current.get(path, path): x for path, x in kept.items()}
 
 
 def match(saved: Collection[str], like: PyTree) -> Match:
-    """Returns how the paths of what was saved fit a skeleton, by the tables above.
+    """Returns the correspondence of saved paths and a skeleton, by the tables above.
 
-    Paths that fit nowhere are left as they are.
+    Saved paths without a counterpart do not change.
     """
     found = Match({}, {}, {})
     missing = named_leaves(like).keys() - set(saved)
@@ -198,12 +202,12 @@ def match(saved: Collection[str], like: PyTree) -> Match:
 
 
 def _owner(x: Any) -> str:
-    """Returns the public name of an object's class, "" if it has none."""
+    """Returns the public name of an object's class; "" if it has none."""
     return next((name for name, known in names.OURS.items() if known is type(x)), "")
 
 
 def _spellings(x: Any, keys: tuple) -> Iterator[str]:
-    """Yields the paths that a leaf below `x` has had, its present one among them."""
+    """Yields all paths that a leaf below `x` has had, the present one included."""
     if not keys:
         yield ""
         return
@@ -233,7 +237,7 @@ def _child(x: Any, key: Any) -> Any:
 
 
 def _added(like: PyTree, keys: tuple) -> Any:
-    """Returns what files mean that do not have a leaf, or `MISSING`."""
+    """Returns the value of a leaf that a file lacks, or `MISSING`."""
     x = like
     for key in keys:
         values = ADDED.get(_owner(x), {})
@@ -244,12 +248,12 @@ def _added(like: PyTree, keys: tuple) -> Any:
 
 
 def _filled(leaf: Any, value: Any) -> Any:
-    """Returns a leaf like another one that has one value everywhere."""
+    """Returns a leaf of the same shape and dtype that has one value everywhere."""
     return np.full(leaf.shape, value, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)(value)
 
 
 def _removed(like: PyTree, path: str) -> Any:
-    """Returns the value with which a leaf that is gone had no effect, or `MISSING`."""
+    """Returns the value for which a removed leaf had no effect, or `MISSING`."""
     x = like
     for name in path.split("."):
         owner = _owner(x)

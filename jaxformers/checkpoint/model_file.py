@@ -1,7 +1,7 @@
-"""Models in files: one safetensors file each, which is there whole or not at all.
+"""Models in safetensors files, one file each, which are never visible half-written.
 
-The file's header holds what its tensors belong to, as JSON, and a digest of every byte. Nothing in
-it is code, and nothing that it names is imported.
+The header of a file holds the structure of the model as JSON, and a digest of every byte. A file
+contains no code, and reading it imports nothing that it names.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ _FORMAT = "jaxformers 1"
 
 
 def save(path: str | os.PathLike, model: Any) -> None:
-    """Write a model to one file, from which `load` makes it again without being told what it was.
+    """Writes a model to one file, from which `load` builds it again.
 
-    The file is in the safetensors format, with the construction in its header. It gets its name
-    when it is complete, so that an earlier one stays until then.
+    The file has the safetensors format, and its header describes the structure of the model. The
+    file gets its name when it is complete, and an earlier file stays until then.
 
     Arguments:
-        path: the file, such as "model.safetensors"; its directory is made if it is not there.
+        path: the file, such as "model.safetensors". Its directory is created if it does not exist.
         model: a model, a layer, a module of your own, or tuples, lists and dicts of these, with
-            any arrays. An array that is at two places stays one.
+            any arrays. An array that occurs at two places is stored once, and loaded as one array.
 
     Raises:
-        ValueError: naming the field that cannot be saved, such as a lambda.
-        OSError: if it cannot be written.
+        ValueError: if a field cannot be saved, such as a lambda. The error names the field.
+        OSError: if the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -56,7 +56,8 @@ def save(path: str | os.PathLike, model: Any) -> None:
         True
     """
     path = check_path(path)
-    # What holds itself or is nested too deeply has no leaves; writing it says so.
+    # An object that contains itself or is nested too deeply has no leaves. Encoding it raises the
+    # error that says so.
     with contextlib.suppress(RecursionError, SystemError):
         check_usable(model=model)
     if path.is_dir():
@@ -66,14 +67,18 @@ def save(path: str | os.PathLike, model: Any) -> None:
 
 
 def check_path(path: Any) -> Path:
-    """A path as a `Path`."""
+    """Returns a path as a `Path`.
+
+    Raises:
+        ValueError: if it is empty or no path.
+    """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"path must be that of a file, got {path!r:.200}.")
     return Path(path)
 
 
 class SavedState(dict[str, Any]):
-    """The state of a training at a step, and how the model in it is built: see `describe_model`."""
+    """The state of a training at a step, with the text of `describe_model` for its model."""
 
     model: str
 
@@ -83,9 +88,9 @@ class SavedState(dict[str, Any]):
 
 
 def write_object(path: Path, x: Any, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a file under another name, and give it its own when it is safe on the disk.
+    """Writes an object to a temporary file, and renames the file when it is safely on the disk.
 
-    Notes are numbers and text that the file has beside the object; see `read_notes`.
+    Notes are numbers and text that the file holds beside the object. `read_notes` returns them.
     """
     texts = {"format": _FORMAT} | ({} if notes is None else {"notes": json.dumps(dict(notes))})
     if isinstance(x, SavedState):
@@ -95,7 +100,7 @@ def write_object(path: Path, x: Any, notes: Mapping[str, Any] | None = None) -> 
         text = json.dumps({"object": encoder.encode(x)}, separators=(",", ":"))
     except RecursionError as error:
         raise ValueError("what is to be saved is nested too deeply.") from error
-    parse_json(text.encode(), "what is to be saved")  # what would be refused when it is read
+    parse_json(text.encode(), "what is to be saved")  # raises now what reading would raise
     tensors = [
         Unsaved(name, tuple(x.shape), np.dtype(x.dtype), partial(np.asarray, x))
         for name, x in encoder.arrays.items()
@@ -116,17 +121,17 @@ def write_object(path: Path, x: Any, notes: Mapping[str, Any] | None = None) -> 
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Returns the notes in a file of `write_object`, none if there are none.
+    """Returns the notes in a file of `write_object`, an empty dict if it has none.
 
     Raises:
-        ValueError: if there is no file that can be read.
+        ValueError: if the file does not exist or cannot be read.
     """
     _, metadata = read_header_and_metadata(path)
     return parse_json(metadata.get("notes", "{}").encode(), f"the notes in {path}")
 
 
 def _sync_directory(directory: Path) -> None:
-    """A new name is safe when its directory is."""
+    """Writes a directory to the disk, with the new names of its files."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -136,7 +141,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> Any:
-    """What is in a file of `write_object`; arguments and errors as for `load`."""
+    """Returns the object in a file of `write_object`; arguments and errors are those of `load`."""
     tensors, described, _ = read_description(path)
     used: set[str] = set()
 
@@ -157,10 +162,10 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
 
 
 def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:
-    """Returns the tensors of a file, the object that it describes, and how a model in it is built.
+    """Returns the tensors of a file, the JSON of its object, and the description of its model.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it is no native one.
+        ValueError: if the file does not exist, is damaged, or is no file of `save`.
     """
     tensors, metadata = read_header_and_metadata(path)
     form = metadata.get("format")
@@ -183,14 +188,14 @@ def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:
 
 
 def read_array(name: str, stored: Stored, kind: str, sharding: Any, dtype: Any = None) -> Any:
-    """Returns a tensor as the kind of array that it was.
+    """Returns a tensor as an array of the kind that was saved.
 
     Arguments:
         name: its path in the model, for errors and for `sharding`.
-        stored: where it is in a file.
+        stored: the tensor in the file.
         kind: "jax", "numpy", "scalar" or "key <implementation>".
-        sharding: as for `load`.
-        dtype: the type that an array of JAX gets; None is that of the file.
+        sharding: the placement, as for `load`.
+        dtype: the dtype of a JAX array. None is the dtype in the file.
     """
     if kind == "numpy":
         return read_tensor(stored)

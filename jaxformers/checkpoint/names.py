@@ -1,7 +1,7 @@
-"""What files name: every object that a file may hold has one public name, which never changes.
+"""The public names of all objects that a file may hold, which never change.
 
-A class or function may move to another module and be called otherwise in Python; its name in files
-stays. Objects of other packages are named by module and name, as in `jax.nn:gelu`.
+A class or function may move to another module or get another name in Python. Its name in files
+stays. Objects of other packages have the name of their module and their own, as in `jax.nn:gelu`.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer, sch
 from jaxformers.positions import absolute, bias, length_scaling, rotary, scaling
 from jaxformers.training import losses, run, step
 
-# A new class or function that a model, an optimizer or a state of a training may hold gets a line
-# here. A line's object may change, its name may not. Functions only compute: one that writes, a
-# file could have the model call.
+# A new class or function that a model, an optimizer or a state of a training may hold needs a line
+# here. The object of a line may change; its name may not. The functions only compute, because a
+# file could make a model call any of them.
 OURS: dict[str, Any] = {
     # Models.
     "TransformerLM": transformer_lm.TransformerLM,
@@ -135,7 +135,7 @@ OURS: dict[str, Any] = {
     "depth_scaled": initializers.depth_scaled,
     "cross_entropy": losses.cross_entropy,
     "chunked_cross_entropy": losses.chunked_cross_entropy,
-    # Optimizers, what they are given, and their states.
+    # Optimizers, their arguments and their states.
     "Optimizer": optimizer.Optimizer,
     "LeafwiseOptimizer": leafwise.LeafwiseOptimizer,
     "AdamW": optim.AdamW,
@@ -159,7 +159,7 @@ OURS: dict[str, Any] = {
     "match_width": optim.match_width,
     "global_norm": optim.global_norm,
     "clip_by_global_norm": optim.clip_by_global_norm,
-    # Schedules, and the formulas that they hold.
+    # Schedules and their formulas.
     "Schedule": schedules.Schedule,
     "warmup_cosine": schedules.warmup_cosine,
     "warmup_linear": schedules.warmup_linear,
@@ -184,8 +184,8 @@ OURS: dict[str, Any] = {
     "HostKey": training_state.HostKey,
 }
 
-# Files that are older than these names have the module in which Python found an object, and its
-# name there. Where that name is the one above, it needs no line.
+# Files that are older than these names hold the module of an object and its name there. If that
+# name is the public name above, it needs no line here.
 OLDER: dict[str, str] = {
     "Rematerialisation": "Rematerialization",
     "_Optax": "Optax",
@@ -201,7 +201,8 @@ OLDER: dict[str, str] = {
     "jaxformers.optim.adafactor:_relative_step": "formulas.relative_step",
 }
 
-# Of jax.numpy and jax.lax, in which there are functions that read and write files as well.
+# The allowed functions of jax.numpy and jax.lax. These modules also have functions that read and
+# write files.
 _ELEMENTWISE = (
     *("abs", "arctan", "clip", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "logistic"),
     *("max", "maximum", "min", "minimum", "negative", "rsqrt", "sign", "sin", "sinc", "sinh"),
@@ -210,12 +211,12 @@ _ELEMENTWISE = (
 
 
 def known_objects() -> dict[str, Any]:
-    """Returns what files may name, by its name there; of several, the first is written."""
+    """Returns the objects that files may name, by name; an object's first name is written."""
     return OURS | _theirs()
 
 
 def public_name(name: str) -> str:
-    """Returns the name that an object has now, by one that it has in a file of any version."""
+    """Returns the present name of an object, given its name in a file of any version."""
     module, _, own = name.partition(":")
     if module.partition(".")[0] != "jaxformers":
         return name
@@ -225,7 +226,7 @@ def public_name(name: str) -> str:
 
 @functools.cache
 def _theirs() -> dict[str, Any]:
-    """Returns what files may name of other packages."""
+    """Returns the objects of other packages that files may name."""
     found = _members("jax.nn", jax.nn, lambda x: callable(x) and not isinstance(x, type))
     scalars = {name: x for name, x in list(vars(jnp).items()) if name in map(str, DTYPES.values())}
     found |= {f"jax.numpy:{name}": x for name, x in scalars.items()}
@@ -242,9 +243,9 @@ def _theirs() -> dict[str, Any]:
 
 
 def is_record(x: Any) -> bool:
-    """Returns whether it is a class whose objects are their fields.
+    """Returns whether `x` is a class whose objects consist of their fields.
 
-    Modules, dataclasses and NamedTuples are.
+    Modules, dataclasses and NamedTuples are such classes.
     """
     if not isinstance(x, type):
         return False
@@ -252,7 +253,7 @@ def is_record(x: Any) -> bool:
 
 
 def field_names(x: Any) -> tuple[str, ...]:
-    """Returns the fields of a record, or of its objects."""
+    """Returns the names of the fields of a record or of its class."""
     return getattr(x, "_fields", None) or tuple(
         field.name for field in (dataclasses.fields(x) if dataclasses.is_dataclass(x) else ())
     )

@@ -1,4 +1,4 @@
-"""The state of a training that is spread over hosts, through orbax."""
+"""Checkpoints of a training on several hosts, written by orbax."""
 
 import os
 import warnings
@@ -25,17 +25,17 @@ from jaxformers.checks import check_size
 
 
 class OrbaxCheckpoints:
-    """`Checkpoints` for arrays that are spread over several hosts, each of which writes its part.
+    """Checkpoints of arrays that are spread over several hosts, each of which writes its part.
 
-    All hosts make one of the same directory, which all of them see, and call the same methods. A
-    checkpoint is a directory in the format of https://orbax.readthedocs.io, which gets its name
-    when it is complete. Nothing guards it against a second training. `jaxformers.load(directory)`
-    gives the model of the newest state.
+    All hosts create such an object with one directory that all of them can access, and call the
+    same methods. A checkpoint is a directory in the format of https://orbax.readthedocs.io, and
+    gets its name when it is complete. The directory has no lock against a second training.
+    `jaxformers.load(directory)` returns the model of the newest state.
 
     Arguments:
-        directory: made if it is not there.
-        every: after how many steps `fit` saves, 500.
-        keep: how many checkpoints stay, 3.
+        directory: created if it does not exist.
+        every: number of steps between two checkpoints of `fit`, 500.
+        keep: number of checkpoints that are kept, 3.
 
     Raises:
         ValueError: if a number is not positive.
@@ -47,7 +47,7 @@ class OrbaxCheckpoints:
         >>> training = fit(..., checkpoint=checkpoints)  # doctest: +SKIP
     """
 
-    directory: Any  # like a Path, also where it is remote
+    directory: Any  # like a Path, also for a remote directory
     every: int
     keep: int
     orbax: Any  # the package
@@ -65,7 +65,7 @@ class OrbaxCheckpoints:
         local = "://" not in os.fspath(directory)
         try:
             self._manager = ocp.CheckpointManager(
-                os.path.abspath(directory) if local else os.fspath(directory),  # no relative ones
+                os.path.abspath(directory) if local else os.fspath(directory),  # no relative paths
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep),
                 item_names=("arrays", "rest"),
             )
@@ -75,16 +75,16 @@ class OrbaxCheckpoints:
             ) from error
         self.directory, self.every, self.keep = self._manager.directory, every, keep
         self.orbax = ocp
-        self._broken: set[int] = set()  # found when restoring, gone with the next save
+        self._broken: set[int] = set()  # found by restore, deleted by the next save
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, the newest last."""
+        """Returns the steps of all checkpoints in the directory, the newest last."""
         return sorted(self._manager.all_steps())
 
     def save(self, training: Any, step: int) -> None:
-        """Copy a state to the hosts, and begin to write it; see `Checkpoints.save`.
+        """Copies a state to the hosts, and starts to write it; see `Checkpoints.save`.
 
-        A step that is there already stays as it is.
+        An existing checkpoint of this step does not change.
         """
         failed = None
         try:
@@ -92,7 +92,7 @@ class OrbaxCheckpoints:
         except OSError as error:
             failed = error
         for broken in [other for other in self._broken if other >= step]:
-            self._manager.delete(broken)  # it has the name, or would be taken for the newest
+            self._manager.delete(broken)  # it occupies the name, or would count as the newest
             self._broken.discard(broken)
         steps = self.steps()
         step = check_step(step, steps, self.directory)
@@ -118,23 +118,23 @@ class OrbaxCheckpoints:
         )
 
     def wait(self) -> None:
-        """Wait until all is written.
+        """Waits until the last state is written.
 
         Raises:
-            OSError: if it could not be; earlier checkpoints are as they were.
+            OSError: if it could not be written. Earlier checkpoints are unchanged.
         """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # orbax and its stores raise whatever there is
+        except Exception as error:  # orbax and its stores raise errors of any type
             raise OSError(
                 f"a checkpoint cannot be written to {self.directory}, earlier ones are as they "
                 f"were: {error}"
             ) from error
 
     def restore(self, like: Tree) -> tuple[Tree, int] | None:
-        """The newest state that can be read, in the form of a skeleton; see `Checkpoints.restore`.
+        """Returns the newest readable state and its step; see `Checkpoints.restore`.
 
-        Each host reads its part of an array, as `like` is spread.
+        Each host reads its part of the arrays, by the sharding of `like`.
         """
         self.wait()
         steps = self.steps()
@@ -167,7 +167,7 @@ class OrbaxCheckpoints:
     def _read_arrays(
         self, step: int, described: dict[str, str], fit: Match, leaves: dict[str, Any]
     ) -> Any:
-        """The arrays of a checkpoint by the paths that they were saved with, spread as wanted."""
+        """Returns the arrays of a checkpoint by their saved paths, sharded as in the skeleton."""
         targets = {}
         for path, text in described.items():
             like = leaves.get(fit.current.get(path, path), shape_of(text))
@@ -176,7 +176,7 @@ class OrbaxCheckpoints:
         return self.read(step, "arrays", self.orbax.args.StandardRestore(targets))
 
     def read(self, step: int, item: str, args: Any) -> Any:
-        """Returns a part of a checkpoint; None after a warning if it cannot be read."""
+        """Returns a part of a checkpoint; warns and returns None if it cannot be read."""
         try:
             return self._manager.restore(step, args=self.orbax.args.Composite(**{item: args}))[item]
         except Exception as error:
@@ -187,17 +187,17 @@ class OrbaxCheckpoints:
 
 
 def is_key(x: Any) -> bool:
-    """Returns whether it is an array of PRNG keys."""
+    """Returns whether `x` is an array of PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def has_numbers(x: Any) -> bool:
-    """Returns whether it is an array that orbax keeps, which none is that is empty."""
+    """Returns whether `x` is an array that is not empty; orbax saves no empty arrays."""
     return hasattr(x, "dtype") and x.size > 0
 
 
 def shape_of(text: str) -> Any:
-    """Returns the shape that `describe` has in words, such as "float32 (3, 5)"; None of numbers."""
+    """Returns the shape in a text of `describe`, such as "float32 (3, 5)"; None for numbers."""
     kind, _, shape = text.partition(" ")
     if not shape:
         return None
@@ -209,12 +209,12 @@ def shape_of(text: str) -> Any:
 
 def _stored(x: Any) -> Any:
     if not isinstance(x, jax.Array):
-        return np.array(x)  # a copy, since it may be changed in place while it is written
+        return np.array(x)  # a copy, since x may be changed in place while it is written
     return jax.random.key_data(x) if is_key(x) else x
 
 
 def _value(like: Any, found: Any) -> Any:
-    """What was found in place of a leaf, empty arrays and keys included."""
+    """Returns the value that was read for a leaf; creates empty arrays and wraps keys."""
     if not hasattr(like, "dtype"):
         return found
     if is_key(like):
@@ -223,14 +223,14 @@ def _value(like: Any, found: Any) -> Any:
 
 
 def target(shape: Any, place: Any) -> Any:
-    """Returns how orbax reads an array: spread, where its place is a sharding, or to NumPy."""
+    """Returns orbax's target for an array: sharded if its place is a sharding, else in NumPy."""
     if isinstance(place, jax.sharding.Sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
     return np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
 
 
 def _target_like(like: Any) -> Any:
-    """Returns how orbax reads an array that lies as `like` does."""
+    """Returns orbax's target for an array with the placement of `like`."""
     x = like
     if is_key(like):
         real = isinstance(like, jax.Array)

@@ -1,4 +1,4 @@
-"""The model of a training that is spread over hosts, read from what orbax has written."""
+"""The model of a training in checkpoints of orbax."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ from jaxformers.placement import place_of, put
 
 
 def has_orbax_checkpoints(directory: Path) -> bool:
-    """Returns whether a local directory is one of `OrbaxCheckpoints`."""
+    """Returns whether a local directory has checkpoints of `OrbaxCheckpoints`."""
     return any(
         path.name.isdigit() and (path / "rest").is_dir() and (path / "arrays").is_dir()
         for path in directory.iterdir()
@@ -31,9 +31,9 @@ def has_orbax_checkpoints(directory: Path) -> bool:
 def read_orbax_model(
     directory: str | os.PathLike, known: Iterable[Any], sharding: Any, averaged: bool
 ) -> Any:
-    """Returns the model of the newest state that can be read; arguments as for `load`.
+    """Returns the model of the newest readable state; its arguments are those of `load`.
 
-    No more of the state is read than the model's arrays, by each host its part.
+    It reads only the arrays of the model. Each host reads its part of them.
     """
     checkpoints = OrbaxCheckpoints(directory)
     steps = checkpoints.steps()
@@ -53,11 +53,11 @@ def read_orbax_model(
 
 
 class _UnreadableError(Exception):
-    """The arrays of a step are damaged; what is wrong with them was said in a warning."""
+    """The error for damaged arrays of a step, after a warning that describes the damage."""
 
 
 class _Saved:
-    """A state of a training: how its model is built, and its arrays when asked for."""
+    """A state of a training: the description of its model, and its arrays on request."""
 
     def __init__(
         self, checkpoints: OrbaxCheckpoints, step: int, described: dict[str, str], sharding: Any
@@ -69,7 +69,7 @@ class _Saved:
         return shape_of(self._described[path]).dtype
 
     def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
-        """Returns arrays by their path in the model."""
+        """Returns the arrays by their path in the model."""
         shapes = {name: self._shape(x) for name, x in wanted.items()}
         places = {name: self._place(name, x, shapes[name]) for name, x in wanted.items()}
         targets = {
@@ -96,19 +96,19 @@ class _Saved:
         return shape if x.dtype is None else jax.ShapeDtypeStruct(shape.shape, x.dtype)
 
     def _place(self, name: str, x: Wanted, shape: jax.ShapeDtypeStruct) -> Any:
-        """Returns where an array goes; those of NumPy stay on the host."""
+        """Returns the placement of an array; NumPy arrays stay on the host."""
         return None if x.kind in ("numpy", "scalar") else place_of(name, shape, self._sharding)
 
 
 def _target(shape: jax.ShapeDtypeStruct, place: Any) -> Any:
-    """Returns how orbax reads an array: keys of a PRNG come to NumPy, as numbers."""
+    """Returns orbax's target for an array; PRNG keys are read as numbers into NumPy."""
     if is_key(shape):
         return target(jax.eval_shape(jax.random.key_data, shape), None)
     return target(shape, place)
 
 
 def _made(name: str, kind: str, found: Any, shape: jax.ShapeDtypeStruct, place: Any) -> Any:
-    """Returns an array of the kind that was saved."""
+    """Returns the array as the kind of array that was saved."""
     if found is None:
         found = np.zeros(shape.shape, shape.dtype)
     if kind in ("numpy", "scalar"):

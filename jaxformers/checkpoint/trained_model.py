@@ -1,4 +1,4 @@
-"""The model in the state of a training: how it is built is kept beside the state."""
+"""The model in the state of a training, whose description is saved beside the state."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ _HOW = (
 
 
 def describe_model(training: PyTree) -> str:
-    """Returns how the model in the state of a training is built, as text.
+    """Returns a text that describes the model in the state of a training.
 
-    Its arrays are told by the paths that they have in the state. Where a model cannot be written
-    down, the text says why: the state is saved all the same.
+    It refers to arrays by their paths in the state. If the model cannot be described, the text
+    holds the reason, and the state can still be saved.
     """
     encoder = Encoder()
     for path, x in named_leaves(training).items():
@@ -44,14 +44,14 @@ def describe_model(training: PyTree) -> str:
         if encoder.arrays:
             raise ValueError(f"{', '.join(encoder.arrays)} are arrays in static fields.")
         text = json.dumps(described, separators=(",", ":"))
-        parse_json(text.encode(), "it")  # what would be refused when it is read
-    except Exception as error:  # whatever it is, a training does not end for it
+        parse_json(text.encode(), "it")  # raises now what reading would raise
+    except Exception as error:  # no error of the description may end a training
         return json.dumps({"reason": str(error)})
     return text
 
 
 def _model_of(training: PyTree) -> Any:
-    """Returns the part that is called model, the first module of a tuple, or the whole module."""
+    """Returns the part called `model`, the first module of a tuple, or the whole module."""
     if isinstance(training, Mapping):
         return training.get("model")
     if hasattr(training, "model"):
@@ -65,12 +65,12 @@ def _model_of(training: PyTree) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """An array of a model that is still in a file.
+    """An array of a model that is not yet read from its file.
 
     Arguments:
-        path: where it is in the state.
-        kind: what it becomes: "jax", "numpy", "scalar" or "key <implementation>".
-        dtype: the type that it gets; None is that of the file.
+        path: its path in the state.
+        kind: the kind of array to build: "jax", "numpy", "scalar" or "key <implementation>".
+        dtype: the dtype of the array. None is the dtype in the file.
     """
 
     path: str
@@ -88,13 +88,13 @@ def build_model(
     """Returns the model that a text of `describe_model` describes.
 
     Arguments:
-        text: None where an earlier version wrote none.
-        known, averaged: as for `load`.
-        dtype_of: function from a path in the state to the type of the array there.
-        fetch: function from what is wanted, by its path in the model, to the arrays.
+        text: the description. None if the checkpoint is from a version without descriptions.
+        known, averaged: the arguments of `load`.
+        dtype_of: function from the path of an array in the state to its dtype.
+        fetch: function from the wanted arrays, by their path in the model, to the arrays.
 
     Raises:
-        ValueError: if the model is not described, or names what is not known.
+        ValueError: if the model is not described, or names an unknown object.
     """
     described = {} if text is None else parse_json(text.encode(), "how its model is built")
     if described.keys() != {"model", "average"}:
@@ -110,14 +110,14 @@ def build_model(
         model = jax.tree.map(partial(_averaged, dtype_of), model, average)
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     wanted = {path_name(keys): x for keys, x in leaves if isinstance(x, Wanted)}
-    first = {x: path for path, x in reversed(wanted.items())}  # what is at two places stays one
+    first = {x: path for path, x in reversed(wanted.items())}  # each array is fetched once
     found = fetch({path: x for x, path in first.items()})
     made = [found[first[x]] if isinstance(x, Wanted) else x for _, x in leaves]
     return jax.tree.unflatten(structure, made)
 
 
 def _averaged(dtype_of: Callable[[str], Any], x: Any, mean: Any) -> Any:
-    """Returns the average of an array, in its type; what has none as it is."""
+    """Returns the average of an array, in the dtype of the array; `x` if it has no average."""
     if not (isinstance(x, Wanted) and isinstance(mean, Wanted)):
         return x
     same = dtype_of(x.path) == dtype_of(mean.path)

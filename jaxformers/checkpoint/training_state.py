@@ -1,4 +1,4 @@
-"""What is kept of a training: the arrays and numbers of any pytree by path, out of it and back."""
+"""The arrays and numbers of a training by path, copied out of any pytree and back into it."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ Tree = TypeVar("Tree", bound=PyTree)
 
 
 class HostKey(NamedTuple):
-    """PRNG keys as numbers, on the host unless they are spread."""
+    """PRNG keys as numbers, on the host unless they are spread over several hosts."""
 
     impl: str
     data: Any
@@ -35,12 +35,12 @@ def _key_type(key: HostKey) -> jax.ShapeDtypeStruct:
 
 
 def digest(tree: PyTree) -> str:
-    """The SHA-256 digest of all arrays of a tree with their paths, dtypes and shapes.
+    """Returns the SHA-256 digest of all arrays of a tree with their paths, dtypes and shapes.
 
-    Two models have the same one exactly if their arrays are the same, bit for bit.
+    Two models have the same digest exactly if their arrays have the same bits.
 
     Arguments:
-        tree: any pytree; leaves that are no arrays do not count.
+        tree: any pytree. Leaves that are no arrays are ignored.
 
     Raises:
         ValueError: if an array is spread over several hosts.
@@ -62,7 +62,11 @@ def digest(tree: PyTree) -> str:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves that are data, arrays and Python's numbers, by path."""
+    """Returns the leaves that are arrays or Python numbers, by path.
+
+    Raises:
+        ValueError: if two leaves have the same path.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     named: dict[str, Any] = {}
     for path, x in leaves:
@@ -85,7 +89,11 @@ def _is_data(x: Any) -> bool:
 
 
 def to_host(path: str, x: Any) -> Any:
-    """A copy on the host, which stays what it is when `x` is donated or changed in place."""
+    """Returns a copy on the host, which does not change when `x` is donated or changed in place.
+
+    Raises:
+        ValueError: if `x` is traced, or spread over several hosts.
+    """
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise ValueError(f"{path} has no numbers here: save outside of jit, grad and vmap.")
     if isinstance(x, jax.Array):
@@ -96,23 +104,27 @@ def to_host(path: str, x: Any) -> Any:
             )
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return HostKey(str(jax.random.key_impl(x)), np.array(jax.random.key_data(x)))
-        # NumPy looks at a CPU's array in place; from another device it has been copied already.
+        # NumPy shares the memory of a CPU's array. From another device it has a copy already.
         in_place = any(device.platform == "cpu" for device in x.devices())
         return np.array(x, copy=True if in_place else None)
     return np.array(x) if isinstance(x, np.ndarray) else x
 
 
 def snapshot(tree: PyTree) -> dict[str, Any]:
-    """The arrays and numbers of a tree by path, copied to the host."""
+    """Returns the arrays and numbers of a tree by path, copied to the host."""
     leaves = named_leaves(tree)
     for x in leaves.values():
         if isinstance(x, jax.Array) and x.is_fully_addressable:
-            x.copy_to_host_async()  # all of them at once, before the first is waited for
+            x.copy_to_host_async()  # starts all copies before it waits for the first
     return {path: to_host(path, x) for path, x in leaves.items()}
 
 
 def check_step(step: Any, steps: Sequence[int], directory: Any) -> int:
-    """The step of a state that is to be saved; raise if later ones are there already."""
+    """Returns the step of a state to save.
+
+    Raises:
+        ValueError: if it is not a whole number from 0, or if the directory has a later step.
+    """
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"step must be a whole number from 0, got {step!r}.")
     if steps and steps[-1] > step:
@@ -124,12 +136,15 @@ def check_step(step: Any, steps: Sequence[int], directory: Any) -> int:
 
 
 def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
-    """Raise unless what is saved has the paths, shapes and dtypes of a skeleton's leaves.
+    """Checks that saved leaves have the paths, shapes and dtypes of the leaves of a skeleton.
 
     Arguments:
-        have: what `describe` says of the arrays and numbers that are saved, by path.
+        have: the result of `describe` for the saved arrays and numbers.
         like: the skeleton.
-        where: what an error calls the file.
+        where: name of the file in an error.
+
+    Raises:
+        ValueError: if a leaf differs or is missing.
     """
     want = describe(named_leaves(like))
     differing = [
@@ -152,15 +167,15 @@ def check_alike(have: Mapping[str, str], like: PyTree, where: str) -> None:
 
 
 def _in_float32(described: str) -> str:
-    """Returns what is described in float32 if it has 16 bits: what was saved before that type.
+    """Returns the description of a leaf with float32 in place of a float type of 16 bits.
 
-    Weights of 16 bits were once trained as they are, and are now trained in float32.
+    Earlier versions trained weights of 16 bits in their own type. Now float32 is used.
     """
     return re.sub("^b?float16 ", "float32 ", described)
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """The dtypes and shapes of arrays and the types of numbers."""
+    """Returns the dtypes and shapes of arrays and the types of numbers, as text by path."""
     return {
         path: f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
         for path, x in leaves.items()
@@ -168,7 +183,7 @@ def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def replaced(like: Tree, values: Mapping[str, Any]) -> Tree:
-    """The skeleton with new arrays and numbers, each where its old one is."""
+    """Returns the skeleton with new arrays and numbers, each with the placement of its old one."""
 
     def replace(path: tuple, old: Any) -> Any:
         if not _is_data(old):
@@ -179,7 +194,7 @@ def replaced(like: Tree, values: Mapping[str, Any]) -> Tree:
 
 
 def placed_like(value: Any, like: Any) -> Any:
-    """What the host has, as the same kind of leaf and where `like` is."""
+    """Returns a value of the host as a leaf of the kind and with the placement of `like`."""
     if isinstance(like, np.generic):
         return np.asarray(value)[()]
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
@@ -189,8 +204,8 @@ def placed_like(value: Any, like: Any) -> Any:
     if isinstance(value, HostKey):
         keys = jax.random.wrap_key_data(jnp.asarray(value.data), impl=value.impl)
         return jax.device_put(keys, where)
-    if value.dtype != like.dtype:  # weights of 16 bits go on in float32
+    if value.dtype != like.dtype:  # weights of 16 bits continue in float32
         value = value.astype(like.dtype)
     x = jax.device_put(value, where)
-    # A type that gives way to others is that of a Python number, which a file does not tell.
+    # A weak type is that of a Python number. A file does not store it.
     return like.at[...].set(x) if isinstance(like, jax.Array) and like.weak_type else x
