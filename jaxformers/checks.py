@@ -1,8 +1,8 @@
-"""Checks at the door: what was expected, what came, what to do.
+"""Checks of arguments. Each error names the expected value, the given value and a remedy.
 
-JAX clamps silently: an id beyond the vocabulary reads the last row of the table. So everything
-that comes from a user passes here once. Shapes and types are checked under `jit` too; values are
-checked where they are known.
+JAX clamps silently: an id beyond the vocabulary reads the last row of the table. So every argument
+of a user is checked here once. Shapes and types are checked under `jit` too; values are checked
+where they are known.
 """
 
 import difflib
@@ -26,37 +26,37 @@ R = TypeVar("R")
 
 
 class OptionError(ValueError, TypeError):
-    """An option that does not exist (Python's own error for that is a `TypeError`)."""
+    """The error for an option that does not exist, for which Python raises a `TypeError`."""
 
 
 def is_known(x: Any) -> bool:
-    """Whether the values of `x` can be looked at: under `jit`, `vmap` and `grad` they cannot."""
+    """Returns whether the values of `x` are known; under `jit`, `vmap` and `grad` they are not."""
     return not isinstance(x, jax.core.Tracer)
 
 
 def check_size(**sizes: Any) -> None:
-    """Raise unless every size is an integer of at least 1."""
+    """Raises `ValueError` unless every size is an integer of at least 1."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}.")
 
 
 def check_flag(**flags: Any) -> None:
-    """Raise unless every flag is True or False."""
+    """Raises `ValueError` unless every flag is True or False."""
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool):
             raise ValueError(f"{name} must be True or False, got {flag!r}.")
 
 
 def check_choice(choices: tuple[str, ...], **values: Any) -> None:
-    """Raise unless every value is one of the choices."""
+    """Raises `ValueError` unless every value is one of the choices."""
     for name, value in values.items():
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_callable(**functions: Any) -> None:
-    """Raise unless everything can be called."""
+    """Raises `ValueError` unless every value is callable."""
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(f"{name} must be a function or a class to call, got {function!r}.")
@@ -65,14 +65,14 @@ def check_callable(**functions: Any) -> None:
 def check_accepts(
     name: str, function: Callable, arguments: Sequence[str], options: Sequence[str] = ()
 ) -> None:
-    """Checks that a function takes these arguments by position and these options by name.
+    """Checks that a function takes these arguments by position and these options by keyword.
 
     Raises:
         ValueError: if it cannot be called like that.
     """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C do not tell
+    except ValueError:  # some functions written in C have no signature
         return
     try:
         signature.bind(*arguments, **dict.fromkeys(options))
@@ -85,21 +85,21 @@ def check_accepts(
 
 
 def check_rate(**rates: Any) -> None:
-    """Raise unless every rate is a number in [0, 1)."""
+    """Raises `ValueError` unless every rate is a number in [0, 1)."""
     for name, rate in rates.items():
         if not (_is_number(rate) and 0 <= rate < 1):
             raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}.")
 
 
 def check_positive(**values: Any) -> None:
-    """Raise unless every value is a finite number above 0."""
+    """Raises `ValueError` unless every value is a finite number above 0."""
     for name, value in values.items():
         if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
 
 
 def check_nonnegative(**values: Any) -> None:
-    """Raise unless every value is a finite number of at least 0."""
+    """Raises `ValueError` unless every value is a finite number of at least 0."""
     for name, value in values.items():
         if not (_is_number(value) and 0 <= value < math.inf):
             raise ValueError(
@@ -119,11 +119,12 @@ def check_options(
     """Raises `OptionError` for the names in `given` that are not in `known`.
 
     Arguments:
-        given, known: the names.
-        where: what has them, for the error.
+        given: the names that were given.
+        known: the names that exist.
+        where: the owner of the names, for the error.
         elsewhere: a table of `jaxformers.elsewhere`.
-        kind: what they are the names of, for the error.
-        advice: a sentence for the error.
+        kind: the kind of thing that the names denote, for the error.
+        advice: a further sentence for the error.
     """
     known = sorted(known)
     unknown = [str(name) for name in given if name not in known]
@@ -141,13 +142,13 @@ def check_options(
 
 
 def _meant(name: str, known: list[str], elsewhere: Names) -> str | None:
-    """Returns the known name that one from elsewhere or a misspelled one means, or None."""
+    """Returns the known name for a name of another library or a misspelled name, or None."""
     meant = {
         there: next((x for x in here if x in known), None) for there, here in elsewhere.items()
     }
     meant |= {x: x for x in known}
     if name not in meant:
-        # There are many names elsewhere: one is misspelled only if it is very near.
+        # Other libraries have many names: only a very close match counts as a misspelling of one.
         there = [x for x, here in meant.items() if here and x not in known]
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.8)
         close = difflib.get_close_matches(name, [*known, *near], n=1)
@@ -156,7 +157,7 @@ def _meant(name: str, known: list[str], elsewhere: Names) -> str | None:
 
 
 def explain_options(function: Callable[P, R], elsewhere: Names = OPTIONS) -> Callable[P, R]:
-    """Decorates a function, so that an error explains an argument that it does not have."""
+    """Returns a decorated function, whose error for an unknown argument suggests a known one."""
     known = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:  # **options: Unpack[Options]
@@ -169,7 +170,7 @@ def explain_options(function: Callable[P, R], elsewhere: Names = OPTIONS) -> Cal
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
         if not kwargs.keys() <= known:
             check_options(kwargs, known, function.__qualname__, elsewhere)
-        # From Python 3.12 on, the function can free an argument that nobody else holds.
+        # From Python 3.12 on, the function can free an argument that has no other reference.
         held = [args]
         del args
         return function(*held.pop(), **kwargs)
@@ -180,7 +181,7 @@ def explain_options(function: Callable[P, R], elsewhere: Names = OPTIONS) -> Cal
 def check_key(
     key: Any, purpose: str = "(for weights when building, for dropout in a call)"
 ) -> PRNGKeyArray:
-    """The PRNG key itself, or an error where there is none."""
+    """Returns the PRNG key itself, or raises `ValueError` for any other value."""
     ok = isinstance(key, jax.Array) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if key.ndim == 0
@@ -195,7 +196,11 @@ def check_key(
 
 
 def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Array, "..."]:
-    """`tokens` as an int32 array of shape `(t,)` or `(b, t)` with ids in `[0, vocab_size)`."""
+    """Returns `tokens` as an int32 array, `(t,)` or `(b, t)`, with ids in `[0, vocab_size)`.
+
+    Raises:
+        ValueError: if they have another type or shape, are empty, or are outside the vocabulary.
+    """
     tokens = as_ids(tokens, name)
     if tokens.ndim not in (1, 2):
         raise ValueError(
@@ -212,7 +217,7 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
                 f"got {low if low < 0 else high}. Mark padding with padding_mask=, not by an id "
                 "outside the vocabulary."
             )
-    # Cast in NumPy what came from there: in JAX each new shape would compile a program for it.
+    # NumPy arrays are cast in NumPy, because JAX would compile a program for each new shape.
     if isinstance(tokens, np.ndarray):
         return jax.device_put(tokens.astype(np.int32))
     return tokens.astype(jnp.int32)
@@ -221,14 +226,14 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
 def _least_and_most(x: Any) -> tuple[int, int]:
     """Returns the smallest and the largest integer of an array whose values are known."""
     if getattr(x, "is_fully_addressable", True):
-        x = np.asarray(x)  # in JAX each new shape would compile two programs
+        x = np.asarray(x)  # JAX would compile two programs for each new shape
         return int(x.min()), int(x.max())
-    with jax.ensure_compile_time_eval():  # inside someone's `jit` they would be a part of it
+    with jax.ensure_compile_time_eval():  # a caller's `jit` would trace them
         return int(x.min()), int(x.max())
 
 
 def check_seq_length(length: int, max_seq_length: int | None, name: str = "a sequence") -> None:
-    """Raise if there are more tokens than the position scheme knows; None is no limit."""
+    """Raises `ValueError` if `length` is above `max_seq_length`; None is no limit."""
     if max_seq_length is not None and length > max_seq_length:
         raise ValueError(
             f"{name} may have at most max_seq_length = {max_seq_length} tokens, got {length}. "
@@ -240,7 +245,11 @@ def check_seq_length(length: int, max_seq_length: int | None, name: str = "a seq
 def check_padding_mask(
     padding_mask: ArrayLike | None, shape: tuple[int, ...], name: str = "padding_mask"
 ) -> Bool[Array, "..."] | None:
-    """`padding_mask` as a boolean array of the tokens' shape, or None."""
+    """Returns `padding_mask` as a boolean array of the tokens' shape, or None.
+
+    Raises:
+        ValueError: if it has another type or shape.
+    """
     if padding_mask is None:
         return None
     padding_mask = jnp.asarray(padding_mask)
@@ -253,7 +262,7 @@ def check_padding_mask(
 
 
 def check_activations(x: Any, d_model: int, name: str = "x") -> None:
-    """Raise unless `x` is a floating-point array of shape `(t, d_model)` or `(b, t, d_model)`."""
+    """Raises `ValueError` unless `x` is a float array, `(t, d_model)` or `(b, t, d_model)`."""
     if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
         raise ValueError(f"{name} must be a floating-point array, got {_describe(x)}.")
     if x.ndim not in (2, 3) or x.shape[-1] != d_model or 0 in x.shape:
@@ -264,7 +273,7 @@ def check_activations(x: Any, d_model: int, name: str = "x") -> None:
 
 
 def check_same_batch(**arrays: Any) -> None:
-    """Raise unless all arrays agree in every axis before the sequence's."""
+    """Raises `ValueError` unless all arrays agree in the axes before that of the sequence."""
     (first, a), *others = ((name, x) for name, x in arrays.items() if x is not None)
     for name, other in others:
         if other.shape[:-2] != a.shape[:-2]:
@@ -275,7 +284,7 @@ def check_same_batch(**arrays: Any) -> None:
 
 
 def check_usable(**trees: Any) -> None:
-    """Raises if an array in one of the trees was donated, and so written over."""
+    """Raises `ValueError` if an array in one of the trees was donated and so overwritten."""
     if not any(_is_deleted(x) for x in jax.tree.leaves(trees)):
         return
     leaves = jax.tree_util.tree_leaves_with_path(trees)

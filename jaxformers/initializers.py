@@ -1,4 +1,4 @@
-"""How weights are drawn: functions `(key, shape, fan_in, fan_out) -> array`."""
+"""Initializers of weights: functions `(key, shape, fan_in, fan_out) -> array`."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Initializer = Callable[[PRNGKeyArray, tuple[int, ...], int, int], Float[Array, "
 
 
 def check_initializer(**initializers: Callable | None) -> None:
-    """Checks that initializers take `(key, shape, fan_in, fan_out)`; None is not looked at.
+    """Checks that initializers take `(key, shape, fan_in, fan_out)`; None is skipped.
 
     Raises:
         ValueError: if one takes other arguments, as those of `jax.nn.initializers` do.
@@ -33,10 +33,11 @@ def check_initializer(**initializers: Callable | None) -> None:
 def xavier_uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int, fan_out: int
 ) -> Float[Array, "..."]:
-    """Uniform in `+-sqrt(6 / (fan_in + fan_out))`, so that signals keep their variance both ways.
+    """Draws uniformly in `+-sqrt(6 / (fan_in + fan_out))` (Glorot and Bengio 2010).
 
-    Glorot and Bengio 2010. The fans are given apart from the shape because an axis of heads is
-    part of the fan: `(d, heads, head_dim)` maps d to heads * head_dim features.
+    Activations and gradients then keep their variance from layer to layer. The fans are separate
+    from the shape because an axis of heads is part of the fan: `(d, heads, head_dim)` maps d to
+    heads * head_dim features.
 
     Example:
         >>> xavier_uniform(jax.random.key(0), (64, 8, 4), 64, 32).shape
@@ -47,7 +48,7 @@ def xavier_uniform(
 
 
 def normal(stddev: float = 0.02) -> Initializer:
-    """Normal with mean 0 and the given standard deviation (0.02 in BERT and GPT-2).
+    """Returns a normal initializer with mean 0 and this standard deviation (0.02 in GPT-2).
 
     Example:
         >>> model = TransformerLM(65, init=normal(0.02), embedding_scale=1.0, key=key)
@@ -61,10 +62,10 @@ def normal(stddev: float = 0.02) -> Initializer:
 
 
 def depth_scaled(num_layers: int, init: Initializer = xavier_uniform) -> Initializer:
-    """`init` shrunk by `1 / sqrt(2 num_layers)`, for projections into the residual stream.
+    """Returns `init` scaled by `1 / sqrt(2 num_layers)`, for projections into the residual stream.
 
-    Each of a stack's layers adds two sublayers to the stream, so its variance then stays that of
-    one sublayer at any depth (Radford et al. 2019, GPT-2, section 2.3).
+    Each layer adds the outputs of two sublayers to the residual stream. With this scale the
+    variance of the stream is that of one sublayer at any depth (Radford et al. 2019, GPT-2, section 2.3).
 
     Example:
         >>> model = TransformerLM(65, num_layers=24, residual_init=depth_scaled(24), key=key)

@@ -1,7 +1,8 @@
-"""How a stack runs its layers, one by one or scanned, and what its gradient keeps of them.
+"""The run of a stack's layers, one by one or scanned, and their rematerialization.
 
-A stack holds its layers as a tuple and compiles each of them. Scanned, their arrays are stacked and
-one program serves them all, which compiles as fast as a single layer and runs somewhat slower.
+A stack holds its layers as a tuple, and each of them is compiled. If the layers are scanned, their
+arrays are stacked and one program serves all layers. It compiles as fast as a single layer and runs
+somewhat slower.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ Model = TypeVar("Model")
 
 
 class ScannedLayers(eqx.Module):
-    """Equal layers held as one, each of whose arrays has a first axis of layers.
+    """Equal layers as one layer, whose arrays have a leading axis of layers.
 
     Arguments:
-        layers: layers that differ in the numbers of their arrays alone.
+        layers: layers that differ only in the numbers of their arrays.
 
     Raises:
-        ValueError: if they differ in anything else.
+        ValueError: if they differ in another way.
     """
 
     stacked: Annotated[Any, Stacked("l")]
@@ -48,7 +49,7 @@ class ScannedLayers(eqx.Module):
         return next(x for x in jax.tree.leaves(self.stacked) if _is_array(x)).shape[0]
 
     def __getitem__(self, i: int) -> Any:
-        """Layer i by itself."""
+        """Returns layer i alone."""
         i = range(len(self))[i]
         return jax.tree.map(
             lambda x: lax.index_in_dim(x, i, keepdims=False) if _is_array(x) else x, self.stacked
@@ -58,7 +59,7 @@ class ScannedLayers(eqx.Module):
         return (self[i] for i in range(len(self)))
 
     def scan(self, step: Callable, x: Array, key: PRNGKeyArray | None) -> Array:
-        """`x` after all layers, by a step as in `run_layers`."""
+        """Returns `x` after all layers; `step` is as in `run_layers`."""
         arrays, rest = eqx.partition(self.stacked, _is_array)
         keys = None if key is None else jax.random.split(check_key(key), len(self))
 
@@ -71,16 +72,22 @@ class ScannedLayers(eqx.Module):
 
 
 class Rematerialization(eqx.Module):
-    """What the gradient keeps of a layer: its inputs, and the sites with these names."""
+    """A policy for the gradient, which keeps the inputs of a layer and the sites with these names.
+
+    The gradient computes all other activations again.
+
+    Arguments:
+        keep: names of sites.
+    """
 
     keep: tuple[str, ...] = eqx.field(static=True)
 
     def __call__(self, step: Callable) -> Callable:
-        """A step as in `run_layers` that computes the rest again."""
+        """Returns a step, as in `run_layers`, whose gradient computes the rest again."""
         policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
 
         def rematerialized(*inputs):
-            # What the step closes over, an encoder's output for instance, has a gradient as well.
+            # Arrays that the step closes over, such as an encoder's output, have gradients as well.
             closed = eqx.filter_closure_convert(step, *inputs)
             again = eqx.filter_checkpoint(closed, policy=policy, prevent_cse=False)
             return _recomputed_late((again, inputs))
@@ -90,11 +97,11 @@ class Rematerialization(eqx.Module):
 
 @eqx.filter_custom_vjp
 def _recomputed_late(step_and_inputs):
-    """A checkpointed step that is computed again when its gradient is due, and not before.
+    """Runs a checkpointed step that is computed again only when its gradient is due.
 
-    `jax.checkpoint` alone leaves the order to XLA, whose CPU backend computes all layers again
-    early, and then needs as much memory as without. Here what was kept waits for the gradient: a
-    zero is added that is read from it.
+    `jax.checkpoint` alone leaves the order to XLA. Its CPU backend computes all layers again early,
+    and then needs as much memory as without `jax.checkpoint`. Here the kept arrays depend on the
+    gradient: a zero that is computed from the gradient is added to them.
     """
     step, inputs = step_and_inputs
     return step(*inputs)
@@ -104,7 +111,7 @@ def _recomputed_late(step_and_inputs):
 def _forward(perturbed, step_and_inputs):
     del perturbed
     y, pull = eqx.filter_vjp(lambda both: both[0](*both[1]), step_and_inputs)
-    # The weights are not tied, which would copy them.
+    # The zero is not added to the weights, because the addition would copy them.
     weights = {id(x) for x in jax.tree.leaves(step_and_inputs[1][0])}
     return y, eqx.partition(pull, lambda x: eqx.is_inexact_array(x) and id(x) not in weights)
 
@@ -119,11 +126,12 @@ def _backward(kept_and_rest, gradient, perturbed, step_and_inputs):
 
 
 def _materialized(x: Array) -> Array:
-    """`x`, which XLA's CPU backend is to compute once.
+    """Returns `x`, and makes XLA's CPU backend compute it only once.
 
-    It fuses sums into all that reads them, so that each layer would add up anew what all others
-    wrote to the residual stream, and its gradient: work and programs that grow with the square of
-    the depth. A division is not repeated like that, here by a one that XLA cannot know to be one.
+    That backend fuses a sum into every operation that reads it. Each layer would then add up the
+    outputs of all earlier layers again, and so would its gradient: the work and the size of the
+    program would grow with the square of the depth. XLA does not repeat a division in this way. So
+    `x` is divided by a number that is always one, which XLA cannot know.
     """
     if jax.default_backend() != "cpu":
         return x
@@ -131,7 +139,7 @@ def _materialized(x: Array) -> Array:
 
 
 def _unknown(x: Array) -> Array:
-    """0 or 1, which depends on `x`."""
+    """Returns 0 or 1, depending on `x`."""
     return jnp.isnan(jnp.ravel(x)[0]).astype(x.dtype)
 
 
@@ -143,15 +151,15 @@ def run_layers(
     caches: Sequence[Any] | None = None,
     rematerialization: Rematerialization | None = None,
 ) -> tuple[Float[Array, "*b t d"], tuple[Any, ...] | None]:
-    """`x` after all layers, and their caches if there are any.
+    """Returns `x` after all layers, and the caches of the layers if there are any.
 
     Arguments:
         layers: a tuple of layers, or `ScannedLayers`.
-        step: what one layer does, a function `(layer, x, key, cache) -> (x, cache)`.
+        step: the function `(layer, x, key, cache) -> (x, cache)` that runs one layer.
         x: the residual stream.
-        key: PRNG key for dropout, of which each layer gets its own.
-        caches: one for each layer; None is no cache.
-        rematerialization: what the gradient keeps; None is all that it needs.
+        key: PRNG key for dropout, which is split into one key per layer; None is no dropout.
+        caches: one cache per layer; None is no cache.
+        rematerialization: the policy for the gradient; None keeps every activation.
     """
     if rematerialization is not None and caches is None:
         step = rematerialization(step)
@@ -169,17 +177,18 @@ def run_layers(
 
 
 def scan_layers(model: Model) -> Model:
-    """The same model with the layers of its stacks scanned, which compiles fast at any depth.
+    """Returns the model with the layers of its stacks scanned, which compiles fast at any depth.
 
-    It gives the same results, and a step takes somewhat longer on CPU. Do it before
-    `optimizer.init`: gradients and states have the form of the model. With a cache the layers are
-    taken out one by one, which copies the weights at every token: generate from `unroll_layers`.
+    The results are the same, and a step takes somewhat longer on CPU. Scan the layers before
+    `optimizer.init`, because gradients and optimizer states have the structure of the model. A call
+    with a cache indexes the layers one by one, which copies the weights at every token: undo the
+    scan with `unroll_layers` before you generate.
 
     Arguments:
         model: a model or a stack, such as `TransformerLM` or `Encoder`.
 
     Raises:
-        ValueError: if layers differ in more than numbers, or run in an order of their own.
+        ValueError: if layers differ in more than numbers, or the encoder has a `layer_order`.
 
     Example:
         >>> deep = scan_layers(TransformerLM(65, 64, 4, 48, 256, 128, key=key))
@@ -201,10 +210,10 @@ def scan_layers(model: Model) -> Model:
 
 
 def unroll_layers(model: Model) -> Model:
-    """The same model with its layers a tuple, which undoes `scan_layers` bit for bit.
+    """Returns the model with its layers as a tuple, which undoes `scan_layers` bit for bit.
 
     Arguments:
-        model: a model or a stack; one with a tuple already stays as it is.
+        model: a model or a stack; a tuple of layers stays as it is.
 
     Raises:
         ValueError: if there are no layers.
@@ -220,18 +229,18 @@ def unroll_layers(model: Model) -> Model:
 
 
 def rematerialize(model: Model, keep: Sequence[str] | None = ()) -> Model:
-    """The same model, of whose layers the gradient keeps little and computes the rest again.
+    """Returns the model with a gradient that keeps few activations and computes the rest again.
 
-    Activations take up most of the memory of training. If only each layer's inputs are kept, they
-    take about one layer's worth plus one residual stream per layer, for one more forward pass (Chen
-    et al. 2016, Training Deep Nets with Sublinear Memory Cost). Works for scanned layers as well.
-    The model then has no forward-mode derivative.
+    Activations take up most of the memory of training. If only the inputs of each layer are kept,
+    the memory is that of the activations of one layer plus one residual stream per layer. The cost
+    is one more forward pass (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
+    Scanned layers can be rematerialized as well. The model then has no forward-mode derivative.
 
     Arguments:
         model: a model or a stack, such as `TransformerLM` or `Encoder`.
         keep: names of sites that are kept besides, such as "queries" or "head_outputs"; the table
-            `LAYER_SITES` of `jaxformers.sites` has all of them. None keeps everything, which undoes
-            this.
+            `LAYER_SITES` of `jaxformers.sites` has all of them. None keeps every activation, which
+            undoes the rematerialization.
 
     Raises:
         ValueError: if there is no such site, or there are no layers.
@@ -266,7 +275,7 @@ def _change_stacks(model: Any, change: Callable) -> Any:
 
 
 def _difference(a: Any, b: Any, path: str = "") -> str | None:
-    """The first place in which two layers differ in more than numbers; None if there is none."""
+    """Returns the first difference between two layers in more than numbers, or None."""
     if isinstance(a, eqx.Module) and type(a) is type(b):
         inside = (
             _difference(getattr(a, name), getattr(b, name), f"{path}.{name}")

@@ -1,4 +1,4 @@
-"""What is allowed and seldom meant, and so no error: it is warned of, once."""
+"""Warnings, given once, of calls that are allowed but are probably mistakes."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from jaxformers.warn import warn_once
 
 
 def special_of(origin: Origin | None) -> SpecialTokens:
-    """Returns the special tokens of the checkpoint that a model came from; none without one."""
+    """Returns the special tokens of a model's checkpoint; without a checkpoint, there are none."""
     return SpecialTokens() if origin is None else origin.special_tokens
 
 
 def warn_of_padding(tokens: Any, name: str, mask_name: str, special: SpecialTokens) -> None:
-    """Warns if rows begin or end with padding, of tokens for which there is no mask.
+    """Warns if tokens without a mask have rows that begin or end with padding.
 
-    The token of padding is often one that texts begin or end with as well. As the only one at an
-    end of a row it may be text then; several of them are padding. Where no token is known for
-    padding, the end tokens are taken for that. A row of this token alone is nobody's text.
+    The padding token is often a start token or an end token as well. Then a single one at an end of
+    a row may be text, and several of them are padding. If the padding token is unknown, the end
+    tokens count as padding. A row that consists of this token alone is not text.
 
     Arguments:
         tokens: `(b, t)` or `(t,)`.
-        name: what they are called: "src", "tgt", or another name for what is both at once.
-        mask_name: what their mask is called.
-        special: the special tokens that are known.
+        name: the name of the tokens: "src", "tgt", or another name for both at once.
+        mask_name: the name of their mask.
+        special: the known special tokens.
     """
     pads = special.end_token if special.pad_token is None else (special.pad_token,)
     if not pads or not is_known(tokens) or not getattr(tokens, "is_fully_addressable", True):
@@ -46,7 +46,7 @@ def warn_of_padding(tokens: Any, name: str, mask_name: str, special: SpecialToke
 
 
 def _ends_of_text(special: SpecialTokens, name: str) -> tuple[set[int | None], set[int | None]]:
-    """Returns the tokens that a text begins with, and those that it ends with."""
+    """Returns the tokens that may begin a text, and those that may end it."""
     ends: set[int | None] = set(special.end_token)
     both = ends | {special.start_token}
     return {"src": (ends, ends), "tgt": (both, ends)}.get(name, (both, both))
@@ -55,13 +55,13 @@ def _ends_of_text(special: SpecialTokens, name: str) -> tuple[set[int | None], s
 def warn_of_length(
     length: int, origin: Origin | None, max_seq_length: int | None, what: str
 ) -> None:
-    """Warns if there are more tokens than the model was trained with, which no table limits.
+    """Warns if rows are longer than those of the model's training and no table limits them.
 
     Arguments:
-        length: how many tokens the longest row has, padding not counted.
-        origin: where the model came from.
-        max_seq_length: of the model; with one, longer rows are errors already.
-        what: what is so long, with a verb.
+        length: the number of tokens of the longest row, padding not counted.
+        origin: the origin of the model.
+        max_seq_length: that of the model; if there is one, longer rows already raise errors.
+        what: the subject and the verb of the warning.
     """
     trained = None if origin is None else origin.trained_length
     if trained is not None and max_seq_length is None and length > trained:
@@ -82,13 +82,14 @@ def warn_of_text(
     name: str = "tokens",
     mask_name: str = "padding_mask",
 ) -> None:
-    """Both warnings, for the tokens of a call outside of `jit`.
+    """Gives both warnings, of padding and of length, for the tokens of a call outside of `jit`.
 
     Arguments:
         tokens: `(b, t)` or `(t,)`.
-        is_masked: whether a mask was given, of whatever kind.
-        positions: of the tokens, -1 for padding; None is 0 .. t-1.
-        origin, max_seq_length, name, mask_name: see above.
+        is_masked: whether a mask of any kind was given.
+        positions: positions of the tokens, -1 for padding; None is 0 .. t-1.
+        origin, max_seq_length: see `warn_of_length`.
+        name, mask_name: see `warn_of_padding`.
     """
     if origin is None or not is_known(tokens):
         return

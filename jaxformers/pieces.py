@@ -1,7 +1,7 @@
 """The options that every layer, stack and model takes under the same names.
 
-A new idea is an object passed in here (a norm, a feed-forward, a position scheme, a kernel), not a
-flag. Stacks and models hand the options down as they came; a layer builds from them.
+A new idea is an object that is passed in (a norm, a feed-forward, a position scheme, a kernel), not
+a flag. Stacks and models pass the options on unchanged, and a layer builds its modules from them.
 """
 
 import inspect
@@ -37,7 +37,7 @@ from jaxformers.residual import (
 
 
 class Pieces(TypedDict, total=False):
-    """What a layer is made of; every name may be left out.
+    """The options of a layer, each of which may be left out.
 
     Example:
         >>> llama = Pieces(norm=RMSNorm, feed_forward=GatedFeedForward, use_bias=False)
@@ -47,16 +47,17 @@ class Pieces(TypedDict, total=False):
         num_kv_heads: key/value heads; default `num_heads`.
         head_dim: features per head; default `d_model / num_heads`.
         use_bias: whether attention, feed-forward and output layer have biases; default True.
-        use_qkv_bias: whether the query, key and value projections have; default as `use_bias`.
-        use_out_bias: whether attention's output projection has one; default as `use_bias`.
-        use_logits_bias: whether a model's output layer has one; default as `use_bias`, False where
-            it is tied.
+        use_qkv_bias: whether the query, key and value projections have biases; default as
+            `use_bias`.
+        use_out_bias: whether attention's output projection has a bias; default as `use_bias`.
+        use_logits_bias: whether a model's output layer has a bias; default as `use_bias`, and False
+            for a tied output layer.
         qk_norm: constructor of a norm on queries and keys, see `MultiHeadAttention`; default none.
         attention_scale: factor on the attention scores; default `1 / sqrt(head_dim)`.
         softcap: bound of the attention scores, see `MultiHeadAttention`; default none.
         qkv_clip: bound of queries, keys and values, see `MultiHeadAttention`; default none.
-        window: a causal query sees the last `window` positions, its own included; others see
-            those less than `window` away on both sides; default all.
+        window: a causal query sees the last `window` positions, its own included; a query without
+            a causal mask sees the positions less than `window` away on both sides; default all.
         attention_dropout_rate: dropout on attention weights; default 0.
         attention_fn: the attention kernel; default `fast_attention`.
         norm: constructor `norm(d_model)`; default `LayerNorm`.
@@ -64,24 +65,25 @@ class Pieces(TypedDict, total=False):
         norm_placement: `PreNorm`, `PostNorm`, `Sandwich`, `OutputNorm`, `NoNorm`, or a class of
             your own, see `Joint`; the short forms are "pre", "post", "sandwich", "output" and
             "none". Default as `norm_first` says.
-        residual_scale: factor on what each sublayer adds to the stream; default 1.
-        parallel: `OneNorm()` (GPT-J) or `TwoNorms()` (GPT-NeoX) for a feed-forward beside
-            attention, behind the same norm or behind one of its own; the short forms are "one norm"
-            and "two norms". Default None, the feed-forward after attention.
+        residual_scale: factor on the output of each sublayer; default 1.
+        parallel: `OneNorm()` (GPT-J) or `TwoNorms()` (GPT-NeoX) for a feed-forward in
+            parallel with attention, after the same norm or after a norm of its own; the short forms
+            are "one norm" and "two norms". Default None, the feed-forward after attention.
         feed_forward: constructor `feed_forward(d_model, d_ff, key=key)`; default `FeedForward`,
             other choices are `partial(FeedForward, activation=jax.nn.gelu)` and
             `GatedFeedForward`. If use_bias, init or residual_init are given, they are passed on.
         position: a position scheme; default sinusoids in models, none in stacks and layers. Models
-            also take a function `key -> scheme`, for schemes with weights: each stack draws its
-            own. Stacks take schemes that rotate or bias, layers those that rotate.
+            also take a function `key -> scheme`, for schemes with weights: each stack draws its own
+            weights. Stacks take schemes that rotate queries and keys or bias scores, layers only
+            schemes that rotate.
         embedding: constructor of a model's embedding, called like `TransformerEmbedding`, the
             default; for instance `partial(TransformerEmbedding, norm=LayerNorm)`.
-        output: the same for the output layer, `OutputLayer`; for instance
-            `partial(OutputLayer, softcap=30.0)`.
-        per_layer: a function `i -> Pieces` with what is different in layer i of a stack, such as
-            `lambda i: Pieces(window=512 if i % 6 != 5 else None)`.
-        init: how weights are drawn; default `xavier_uniform`.
-        residual_init: how projections into the residual stream are drawn; default as `init`.
+        output: constructor of a model's output layer, called like `OutputLayer`, the default; for
+            instance `partial(OutputLayer, softcap=30.0)`.
+        per_layer: a function `i -> Pieces` with the options in which layer i of a stack differs,
+            such as `lambda i: Pieces(window=512 if i % 6 != 5 else None)`.
+        init: initializer of the weights; default `xavier_uniform`.
+        residual_init: initializer of projections into the residual stream; default as `init`.
     """
 
     num_kv_heads: int | None
@@ -126,7 +128,7 @@ ATTENTION_PIECES = (
     "init",
     "residual_init",
 )
-# What stacks do not take, and what layers do not.
+# The options that stacks do not take, and those that layers do not take.
 MODEL_PIECES = {"embedding", "output", "use_logits_bias"}
 STACK_PIECES = MODEL_PIECES | {"per_layer"}
 SELF_ATTENTION_PIECES = (*ATTENTION_PIECES, "position", "window")
@@ -134,7 +136,12 @@ FEED_FORWARD_PIECES = ("use_bias", "init", "residual_init")
 
 
 def check_pieces(pieces: Pieces, owner: type, without: Set[str] = frozenset()) -> None:
-    """Raise `OptionError` for a name that is neither a piece nor an argument of `owner`."""
+    """Checks the names and the values of pieces.
+
+    Raises:
+        OptionError: if a name is neither a piece nor an argument of `owner`.
+        ValueError: if a value cannot be called as it must be.
+    """
     own = set(inspect.signature(owner).parameters) - {"pieces"}
     check_options(pieces, own | set(Pieces.__annotations__) - without, owner.__name__)
     functions = _only(
@@ -149,7 +156,7 @@ def check_pieces(pieces: Pieces, owner: type, without: Set[str] = frozenset()) -
 def build_self_attention(
     d_model: int, num_heads: int, key: PRNGKeyArray, **pieces: Unpack[Pieces]
 ) -> MultiHeadAttention:
-    """The attention of a layer over its own sequence."""
+    """Returns the self-attention of a layer."""
     options = _only(pieces, SELF_ATTENTION_PIECES)
     return MultiHeadAttention(d_model, num_heads, key=key, **options)
 
@@ -157,14 +164,14 @@ def build_self_attention(
 def build_cross_attention(
     d_model: int, num_heads: int, key: PRNGKeyArray, **pieces: Unpack[Pieces]
 ) -> MultiHeadAttention:
-    """The attention to an encoder's output, where neither positions nor windows apply."""
+    """Returns the cross-attention of a layer, to which neither positions nor windows apply."""
     return MultiHeadAttention(d_model, num_heads, key=key, **_only(pieces, ATTENTION_PIECES))
 
 
 def build_feed_forward(
     d_model: int, d_ff: int, key: PRNGKeyArray, **pieces: Unpack[Pieces]
 ) -> Callable:
-    """The feed-forward of a layer."""
+    """Returns the feed-forward of a layer."""
     constructor = pieces.get("feed_forward", FeedForward)
     options = _only(pieces, FEED_FORWARD_PIECES)
     sizes = {"d_model": d_model, "d_ff": d_ff}
@@ -176,7 +183,7 @@ def build_residual(
 ) -> Joint:
     """Returns the joint of one sublayer to the residual stream.
 
-    The joint of a feed-forward `beside` attention is the one that this object names.
+    If a feed-forward is in parallel with attention, `beside` names the placement of its norm.
     """
     norm, scale = pieces.get("norm", LayerNorm), pieces.get("residual_scale", 1.0)
     placement = norm_placement(pieces) if beside is None else beside.placement
@@ -184,7 +191,7 @@ def build_residual(
 
 
 def read_parallel(**pieces: Unpack[Pieces]) -> Parallel | None:
-    """Returns the object that places the feed-forward beside attention; None is after it."""
+    """Returns the object for parallel layers; None is a feed-forward after attention."""
     parallel, placement = as_parallel(pieces.get("parallel")), norm_placement(pieces)
     if parallel is not None and placement is not PreNorm:
         raise ValueError(
@@ -210,7 +217,7 @@ def norm_placement(pieces: Pieces) -> Callable[..., Joint]:
 
 
 def layer_pieces(pieces: Pieces, layer: int) -> Pieces:
-    """What a stack hands to one of its layers."""
+    """Returns the pieces that a stack passes to one of its layers."""
     own = pieces.copy()
     per_layer = own.pop("per_layer", None)
     if per_layer is None:
@@ -223,7 +230,10 @@ def layer_pieces(pieces: Pieces, layer: int) -> Pieces:
 
 
 def build_final_norm(d_model: int, final_norm: bool | None, **pieces: Unpack[Pieces]):
-    """The norm at the end of a stack, by default there unless the layers are post-norm."""
+    """Returns the norm at the end of a stack, or None.
+
+    By default there is one unless the layers are post-norm or have no norms.
+    """
     wanted = final_norm
     if wanted is None:
         wanted = norm_placement(pieces) not in (PostNorm, NoNorm)
@@ -241,7 +251,7 @@ def build_embedding(
     key: PRNGKeyArray,
     **pieces: Unpack[Pieces],
 ) -> tuple[TransformerEmbedding, Pieces]:
-    """The embedding of a model, and the pieces that are left for the stack above it."""
+    """Returns the embedding of a model, and the remaining pieces for its stack."""
     embedding_key, position_key = split_key(key, 2)
     position: Any = pieces.pop("position", None)
     if callable(position) and not isinstance(position, type | PositionScheme):
@@ -277,7 +287,7 @@ def build_output(
     key: PRNGKeyArray,
     **pieces: Unpack[Pieces],
 ) -> OutputLayer:
-    """The output layer of a model; without a bias where it is tied, as in GPT-2 and T5."""
+    """Returns the output layer of a model; a tied one has no bias by default, as in T5."""
     check_flag(tie_embeddings=tied)
     use_bias = pieces.get("use_logits_bias")
     if use_bias is None:
@@ -291,9 +301,9 @@ def build_output(
 
 
 def take_score_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
-    """The position scheme if it biases scores, and the other pieces.
+    """Returns the position scheme if it biases scores, or None, and the other pieces.
 
-    A stack holds it once for all its layers; any other scheme stays among the pieces.
+    A stack holds this scheme once for all its layers. Any other scheme stays among the pieces.
     """
     if not acts_as(pieces.get("position"), BiasPosition):
         return None, pieces
@@ -302,5 +312,5 @@ def take_score_bias(pieces: Pieces) -> tuple[BiasPosition | None, Pieces]:
 
 
 def _only(pieces: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    # What the user left out stays left out, so that each constructor's own default holds.
+    # An option that the user left out stays left out, so that the constructor's default applies.
     return {name: pieces[name] for name in names if name in pieces}

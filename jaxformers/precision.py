@@ -1,4 +1,4 @@
-"""Types of numbers: 16 bits for computing, 32 for the weights that are trained."""
+"""Types of numbers: 16 bits for computations, 32 bits for weights in training."""
 
 import contextlib
 import sys
@@ -19,26 +19,26 @@ from jaxformers.paths import path_name
 
 Tree = TypeVar("Tree", bound=PyTree)
 
-# The types that models are kept and computed in.
+# The types of weights and of computations.
 FLOATS = tuple(jnp.dtype(x) for x in ("float32", "bfloat16", "float16", "float64"))
 
-_noticed: set[int] = set()  # the optimizers of which it was said that they train 16 bits
+_noticed: set[int] = set()  # ids of the optimizers for which the warning was given
 _within: ContextVar[bool] = ContextVar("within", default=False)
 
 
 def cast_floating(model: Tree, dtype: Any) -> Tree:
-    """The model with its floating-point arrays in another type, for it to compute in.
+    """Returns the model with its floating-point arrays in another type, in which it computes.
 
-    With bfloat16 a model takes half the memory and, where the hardware has it, a fraction of the
-    time; softmax, norms, log-probs and the loss stay in float32. `train_step` does this in each
-    step if it is given a `compute_dtype`.
+    A model in bfloat16 takes half the memory and, on hardware that supports bfloat16, a fraction of
+    the time. Softmax, norms, log-probs and the loss stay in float32. `train_step` casts the model
+    in each step if it is given a `compute_dtype`.
 
     Arguments:
         model: any pytree; other leaves stay as they are.
         dtype: a floating-point type of 16 bits or more, such as `jnp.bfloat16`.
 
     Raises:
-        ValueError: if the type is another.
+        ValueError: if the type is not one of these.
 
     Example:
         >>> half = cast_floating(model, jnp.bfloat16)
@@ -52,15 +52,15 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
 
 
 def add(x: Float[Array, "*n d"], y: Float[Array, "..."]) -> Float[Array, "*n d"]:
-    """Returns `x + y` in the type of `x`; a `y` that is spread over rows has a float32 gradient.
+    """Returns `x + y` in the type of `x`; the gradient of a broadcast `y` is summed in float32.
 
-    In bfloat16 a sum of ones ends at 256.
+    In bfloat16 a sum of ones does not grow beyond 256.
     """
     return (widened(x) + widened(y)).astype(x.dtype)
 
 
 def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `x` in float32 if it has 16 bits, and else `x` itself."""
+    """Returns `x` in float32 if it has 16 bits, and otherwise `x` itself."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
@@ -75,10 +75,10 @@ def is_narrow(x: Any) -> bool:
 
 
 def widened_beside(model: Tree, others: PyTree) -> Tree:
-    """Returns the model with arrays of 16 bits in the widest type of others, if that has more bits.
+    """Returns the model with arrays of 16 bits in the widest type of `others`, if that is wider.
 
-    Weights that are frozen in 16 bits are computed with in float32 beside others that are trained
-    in it: the loss is that of a float32 model, and no activation is rounded on the way.
+    If frozen weights have 16 bits and the trained weights float32, the model computes in float32:
+    the loss is that of a float32 model, and no activation is rounded to 16 bits.
     """
     floats = [x.dtype for x in jax.tree.leaves(others) if _is_float(x)]
     widest = max(floats, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float16))
@@ -89,14 +89,14 @@ def widened_beside(model: Tree, others: PyTree) -> Tree:
 
 @contextlib.contextmanager
 def noticed(optimizer: Any, model: PyTree, trained: Callable[[], PyTree]) -> Iterator[None]:
-    """Warns, once for each optimizer, if weights of 16 bits are trained; what is within does not.
+    """Warns, once for each optimizer, if weights of 16 bits are trained; inner calls do not warn.
 
     Arguments:
-        optimizer: whose steps they are.
+        optimizer: the optimizer of the step.
         model: the model.
-        trained: function `() -> tree`, the model without what is not trained.
+        trained: function `() -> tree`, which returns the model without its frozen arrays.
     """
-    # An optax transformation is a tuple, which is not told from another one; its function is.
+    # An optax transformation is a tuple, so its update function identifies it.
     optimizer = optimizer.update if hasattr(optimizer, "_fields") else optimizer
     if (
         not _within.get()
@@ -136,7 +136,11 @@ def _is_float(x: Any) -> bool:
 
 
 def check_float_dtype(**named: Any) -> np.dtype:
-    """The one type as a NumPy dtype, one of `FLOATS` that JAX is set up to hold."""
+    """Returns the one given type as a NumPy dtype.
+
+    Raises:
+        ValueError: if it is not one of `FLOATS`, or JAX is not configured to hold it.
+    """
     ((name, given),) = named.items()
     try:
         dtype = jnp.dtype(given)
