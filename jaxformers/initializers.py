@@ -65,7 +65,8 @@ def depth_scaled(num_layers: int, init: Initializer = xavier_uniform) -> Initial
     """Returns `init` scaled by `1 / sqrt(2 num_layers)`, for projections into the residual stream.
 
     Each layer adds the outputs of two sublayers to the residual stream. With this scale the
-    variance of the stream is that of one sublayer at any depth (Radford et al. 2019, GPT-2, section 2.3).
+    variance of the stream is that of one sublayer at any depth (Radford et al. 2019, GPT-2,
+    section 2.3).
 
     Example:
         >>> model = TransformerLM(65, num_layers=24, residual_init=depth_scaled(24), key=key)
