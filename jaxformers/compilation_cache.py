@@ -8,21 +8,22 @@ import jax
 
 
 def keep_compiled_programs(directory: str | os.PathLike | None = None) -> Path:
-    """Have JAX keep what it compiles in a directory, and look there before it compiles.
+    """Makes JAX keep compiled programs in a directory, and look there before it compiles.
 
-    A setting of the whole process, which is why nothing here makes it unasked; JAX stays with the
-    first directory that it has used. What takes less than
-    a second to compile is not kept; JAX's own settings change that.
+    The setting holds for the whole process, so the library never makes it by itself. JAX stays with
+    the first directory that it has used. It does not keep a program that takes less than a second
+    to compile, unless its own settings say otherwise.
 
     Arguments:
-        directory: None is the one JAX was already told (`JAX_COMPILATION_CACHE_DIR`), or else
-            `jaxformers/programs` in the user's cache directory.
+        directory: the directory. None is the one that JAX is set to use
+            (`JAX_COMPILATION_CACHE_DIR`), or else `jaxformers/programs` in the user's cache
+            directory.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if there is a file of that name, or it cannot be made.
+        ValueError: if the directory cannot be created or written.
 
     Example:
         >>> keep_compiled_programs("programs")  # doctest: +SKIP

@@ -1,7 +1,8 @@
-"""What the names of this library are called elsewhere.
+"""Names of other libraries, with the names here that have the same meaning.
 
 Hugging Face's libraries, PyTorch, fairseq, T5X and MaxText have other names for the same things.
-Each table gives, for such a name, the ones here: the first that exists where it was used is meant.
+Each table maps such a name to names here. An error suggests the first of them that is an option of
+the function that was called.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def table(**elsewhere: str) -> dict[str, tuple[str, ...]]:
-    """Returns the names here by a name elsewhere; those elsewhere are given as one text."""
+    """Returns the names here by each name elsewhere; an argument lists the latter in one text."""
     found: dict[str, tuple[str, ...]] = {}
     for here, names in elsewhere.items():
         for name in names.split():
@@ -75,8 +76,8 @@ ARRAYS = table(
     token_types="token_type_ids token_type type_ids",
 )
 
-# The options of models and of `generate`. The arrays that a model is called with have the names of
-# those in a batch.
+# The options of models and of `generate`. The arrays in a call of a model have the names of the
+# arrays in a batch.
 OPTIONS = ARRAYS | table(
     cache="past_key_values",
     key="do_sample seed rng",

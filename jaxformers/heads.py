@@ -1,4 +1,4 @@
-"""What stands on top of an encoder beside a vocabulary: pooling and classification."""
+"""Heads of an encoder beside its output layer: pooling and classification."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -19,7 +19,9 @@ POOLINGS = ("first", "mean", "late", "pooler", "none")
 def pool(
     hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
 ) -> Float[Array, "*b d"]:
-    """Returns one vector per sequence: the first real token's, or the mean over the real tokens.
+    """Returns one vector `(b, d)` per sequence, that of the first token or the mean of all tokens.
+
+    Padding does not count.
 
     Arguments:
         hidden: `(b, t, d)`.
@@ -33,36 +35,36 @@ def pool(
         lowest = jnp.where(counted, positions, beyond).min(-1, keepdims=True)
         counted &= positions == lowest
     weights = jnp.broadcast_to(counted, hidden.shape[:-1]).astype(jnp.float32)
-    # Packed documents have several first tokens, and a row of padding none.
+    # Packed documents have several first tokens, and a row of padding has none.
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
     mean = jnp.einsum("...t,...td->...d", weights / total, hidden.astype(jnp.float32))
     return mean.astype(hidden.dtype)
 
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Returns vectors scaled to length 1, and those of length 0 as they are."""
+    """Returns vectors scaled to length 1; vectors of length 0 stay as they are."""
     wide = vectors.astype(jnp.float32)
     square = jnp.square(wide).sum(-1, keepdims=True)
-    # The length itself has no gradient at 0, which is the vector of a row of padding.
+    # The length has no gradient at 0, and the vector of a row of padding is 0.
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(vectors.dtype)
 
 
 class Classifier(eqx.Module):
-    """Scores of classes, for whole sequences or for each token.
+    """A classifier of whole sequences or of each token, which returns the scores of classes.
 
     Arguments:
         d_model: width of the hidden states.
         num_labels: number of classes.
-        pooling: one answer for a sequence from its first token ("first"), the mean of its tokens
-            ("mean") or the model's pooler ("pooler"), or the mean of its tokens' answers ("late");
-            "none" is an answer for each token.
+        pooling: "first", "mean" and "pooler" classify a sequence by its first token, by the mean of
+            its tokens, or by the output of the model's pooler; "late" is the mean of the scores of
+            its tokens; "none" classifies each token.
         transform: constructor `transform(d_model, d_model, key=key)` of a module before the last
-            map, such as `Dense` (RoBERTa); None is nothing.
-        init: how the weights are drawn.
+            map, such as `Dense` (RoBERTa); None is no module.
+        init: initializer of the weights.
         key: PRNG key, required.
 
     Raises:
-        ValueError: if a size is not positive or the pooling is another.
+        ValueError: if a size is not positive, or the pooling is not one of these.
 
     Example:
         >>> model = TransformerEncoder(65, classifier=partial(Classifier, num_labels=3), key=key)

@@ -1,7 +1,7 @@
-"""Token ids as users hold them: arrays of any library, lists, rows of different length.
+"""Token ids in the forms that users have: arrays of any library, lists, rows of different length.
 
-What is no ids (text, what a tokenizer returns as a whole, floats) is refused in words that say how
-ids are made of it.
+Text, floats and the complete output of a tokenizer are not ids. The error for them says how to get
+ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What may be given as token ids: an array of any library (which no type says), or a list of rows.
+# Token ids may be an array of any library, for which there is no type, or a list of rows.
 Tokens = Any
 
 
 def as_ids(x: Any, name: str) -> Any:
-    """Returns what the user gave as one array of integers, which stays where it is if it was one.
+    """Returns token ids as one array of integers; one of NumPy or JAX is returned as it is.
 
     Raises:
-        ValueError: if it holds no integers, or rows of different length.
+        ValueError: if `x` does not hold integers, or holds rows of different length.
     """
     x, lengths = as_rows(x, name)
     if lengths is not None and len(set(lengths)) > 1:
@@ -31,10 +31,10 @@ def as_ids(x: Any, name: str) -> Any:
 
 
 def as_rows(x: Any, name: str) -> tuple[Any, list[int] | None]:
-    """Returns an array of integers and None, or a list of rows as arrays and how long each is.
+    """Returns an array of integers and None, or a list of rows as arrays and their lengths.
 
     Raises:
-        ValueError: if it holds no integers.
+        ValueError: if `x` does not hold integers.
     """
     is_list = isinstance(x, list | tuple)
     if is_list and any(_is_mask(row) for row in x):
@@ -47,7 +47,7 @@ def as_rows(x: Any, name: str) -> tuple[Any, list[int] | None]:
         x = _as_array(x, name)
         if x.dtype != object or x.ndim != 1:
             return _check_integers(x, name), None
-        x = list(x)  # of rows: NumPy's way to hold arrays of different length
+        x = list(x)  # NumPy holds rows of different length as an array of objects
     if all(type(row) is int for row in x):
         return _check_integers(_as_array(x, name), name), None
     rows = [_as_array(row, name) for row in x]
@@ -63,7 +63,7 @@ def as_rows(x: Any, name: str) -> tuple[Any, list[int] | None]:
 
 
 def stack(rows: Sequence[Any]) -> Any:
-    """Returns arrays of one shape as one array, of NumPy unless one of them is being traced."""
+    """Returns arrays of one shape as one NumPy array, or as one JAX array if one is traced."""
     known = not any(isinstance(row, jax.core.Tracer) for row in rows)
     if not known:
         return jnp.stack([jnp.asarray(row, jnp.int32) for row in rows])
@@ -71,7 +71,7 @@ def stack(rows: Sequence[Any]) -> Any:
 
 
 def _as_array(x: Any, name: str) -> Any:
-    """Returns what is an array, or can become one."""
+    """Returns `x` as an array, or raises `ValueError` if it cannot be one."""
     if isinstance(x, jax.Array):
         return x
     if isinstance(x, Mapping) or hasattr(x, "input_ids"):
@@ -91,7 +91,7 @@ def _as_array(x: Any, name: str) -> Any:
 
 
 def _check_integers(x: Any, name: str) -> Any:
-    """Returns the array itself if it holds integers."""
+    """Returns the array itself if it holds integers, and otherwise raises `ValueError`."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x
     message = f"{name} must hold integer ids, got dtype {x.dtype}"

@@ -1,7 +1,7 @@
-"""What may attend to what, described first and turned into booleans late.
+"""Attention masks as descriptions, from which booleans are computed late.
 
-A dense boolean mask forbids the fast kernels, so a description goes down to the attention function:
-causal or not, a window, the positions of queries and keys. Padding is position -1.
+A dense boolean mask rules out the fast kernels. So the attention function receives a description:
+whether the mask is causal, a window, the positions of queries and keys. Padding has position -1.
 """
 
 import dataclasses
@@ -22,19 +22,21 @@ from jaxformers.positions.scheme import (
 
 
 class AttentionMask(eqx.Module):
-    """Which queries may attend to which keys; `AttentionMask()` hides nothing.
+    """A description of which queries may attend to which keys; `AttentionMask()` hides nothing.
 
-    All conditions hold together. A query that may attend to nothing gets zeros, not NaN.
+    A query attends to the keys that satisfy all conditions. A query that may attend to no key gets
+    zeros, not NaN.
 
     Arguments:
-        causal: a query sees keys at its own position and before.
+        causal: whether a query sees only keys at its own position and before.
         window: a query sees the last `window` positions, its own included; without `causal` it
             sees keys less than `window` positions away on both sides.
         explicit: boolean, True = may attend, broadcastable to `(batch, heads, t, s)`.
         q_positions: integer positions of the queries, `(batch, t)` or `(t,)`; None is 0 .. t-1.
-        k_positions: those of the keys; -1 marks keys that nobody may attend to.
-        q_segments, k_segments: document numbers of packed sequences; a query sees its own only.
-        bias: a position scheme that adds to the scores, such as `ALiBi()`.
+        k_positions: positions of the keys; -1 hides a key from all queries.
+        q_segments, k_segments: document numbers of packed sequences; a query sees only the keys of
+            its own document.
+        bias: a position scheme that adds a bias to the scores, such as `ALiBi()`.
 
     Example:
         >>> AttentionMask(causal=True).materialize(3, 3).astype(int)
@@ -90,7 +92,11 @@ class AttentionMask(eqx.Module):
         return dataclasses.replace(self, **changes)
 
     def biased_by(self, bias: BiasPosition | None) -> "AttentionMask":
-        """Returns the same with the bias of a stack's position scheme, if it has one."""
+        """Returns the mask with the bias of a stack's position scheme, if there is one.
+
+        Raises:
+            ValueError: if the mask has another bias already.
+        """
         if bias is not None and self.bias is not None and self.bias is not bias:
             raise ValueError(
                 f"this model biases scores by {bias!r}, got a mask with the bias {self.bias!r} as "
@@ -107,11 +113,11 @@ class AttentionMask(eqx.Module):
         return jnp.arange(s) if self.k_positions is None else self.k_positions
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises unless everything fits `shape`, that of the scores: `(batch, heads, t, s)`."""
+        """Raises `ValueError` unless the mask fits scores of this shape, `(batch, heads, t, s)`."""
         self.check_positions(shape[:-3], *shape[-2:])
         have = () if self.explicit is None else self.explicit.shape
         pairs = zip(reversed(have), reversed(shape), strict=False)
-        # One row of padding would hide the same keys from all queries of the batch, as it seems.
+        # A mask of shape (1, s) is probably one row of padding, and would apply to the whole batch.
         padding = len(shape) == 4 and have == (1, shape[-1]) and shape[-2] > 1
         misfit = any(size not in (1, want) for size, want in pairs)
         if len(have) > len(shape) or misfit or padding:
@@ -123,7 +129,7 @@ class AttentionMask(eqx.Module):
             )
 
     def check_positions(self, batch: tuple[int, ...], t: int, s: int) -> None:
-        """Raises unless positions and segments are one number for each query and each key."""
+        """Raises `ValueError` unless each query and each key has one position and one segment."""
         for name, length in dict(q_positions=t, k_positions=s, q_segments=t, k_segments=s).items():
             array = getattr(self, name)
             if array is not None and array.shape not in ((length,), (*batch, length)):
@@ -154,7 +160,7 @@ class AttentionMask(eqx.Module):
         )
 
     def pad(self, t: int, more_q: int, s: int, more_k: int) -> "AttentionMask":
-        """Returns the description with more queries, and more keys that nobody sees, at the end."""
+        """Returns the description with more queries at the end, and more keys that are hidden."""
 
         def pad(x: Array | None, more: int, value: int = 0) -> Array | None:
             widths = [(0, 0)] * (0 if x is None else x.ndim - 1) + [(0, more)]
@@ -176,7 +182,7 @@ class AttentionMask(eqx.Module):
         )
 
     def reach(self, start: int, stop: int, s: int) -> tuple[int, int]:
-        """Returns bounds outside of which the queries `start` to `stop` see no keys."""
+        """Returns the bounds of the keys that the queries `start` to `stop` may see."""
         if self.q_positions is not None or self.k_positions is not None:
             return 0, s
         first, last = 0, s
@@ -185,14 +191,14 @@ class AttentionMask(eqx.Module):
         if self.window is not None:
             first = max(0, start - self.window + 1)
             last = min(last, stop - 1 + self.window)
-        # At least one key, so that there is something to look at and find hidden.
+        # The bounds hold at least one key, so that no block is empty.
         return min(first, s - 1), max(last, min(first, s - 1) + 1)
 
     def materialize(self, t: int, s: int) -> Bool[Array, "..."] | None:
         """Returns the mask as booleans for `t` queries and `s` keys, or None if nothing is hidden.
 
-        The shape broadcasts to `(batch, heads, t, s)`: `(t, s)` where the same holds for all
-        sequences, `(batch, 1, t, s)` where positions or segments differ between them.
+        The shape broadcasts to `(batch, heads, t, s)`. It is `(t, s)` if the mask is the same for
+        all sequences, and `(batch, 1, t, s)` if positions or segments differ between them.
         """
         conditions = []
         q = self.query_positions(t)[..., :, None]
@@ -207,7 +213,7 @@ class AttentionMask(eqx.Module):
                 conditions.append(k < q + self.window)
         if self.q_segments is not None and self.k_segments is not None:
             conditions.append(self.q_segments[..., :, None] == self.k_segments[..., None, :])
-        # Batched conditions get their axis of heads here; the explicit mask brings its own.
+        # Batched conditions get an axis of heads here; the explicit mask already has one.
         allowed = [c[:, None] if c.ndim == 3 else c for c in conditions]
         if self.explicit is not None:
             allowed.append(self.explicit)
@@ -238,7 +244,7 @@ Mask = AttentionMask | Bool[Array, "..."]
 
 
 def as_mask(mask: Mask | None) -> AttentionMask:
-    """Returns a description of any mask: None hides nothing, an array is taken as it is."""
+    """Returns the description of a mask; None hides nothing, and an array becomes `explicit`."""
     if isinstance(mask, AttentionMask):
         return mask
     return AttentionMask(explicit=None if mask is None else jnp.asarray(mask))
@@ -247,7 +253,7 @@ def as_mask(mask: Mask | None) -> AttentionMask:
 def create_causal_mask(seq_length: int) -> Bool[Array, "t t"]:
     """Returns the lower triangle, True where a query (row) may attend to a key (column).
 
-    Models make their own causal mask; this one is for layers that are used alone.
+    Models create their own causal mask; this function is for layers that are used alone.
 
     Raises:
         ValueError: if `seq_length` is not a positive integer.
@@ -277,7 +283,9 @@ def create_padding_mask(tokens: Int[Array, "*b t"], pad_token: int) -> Bool[Arra
 
 
 def padding_to_positions(padding_mask: Bool[Array, "*b t"]) -> Int[Array, "*b t"]:
-    """Returns positions counted over the real tokens, -1 for padding, wherever the padding stands.
+    """Returns the positions of the real tokens, counted from 0, and -1 for padding.
+
+    The padding may be anywhere in a row.
 
     Example:
         >>> padding_to_positions(jnp.array([False, True, True, False]))

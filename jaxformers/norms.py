@@ -1,4 +1,4 @@
-"""Norms: of the residual stream, and of queries and keys per head."""
+"""Norms of the residual stream, and norms of queries and keys per head."""
 
 import inspect
 from collections.abc import Callable
@@ -15,16 +15,17 @@ from jaxformers.layers import as_module, construct
 
 
 class LayerNorm(eqx.Module):
-    """Each vector shifted to mean 0 and scaled to variance 1, then by a trained gain and bias.
+    """Layer normalization: vectors of mean 0 and variance 1, with a trained gain and bias.
 
-    Computed in float32 and cast back (Ba et al. 2016).
+    It is computed in float32 and cast back (Ba et al. 2016).
 
     Arguments:
         d_model: width of the vectors.
-        eps: added to the variance, 1e-5.
+        eps: the number that is added to the variance, 1e-5.
         use_bias: whether there is a bias beside the gain.
-        use_gain: whether there is a gain; without, there must be no bias either (OLMo).
-        gain_offset: added to the gain, whose start is `1 - gain_offset`; 1 in Nemotron.
+        use_gain: whether there is a gain; without a gain there must be no bias either (OLMo).
+        gain_offset: the number that is added to the gain, whose initial value is
+            `1 - gain_offset`; 1 in Nemotron.
 
     Example:
         >>> LayerNorm(64)(jnp.ones((2, 10, 64))).shape
@@ -67,15 +68,15 @@ class LayerNorm(eqx.Module):
 
 
 class RMSNorm(eqx.Module):
-    """Each vector scaled to root mean square 1, then by a trained gain.
+    """Root mean square normalization: vectors of root mean square 1, with a trained gain.
 
-    Computed in float32 and cast back (Zhang and Sennrich 2019).
+    It is computed in float32 and cast back (Zhang and Sennrich 2019).
 
     Arguments:
         d_model: width of the vectors.
-        eps: added to the mean square, 1e-6.
-        gain_offset: added to the gain, whose start is `1 - gain_offset`; 1 in Gemma, so that
-            weight decay draws the factor to 1.
+        eps: the number that is added to the mean square, 1e-6.
+        gain_offset: the number that is added to the gain, whose initial value is
+            `1 - gain_offset`; 1 in Gemma, so that weight decay pulls the factor to 1.
 
     Example:
         >>> RMSNorm(64)(jnp.ones((2, 10, 64))).shape
@@ -103,7 +104,7 @@ class RMSNorm(eqx.Module):
 
 
 class PerHeadNorm(eqx.Module):
-    """A norm over the features of each head, with a gain of its own for every head (Cohere).
+    """A norm over the features of each head, with a separate gain for each head (Cohere).
 
     Arguments:
         norm: constructor of the norm, called `norm(head_dim)`.
@@ -147,7 +148,10 @@ class AllHeadsNorm(eqx.Module):
 
 
 def build_head_norm(norm: Callable | None, head_dim: int, num_heads: int) -> Callable | None:
-    """A norm on queries or keys; a constructor with a parameter `num_heads` is told how many."""
+    """Returns a norm on queries or keys, or None where `norm` is None.
+
+    A constructor with a parameter `num_heads` also receives the number of heads.
+    """
     if norm is None:
         return None
     sizes = {"head_dim": head_dim}

@@ -1,14 +1,14 @@
-"""Where a model came from: what its checkpoint says beside the weights."""
+"""The origin of a model: the content of its checkpoint beside the weights."""
 
 import dataclasses
 from typing import NamedTuple
 
 
 class SpecialTokens(NamedTuple):
-    """The ids that a checkpoint's text begins and ends with, and those that must not come.
+    """The ids that begin and end the text of a checkpoint, and the ids that it forbids.
 
-    They are None and () where it names none. Beside the start token, each has the name of an option
-    of `generate`.
+    They are None or () where the checkpoint names none. Each of them except the start token has the
+    name of an option of `generate`.
     """
 
     start_token: int | None = None
@@ -23,15 +23,15 @@ class SpecialTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of the checkpoint it was loaded from, so that it can be saved again.
+    """A record of the checkpoint that a model was loaded from, so that it can be saved again.
 
     Arguments:
         config: its config.json, as text.
         generation_config: its generation_config.json, as text; None if there was none.
-        directory: where it lay, for the tokenizer's files; models that differ in nothing else are
-            of one kind.
-        special_tokens: what `generate` uses where it is told nothing else.
-        trained_length: how many tokens the texts had that it was trained on, by its config.json.
+        directory: its directory, which holds the tokenizer's files; comparisons of origins ignore
+            it.
+        special_tokens: the defaults of `generate`.
+        trained_length: the length in tokens of the texts in its training, by its config.json.
     """
 
     config: str = dataclasses.field(repr=False)

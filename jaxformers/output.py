@@ -1,4 +1,4 @@
-"""The output layer: from the residual stream to the vocabulary."""
+"""The output layer, which maps the residual stream to the vocabulary."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -17,21 +17,22 @@ from jaxformers.weights import Weight, contract
 
 
 class OutputLayer(eqx.Module):
-    """From the residual stream to log-probabilities over the vocabulary.
+    """A map from the residual stream to log-probabilities over the vocabulary.
 
-    The logits are `x w + b`; with the options `softcap tanh(scale (transform(x) w + b) / softcap)`.
+    The logits are `x w + b`. With all options they are
+    `softcap tanh(scale (transform(x) w + b) / softcap)`.
 
     Arguments:
         d_model: width of the input.
         vocab_size: number of tokens v.
         use_bias: whether there is a bias per token.
-        tied: True for a layer without weights of its own, which is handed the token table.
+        tied: True for a layer without weights of its own, which receives the token table.
         scale: factor on the logits, 1.
-        softcap: c bounds the logits to `c tanh(logits / c)` (Gemma 2); None does not.
-        transform: constructor `transform(d_model, embedding_dim, key=key)` of what comes before the
-            map to the vocabulary, such as `Dense` (BERT's masked-LM head); None is nothing.
-        embedding_dim: width of what the transform gives; None is `d_model`.
-        init: how the weights are drawn.
+        softcap: the bound c of the logits, `c tanh(logits / c)` (Gemma 2); None is no bound.
+        transform: constructor `transform(d_model, embedding_dim, key=key)` of a module before the
+            map to the vocabulary, such as `Dense` (BERT's masked-LM head); None is no module.
+        embedding_dim: width of the transform's output; None is `d_model`.
+        init: initializer of the weights.
         key: PRNG key, required.
 
     Example:
@@ -86,21 +87,21 @@ class OutputLayer(eqx.Module):
     def __call__(
         self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
-        """Log-probabilities in float32; arguments and errors as for `logits`."""
+        """Returns log-probabilities in float32; arguments and errors are those of `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
     @jax.named_scope("output")
     def logits(
         self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
-        """Unnormalized log-probabilities in float32.
+        """Returns unnormalized log-probabilities `(b, t, vocab_size)` in float32.
 
         Arguments:
             x: `(b, t, d_model)`.
             table: the token table `(vocab_size, embedding_dim)` if the layer is tied, else None.
 
         Raises:
-            ValueError: if a tied layer is given no table, or another one is given one.
+            ValueError: if a tied layer receives no table, or another layer receives one.
         """
         if (self.w is None) == (table is None):
             raise ValueError(

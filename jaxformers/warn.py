@@ -1,4 +1,4 @@
-"""Warnings that are given once, from the line of the user's program that asked for it."""
+"""Warnings that are given once, at the line of the user's program that caused them."""
 
 import sys
 import warnings
@@ -10,8 +10,8 @@ _filters: list | None = None
 def warn_once(message: str) -> None:
     """Gives a `UserWarning`, unless it has been given since Python's filters were last changed.
 
-    Whoever catches warnings (`warnings.catch_warnings`, each test of pytest) has filters of their
-    own, and so hears each of them. Where warnings are errors, it is raised each time.
+    Code that catches warnings (`warnings.catch_warnings`, each test of pytest) has its own filters,
+    and so receives every warning. Where warnings are errors, the error is raised each time.
     """
     global _filters
     if warnings.filters is not _filters:
@@ -33,5 +33,5 @@ def warn_once(message: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    """Returns whether a module is of this package, or stands between two of its functions."""
+    """Returns whether a module is in this package or in a library that calls its functions."""
     return name.partition(".")[0] in ("jaxformers", "jaxtyping", "equinox", "jax", "contextlib")
