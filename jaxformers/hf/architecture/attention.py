@@ -1,4 +1,4 @@
-"""Attention."""
+"""The attentions of an architecture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from jaxformers.layers import Function
 from jaxformers.norms import AllHeadsNorm, PerHeadNorm
 from jaxformers.pieces import Pieces
 
-# They compute the same.
+# These kernels compute the same function.
 KERNELS = [
     Function(kernel)
     for kernel in (fast_attention, dot_product_attention, blockwise_attention, flash_attention)
@@ -27,22 +27,22 @@ KERNELS = [
 class AttentionOptions:
     """The attentions of a model.
 
-    `window` and `scale` are tuples where layers differ.
+    `window` and `scale` are tuples if layers differ in them.
 
     Arguments:
         num_heads: query heads.
         num_kv_heads: key/value heads; None for as many as query heads.
         head_dim: features per head; None for `d_model / num_heads`.
-        decoder_num_heads: query heads of an encoder-decoder's decoder; None for `num_heads`.
+        decoder_num_heads: query heads of the decoder in an encoder-decoder; None for `num_heads`.
         qkv_bias: whether queries, keys and values have biases.
         out_bias: whether the output projection has a bias.
         qk_norm: norms on queries and keys: "head", "per head", "all heads" or None.
-        qk_norm_bias: whether they have biases; None for as the other norms.
+        qk_norm_bias: whether these norms have biases; None for the choice of the other norms.
         scale: factor on the scores; None for `1 / sqrt(head_dim)`.
         softcap: bound of the scores.
         qkv_clip: bound of queries, keys and values.
-        window: how many positions a query sees; None for all.
-        dropout: dropout on attention weights.
+        window: the number of positions that a query sees; None for all.
+        dropout: the dropout rate of attention weights.
     """
 
     num_heads: int
@@ -60,7 +60,7 @@ class AttentionOptions:
     dropout: float = 0.0
 
     def completed(self, d_model: int, norm: NormOptions) -> "AttentionOptions":
-        """Returns the options with all values that follow from others."""
+        """Returns the options with all values that follow from other values."""
         head_dim = d_model // self.num_heads if self.head_dim is None else self.head_dim
         given = self.scale if isinstance(self.scale, tuple) else (self.scale,)
         usual = usual_scale(head_dim)
@@ -77,10 +77,10 @@ class AttentionOptions:
 
     @classmethod
     def of(cls, parts: Parts, norm: NormOptions) -> "AttentionOptions":
-        """Returns the options of a model, read from its modules; `norm` are its other norms.
+        """Returns the options of a model, read from its modules; `norm` has those of other norms.
 
         Raises:
-            ValueError: if attentions differ, or have a part of their own.
+            ValueError: if attentions differ, or have a part that no checkpoint has.
         """
         every, own = parts.attentions, parts.self_attentions
         for x in every:
@@ -105,7 +105,7 @@ class AttentionOptions:
 
     def pieces(self, d_model: int, norm: NormOptions) -> Pieces:
         """Returns the pieces for the constructor of a model."""
-        # Encoder and decoder may have different numbers of heads: each has its own usual size.
+        # Encoder and decoder may differ in the number of heads, and then in the default head size.
         usual_size = (self.head_dim or 0) * self.num_heads == d_model
         return Pieces(
             num_kv_heads=None if self.num_kv_heads == self.num_heads else self.num_kv_heads,
@@ -119,7 +119,7 @@ class AttentionOptions:
         )
 
     def layer_pieces(self, i: int) -> Pieces:
-        """Returns the pieces of layer i alone."""
+        """Returns the pieces that only layer i has."""
         scale = of_layer(self.scale, i)
         usual = scale == usual_scale(self.head_dim)
         return Pieces(window=of_layer(self.window, i), attention_scale=None if usual else scale)
@@ -135,12 +135,12 @@ class AttentionOptions:
 
 
 def usual_scale(head_dim: int | None) -> float:
-    """Returns the factor on the scores that None stands for, `1 / sqrt(head_dim)`."""
+    """Returns the default factor on the scores, `1 / sqrt(head_dim)`."""
     return (head_dim or 1) ** -0.5
 
 
 def _unusual_head_dim(x: MultiHeadAttention) -> int | None:
-    """The size of heads, where it does not follow from their number."""
+    """Returns the size of heads, or None if it follows from their number."""
     return None if x.head_dim * x.num_heads == x.d_model else x.head_dim
 
 
@@ -153,7 +153,11 @@ def _qkv_bias(every: list[MultiHeadAttention]) -> bool:
 
 
 def _qk_norms(every: list[MultiHeadAttention], norm: NormOptions) -> tuple[str | None, bool | None]:
-    """The norms on queries and keys, and their bias; otherwise they must be like the others."""
+    """Returns the kind of the norms on queries and keys, and whether they have biases.
+
+    Raises:
+        ValueError: if they differ from the other norms in more than the bias.
+    """
     norms: list[Any] = [n for x in every for n in (x.q_norm, x.k_norm)]
     kinds = {type(None): None, PerHeadNorm: "per head", AllHeadsNorm: "all heads"}
     kind = same("norms of queries", [kinds.get(type(n), "head") for n in norms])

@@ -1,4 +1,4 @@
-"""A model of an architecture, without the weights of a checkpoint."""
+"""Models of an architecture, without the weights of a checkpoint."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def build(a: Architecture, model: Any, init: Initializer, key: PRNGKeyArray) -> 
 
     Arguments:
         a: the architecture.
-        model: our class for its shape.
-        init: how weights are drawn.
+        model: the class of models of its shape, such as `TransformerLM`.
+        init: initializer of the weights.
         key: PRNG key.
     """
     built = model(
@@ -41,7 +41,7 @@ def _vocabularies(a: Architecture) -> tuple[int | None, ...]:
 
 
 def _of_shape(a: Architecture, init: Initializer) -> dict[str, Any]:
-    """The arguments that not all of our models have."""
+    """Returns the arguments that only models of this shape have."""
     match a.shape:
         case "seq2seq":
             return {

@@ -15,10 +15,10 @@ from jaxformers.hf.architecture.residual import ResidualOptions, norms_of_sublay
 
 
 def describe(model: Any) -> Architecture:
-    """Returns the architecture from which `build` makes this model, whoever built it.
+    """Returns the architecture of a model, from which `build` makes an equal one.
 
     Raises:
-        ValueError: if it has a part that no checkpoint has, such as another norm or kernel.
+        ValueError: if the model has a part that no checkpoint has, such as another norm or kernel.
     """
     parts = Parts.of(model)
     both = parts.shape == "seq2seq"

@@ -1,4 +1,4 @@
-"""The embedding."""
+"""The embedding of an architecture."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class EmbeddingOptions:
 
     Arguments:
         scale: the factor on token vectors.
-        norm: whether a norm follows.
-        dim: the width of token vectors, where it is not `d_model`.
-        project_tokens: whether token vectors alone are mapped to `d_model`, and not their sum with
-            positions and types.
-        token_types: how many types of tokens there are, or None.
+        norm: whether a norm follows the embedding.
+        dim: the width of token vectors; None for `d_model`.
+        project_tokens: whether the map to `d_model` applies to token vectors alone, and not to
+            their sum with positions and types.
+        token_types: the number of token types, or None.
         shared: whether source and target share a token table.
     """
 
@@ -66,7 +66,7 @@ class EmbeddingOptions:
 
 
 class Scaled(NamedTuple):
-    """A switch for token vectors times `sqrt(d_model)`."""
+    """A setting that scales token vectors by `sqrt(d_model)`."""
 
     key: str = "scale_embedding"
     default: bool = False
@@ -83,7 +83,7 @@ class Scaled(NamedTuple):
 
 
 class EmbeddingSize(NamedTuple):
-    """The width of token vectors, which are mapped to `d_model` only where it is another."""
+    """The width of token vectors, which are mapped to `d_model` if it differs from that."""
 
     default: int
     key: str = "embedding_size"

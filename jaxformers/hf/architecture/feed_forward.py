@@ -1,4 +1,4 @@
-"""The feed-forward, dense or a mixture of experts."""
+"""The feed-forwards of an architecture, dense or a mixture of experts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,15 +17,15 @@ class FeedForwardOptions:
     """The feed-forwards of a model, which are all alike.
 
     Arguments:
-        d_ff: the inner width, of one expert in a mixture.
-        decoder_d_ff: that of an encoder-decoder's decoder; None for `d_ff`.
-        activation: its name among `ACTIVATIONS`.
+        d_ff: the inner width; in a mixture, that of one expert.
+        decoder_d_ff: the inner width of the decoder in an encoder-decoder; None for `d_ff`.
+        activation: the name of the activation in `ACTIVATIONS`.
         gated: whether there is a gate.
         bias: whether the maps have biases.
-        experts: how many experts there are; None for a dense feed-forward.
-        experts_used: how many of them a token goes through.
-        shared_expert_d_ff: the width of the expert that all tokens go through, or None.
-        renormalize: whether the weights of the used experts sum to 1.
+        experts: the number of experts; None for a dense feed-forward.
+        experts_used: the number of experts per token.
+        shared_expert_d_ff: the inner width of the expert that all tokens share, or None.
+        renormalize: whether the weights of the chosen experts sum to 1.
     """
 
     d_ff: int
@@ -39,7 +39,7 @@ class FeedForwardOptions:
     renormalize: bool = True
 
     def completed(self) -> "FeedForwardOptions":
-        """Returns the options with all values that follow from others."""
+        """Returns the options with all values that follow from other values."""
         width = self.decoder_d_ff
         return replace(self, decoder_d_ff=self.d_ff if width is None else width)
 
@@ -48,7 +48,7 @@ class FeedForwardOptions:
         """Returns the options of a model, read from its layers.
 
         Raises:
-            ValueError: if they differ, or are of another class.
+            ValueError: if feed-forwards differ, or have a class that no checkpoint has.
         """
         widths = [_width(stack.layers[0].feed_forward) for stack in parts.stacks]
         own = same("feed-forwards", [_read(layer.feed_forward) for layer in parts.layers])

@@ -24,9 +24,9 @@ class HeadOptions:
     """The heads of an encoder beside its output layer.
 
     Arguments:
-        pooler: whether there is BERT's pooler.
-        labels: how many classes the classifier has; None for no classifier.
-        pooling: how the classifier gathers the tokens' states, see `Classifier`.
+        pooler: whether the encoder has BERT's pooler.
+        labels: the number of classes; None for no classifier.
+        pooling: the pooling of the classifier, see `Classifier`.
         transform: the activation of the dense layer before the classes; None for no such layer.
         norm: whether that layer has a norm.
         bias: whether that layer has a bias.
@@ -44,7 +44,7 @@ class HeadOptions:
         """Returns the options of a model, read from its heads.
 
         Raises:
-            ValueError: if a head is of another kind.
+            ValueError: if a head has a kind that no checkpoint has.
         """
         if parts.shape != "encoder":
             return cls()
@@ -96,17 +96,17 @@ def norms_of_heads(parts: Parts) -> list[Any]:
 
 
 class Heads(NamedTuple):
-    """The heads of an encoder, which the tensors in the file decide.
+    """The heads of an encoder, which are read from the tensors in the file.
 
-    A classifier is known by the tensor of its last map, whose rows are the classes. Where a
-    classifier of sequences and one of tokens have the same tensor, `architectures` decides.
+    The tensor of a classifier's last map identifies the classifier, and its rows are the classes.
+    If a classifier of sequences and one of tokens have the same tensor, `architectures` decides.
 
     Arguments:
         output: a tensor of the masked-LM head.
         pooler: a tensor of the pooler; "" in families without one.
-        sequence: the fields of each classifier of sequences, by that tensor.
-        tokens: the same for classifiers of tokens.
-        shared: whether classifiers have the tensor `output` as well.
+        sequence: the fields of each classifier of sequences, by the tensor of its last map.
+        tokens: the fields of each classifier of tokens, by that tensor.
+        shared: whether files with a classifier also have the tensor `output`.
     """
 
     output: str
@@ -128,7 +128,7 @@ class Heads(NamedTuple):
             fields |= {"heads.labels": next(iter(tensors.shape(tensor)), 0), **own}
 
     def _classifiers(self, config: Config) -> list[tuple[str, Mapping[str, Any]]]:
-        """The classifiers in the file, the likeliest first."""
+        """Returns the classifiers in the file, the most probable one first."""
         named = config.entries.get("architectures")
         named = named if isinstance(named, list) else []
         per_token = any(isinstance(name, str) and name.endswith(PER_TOKEN) for name in named)
@@ -145,7 +145,7 @@ class Heads(NamedTuple):
         if labels is not None and (not isinstance(names, dict) or len(names) != labels):
             config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
             config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
-            config.pop("num_labels", None)  # that of the other classifier
+            config.pop("num_labels", None)  # the number of the former classifier
 
 
 _OUTPUT = tuple(f"output.{field.name}" for field in dataclasses.fields(OutputOptions))
@@ -153,7 +153,7 @@ _CLASSIFIER = tuple(f"heads.{field.name}" for field in dataclasses.fields(HeadOp
 
 
 class Pooling(NamedTuple):
-    """How a classifier of sequences gathers the tokens' states."""
+    """The setting for the pooling of a classifier of sequences."""
 
     default: str
     names: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Norms."""
+"""The norms of an architecture."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class NormOptions:
         """Returns the options of a norm.
 
         Raises:
-            ValueError: if it is of another class.
+            ValueError: if the norm has a class that no checkpoint has.
         """
         if isinstance(norm, RMSNorm):
             return cls("rms", norm.eps, offset=norm.gain_offset)
@@ -43,14 +43,18 @@ class NormOptions:
 
     @classmethod
     def of_all(cls, norms: Sequence[Any]) -> "NormOptions":
-        """Returns the options that these norms share; None stands for a norm that is left out."""
+        """Returns the options that these norms share; None stands for an absent norm.
+
+        Raises:
+            ValueError: if the norms differ, or all of them are absent.
+        """
         found = [cls.of(norm) for norm in norms if norm is not None]
         if not found:
             raise ValueError("layers without any norm have no name in checkpoints.")
         return same("norms", found)
 
     def constructor(self, use_bias: bool | None = None) -> Callable:
-        """Returns the constructor; `use_bias` says whether a layer norm has a bias after all."""
+        """Returns the constructor of the norms; a `use_bias` other than None replaces `bias`."""
         if self.kind == "rms":
             return partial(RMSNorm, eps=self.eps, gain_offset=self.offset)
         use_bias = self.bias if use_bias is None else use_bias

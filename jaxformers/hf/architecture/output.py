@@ -1,4 +1,4 @@
-"""The output layer, which gives logits over the vocabulary."""
+"""The output layer of an architecture, which returns logits over the vocabulary."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class OutputOptions:
     """The output layer of a model.
 
     Arguments:
-        present: whether there is one.
-        tied: whether it shares the token table.
+        present: whether the model has an output layer.
+        tied: whether the output layer shares the token table.
         bias: whether the logits have a bias.
         scale: the factor on the logits.
         softcap: the bound of the logits, or None.
-        transform: the layer before it: None, "linear", or the activation of a dense layer with a
-            norm.
+        transform: the layer before the output layer: None, "linear", or the activation of a dense
+            layer with a norm.
         transform_bias: whether that layer has a bias.
     """
 
@@ -43,7 +43,7 @@ class OutputOptions:
         """Returns the options of a model, read from its output layer.
 
         Raises:
-            ValueError: if the layer before it is of another kind.
+            ValueError: if the layer before it has a kind that no checkpoint has.
         """
         output = parts.model.output
         if output is None:
@@ -82,22 +82,23 @@ class OutputOptions:
 
 
 class Tied(NamedTuple):
-    """Whether the output layer shares the token table, which the tensors in the file decide.
+    """The setting for an output layer that shares the token table, which the tensors decide.
 
     A file that has one tensor for both holds a tied model. If config.json says that the two are
-    not tied, one is missing, except in families where config.json does not count (`by_file`). A
-    file with two tensors that differ holds a model that is not tied, whatever config.json says.
+    not tied, a tensor is missing, except in families where config.json does not count (`by_file`).
+    A file with two tensors that differ holds a model that is not tied, even if config.json says
+    that it is.
 
-    The written entry says how the model is, because other readers believe it: transformers 4 drops
-    the output layer's tensor where config.json says that it is tied.
+    The written entry agrees with the model, because other readers rely on it: transformers 4 drops
+    the tensor of the output layer if config.json says that it is tied.
 
     Arguments:
-        default: the value where the file has no such key.
+        default: the value if the file does not have the key.
         head: the tensor of the output layer.
-        table: the token table.
+        table: the tensor of the token table.
         key: the key in the file.
-        by_file: whether the tensors count alone.
-        stacks: whether the entry also says that source and target share a table, as they do.
+        by_file: whether only the tensors count.
+        stacks: whether the entry also says that source and target share a table.
         never: whether each written file has a tensor for the output layer.
     """
 
@@ -111,7 +112,7 @@ class Tied(NamedTuple):
 
     @property
     def anew(self) -> bool:
-        """Whether each save replaces the entry, also that of the file the model came from."""
+        """Whether each save replaces the entry, even one that the original file has."""
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
@@ -128,8 +129,8 @@ class Tied(NamedTuple):
 class OutputBias(NamedTuple):
     """The two names that the bias of a masked-LM head may have.
 
-    Where a file has both and they differ, transformers uses the one of `layer`, the map itself.
-    Where the map shares the token table, transformers writes `alone` only.
+    If a file has both and they differ, transformers uses the bias of the map itself, `layer`. If
+    the map shares the token table, transformers writes only `alone`.
     """
 
     alone: str
@@ -140,4 +141,4 @@ class OutputBias(NamedTuple):
         config.tensors.choose((self.layer, self.alone), kept)
 
     def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
-        pass  # the tensors' names say it
+        pass  # the names of the tensors are enough

@@ -1,4 +1,4 @@
-"""The modules of a model, and values that may be the same for all layers or not."""
+"""The modules of a model, and values that may differ between layers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ class Parts(NamedTuple):
     Arguments:
         shape: "lm", "seq2seq" or "encoder".
         model: the model.
-        embedding: its embedding; of an encoder-decoder that of the decoder.
+        embedding: its embedding; in an encoder-decoder, that of the decoder.
         stacks: its encoder, its decoder, or both in this order.
     """
 
@@ -45,12 +45,12 @@ class Parts(NamedTuple):
 
     @property
     def self_attentions(self) -> list[MultiHeadAttention]:
-        """The attention of each layer over its own sequence."""
+        """The self-attention of each layer."""
         return [layer.self_attention for layer in self.layers]
 
     @property
     def attentions(self) -> list[MultiHeadAttention]:
-        """All attentions: over their own sequence, and over the source."""
+        """All attentions: the self-attentions and the cross-attentions."""
         names = ("self_attention", "cross_attention")
         found = [getattr(layer, name, None) for layer in self.layers for name in names]
         return [attention for attention in found if attention is not None]
@@ -60,7 +60,7 @@ def same(what: str, values: Sequence[Any]) -> Any:
     """Returns the one value that all layers share.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the values differ.
     """
     if any(value != values[0] for value in values):
         raise ValueError(f"layers differ in their {what}: {sorted(set(map(str, values)))}.")
@@ -68,17 +68,17 @@ def same(what: str, values: Sequence[Any]) -> Any:
 
 
 def collapse(value: Any) -> Any:
-    """Returns one value in place of a tuple that has the same value for each layer."""
+    """Returns a single value if a tuple has the same value for each layer, else the tuple."""
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def of_layer(value: Any, i: int) -> Any:
-    """Returns the value for layer i: a tuple has one for each layer."""
+    """Returns the value for layer i; a tuple has one value for each layer."""
     return value[i] if isinstance(value, tuple) else value
 
 
 def as_dense(module: Any) -> Dense:
-    """Returns a dense layer, or raises `ValueError` for another module."""
+    """Returns a dense layer, and raises `ValueError` for any other module."""
     if not isinstance(module, Dense):
         raise ValueError(f"the module {module!r} has no name in checkpoints.")
     return module

@@ -28,12 +28,12 @@ class PositionOptions:
 
     Arguments:
         kind: "rope", "learned", "sinusoid", "alibi" or "t5".
-        max_seq_length: how many positions a table has.
+        max_seq_length: the number of positions in a table.
         offset: the row of the first position.
         sinusoid_interleaved: whether sines and cosines alternate.
         sinusoid_inclusive: whether the last frequency is the smallest that the base allows.
-        rope: rotary positions, a tuple where layers differ.
-        t5_buckets: buckets of T5's bias, which may stand beside another kind (MPNet).
+        rope: rotary positions; a tuple if layers differ.
+        t5_buckets: the number of buckets of T5's bias, which may accompany another kind (MPNet).
         t5_distance: the distance from which on all positions share a bucket.
     """
 
@@ -47,7 +47,7 @@ class PositionOptions:
     t5_distance: int | None = None
 
     def completed(self) -> "PositionOptions":
-        """Returns the options with one value in place of a tuple of equal ones."""
+        """Returns the options with a single `rope` if the layers have equal ones."""
         return replace(self, rope=collapse(self.rope))
 
     @classmethod
@@ -55,7 +55,7 @@ class PositionOptions:
         """Returns the options of a model, read from its modules.
 
         Raises:
-            ValueError: if it has positions of its own.
+            ValueError: if the model has positions that no checkpoint has.
         """
         scheme, bias = parts.embedding.position, parts.stacks[-1].score_bias
         if scheme is None and bias is None:
@@ -80,18 +80,18 @@ class PositionOptions:
                 return Pieces(position=ALiBi())
             case "t5":
                 return Pieces(position=lambda key: self._t5_bias(num_heads, init, key))
-        # Layers get their own; this one keeps the model from adding sinusoids.
+        # Each layer gets its own scheme; this one keeps the model from adding sinusoids.
         return Pieces(position=RotaryPositionalEncoding())
 
     def layer_pieces(self, i: int) -> Pieces:
-        """Returns the pieces of layer i alone."""
+        """Returns the pieces that only layer i has."""
         if self.kind != "rope":
             return Pieces()
         rope = of_layer(self.rope, i)
         return Pieces(position=None if rope is None else rope.scheme())
 
     def finish(self, model: Any, num_heads: int, init: Initializer, key: PRNGKeyArray) -> Any:
-        """Returns the model with T5's bias, where that stands beside another kind."""
+        """Returns the model with T5's bias added, if the bias accompanies another kind."""
         if self.kind == "t5" or self.t5_buckets is None:
             return model
         bias = self._t5_bias(num_heads, init, jax.random.fold_in(key, 1))
@@ -124,14 +124,15 @@ def _read(scheme: Any) -> dict[str, Any]:
 
 
 class AfterPadding(NamedTuple):
-    """Learned positions in a table that begins with a row for each id up to that of padding.
+    """Learned positions in a table whose first rows are for the ids up to the padding id.
 
-    RoBERTa counts positions from that id on, so that a table of 514 rows is for 512 tokens.
+    RoBERTa counts positions from the padding id on, so that a table of 514 rows has room for 512
+    tokens.
 
     Arguments:
-        pad: the id of padding where the file names none.
-        rows: the rows where the file names none.
-        key: the key of the id; None where the id is `pad`, whatever the file says.
+        pad: the padding id if the file names none.
+        rows: the number of rows if the file names none.
+        key: the key of the padding id; None if the id is always `pad`.
     """
 
     pad: int = 1
@@ -146,7 +147,7 @@ class AfterPadding(NamedTuple):
         fields |= {"position.offset": pad + 1, "position.max_seq_length": rows - pad - 1}
 
     def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
-        # The written file is read again, which shows whether it could say these positions.
+        # The written file is read again, which shows whether it can express these positions.
         offset, length = fields["position.offset"], fields["position.max_seq_length"]
         pad = offset - 1 if offset > 0 else self.pad
         config[self.key or "pad_token_id"] = pad

@@ -17,21 +17,21 @@ from jaxformers.hf.architecture.residual import ResidualOptions
 
 @dataclass(frozen=True)
 class Architecture:
-    """All options of a model.
+    """A record of all options of a model.
 
-    Every default is the value that most families have.
+    Every default is the value of most families.
 
     Arguments:
         shape: "lm", "seq2seq" or "encoder".
-        vocab_size: size of the vocabulary; of an encoder-decoder that of the target.
+        vocab_size: size of the vocabulary; in an encoder-decoder, that of the target.
         d_model: width of the residual stream.
-        num_layers: how many layers there are; of an encoder-decoder those of the encoder.
+        num_layers: number of layers; in an encoder-decoder, that of the encoder.
         attention: its attentions.
         feed_forward: its feed-forwards.
         src_vocab_size: size of the source's vocabulary; None for `vocab_size`.
-        num_decoder_layers: layers of the decoder; None for `num_layers`.
-        layer_order: the order in which layers run, where some run several times (ALBERT).
-        dropout: dropout on the embedding and on what sublayers write.
+        num_decoder_layers: number of layers of the decoder; None for `num_layers`.
+        layer_order: the order in which layers run, if some run several times (ALBERT).
+        dropout: the dropout rate of the embedding and of the outputs of sublayers.
         norm: its norms.
         residual: its residual stream.
         position: its positions.
@@ -80,7 +80,7 @@ class Architecture:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Architecture":
-        """Returns the architecture that has these fields, named as `flat` names them."""
+        """Returns the architecture with these fields, whose names are those of `flat`."""
         own: dict[str, Any] = {}
         inner: dict[str, dict[str, Any]] = {name: {} for name in RECORDS}
         for path, value in fields.items():
@@ -89,7 +89,7 @@ class Architecture:
         return cls(**own, **{name: RECORDS[name](**inner[name]) for name in RECORDS})
 
     def flat(self) -> dict[str, Any]:
-        """Returns all fields by name, those of the inner records with the record before them."""
+        """Returns all fields by name; a field of an inner record is named `record.field`."""
         found: dict[str, Any] = {}
         for name in (x.name for x in dataclasses.fields(self)):
             value = getattr(self, name)
@@ -101,7 +101,7 @@ class Architecture:
         return found
 
 
-# Differences are listed in this order.
+# Errors list differences in this order.
 RECORDS: dict[str, Any] = {
     "norm": NormOptions,
     "residual": ResidualOptions,
@@ -115,7 +115,7 @@ RECORDS: dict[str, Any] = {
 
 
 def option_name(path: str) -> str:
-    """Returns the name of a field in errors, which is that of an option where there is one."""
+    """Returns the name of a field in errors, which is the name of its option if there is one."""
     record, _, name = path.rpartition(".")
     if name in ("kind", "present"):
         return record

@@ -1,4 +1,4 @@
-"""The residual stream: the places of norms, parallel layers, and the scale of sublayers."""
+"""The residual stream of an architecture: norm placement, parallel layers, residual scale."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from jaxformers.residual import PARALLELS, PLACEMENTS, NoNorm, OneNorm, Parallel
 
 @dataclass(frozen=True)
 class ResidualOptions:
-    """How sublayers read from the residual stream and write to it.
+    """The joints of sublayers to the residual stream.
 
     Arguments:
-        placement: where their norms stand, as in `Pieces`.
-        first_attention_norm: whether the first attention of an encoder has a norm (ModernBERT has
-            none there).
-        final_norm: whether a norm stands at the end of each stack.
-        parallel: whether attention and feed-forward read the same, as in `Pieces`.
-        scale: the factor on what a sublayer adds.
+        placement: the placement of norms, as `norm_placement` in `Pieces`.
+        first_attention_norm: whether the first attention of an encoder has a norm; ModernBERT has
+            none there.
+        final_norm: whether each stack ends with a norm.
+        parallel: the short form of parallel layers, as in `Pieces`, or None.
+        scale: the factor on the output of a sublayer.
     """
 
     placement: str = "pre"
@@ -36,7 +36,7 @@ class ResidualOptions:
         """Returns the options of a model, read from its layers.
 
         Raises:
-            ValueError: if layers differ, or have joints that no checkpoint has.
+            ValueError: if layers differ, or they have joints that no checkpoint has.
         """
         joints, parallel = _joints(parts), _parallel(parts)
         placements = [_short_form(PLACEMENTS, type(joint)) for joint in joints]
@@ -55,7 +55,7 @@ class ResidualOptions:
         )
 
     def finish(self, model: Any, norm: NormOptions, d_model: int) -> Any:
-        """Returns the model without the first attention's norm, where it has none."""
+        """Returns the model without a norm of the first attention, if it must have none."""
         if self.first_attention_norm:
             return model
         first = model.encoder.layers[0].self_attention_residual
@@ -64,7 +64,7 @@ class ResidualOptions:
 
 
 def norms_of_sublayers(parts: Parts) -> list[Any]:
-    """Returns the norms of all sublayers; None stands for one that is left out."""
+    """Returns the norms of all sublayers; None stands for an absent norm."""
     names = ("norm", "output_norm")
     return [getattr(joint, name, None) for joint in _joints(parts) for name in names]
 
@@ -74,7 +74,7 @@ def _parallel(parts: Parts) -> Parallel | None:
 
 
 def _joints(parts: Parts) -> list[Any]:
-    """The joints to the stream that have norms."""
+    """Returns the joints to the residual stream that have norms."""
     names = ("self_attention_residual", "cross_attention_residual")
     found = [getattr(layer, name, None) for layer in parts.layers for name in names]
     joints = [joint for joint in found if joint is not None]
@@ -94,7 +94,7 @@ def _first_lacks_norm(parts: Parts) -> bool:
 
 
 def _short_form(table: Mapping[str, Any], x: Any) -> str:
-    """The word that the tables of families have for an object."""
+    """Returns the short form of an object, which the tables of families use."""
     for word, known in table.items():
         if known == x:
             return word

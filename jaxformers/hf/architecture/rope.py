@@ -1,9 +1,9 @@
-"""Rotary positions, and their three spellings in a config.json.
+"""Rotary positions, and their three forms in a config.json.
 
-Files of transformers 4 have `rope_theta` and `rope_scaling`. Those of version 5 have
-`rope_parameters`, either once or for each type of layer. All three are read. The first is written
-beside one of the others, because version 4 silently takes its defaults for entries that it does not
-know, and so do other readers.
+Files of transformers 4 have `rope_theta` and `rope_scaling`. Files of version 5 have
+`rope_parameters`, either once or for each type of layer. All three forms are read. The first is
+written together with one of the others, because version 4 and other readers do not know
+`rope_parameters` and silently use their defaults.
 """
 
 import math
@@ -39,9 +39,9 @@ class Rope:
 
     Arguments:
         theta: the base of the frequencies.
-        dim: how many features of a head rotate.
-        interleaved: whether the two features of a pair lie beside each other.
-        scaling: how frequencies are scaled for longer texts, or None.
+        dim: the number of features of a head that rotate.
+        interleaved: whether the two features of a pair are adjacent.
+        scaling: the scaling of frequencies for longer texts, or None.
     """
 
     theta: float
@@ -54,7 +54,7 @@ class Rope:
         """Returns the rotary positions of an attention, or None if it has no positions.
 
         Raises:
-            ValueError: if it has other positions.
+            ValueError: if it has positions of another kind.
         """
         rope = attention.position
         if rope is None:
@@ -73,20 +73,21 @@ class Rotary(NamedTuple):
     """The rotary positions of all layers.
 
     Arguments:
-        theta: the base where the file names none.
-        interleaved: whether the two features of a pair lie beside each other.
-        partial: the share of a head's features that rotate, where the file names none.
-        partial_key: the key of that share outside of the dictionaries; None if all features rotate.
+        theta: the default base of the frequencies.
+        interleaved: whether the two features of a pair are adjacent.
+        partial: the default share of the features of a head that rotate.
+        partial_key: the key of that share outside of the dictionaries; None if all features always
+            rotate.
         theta_key: the key of the base outside of the dictionaries.
-        sliding_theta: the base of layers with a window, where it is another.
-        sliding_theta_key: its key.
-        unscaled_sliding: whether the scaling leaves out layers with a window.
-        without: the layers without rotary positions: None, FULL for those that see all positions,
-            or NO_ROPE where the file lists the layers with rotary positions.
+        sliding_theta: the base of layers with a window if it is a different one.
+        sliding_theta_key: the key of that base.
+        unscaled_sliding: whether the scaling does not apply to layers with a window.
+        without: the layers without rotary positions: None, FULL for the layers without a window,
+            or NO_ROPE if the file lists the layers with rotary positions.
         if_windowed: whether `without` holds only for files with a window.
-        max_length: the longest sequence of the training where the file names none.
-        original_length: the longest sequence before the training for longer texts, where the file
-            may name it.
+        max_length: the length of the longest sequence in training if the file names none.
+        original_length: the length of the longest sequence before the training on longer texts, in
+            families whose files may name it.
     """
 
     theta: float = 10000.0
@@ -104,7 +105,7 @@ class Rotary(NamedTuple):
 
     @property
     def twice(self) -> bool:
-        """Whether readers know different words for it, so that all are written."""
+        """Whether readers use different keys for the setting, so that all keys are written."""
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
@@ -143,7 +144,7 @@ class Rotary(NamedTuple):
         return Rope(theta, dim, self.interleaved, scaling)
 
     def _parameters(self, config: Config, kind: str) -> tuple[dict[str, Any], bool]:
-        """Returns the entries for one type of layer, and whether they are for that type alone."""
+        """Returns the entries for one type of layer, and whether only this type has them."""
         both = config.get("rope_parameters", None, "dict", optional=True) or {}
         older = config.get("rope_scaling", None, "dict", optional=True)
         typed, by_type = self.sliding_theta is not None, FULL in both or SLIDING in both
@@ -186,7 +187,7 @@ class Rotary(NamedTuple):
     def _write_both(
         self, full: Rope, sliding: Rope | None, fields: Mapping[str, Any], config: dict[str, Any]
     ) -> None:
-        """Writes the older words, and those of version 5 of transformers."""
+        """Writes the older keys, and those of version 5 of transformers."""
         for key in ("rope_parameters", "rope_scaling"):
             config.pop(key, None)
         config[self.theta_key] = full.theta
@@ -210,7 +211,7 @@ def _dictionary(rope: Rope) -> dict[str, Any]:
 
 
 def _share(dim: int, head_dim: int) -> float:
-    """Returns the share of a head that `int(head_dim * share)` turns back into `dim`."""
+    """Returns the share of a head for which `int(head_dim * share)` is `dim`."""
     share = dim / head_dim
     return share if int(head_dim * share) == dim else math.nextafter(share, math.inf)
 

@@ -19,7 +19,11 @@ from jaxformers.positions.scaling import (
 
 
 def number(parameters: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """Returns a number of a rope's dictionary, or the default."""
+    """Returns a number from the dictionary of a rope, or the default if it is absent.
+
+    Raises:
+        ValueError: if the value is not a positive number.
+    """
     value = parameters.get(key)
     if value is None:
         return default
@@ -57,7 +61,11 @@ _ALWAYS = {
 def read_scaling(
     config: Config, parameters: Mapping[str, Any], max_length: int, original_length: int | None
 ) -> Any:
-    """Returns the scaling that a dictionary of the file describes, or None."""
+    """Returns the scaling that a dictionary of the file describes, or None.
+
+    Raises:
+        ValueError: if the type, a key or a value is not supported.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = "longrope" if kind == "su" else kind
     if not isinstance(kind, str) or kind not in _KNOWN:
@@ -167,26 +175,26 @@ def write_scaling(scaling: Any) -> dict[str, Any]:
 
 
 def write_lengths(scaling: Any, config: dict[str, Any], max_length: int | None) -> None:
-    """Writes the lengths of the training that files have beside a scaling.
+    """Writes the lengths of training sequences, which a file has beside a scaling.
 
     Arguments:
-        scaling: of all layers, or None.
-        config: the entries, which are changed.
-        max_length: the longest sequence of the training where the file names none; None in
-            families without Phi-3's words, see `write_older_scaling`.
+        scaling: the scaling of all layers, or None.
+        config: the entries, which are changed in place.
+        max_length: the length of the longest sequence in training if the file names none; None in
+            families without the keys of Phi-3, see `write_older_scaling`.
     """
     config.pop("original_max_position_embeddings", None)
     if isinstance(scaling, DynamicScaling):
         config["max_position_embeddings"] = scaling.original_length
     if isinstance(scaling, LongScaling):
-        # Version 4 of transformers looks for it nowhere else.
+        # Version 4 of transformers reads the length only there.
         config["original_max_position_embeddings"] = scaling.original_length
         if max_length is not None and config.get("max_position_embeddings") is None:
             config["max_position_embeddings"] = _length_of(scaling)
 
 
 def _length_of(scaling: LongScaling) -> int:
-    """Returns the length of the training for which the factor on the scores is the usual one."""
+    """Returns the training length for which the factor on the scores is the default."""
     original = scaling.original_length
     exponent = max(0.0, scaling.attention_factor**2 - 1) * math.log(original)
     return original if exponent > 20 else round(original * math.exp(exponent))
@@ -195,10 +203,10 @@ def _length_of(scaling: LongScaling) -> int:
 def write_older_scaling(
     scaling: Any, config: Mapping[str, Any], max_length: int | None
 ) -> dict[str, Any]:
-    """Returns the dictionary for version 4 of transformers, which in Phi-3 allows three words only.
+    """Returns the dictionary for version 4 of transformers, which allows three keys in Phi-3.
 
-    There, the factor on the scores follows from the lengths. Version 4 has no words for another
-    factor. All words are written then.
+    The factor on the scores then follows from the lengths. Version 4 cannot express another factor.
+    For another factor, all keys are written.
     """
     if max_length is not None and isinstance(scaling, LongScaling):
         original = scaling.original_length

@@ -1,4 +1,4 @@
-"""Windows in a config.json: which layers see a window only."""
+"""Windows in a config.json, and the layers that have one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,27 +6,28 @@ from typing import Any, NamedTuple
 from jaxformers.hf.architecture.parts import of_layer
 from jaxformers.hf.config.entries import Config
 
-# The two types of layers in a file.
+# The two types of layers in a file: without and with a window.
 FULL, SLIDING = "full_attention", "sliding_attention"
 NO_ROPE = "no_rope_layers"  # 1 for each layer that rotates queries and keys, else 0
-REPEATED = ("every", "first")  # patterns that one number tells
+REPEATED = ("every", "first")  # patterns that one number defines
 
 
 class Windows(NamedTuple):
-    """Which layers see a window only ("slide").
+    """The window, and the layers whose attention has it (they "slide").
 
     Arguments:
-        default: the window where the file names none.
-        pattern: the layers that slide where the file does not list their types: "all" of them;
-            the "last", from `max_window_layers` on; "odd", the first, third, ... before that;
-            "every", all but each n-th; "first", all but the first of each n; "still", those that
-            rotate nothing (SmolLM3).
-        every: that n, or its default where the file has `every_key`.
+        default: the window if the file names none.
+        pattern: the layers that slide if the file does not list the types of layers: "all" layers;
+            "last", the layers from `max_window_layers` on; "odd", the first, third, ... layer
+            before `max_window_layers`; "every", all but each n-th layer; "first", all but the first
+            of each n layers; "still", the layers without rotary positions (SmolLM3).
+        every: the number n, or its default if the file has `every_key`.
         enabled_key: the key of a switch that must be on; it is off by default.
         key: the key of the window.
         every_key: the key of n.
         typed: whether the file may list the types of layers.
-        both_sides: whether the window of the file counts both sides of a token. Ours is half of it.
+        both_sides: whether the window of the file counts both sides of a token; here a window
+            counts one side.
     """
 
     default: int | None
@@ -40,7 +41,7 @@ class Windows(NamedTuple):
 
     @property
     def twice(self) -> bool:
-        """Whether readers know different words for it, so that all are written."""
+        """Whether readers use different keys for the setting, so that all keys are written."""
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ class Windows(NamedTuple):
         return [SLIDING if slide else FULL for slide in sliding]
 
     def _slides(self, i: int, n: int, rotating: Sequence[bool] = ()) -> bool:
-        """Returns whether layer i slides by the pattern with the number n."""
+        """Returns whether layer i slides in the pattern with the number n."""
         match self.pattern:
             case "last":
                 return i >= n
@@ -100,7 +101,7 @@ class Windows(NamedTuple):
         if window is not None and self.both_sides:
             window = (window - 1) * 2
         if window is None and self.pattern in REPEATED:
-            window = self.default  # no layer has the sliding type: the number does not matter
+            window = self.default  # no layer has the sliding type, so any number will do
         config[self.key] = window
         if self.enabled_key is not None:
             config[self.enabled_key] = bool(sizes)
@@ -109,7 +110,7 @@ class Windows(NamedTuple):
             self._write_pattern([size is not None for size in windows], config)
 
     def _write_pattern(self, slides: list[bool], config: dict[str, Any]) -> None:
-        """Writes the number that says the same as the types, for readers that know no types."""
+        """Writes the number that expresses the types, for readers that do not know types."""
         key = "max_window_layers" if self.pattern == "last" else self.every_key
         if key is None or (self.pattern == "last" and not any(slides)):
             return
@@ -121,7 +122,7 @@ class Windows(NamedTuple):
 
 
 def rotating_layers(config: Config, layers: int) -> list[bool]:
-    """Returns which layers rotate queries and keys, where a file lists them (SmolLM3)."""
+    """Returns whether each layer has rotary positions, in files that may list this (SmolLM3)."""
     every = config.get("no_rope_layer_interval", 4, "size")
     given = config.get(NO_ROPE, None, "list", optional=True)
     given = [int((i + 1) % every != 0) for i in range(layers)] if given is None else given
