@@ -5,11 +5,10 @@ A model is given as it is: each function reads the sizes, positions and tables t
 
 from typing import Any
 
-import numpy as np
 from jaxtyping import ArrayLike, PRNGKeyArray
 
 from jaxformers.cache import Cache
-from jaxformers.checks import check_seq_length, check_tokens, check_usable, is_known
+from jaxformers.checks import check_seq_length, check_tokens, check_usable, is_known, least_and_most
 from jaxformers.masks import AttentionMask, Mask
 from jaxformers.mistakes import warn_of_text
 from jaxformers.one_program import TokenRows
@@ -68,7 +67,7 @@ def read_encoded(
         is_masked = any(x is not None for x in given)
         warn_of_text(tokens, is_masked, mask.q_positions, model.origin, limit)
     types = model.embedding.check_types(token_types, tokens.shape)
-    return TokenRows(tokens, mask, token_types=types, limit=limit)
+    return TokenRows(tokens, mask, token_types=types, limit=limit, by_length=True)
 
 
 def read_source(
@@ -86,7 +85,7 @@ def read_source(
         is_masked = is_masked or real is not None or positions is not None
         names = "src", "src_padding_mask"
         warn_of_text(src, is_masked, mask.q_positions, model.origin, limit, *names)
-    return TokenRows(src, mask, limit=limit)
+    return TokenRows(src, mask, limit=limit, by_length=True)
 
 
 def read_target(
@@ -148,4 +147,4 @@ def _check_mask(mask: AttentionMask, shape: tuple[int, ...], limit: int | None) 
     mask.check_positions(shape[:-1], shape[-1], shape[-1])
     positions = mask.q_positions
     if limit is not None and positions is not None and is_known(positions):
-        check_seq_length(int(np.asarray(positions).max()) + 1, limit)
+        check_seq_length(least_and_most(positions)[1] + 1, limit)

@@ -210,7 +210,7 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
     if 0 in tokens.shape:
         raise ValueError(f"{name} must not be empty, got shape {tokens.shape}.")
     if is_known(tokens):
-        low, high = _least_and_most(tokens)
+        low, high = least_and_most(tokens)
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"{name} must be ids from 0 to {vocab_size - 1} (the vocabulary has {vocab_size}), "
@@ -223,7 +223,7 @@ def check_tokens(tokens: Any, vocab_size: int, name: str = "tokens") -> Int[Arra
     return tokens.astype(jnp.int32)
 
 
-def _least_and_most(x: Any) -> tuple[int, int]:
+def least_and_most(x: Any) -> tuple[int, int]:
     """Returns the smallest and the largest integer of an array whose values are known."""
     if getattr(x, "is_fully_addressable", True):
         x = np.asarray(x)  # JAX would compile two programs for each new shape

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformers.checks import is_known
+from jaxformers.checks import is_known, least_and_most
 from jaxformers.origin import Origin, SpecialTokens
 from jaxformers.warn import warn_once
 
@@ -96,5 +96,5 @@ def warn_of_text(
     if not is_masked:
         warn_of_padding(tokens, name, mask_name, origin.special_tokens)
     if positions is None or is_known(positions):
-        longest = tokens.shape[-1] if positions is None else int(np.asarray(positions).max()) + 1
+        longest = tokens.shape[-1] if positions is None else least_and_most(positions)[1] + 1
         warn_of_length(longest, origin, max_seq_length, f"{name} has rows that reach")

@@ -19,6 +19,9 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jaxformers.checks import is_known
 from jaxformers.masks import AttentionMask
 
+# Calls with more tokens are not padded.
+MOST_PADDED = 8192
+
 
 class TokenRows(eqx.Module):
     """The tokens of a call, and what is said of each of them.
@@ -29,8 +32,8 @@ class TokenRows(eqx.Module):
         cross: which of them may attend to which tokens of the source; None without a source.
         token_types: the segment of each token, in the shape of `tokens`; None if not given.
         limit: how many positions the model knows; None if there is no limit.
-        by_length: whether the model looks at how long a row is, and so must know its padding even
-            where a causal mask hides it.
+        by_length: whether the model reads the length of a row, as poolings and some scalings do.
+            Then padding has position -1 even where a causal mask hides it.
     """
 
     tokens: Int[Array, "*b t"]
@@ -51,22 +54,24 @@ class TokenRows(eqx.Module):
         mask, cross = self.mask, self.cross
         if any(more):
             if mask.q_positions is None and (self.by_length or not mask.causal):
-                positions = jnp.asarray(np.arange(t, dtype=np.int32))
+                positions = jax.device_put(np.arange(t, dtype=np.int32))
                 mask = mask.replace(q_positions=positions, k_positions=positions)
             mask = _pad_mask(mask, more, more)
         if cross is not None and source is not None:
             s, more_keys = source.tokens.shape[-1], [*more[:-1], source._more]
             if source._more and cross.k_positions is None:
-                cross = cross.replace(k_positions=jnp.asarray(np.arange(s, dtype=np.int32)))
+                cross = cross.replace(k_positions=jax.device_put(np.arange(s, dtype=np.int32)))
             cross = _pad_mask(cross, more, more_keys)
         tokens, types = (_pad(x, more, 0) for x in (self.tokens, self.token_types))
         return dataclasses.replace(self, tokens=tokens, mask=mask, cross=cross, token_types=types)
 
     @property
     def can_be_padded(self) -> bool:
-        """Whether padding can be added: without booleans of a mask, and on one device."""
+        """Whether padding may be added: to few tokens without booleans of a mask, on one device."""
         booleans = self.mask.explicit, None if self.cross is None else self.cross.explicit
-        return booleans == (None, None) and len(self.tokens.sharding.device_set) == 1
+        if self.tokens.size > MOST_PADDED or booleans != (None, None):
+            return False
+        return len(self.tokens.sharding.device_set) == 1
 
     @property
     def positions(self) -> Int[Array, "*b t"]:
@@ -93,9 +98,9 @@ def one_program(
 
     Inside a transformation of JAX (`jit`, `grad`, `vmap`) the body is only traced. Otherwise the
     texts get padding up to the next of a few sizes, so that most new lengths and batch sizes
-    compile nothing. Three kinds of calls keep their shapes: those with a key, whose dropout would
-    be drawn for other shapes, those with booleans of a mask, and those whose tokens are spread over
-    devices.
+    compile nothing. Some calls keep their shapes: those with a key, whose dropout would be drawn
+    for other shapes, those with booleans of a mask, those whose tokens are spread over devices, and
+    long ones, where the padding would cost more than a compilation.
 
     Arguments:
         body: a function that is the same object in every call.
@@ -111,7 +116,8 @@ def one_program(
     if keep_shapes or key is not None or not all(x.can_be_padded for x in texts):
         return _run(body, model, texts, key)
     source = texts[0] if len(texts) > 1 else None
-    padded = tuple(x.to_bucket(source) for x in texts)
+    with jax.ensure_compile_time_eval():  # inside someone's `jit` constants would be a part of it
+        padded = tuple(x.to_bucket(source) for x in texts)
     shape = texts[-1].tokens.shape
     return _cut(_run(body, model, padded, None), shape if per_token else shape[:-1])
 

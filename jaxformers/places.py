@@ -13,11 +13,10 @@ Callers say it by a padding mask, by positions, by the ids of packed documents, 
 from typing import Any, TypedDict
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int
 
-from jaxformers.checks import check_padding_mask, is_known
+from jaxformers.checks import check_padding_mask, is_known, least_and_most
 from jaxformers.masks import AttentionMask, Mask, as_mask, padding_to_positions
 
 
@@ -195,7 +194,7 @@ def _check_integers(
             f"{array.dtype} and shape {array.shape}."
         )
     if is_known(array) and least is not None:
-        low, high = int(np.asarray(array).min()), int(np.asarray(array).max())
+        low, high = least_and_most(array)
         if low < least or (limit is not None and high >= limit):
             top = "" if limit is None else f" and less than max_seq_length = {limit}"
             raise ValueError(

@@ -1,7 +1,7 @@
 """The encoder-only model."""
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Any, Unpack
 
 import equinox as eqx
@@ -270,8 +270,7 @@ class TransformerEncoder(eqx.Module):
             self._head("pooler", self.pooler)
         places = dict(padding_mask=padding_mask, positions=positions)
         rows = read_encoded(self, tokens, None, None, token_types, **places)
-        body = partial(_vectors, pooling=pooling, normalize=normalize)
-        return one_program(body, self, rows, per_token=False)
+        return one_program(_embedding_of(pooling, normalize), self, rows, per_token=False)
 
     from_pretrained, save_pretrained = loads("encoder"), save_pretrained
 
@@ -337,13 +336,14 @@ def _classes(
     return classifier(_pooled(model, rows, key=key, pooling=classifier.pooling))
 
 
-def _vectors(
-    model: TransformerEncoder,
-    rows: TokenRows,
-    *,
-    key: PRNGKeyArray | None,
-    pooling: str,
-    normalize: bool,
-) -> Float[Array, "*b d"]:
-    vectors = _pooled(model, rows, key=key, pooling=pooling)
-    return unit_length(vectors) if normalize else vectors
+@functools.cache
+def _embedding_of(pooling: str, normalize: bool) -> Callable[..., Array]:
+    """Returns the body of `embed`, the same object whenever the arguments are the same."""
+
+    def vectors(
+        model: TransformerEncoder, rows: TokenRows, *, key: PRNGKeyArray | None
+    ) -> Float[Array, "*b d"]:
+        pooled = _pooled(model, rows, key=key, pooling=pooling)
+        return unit_length(pooled) if normalize else pooled
+
+    return vectors

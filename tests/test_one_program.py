@@ -11,6 +11,7 @@ import pytest
 
 from jaxformers import (
     ALiBi,
+    AttentionMask,
     Classifier,
     Dense,
     DynamicScaling,
@@ -51,10 +52,10 @@ def language_model(**options):
     return TransformerLM(V, D, N, 2, F, MAX, **options, key=jax.random.key(0))
 
 
-def encoder_model():
+def encoder_model(pooling="first"):
     heads = {
         "pooler": partial(Dense, activation=tanh),
-        "classifier": partial(Classifier, num_labels=3),
+        "classifier": partial(Classifier, num_labels=3, pooling=pooling),
         "output": OutputLayer,
     }
     return TransformerEncoder(
@@ -127,12 +128,36 @@ def test_what_is_compiled(compiled):
     assert len(compiled()) == 1
 
 
+def test_embed_compiles_once_for_a_size(compiled):
+    model = encoder_model()
+    model.embed(TOKENS)
+    compiled()
+    for t in (17, 18):
+        model.embed(jax.device_put(np.zeros((3, t), np.int32)))
+    assert compiled() == []
+
+
+def test_long_calls_keep_their_shapes(monkeypatch):
+    monkeypatch.setattr("jaxformers.one_program.MOST_PADDED", 50)
+    monkeypatch.setattr("jaxformers.one_program._pad", None)
+    language_model()(TOKENS)
+
+
+def test_padding_is_not_counted_under_a_causal_mask():
+    model, mask = encoder_model("mean"), AttentionMask(causal=True)
+    method = TransformerEncoder.classify
+    same(method(model, TOKENS, mask), traced(method, model, TOKENS, mask))
+
+
 def test_what_is_transformed_is_traced():
     model = language_model()
     wanted = jax.jit(lambda m, t: m(t))(model, TOKENS)
     assert len(jax.make_jaxpr(lambda t: model(t))(TOKENS).eqns) > 20  # its operations, not a call
     same(eqx.filter_jit(model)(TOKENS), wanted)
-    same(jax.jit(lambda: model(TOKENS))(), wanted)  # nothing is an argument
+    others = encoder_model(), Transformer(V, V, D, N, 1, 1, F, MAX, key=jax.random.key(0))
+    for known in (model, others[0], lambda tokens: others[1](tokens, tokens)):
+        # The values of all arguments are known, and still it is a part of another program.
+        same(jax.jit(lambda x, f=known: f(TOKENS) + x)(0.0), known(TOKENS))
     same(jax.vmap(model)(TOKENS), wanted)
     tangents = jax.tree.map(jnp.ones_like, eqx.filter(model, eqx.is_array))
     static = eqx.filter(model, eqx.is_array, inverse=True)

@@ -43,6 +43,8 @@ def save_pretrained(
     generates, and the tokenizer's files if the model was loaded from a checkpoint that has them. A
     model that was built here gets the format of the family whose options it has.
 
+    Weights that are objects, such as `LowRank`, are written as the dense weights that they are.
+
     Arguments:
         path: directory, made if it is not there.
         max_shard_bytes: the most bytes of weights in one file.

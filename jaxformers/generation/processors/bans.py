@@ -84,6 +84,13 @@ class BadWords(Processor):
 
     def __init__(self, words):
         self.words = words if hasattr(words, "ndim") else sequences("words", words)
+        if is_known(self.words):
+            array = np.asarray(self.words)
+            if array.ndim != 2 or not array.size or (array[:, -1] < 0).any():
+                raise ValueError(
+                    "words as an array must have one sequence in each row, filled with -1 on the "
+                    f"left, got {array.tolist()!r:.80}. Pass a list such as [[5], [7, 8]]."
+                )
 
     def check(self, batch_size: int, vocab_size: int) -> None:
         check_known_ids("words of BadWords", self.words, vocab_size)
@@ -140,7 +147,11 @@ class SuppressFirstTokens(Processor):
     index: Int[Array, ""]
 
     def __init__(self, tokens, index=0):
-        self.tokens, self.index = _ids(tokens), put(index)
+        if is_known(index):
+            array = np.asarray(index)
+            if array.ndim or array.dtype.kind not in "iu" or array < 0:
+                raise ValueError(f"index must be an integer of at least 0, got {index!r}.")
+        self.tokens, self.index = _ids(tokens), put(index) if is_known(index) else index
 
     def check(self, batch_size: int, vocab_size: int) -> None:
         _check_choice("tokens of SuppressFirstTokens", self.tokens, vocab_size)
