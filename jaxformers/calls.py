@@ -21,7 +21,6 @@ from jaxformers.places import (
     place,
     place_source,
 )
-from jaxformers.row_lengths import scalings_of
 
 
 def read_text(
@@ -39,7 +38,7 @@ def read_text(
     seen, limit = None if cache is None else cache.token_counts, model.max_seq_length
     mask = place(mask, tokens.shape, **places, seen=seen, limit=limit).replace(causal=True)
     _check_mask(mask, tokens.shape, limit)
-    return TokenRows(tokens, mask, limit=limit, by_length=bool(scalings_of(model.decoder)))
+    return TokenRows(tokens, mask, limit=limit)
 
 
 def read_encoded(
@@ -67,7 +66,7 @@ def read_encoded(
         is_masked = any(x is not None for x in given)
         warn_of_text(tokens, is_masked, mask.q_positions, model.origin, limit)
     types = model.embedding.check_types(token_types, tokens.shape)
-    return TokenRows(tokens, mask, token_types=types, limit=limit, by_length=True)
+    return TokenRows(tokens, mask, token_types=types, limit=limit)
 
 
 def read_source(
@@ -85,7 +84,7 @@ def read_source(
         is_masked = is_masked or real is not None or positions is not None
         names = "src", "src_padding_mask"
         warn_of_text(src, is_masked, mask.q_positions, model.origin, limit, *names)
-    return TokenRows(src, mask, limit=limit, by_length=True)
+    return TokenRows(src, mask, limit=limit)
 
 
 def read_target(
@@ -112,8 +111,9 @@ def read_target(
     seen = None if cache is None else cache.token_counts
     mask = place(mask, tgt.shape, *given, seen=seen, limit=limit, prefix="tgt_")
     _check_mask(mask, tgt.shape, limit)
-    by_length = bool(scalings_of(model.decoder))
-    return TokenRows(tgt, mask.replace(causal=True), cross, limit=limit, by_length=by_length)
+    if source is not None:
+        cross.check_positions(tgt.shape[:-1], tgt.shape[-1], source[-1])
+    return TokenRows(tgt, mask.replace(causal=True), cross, limit=limit)
 
 
 def read_pair(

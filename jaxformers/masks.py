@@ -236,7 +236,7 @@ def _as_integers(name: str, x: ArrayLike | None) -> Int[Array, "*b t"] | None:
             f"{name} of a mask must be integers of shape (batch, t) or (t,), got dtype {x.dtype} "
             f"and shape {x.shape}."
         )
-    return x
+    return x if x.dtype == jnp.int32 else x.astype(jnp.int32)  # unsigned types have no -1
 
 
 # Booleans are True where a query may attend, and broadcast to (batch, heads, t, s).

@@ -32,8 +32,6 @@ class TokenRows(eqx.Module):
         cross: which of them may attend to which tokens of the source; None without a source.
         token_types: the segment of each token, in the shape of `tokens`; None if not given.
         limit: how many positions the model knows; None if there is no limit.
-        by_length: whether the model reads the length of a row, as poolings and some scalings do.
-            Then padding has position -1 even where a causal mask hides it.
     """
 
     tokens: Int[Array, "*b t"]
@@ -41,7 +39,6 @@ class TokenRows(eqx.Module):
     cross: AttentionMask | None = None
     token_types: Int[Array, "*b t"] | None = None
     limit: int | None = eqx.field(static=True, default=None)
-    by_length: bool = eqx.field(static=True, default=False)
 
     def to_bucket(self, source: "TokenRows | None") -> "TokenRows":
         """Returns the rows with padding up to the next size that programs are compiled for.
@@ -53,7 +50,7 @@ class TokenRows(eqx.Module):
         more = [bucket(b, smallest=1) - b for b in batch] + [self._more]
         mask, cross = self.mask, self.cross
         if any(more):
-            if mask.q_positions is None and (self.by_length or not mask.causal):
+            if mask.q_positions is None:  # also under a causal mask: some parts look at the length
                 positions = jax.device_put(np.arange(t, dtype=np.int32))
                 mask = mask.replace(q_positions=positions, k_positions=positions)
             mask = _pad_mask(mask, more, more)
@@ -160,7 +157,7 @@ def _pad_mask(mask: AttentionMask, queries: list[int], keys: list[int]) -> Atten
     """Returns the mask with more rows, queries and keys; the new keys have position -1.
 
     Arguments:
-        mask: if it has no positions, it is causal, which hides all that comes later.
+        mask: that of a sequence over itself has positions.
         queries, keys: the numbers of rows and of columns that are added to each.
     """
     return mask.replace(

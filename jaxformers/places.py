@@ -12,7 +12,9 @@ Callers say it by a padding mask, by positions, by the ids of packed documents, 
 
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Int
 
@@ -187,21 +189,24 @@ def _check_integers(
     """Returns integers of the tokens' shape as an array, or raises; None stays None."""
     if x is None:
         return None
-    array: Any = jnp.asarray(x)
+    array: Any = x if isinstance(x, jax.Array) else np.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != shape:
         raise ValueError(
             f"{name} must be integers with the tokens' shape {shape}, got an array of dtype "
             f"{array.dtype} and shape {array.shape}."
         )
-    if is_known(array) and least is not None:
+    if is_known(array):
         low, high = least_and_most(array)
-        if low < least or (limit is not None and high >= limit):
+        short = least is not None and low < least
+        if short or (limit is not None and high >= limit):
             top = "" if limit is None else f" and less than max_seq_length = {limit}"
             raise ValueError(
-                f"{name} must be at least 0{top}, or -1 for padding, got "
-                f"{low if low < least else high}."
+                f"{name} must be at least 0{top}, or -1 for padding, got {low if short else high}."
             )
-    return array.astype(jnp.int32)
+        info = jnp.iinfo(jnp.int32)
+        if low < info.min or high > info.max:
+            raise ValueError(f"{name} must fit in 32 bits, got {low if low < info.min else high}.")
+    return jnp.asarray(array, jnp.int32)
 
 
 def _check_cache(

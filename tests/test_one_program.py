@@ -121,11 +121,12 @@ def test_what_is_compiled(compiled):
     model = language_model()
     model(TOKENS)
     compiled()
-    for b, t in ((3, 17), (3, 20), (3, 24)):
+    for b, t in ((3, 17), (3, 20), (3, 23)):
         model(jax.device_put(np.zeros((b, t), np.int32)))
     assert compiled() == []
-    model(jax.device_put(np.zeros((3, 25), np.int32)))
-    assert len(compiled()) == 1
+    for t in (24, 25):  # without padding, and of another size
+        model(jax.device_put(np.zeros((3, t), np.int32)))
+        assert len(compiled()) == 1
 
 
 def test_embed_compiles_once_for_a_size(compiled):
@@ -147,6 +148,32 @@ def test_padding_is_not_counted_under_a_causal_mask():
     model, mask = encoder_model("mean"), AttentionMask(causal=True)
     method = TransformerEncoder.classify
     same(method(model, TOKENS, mask), traced(method, model, TOKENS, mask))
+
+
+class OfOnesOwn(eqx.Module):
+    """A scaling of a user that looks at the length of the row."""
+
+    def frequencies(self, theta, dim, positions):
+        scaling = DynamicScaling(2.0, 8)
+        return scaling.frequencies(theta, dim, positions)
+
+
+def test_parts_of_ones_own_that_look_at_the_length():
+    model = language_model(position=RotaryPositionalEncoding(scaling=OfOnesOwn()))
+    same(model(TOKENS), traced(TransformerLM.__call__, model, TOKENS))
+
+
+def test_positions_without_a_sign(no_shape_checker):
+    model, positions = encoder_model(), np.arange(19, dtype=np.uint8)
+    mask = AttentionMask(q_positions=jax.device_put(positions))
+    same(model(TOKENS, mask), model(TOKENS))
+
+
+def test_a_mask_over_the_source_is_checked_before_padding():
+    model = Transformer(V, V, D, N, 1, 1, F, MAX, key=jax.random.key(0))
+    mask = AttentionMask(k_positions=jnp.arange(6))
+    with pytest.raises(ValueError, match=r"must have shape \(3, 7\) or \(7,\), got \(6,\)"):
+        model(TOKENS[:, :7], TOKENS, src_tgt_mask=mask)
 
 
 def test_what_is_transformed_is_traced():

@@ -74,6 +74,8 @@ def test_what_is_said_twice_or_does_not_fit_is_refused(no_shape_checker):
             lambda: lm(TOKENS, positions=PLACES.astype(jnp.float32)),
             "^positions must be integers .* float32",
         ),
+        (lambda: lm(TOKENS, segment_ids=np.full((2, 7), 2**32)), "fit in 32 bits, got 4294967296"),
+        (lambda: lm(TOKENS, positions="abc"), "^positions must be integers"),
         (lambda: lm(TOKENS, positions=PLACES - 1), "positions must be at least 0.* -2"),
         (
             lambda: lm(TOKENS, positions=PLACES + MAX),
