@@ -239,8 +239,8 @@ class Decoder:
     def _record(self, name: str, fields: dict, path: str) -> Any:
         cls, owner = self._find(name, path), None
         if self._objects.get(public_name(name)) is cls:
-            name, fields = convert(public_name(name), fields)
-            cls, owner = self._find(name, path), name
+            owner, fields = convert(public_name(name), fields)
+            cls = self._find(owner, path)
         if not is_record(cls):
             raise ValueError(f"{_at(path)}: {name} is no class of modules or of fields alone.")
         values = self._fields(name, owner, cls, fields, path)
