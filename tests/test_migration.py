@@ -224,7 +224,7 @@ def test_without_the_line_it_says_what_differs(monkeypatch, tmp_path):
         load(unpack(GOLDEN / "objects" / "bert.safetensors.gz", tmp_path))
     (saved,) = (GOLDEN / "trainings" / "encoder").glob("step-*.gz")
     unpack(saved, tmp_path)
-    with pytest.raises(ValueError, match="attention.wq: nothing there, float32"):
+    with pytest.raises(ValueError, match="mixer.wq: nothing there, float32"):
         Checkpoints(tmp_path).restore(changed(train("encoder", 1, None)))
 
 
