@@ -12,7 +12,7 @@ compiled program.
 """
 
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 # The sites inside a layer, which a gradient may keep or compute again. `attention.py` explains the
 # letters.
@@ -36,7 +36,7 @@ SITES = LAYER_SITES | {
 }
 
 
-def site(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
+def site(x: Shaped[Array, "..."], name: str) -> Shaped[Array, "..."]:
     """Returns `x` itself, which is the site `name` of the program from here on.
 
     Raises:
