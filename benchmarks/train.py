@@ -152,7 +152,7 @@ def our_seq2seq(config, **pieces):
         found += [m.output.w, m.src_embedding.position.weight, m.tgt_embedding.position.weight]
         for encoder, decoder in zip(m.encoder.layers, m.decoder.layers, strict=True):
             for layer, attentions in (
-                (encoder, [encoder.attention]),
+                (encoder, [encoder.self_attention]),
                 (decoder, [decoder.self_attention, decoder.cross_attention]),
             ):
                 for a in attentions:

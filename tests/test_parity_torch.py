@@ -102,7 +102,7 @@ def port_layer(ours, theirs, read):
         list(feed_forward.values()),
     )
     if isinstance(ours, EncoderLayer):
-        parts = {"attention": "self_attn", "feed_forward": None}
+        parts = {"self_attention": "self_attn", "feed_forward": None}
     else:
         parts = {
             "self_attention": "self_attn",
