@@ -14,7 +14,7 @@ absent. `axes.py` reads the annotations of fields.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, NamedTuple
 
 import equinox as eqx
@@ -285,9 +285,19 @@ def _check_position(position: RotatingPosition | None, head_dim: int) -> None:
             "position= of an attention layer must rotate queries and keys, as "
             f"RotaryPositionalEncoding() does, got {position!r}. Other schemes go to the model."
         )
-    # A scheme that cannot rotate heads of this size raises its error here.
-    heads = jnp.zeros((1, 1, head_dim), jnp.float32)
-    jax.eval_shape(position.rotate, heads, jnp.zeros(1, jnp.int32))
+    try:
+        hash(position)
+    except TypeError:  # it has arrays
+        _try_rotation.__wrapped__(position, head_dim)
+    else:
+        _try_rotation(position, head_dim)
+
+
+@lru_cache(maxsize=128)  # layers are many, and most have the same scheme
+def _try_rotation(position: RotatingPosition, head_dim: int) -> None:
+    """Raises the error of a scheme that cannot rotate heads of this size."""
+    heads = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.float32)
+    jax.eval_shape(position.rotate, heads, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
 def _head_sizes(

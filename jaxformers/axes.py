@@ -210,6 +210,7 @@ def _stack(axes: Axes, stacks: list[str], ndim: int) -> Axes:
     return Axes((*names, *axes.names), ("apart",) * more + axes.roles)
 
 
+@functools.cache
 def read_axes(names: tuple[str, ...], field: str = "", in_norm: bool = False) -> Axes:
     """Returns the axes of an array with the roles that their names give them.
 
