@@ -65,7 +65,7 @@ class Cache(eqx.Module):
 
     @property
     def token_counts(self) -> Int[Array, " b"]:
-        """How many real tokens each sequence has so far, which is its next position."""
+        """The number of real tokens of each sequence, which is the position of its next token."""
         return jnp.max(self.positions, axis=1) + 1
 
     def extend(

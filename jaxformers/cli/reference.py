@@ -55,7 +55,7 @@ class Reference(NamedTuple):
 
     @property
     def rotates_by_length(self) -> bool:
-        """Whether rotary angles depend on the length of the longest row there, of each row here."""
+        """Whether rotary angles depend on lengths: of the longest row there, of each row here."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         return rope.get("rope_type") in ("dynamic", "longrope")
 

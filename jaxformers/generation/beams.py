@@ -22,7 +22,7 @@ OUT = -1.0e30
 
 
 class Beams(eqx.Module):
-    """How to search; see `Options` for the names."""
+    """Settings of a beam search; `Options` explains the names."""
 
     length_penalty: Float[Array, " b"]
     num_beams: int = eqx.field(static=True)

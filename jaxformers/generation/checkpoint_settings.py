@@ -1,9 +1,9 @@
-"""What a checkpoint says of how to generate: what `generate` takes of it, and what it names.
+"""The settings for generation in a checkpoint: some are used, and a warning names the others.
 
-Special tokens and bans are taken: without them a model does not write what it was trained to write.
-Beams, sampling and penalties are the caller's choice. Where a file asks for some of them and the
-call says nothing about it, tokens are other than those of transformers, which takes them in
-silence: then a warning names them.
+`generate` uses special tokens and bans, because a model without them does not write as it was
+trained to write. Beams, sampling and penalties are the choice of the caller. If a file asks for
+some of them and the call does not, the tokens differ from those of transformers, which uses them
+silently. Then a warning names them.
 """
 
 import functools

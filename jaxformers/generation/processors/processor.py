@@ -1,4 +1,4 @@
-"""What a processor is, and what it sees of the rows."""
+"""The protocol of processors, and the history of the rows that they read."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
