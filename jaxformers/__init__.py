@@ -76,6 +76,7 @@ from jaxformers.positions.scaling import (
 )
 from jaxformers.precision import cast_floating
 from jaxformers.pretrained import from_pretrained
+from jaxformers.quantization.quantized import Quantized
 from jaxformers.residual import (
     Addition,
     NoNorm,

@@ -30,8 +30,9 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
     """Returns the model with its floating-point arrays in another type, in which it computes.
 
     A model in bfloat16 takes half the memory and, on hardware that supports bfloat16, a fraction of
-    the time. Softmax, norms, log-probs and the loss stay in float32. `train_step` casts the model
-    in each step if it is given a `compute_dtype`.
+    the time. Softmax, norms, log-probs and the loss stay in float32. Weights that are `Quantized`
+    give their numbers in that type, and their scales stay as they are. `train_step` casts the
+    model in each step if it is given a `compute_dtype`.
 
     Arguments:
         model: any pytree; other leaves stay as they are.
@@ -47,8 +48,22 @@ def cast_floating(model: Tree, dtype: Any) -> Tree:
     """
     dtype = check_float_dtype(dtype=dtype)
     check_usable(model=model)
-    floats, rest = eqx.partition(model, _is_float)
-    return eqx.combine(jax.tree.map(lambda x: x.astype(dtype), floats), rest)
+    return _cast_where(_is_float, model, dtype)
+
+
+def _cast_where(chosen: Callable[[Any], bool], model: Tree, dtype: Any) -> Tree:
+    """Returns the model with some of its numbers in another type.
+
+    A weight that can `cast` gives its numbers in that type. Its own arrays, such as the scales of
+    `Quantized`, stay as they are.
+    """
+
+    def change(x: Any) -> Any:
+        if not chosen(x):
+            return x
+        return x.cast(dtype) if hasattr(x, "cast") else x.astype(dtype)
+
+    return jax.tree.map(change, model, is_leaf=lambda x: hasattr(x, "cast"))
 
 
 def add(x: Float[Array, "*n d"], y: Float[Array, "..."]) -> Float[Array, "*n d"]:
@@ -70,7 +85,7 @@ def scaled(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
 
 
 def is_narrow(x: Any) -> bool:
-    """Returns whether `x` is an array of floating-point numbers with fewer bits than float32."""
+    """Returns whether `x` has floating-point numbers of fewer bits than float32."""
     return _is_float(x) and x.dtype.itemsize < 4
 
 
@@ -84,7 +99,7 @@ def widened_beside(model: Tree, others: PyTree) -> Tree:
     widest = max(floats, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float16))
     if widest.itemsize < 4:
         return model
-    return jax.tree.map(lambda x: x.astype(widest) if is_narrow(x) else x, model)
+    return _cast_where(is_narrow, model, widest)
 
 
 @contextlib.contextmanager
@@ -132,7 +147,7 @@ def _warn(path: str, dtype: Any, count: int) -> None:
 
 
 def _is_float(x: Any) -> bool:
-    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    return (eqx.is_array(x) or hasattr(x, "cast")) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def check_float_dtype(**named: Any) -> np.dtype:

@@ -32,8 +32,8 @@ Cache Choice Classifier Decoder DecoderLayer Dense DynamicScaling Encoder Encode
 Function GatedFeedForward Gradients Groups Guard HostKey KV LayerCache LayerNorm Layout
 LeafwiseOptimizer LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling LowRank
 MixtureOfExperts MultiHeadAttention Muon NoNorm OneNorm Optax Optimizer Origin OrthogonalMomentum
-OutputLayer OutputNorm PerHeadNorm PostNorm PreNorm ProportionalScaling Rematerialization Report
-Residual RMSNorm RotaryPositionalEncoding Sandwich ScannedLayers Schedule
+OutputLayer OutputNorm PerHeadNorm PostNorm PreNorm ProportionalScaling Quantized Rematerialization
+Report Residual RMSNorm RotaryPositionalEncoding Sandwich ScannedLayers Schedule
 SinusoidalPositionalEncoding SpecialTokens State T5PositionBias TokenEmbedding Training Transformer
 TransformerEmbedding TransformerEncoder TransformerLM TwoNorms YarnScaling
 

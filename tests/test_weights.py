@@ -109,11 +109,24 @@ def adapted(model, scale=0.5):
     seeds = itertools.count(1000)
 
     def low_rank(module, name, w):
-        apart = int(isinstance(module, MixtureOfExperts) and w.ndim == 3)
-        split = apart + (2 if name == "wo" else 1)
+        apart, split = axes_apart(module, w), axes_apart(module, w) + inputs_of(name)
         a = numbers((*w.shape[:split], RANK), next(seeds))
         b = numbers((*w.shape[:apart], RANK, *w.shape[split:]), next(seeds))
         return LowRank(w, a, b, scale)
+
+    return replaced(model, low_rank)
+
+
+def axes_apart(module, w):
+    return int(isinstance(module, MixtureOfExperts) and w.ndim == 3)
+
+
+def inputs_of(name):
+    return 2 if name == "wo" else 1
+
+
+def replaced(model, new):
+    """The model with `new(module, field, weight)` in place of each weight."""
 
     def change(x):
         if not isinstance(x, eqx.Module):
@@ -122,7 +135,7 @@ def adapted(model, scale=0.5):
         for field in dataclasses.fields(x):
             value = getattr(x, field.name)
             if "Weight" in str(field.type) and value is not None:
-                value = low_rank(x, field.name, value)
+                value = new(x, field.name, value)
             elif not field.metadata.get("static"):
                 value = jax.tree.map(change, value, is_leaf=lambda y: isinstance(y, eqx.Module))
             object.__setattr__(x, field.name, value)

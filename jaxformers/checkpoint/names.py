@@ -44,6 +44,7 @@ from jaxformers.files.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
 from jaxformers.optim import adafactor, averaged, leafwise, muon, optimizer, schedules
 from jaxformers.positions import absolute, bias, length_scaling, rotary, scaling
+from jaxformers.quantization import quantized
 from jaxformers.training import losses, run, step
 
 # A new class or function that a model, an optimizer or a state of a training may hold needs a line
@@ -82,6 +83,7 @@ OURS: dict[str, Any] = {
     "MixtureOfExperts": mixture_of_experts.MixtureOfExperts,
     "Dense": layers.Dense,
     "LowRank": weights.LowRank,
+    "Quantized": quantized.Quantized,
     "Function": layers.Function,
     "LayerNorm": norms.LayerNorm,
     "RMSNorm": norms.RMSNorm,
