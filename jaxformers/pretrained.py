@@ -27,11 +27,15 @@ def from_pretrained(
     suppress, where it is told no others; beams, temperatures and penalties are yours to choose, and
     a warning names those that a call neglects.
 
+    A GGUF file of llama.cpp is read as the checkpoint that it was made of. Its blocks of quantized
+    numbers are unpacked.
+
     Arguments:
         path_or_hub_name: a directory with config.json and model.safetensors or pytorch_model.bin
             (or shards and their index), or a name on the hub such as "openai-community/gpt2",
-            which needs the `huggingface_hub` package.
-        dtype: type of the weights, such as `jnp.bfloat16`; None is that of the file.
+            which needs the `huggingface_hub` package; or a GGUF file, or a directory with one.
+        dtype: type of the weights, such as `jnp.bfloat16`; None is that of the file, and float32
+            for blocks of GGUF.
         sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq"; None is the default device.
@@ -39,7 +43,7 @@ def from_pretrained(
     Raises:
         ValueError: if there is no such checkpoint, a file is damaged, config.json asks for what we
             do not have, or the tensors are not those it calls for.
-        ImportError: if the `safetensors` package is missing.
+        ImportError: if the `safetensors` package is missing, or for a GGUF file `gguf`.
 
     Example:
         >>> import tempfile

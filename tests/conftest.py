@@ -75,6 +75,7 @@ EXTRAS = {
     **dict.fromkeys(("flax", "optax", "torch", "transformers"), "parity"),
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
+    "gguf": "gguf",
     "orbax": "orbax",
 }
 

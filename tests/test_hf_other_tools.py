@@ -411,9 +411,9 @@ FOUND = {
         r"adapter_model.bin'\. An adapter has to be merged into its model",
     ),
     "diffusers' adapter": ({"pytorch_lora_weights.safetensors": ""}, "An adapter has to be merged"),
-    "gguf": (
-        {"model.Q4_K_M.gguf": "", "README.md": ""},
-        r"It has 'model.Q4_K_M.gguf'\. GGUF .*gguf_file=.* compare what both say",
+    "ggml": (
+        {"ggml-model.bin": "", "README.md": ""},
+        r"It has 'ggml-model.bin'\. GGUF files.* Other formats of llama.cpp are not read",
     ),
     "onnx": ({"model.onnx": "", "config.json": "{}"}, r"'model.onnx'\. An exported graph .*ONNX"),
     "onnx in a folder": ({"onnx/model.onnx": ""}, "'onnx/model.onnx'. An exported graph"),
@@ -487,8 +487,8 @@ def test_what_is_found_is_named(what, tmp_path):
 
 def test_a_directory_of_very_many_files(tmp_path):
     for i in range(3000):
-        (tmp_path / f"{i}.gguf").touch()
-    with pytest.raises(ValueError, match="and 1995 more.*GGUF") as caught:
+        (tmp_path / f"{i}.onnx").touch()
+    with pytest.raises(ValueError, match="and 1995 more.*ONNX") as caught:
         from_pretrained(tmp_path)
     assert len(str(caught.value)) < 1200
 
@@ -503,7 +503,7 @@ def test_an_adapter_beside_a_model_is_not_applied_in_silence(changed, made):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("x.gguf", "GGUF is the format"),
+        ("x.llamafile", "GGUF files, of llama.cpp"),
         ("x.onnx", "An exported graph"),
         ("x.zip", "Unpack the archive"),
         ("x.bin", "A pickle is read only as"),
@@ -547,8 +547,8 @@ def test_a_repository_without_a_checkpoint(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "files, passed, words",
     [
-        (["x.gguf"], "", "no tokenizer.json in .*'x.gguf'. GGUF is"),
-        (["x.gguf"], "x.gguf", "no tokenizer that is read. GGUF is"),
+        (["x.gguf"], "", "no tokenizer.json in .*'x.gguf'. GGUF files"),
+        (["x.gguf"], "x.gguf", "no tokenizer that is read. GGUF files"),
         (["adapter_config.json"], "", "no tokenizer.json in .*An adapter has to be merged"),
         (["model.onnx"], "", "no tokenizer.json in .*An exported graph"),
         ([], "", "Is this the directory of the tokenizer"),

@@ -46,10 +46,9 @@ KINDS = (
     ),
     Kind(
         ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),
-        "GGUF is the format of llama.cpp, mostly with quantized weights. Pass the checkpoint that "
-        "it was made of. Without that, transformers converts it once: AutoModelForCausalLM"
-        ".from_pretrained(directory, gguf_file=name).save_pretrained(other_directory). Then "
-        "compare what both say of a text, since quantized weights are not the original ones.",
+        "GGUF files, of llama.cpp, are read one at a time: fetch one, such as with hf download "
+        "owner/name model.gguf --local-dir ., and pass its path. Other formats of llama.cpp are "
+        "not read.",
     ),
     Kind(
         (

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -43,6 +43,22 @@ _WRITTEN_HERE = re.compile(
 )
 
 _T = TypeVar("_T", Stored, TorchTensor)
+
+
+@runtime_checkable
+class FileTensor(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that `read` returns."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of its numbers."""
+
+    def read(self) -> np.ndarray:
+        """Returns its values."""
 
 
 def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path:
@@ -154,7 +170,7 @@ class TensorFiles:
 
     directory: Path
     lacking: dict[str, str]
-    _tensors: Mapping[str, Stored | TorchTensor]
+    _tensors: Mapping[str, FileTensor]
 
     def __init__(self, directory: str | os.PathLike, complete: bool = True):
         self.directory = Path(directory)
@@ -173,6 +189,13 @@ class TensorFiles:
         else:
             raise ValueError(_without_weights(self.directory, describe_directory(self.directory)))
 
+    @classmethod
+    def of(cls, directory: Path, tensors: Mapping[str, FileTensor]) -> "TensorFiles":
+        """Returns tensors of another format by name; `directory` is where they are."""
+        files = cls.__new__(cls)
+        files.directory, files.lacking, files._tensors = directory, {}, tensors
+        return files
+
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in their order in the files."""
@@ -180,15 +203,15 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
-        return self._find(name).shape
+        return self.find(name).shape
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of a tensor, which may also be an integer or an 8-bit float."""
-        return self._find(name).dtype
+        return self.find(name).dtype
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, in memory that `jax.device_put` takes over on a CPU without a copy."""
-        return self._find(name).read()
+        return self.find(name).read()
 
     def _read_shards(
         self, index: str, ending: str, read: Callable[[Path], dict[str, _T]], complete: bool
@@ -210,7 +233,8 @@ class TensorFiles:
             self.lacking |= dict.fromkeys(sorted(names - everything), shard)
         return {name: x for tensors in found.values() for name, x in tensors.items()}
 
-    def _find(self, name: str) -> Stored | TorchTensor:
+    def find(self, name: str) -> FileTensor:
+        """Returns a tensor, which is not read yet."""
         if name not in self._tensors:
             close = difflib.get_close_matches(name, self._tensors, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""

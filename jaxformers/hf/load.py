@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxformers.files.gguf_file import find_gguf
 from jaxformers.files.hub import TensorFiles, check_there, has_safetensors, locate
 from jaxformers.files.json_file import read_json
 from jaxformers.hf.architecture.record import Architecture, option_name
@@ -19,6 +20,7 @@ from jaxformers.hf.config.harmless import REDUNDANT, check_not_quantized
 from jaxformers.hf.config.settings import Only
 from jaxformers.hf.family import Family
 from jaxformers.hf.generation_config import read_origin
+from jaxformers.hf.gguf.checkpoint import open_gguf
 from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
@@ -49,6 +51,30 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
         dtype: as in `jaxformers.from_pretrained`.
         sharding: as in `jaxformers.from_pretrained`.
     """
+    directory, config, files = open_checkpoint(path)
+    family = family_of(config) if KEY in config else None
+    if family is not None and family.shape not in classes:
+        raise ValueError(
+            f"{directory} holds a {family.model_type}, a model of shape {family.shape!r}, which "
+            f"{' or '.join(x.__name__ for x in classes.values())} is not. Load it with "
+            "jaxformers.from_pretrained, which knows the class."
+        )
+    if family is None:
+        family = guess_family(
+            config, files, partial(fits, config=config, files=files, classes=classes)
+        )
+        config[KEY] = family.model_type
+    a, plan, stored = plan_model(family, config, files, classes)
+    origin = read_origin(directory, config, family, a.vocab_size)
+    arrays = read_arrays(plan, stored, dtype, sharding)
+    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+
+
+def open_checkpoint(path: Any) -> tuple[Path, dict[str, Any], TensorFiles]:
+    """Returns the directory or GGUF file of a checkpoint, its config.json and its tensors."""
+    file = find_gguf(path)
+    if file is not None:
+        return file, *open_gguf(file)
     directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
     if any(directory.glob("step-*.safetensors")):
         raise ValueError(
@@ -60,23 +86,7 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
     check_there(path, directory)
     warn_of_adapter(directory)
     config = read_json(directory / "config.json")
-    family = family_of(config) if KEY in config else None
-    if family is not None and family.shape not in classes:
-        raise ValueError(
-            f"{directory} holds a {family.model_type}, a model of shape {family.shape!r}, which "
-            f"{' or '.join(x.__name__ for x in classes.values())} is not. Load it with "
-            "jaxformers.from_pretrained, which knows the class."
-        )
-    files = TensorFiles(directory, complete=False)
-    if family is None:
-        family = guess_family(
-            config, files, partial(fits, config=config, files=files, classes=classes)
-        )
-        config[KEY] = family.model_type
-    a, plan, stored = plan_model(family, config, files, classes)
-    origin = read_origin(directory, config, family, a.vocab_size)
-    arrays = read_arrays(plan, stored, dtype, sharding)
-    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+    return directory, config, TensorFiles(directory, complete=False)
 
 
 def warn_of_adapter(directory: Path) -> None:
