@@ -89,6 +89,7 @@ from jaxformers.residual import (
     TwoNorms,
 )
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.trainability import trainable
 from jaxformers.training import (
     BadSteps,
     count_targets,
@@ -103,4 +104,4 @@ from jaxformers.training.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
-from jaxformers.weights import LowRank, merge_weights
+from jaxformers.weights import LowRank, merge

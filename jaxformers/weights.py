@@ -10,7 +10,7 @@ Fields that may hold any weight are annotated like `Float[Weight, "d n h"]`.
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -32,10 +32,16 @@ class WeightObject(ABC):
     weights that it is made of may be objects themselves. To be saved in files it gets a public name
     in `jaxformers.checkpoint.names`.
 
+    `trained_fields` names the fields that are trained, such as the factors of an adapter, and is
+    empty for a weight that is fixed; see `jaxformers.trainable`. None, the default, trains all
+    arrays.
+
     Its `shape` and `dtype` are those of the array that it stands for. Layers that are scanned or
     copied by `vmap` have more axes in front, in the object as in an array, and `shape` has them
     too: a kind of weight reads its sizes from its arrays and never stores them.
     """
+
+    trained_fields: ClassVar[tuple[str, ...] | None] = None
 
     @property
     @abstractmethod
@@ -152,14 +158,14 @@ def _rows_jvp(primals, tangents):
     return _rows(table, rows), of_rows.astype(change.dtype)
 
 
-def merge_weights(model: Model) -> Model:
+def merge(model: Model) -> Model:
     """Returns the model with an array in place of each weight that is an object.
 
     Arguments:
         model: any pytree, such as a model whose weights are `LowRank`.
 
     Example:
-        >>> merged = merge_weights(model)
+        >>> merged = merge(model)
     """
 
     def is_object(x: Any) -> bool:
@@ -171,8 +177,8 @@ def merge_weights(model: Model) -> Model:
 class LowRank(eqx.Module, WeightObject):
     """A weight plus a product of two thin ones: `base + scale a b` (Hu et al. 2021, LoRA).
 
-    The sum is never made: activations x give `x base + scale (x a) b`. To train a and b alone,
-    freeze the bases.
+    The sum is never made: activations x give `x base + scale (x a) b`. The factors a and b are
+    trained, and the base is not, see `trainable`.
 
     Arguments:
         base: the weight `(apart, i, o)`, an array or an object. Here i and o stand for any number
@@ -188,6 +194,8 @@ class LowRank(eqx.Module, WeightObject):
         >>> adapted.wq.shape, adapted.wq.a.shape, adapted.wq.b.shape
         ((64, 8, 8), (64, 4), (4, 8, 8))
     """
+
+    trained_fields: ClassVar[tuple[str, ...]] = ("a", "b")
 
     base: Weight
     a: Float[Array, "..."]
@@ -206,6 +214,8 @@ class LowRank(eqx.Module, WeightObject):
         key: PRNGKeyArray | None = None,
     ) -> "LowRank":
         """Returns a weight that equals `weight` at first, since b is zero.
+
+        The factors are float32, also those of a weight in 16 bits.
 
         Arguments:
             weight: the base.
@@ -231,8 +241,8 @@ class LowRank(eqx.Module, WeightObject):
         ahead, outputs = weight.shape[:split], weight.shape[split:]
         a = jax.random.normal(check_key(key), (*ahead, rank), jnp.float32)
         a = a * prod(ahead[apart:]) ** -0.5
-        b = jnp.zeros((*ahead[:apart], rank, *outputs), weight.dtype)
-        return cls(weight, a.astype(weight.dtype), b, float(scale))
+        b = jnp.zeros((*ahead[:apart], rank, *outputs), jnp.float32)
+        return cls(weight, a, b, float(scale))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -256,13 +266,15 @@ class LowRank(eqx.Module, WeightObject):
         return LowRank(self.base[i], self.a[i], self.b[i], self.scale)
 
     def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
-        of_rank = x @ self.a.reshape(x.shape[-1], self.rank)
-        low = of_rank @ self.b.reshape(self.rank, -1)
-        return _product(x, self.base, x.shape[-1]) + scaled(low, self.scale)
+        a, b = self.a.reshape(x.shape[-1], self.rank), self.b.reshape(self.rank, -1)
+        # Factors of float32 beside activations of 16 bits multiply in float32.
+        wide = x if x.dtype.itemsize > a.dtype.itemsize else x.astype(a.dtype)
+        low = wide @ a.astype(wide.dtype) @ b.astype(wide.dtype)
+        return add(_product(x, self.base, x.shape[-1]), scaled(low, self.scale))
 
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
         low = contract(_rows(self.a, rows), self.b)
-        return lookup(self.base, rows) + scaled(low, self.scale)
+        return add(lookup(self.base, rows), scaled(low, self.scale))
 
     def dense(self) -> Array:
         base = self.base.dense() if isinstance(self.base, WeightObject) else self.base

@@ -370,8 +370,8 @@ def test_a_training_step_with_everything(name):
     model = eqx.filter_jit(build)(jax.random.key(3))
     before = {path: np.array(x) for path, x in arrays_by_path(model).items()}
     state, losses = optimizer.init(model), []
-    for i in range(6):  # model and state are donated: no buffer is there twice
-        donated = jax.tree.leaves((model, state))
+    for i in range(6):  # what is trained and its state are donated: no buffer is there twice
+        donated = jax.tree.leaves((eqx.filter(model, optimizer.trains(model)), state))
         model, state, value = jf.train_step(
             model,
             state,

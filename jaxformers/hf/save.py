@@ -31,7 +31,7 @@ from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
 from jaxformers.tokenizers.files import TOKENIZER_FILES
-from jaxformers.weights import merge_weights
+from jaxformers.weights import merge
 
 # The files that the sentence-transformers package reads beside a checkpoint.
 SENTENCE_FILES = (
@@ -42,7 +42,7 @@ SENTENCE_FILES = (
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model as a checkpoint; see `save_pretrained` of the models."""
-    directory, model = check_directory(path), merge_weights(unroll_layers(model))
+    directory, model = check_directory(path), merge(unroll_layers(model))
     dtype = check_arrays(arrays_by_path(model))
     model = without_scale(model)
     arrays = arrays_by_path(model)

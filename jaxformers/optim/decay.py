@@ -2,17 +2,17 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
 from jaxformers.optim.layout import default_layout, leaf_path
+from jaxformers.trainability import trainable
 
 
 def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTree[bool]:
     """Returns the model's tree with a bool for each leaf: True for weights, False for vectors.
 
-    Weight decay applies where the bool is True: to the inexact arrays that `default_layout` reads
+    Weight decay applies where the bool is True: to the trained arrays that `default_layout` reads
     as matrices. Norms, gains and biases do not decay. The number of axes does not decide, because
     the biases of attention have two.
 
@@ -26,10 +26,10 @@ def default_decay_mask(model: PyTree, *, decay_embeddings: bool = True) -> PyTre
         {'b': False, 'gain': False, 'w': True}
     """
 
-    def decays(path: tuple, leaf: Any) -> bool:
+    def decays(path: tuple, leaf: Any, trained: bool) -> bool:
         name = leaf_path(model, path)
         embedding = any(word in name.lower() for word in ("embed", "position"))
         spared = embedding and not decay_embeddings
-        return eqx.is_inexact_array(leaf) and default_layout(name, leaf).inputs > 0 and not spared
+        return trained and default_layout(name, leaf).inputs > 0 and not spared
 
-    return jax.tree_util.tree_map_with_path(decays, model)
+    return jax.tree_util.tree_map_with_path(decays, model, trainable(model))

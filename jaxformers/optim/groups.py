@@ -13,6 +13,7 @@ from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
 from jaxformers.paths import path_name
+from jaxformers.trainability import trainable
 
 Predicate = Callable[[str, Any], Any]
 
@@ -123,16 +124,20 @@ class Groups(Optimizer):
         return eqx.combine(*averages, model)
 
     def _owners(self, model: PyTree) -> PyTree:
-        """Returns the index of the group of each inexact array, None for other leaves."""
+        """Returns the index of the group of each array to train, None for other leaves."""
+        return self._groups_of(model, trainable(model))
 
-        def owner(path: tuple, leaf: Any) -> int | None:
-            if not eqx.is_inexact_array(leaf):
+    def _groups_of(self, model: PyTree, among: PyTree[bool]) -> PyTree:
+        """Returns the index of the group of each leaf among those, None for other leaves."""
+
+        def owner(path: tuple, leaf: Any, counts: bool) -> int | None:
+            if not counts:
                 return None
             seen = leaf_path(model, path), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             holds = (i for i, predicate in enumerate(self.predicates) if predicate(*seen))
             return next(holds, len(self.predicates))
 
-        return jax.tree_util.tree_map_with_path(owner, model)
+        return jax.tree_util.tree_map_with_path(owner, model, among)
 
     def _split(self, tree: PyTree, model: PyTree) -> tuple[PyTree, ...]:
         """Returns for each group and the rest a tree with its leaves, and None for the others."""
@@ -144,9 +149,13 @@ class Groups(Optimizer):
 
     def _check_groups(self, model: PyTree) -> None:
         owners = jax.tree_util.tree_leaves_with_path(self._owners(model))
+        floats = self._groups_of(model, jax.tree.map(eqx.is_inexact_array, model))
+        taken = {owner for _, owner in owners}
+        # What is frozen may be an array that is not trained in any case, as beside adapters.
+        taken |= {i for i in jax.tree.leaves(floats) if self.optimizers[i] is None}
         paths = ", ".join(path_name(path) for path, _ in owners[:: len(owners) // 8 + 1])
         for i, predicate in enumerate(self.predicates):
-            if i not in (owner for _, owner in owners):
+            if i not in taken:
                 raise ValueError(
                     f"predicate {i}, {predicate!r}, holds for no array that an earlier one has not "
                     f"taken. It is called with paths such as {paths}."

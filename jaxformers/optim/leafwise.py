@@ -16,6 +16,7 @@ from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer
 from jaxformers.precision import widened
+from jaxformers.trainability import trainable
 
 Moments = dict[str, Array]
 
@@ -46,7 +47,7 @@ class LeafwiseOptimizer(Optimizer):
     """An optimizer whose rule gives the direction of the update for one leaf at a time.
 
     Each trained leaf `p` becomes `p - rate (direction + weight_decay p)`, computed in float32 and
-    rounded once to the type of `p`. A leaf does not change if it is no inexact array or if its
+    rounded once to the type of `p`. A leaf does not change if `trainable` excludes it or if its
     gradient is None. Frozen leaves need no moments: `init` also accepts a model without them.
 
     To write a rule of your own, derive a class with the four fields below and the methods `moments`
@@ -103,8 +104,8 @@ class LeafwiseOptimizer(Optimizer):
         """
 
     def init(self, model: PyTree) -> State:
-        """Returns the state before the first update, with moments for each inexact array."""
-        trained = eqx.filter(model, eqx.is_inexact_array)
+        """Returns the state before the first update, with moments for each array to train."""
+        trained = eqx.filter(model, trainable(model))
         # Each leaf has its own buffers: a function that donates the state must not get one twice.
         moments = jax.tree_util.tree_map_with_path(
             lambda path, p: self.moments(leaf_path(trained, path), p), trained
@@ -129,6 +130,7 @@ class LeafwiseOptimizer(Optimizer):
         check_state(state, State)
         decays = self.decay_mask(model)
         check_fit(model, decay_mask=decays, moments=state.moments, grads=grads)
+        grads = eqx.filter(grads, trainable(model))
         if self.max_grad_norm is not None:
             grads, _ = clip_by_global_norm(grads, self.max_grad_norm)
         rate = self.rate(state)

@@ -3,8 +3,9 @@
     state = optimizer.init(model)
     model, state = optimizer.update(grads, state, model)
 
-`grads` come from `eqx.filter_grad`, with None for leaves that are not trained. If `update` also
-takes an argument `value`, `train_step` and `fit` pass it the loss.
+`grads` come from `eqx.filter_grad`, with None for leaves that are not trained. Gradients of leaves
+that `trainable` excludes are ignored. If `update` also takes an argument `value`, `train_step` and
+`fit` pass it the loss.
 """
 
 import inspect
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxformers.optim.compiled import check_fit, compiled, own_arrays
+from jaxformers.trainability import trainable
 
 Model = TypeVar("Model", bound=PyTree)
 
@@ -47,8 +49,8 @@ class Optimizer(eqx.Module):
         """Returns the model and the state after one update."""
 
     def trains(self, model: PyTree) -> PyTree[bool]:
-        """Returns the model's tree with True for each leaf to differentiate: all inexact arrays."""
-        return jax.tree.map(eqx.is_inexact_array, model)
+        """Returns the model's tree with True for each leaf to differentiate, see `trainable`."""
+        return trainable(model)
 
     def rate(self, state: PyTree) -> Float[Array, ""] | None:
         """Returns the learning rate of the next update; None if it is not known."""
@@ -86,7 +88,7 @@ class _Optax(Optimizer):
     transformation: Any
 
     def init(self, model: PyTree) -> PyTree:
-        params = eqx.filter(model, eqx.is_inexact_array)
+        params = eqx.filter(model, trainable(model))
         try:
             return own_arrays(self.transformation.init(params))
         except AttributeError as error:
@@ -97,7 +99,8 @@ class _Optax(Optimizer):
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, PyTree]:
         check_fit(model, grads=grads)
-        params = eqx.filter(model, eqx.is_inexact_array)
+        grads = eqx.filter(grads, trainable(model))
+        params = eqx.filter(model, trainable(model))
         # optax needs a gradient for every parameter. Frozen ones get zeros, and do not change.
         filled = jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, params, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion

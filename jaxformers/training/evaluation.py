@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from jaxformers.checks import check_callable, check_usable
 from jaxformers.precision import widened_beside
+from jaxformers.trainability import has_adapters, trainable
 from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets, measure
@@ -109,4 +110,6 @@ def evaluate(
 @eqx.filter_jit
 def _value(functions, model, batch):
     loss, count = functions
-    return *measure(loss, widened_beside(model, model), batch), jnp.asarray(count(batch))
+    if not has_adapters(model):
+        model = widened_beside(model, eqx.filter(model, trainable(model)))
+    return *measure(loss, model, batch), jnp.asarray(count(batch))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import Model, Optimizer
 from jaxformers.precision import cast_floating, check_float_dtype, widened_beside
+from jaxformers.trainability import has_adapters
 from jaxformers.training.objectives import Batch, Loss
 
 
@@ -33,13 +34,14 @@ class Gradients(eqx.Module):
         self, optimizer: Optimizer, model: Model, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], Model]:
         trained, frozen = eqx.partition(model, optimizer.trains(model))
+        if self.compute_dtype is None and not has_adapters(model):
+            frozen = widened_beside(frozen, trained)
 
         @eqx.filter_value_and_grad
         def value_and_grad(trained, batch, key):
-            if self.compute_dtype is None:
-                model = eqx.combine(trained, widened_beside(frozen, trained))
-            else:
-                model = cast_floating(eqx.combine(trained, frozen), self.compute_dtype)
+            model = eqx.combine(trained, frozen)
+            if self.compute_dtype is not None:
+                model = cast_floating(model, self.compute_dtype)
             return _check_loss(self.loss(model, batch, key))
 
         if self.accumulate == 1:

@@ -135,7 +135,7 @@ class Run:
         answers = []
         callbacks = self.evaluation.callbacks
         if callbacks:  # a callback may keep the model, and the next step overwrites the weights
-            model = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, model)
+            model = self._copy(model)
             report = Report(self.step, dict(self.metrics), model, self.begun)
             with interrupt.foreign_code():  # all are called, even if the first returns True
                 answers = [callback(report) for callback in callbacks]
@@ -156,6 +156,12 @@ class Run:
                 f"with only its floating-point arrays: expected {given}, got {got}."
             )
         return eqx.combine(weights, rest)
+
+    def _copy(self, model: Any) -> Any:
+        """Returns a copy of the arrays that steps overwrite, beside the others."""
+        trained, rest = (model, None) if self.trains is None else eqx.partition(model, self.trains)
+        copy = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, trained)
+        return copy if rest is None else eqx.combine(copy, rest)
 
     def _evaluate(self, model: Any, interrupt: Interrupt) -> None:
         what = self.evaluation

@@ -43,7 +43,8 @@ def train_step(
     """Makes one update: computes the gradients and applies the optimizer, in one compiled program.
 
     The arrays of `model` and `state` are donated: their memory is used for the result, so only the
-    returned ones may be used afterwards.
+    returned ones may be used afterwards. Arrays that are not trained, such as the bases of
+    adapters, are neither donated nor copied.
 
     The weights are updated in their own type. In 16 bits, rounding loses most updates, and a
     warning says so. Train float32 weights instead, `cast_floating(model, jnp.float32)`; `fit` does
@@ -95,17 +96,21 @@ def train_step(
     check_ids(loss, model, batch)
     owner = getattr(optimizer, "transformation", optimizer)
     with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
-        return _donating(_train_step, (gradients, optimizer, batch, key), model, state)
+        trained, rest = _parts(model, trained_parts(model, optimizer))
+        kept = gradients, optimizer, batch, key, rest
+        trained, state, value = _donating(_train_step, kept, trained, state)
+        return trained if rest is None else eqx.combine(trained, rest), state, value
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, state):
-    gradients, optimizer, batch, key = kept
+    gradients, optimizer, batch, key, rest = kept
+    model = model if rest is None else eqx.combine(model, rest)
     value, grads = gradients(optimizer, model, batch, key)
     new = _update(optimizer, grads, state, model, value)
     # The norm of the gradients is not checked: all gradients would have to be in memory for that.
     model, state = _new_if(jnp.isfinite(value), new, (model, state))
-    return model, state, value
+    return model if rest is None else _changed(model, rest), state, value
 
 
 def _update(
@@ -284,13 +289,18 @@ def one_step(
     trains: PyTree[bool] | None,
 ) -> tuple[Training, dict[str, Array]]:
     """Returns the state after one more step, and its figures. Frozen arrays are not copied."""
-    kept = gradients, optimizer, bad_steps, batch
-    if trains is None:
-        return advance((*kept, None), training)
-    trained, rest = eqx.partition(training.model, trains)
-    training, metrics = advance((*kept, rest), dataclasses.replace(training, model=trained))
+    trained, rest = _parts(training.model, trains)
+    kept = gradients, optimizer, bad_steps, batch, rest
+    training, metrics = advance(kept, dataclasses.replace(training, model=trained))
+    if rest is None:
+        return training, metrics
     model = eqx.combine(training.model, rest)
     return dataclasses.replace(training, model=model), metrics
+
+
+def _parts(model: Model, trains: PyTree[bool] | None) -> tuple[Model, Model | None]:
+    """Returns the part that a step overwrites, and the rest, None if that is empty."""
+    return (model, None) if trains is None else eqx.partition(model, trains)
 
 
 @eqx.filter_jit(donate="all-except-first")
