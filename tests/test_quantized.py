@@ -35,7 +35,7 @@ from jaxformers import (
     digest,
     from_pretrained,
     load,
-    merge_weights,
+    merge,
     save,
     scan_layers,
     unroll_layers,
@@ -183,7 +183,7 @@ def test_rows_of_a_table():
 def test_in_every_place_of_a_weight(name):
     """Outputs, and the gradients of the other arrays, are those of the dense model."""
     model = in_every_place(plain(name))
-    merged = merge_weights(model)
+    merged = merge(model)
     assert count(model) == count(adapted(plain(name))) and count(merged) == 0
 
     is_ours = lambda x: isinstance(x, Quantized)  # noqa: E731
@@ -194,7 +194,7 @@ def test_in_every_place_of_a_weight(name):
         return jax.value_and_grad(lambda x: loss(change(eqx.combine(x, rest))))(others)
 
     value, gradient = value_and_gradient(*eqx.partition(model, kept), lambda model: model)
-    expected, through = value_and_gradient(*eqx.partition(model, kept), merge_weights)
+    expected, through = value_and_gradient(*eqx.partition(model, kept), merge)
     assert_close(value, expected)
     jax.tree.map(assert_close, gradient, through)
     assert jax.tree.leaves(gradient)
@@ -206,14 +206,14 @@ def test_stacks():
     assert scanned.decoder.layers.stacked.self_attention.wq.shape == (2, 12, 4, 6)
     assert_close(call(scanned), call(model))
     jax.tree.map(np.testing.assert_array_equal, unroll_layers(scanned), model)
-    merged = unroll_layers(merge_weights(scanned))
-    jax.tree.map(np.testing.assert_array_equal, merged, merge_weights(model))
+    merged = unroll_layers(merge(scanned))
+    jax.tree.map(np.testing.assert_array_equal, merged, merge(model))
 
 
 def test_vmap():
     mha = in_every_place(MultiHeadAttention(12, 4, num_kv_heads=2, head_dim=6, key=KEY))
     x = jax.random.normal(KEY, (B, T, 12))
-    expected = eqx.filter_jit(merge_weights(mha))(x)
+    expected = eqx.filter_jit(merge(mha))(x)
     assert_close(eqx.filter_jit(eqx.filter_vmap(mha))(x), expected)
     both = jax.tree.map(lambda x: jnp.stack([x, x]), mha)
     by_both = eqx.filter_jit(eqx.filter_vmap(lambda mha, x: mha(x)))(both, x[:2])
@@ -223,7 +223,7 @@ def test_vmap():
 def test_generation():
     """A cache gives the tokens of the whole sequence; beams and streams work."""
     model = in_every_place(plain("experts"))
-    merged, prompt = merge_weights(model), ids(B, T)
+    merged, prompt = merge(model), ids(B, T)
     tokens = model.generate(prompt, 4)
     np.testing.assert_array_equal(tokens, merged.generate(prompt, 4))
     again = eqx.filter_jit(model.logits)(tokens).argmax(-1)[:, T - 1 : -1]
@@ -255,7 +255,7 @@ def test_checkpoints_are_dense(tmp_path):
     model = TransformerLM(**options, use_bias=False, embedding_scale=1.0, key=KEY)
     model = in_every_place(model)
     model.save_pretrained(tmp_path)
-    loaded, merged = from_pretrained(tmp_path), merge_weights(model)
+    loaded, merged = from_pretrained(tmp_path), merge(model)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(merged), strict=True):
         np.testing.assert_array_equal(a, b)
 
