@@ -92,6 +92,7 @@ from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.trainability import trainable
 from jaxformers.training import (
     BadSteps,
+    classification_loss,
     count_targets,
     evaluate,
     fit,

@@ -1,11 +1,13 @@
 """Checkpoints of any shape."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Sharding
+from jaxtyping import PRNGKeyArray
 
+from jaxformers.hf.fresh_head import FreshHead
 from jaxformers.hf.load import load
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
@@ -17,6 +19,9 @@ def from_pretrained(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable | None = None,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> TransformerLM | Transformer | TransformerEncoder:
     """Returns the model of a Hugging Face checkpoint, in our class for its shape.
 
@@ -39,6 +44,13 @@ def from_pretrained(
         sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq"; None is the default device.
+        num_labels: the number of classes of a classifier of sequences, for an encoder. Unless the
+            checkpoint has one of that size it is fresh, as in transformers: another head is left
+            out, and a pooler or a dense layer that the classifier needs is kept where it is there.
+            None leaves the heads as they are.
+        id2label: the names of the classes, `{0: "bad", 1: "good"}` or a list, which
+            `save_pretrained` writes; `num_labels` may be left out then.
+        key: PRNG key of the fresh weights; None is `jax.random.key(0)`.
 
     Raises:
         ValueError: if there is no such checkpoint, a file is damaged, config.json asks for what we
@@ -55,4 +67,5 @@ def from_pretrained(
         True
     """
     classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
-    return load(path_or_hub_name, classes, dtype, sharding)
+    head = FreshHead.of(num_labels, id2label, key)
+    return load(path_or_hub_name, classes, dtype, sharding, head)

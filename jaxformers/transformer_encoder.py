@@ -20,7 +20,7 @@ from jaxformers.checks import (
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
 from jaxformers.heads import Classifier, pool, unit_length
-from jaxformers.hf.methods import loads, save_pretrained
+from jaxformers.hf.methods import loads_encoder, save_pretrained
 from jaxformers.layers import as_module, construct, split_key
 from jaxformers.masks import Mask, as_mask
 from jaxformers.one_program import TokenRows, one_program
@@ -272,7 +272,7 @@ class TransformerEncoder(eqx.Module):
         rows = read_encoded(self, tokens, None, None, token_types, **places)
         return one_program(_embedding_of(pooling, normalize), self, rows, per_token=False)
 
-    from_pretrained, save_pretrained = loads("encoder"), save_pretrained
+    from_pretrained, save_pretrained = loads_encoder(), save_pretrained
 
     def _pool(
         self, hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str

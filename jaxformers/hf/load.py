@@ -19,6 +19,7 @@ from jaxformers.hf.config.entries import Config
 from jaxformers.hf.config.harmless import REDUNDANT, check_not_quantized
 from jaxformers.hf.config.settings import Only
 from jaxformers.hf.family import Family
+from jaxformers.hf.fresh_head import FreshHead
 from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.gguf.checkpoint import open_gguf
 from jaxformers.hf.layouts import to_ours
@@ -42,7 +43,13 @@ PATTERNS = (
 TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
-def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any = None) -> Any:
+def load(
+    path: Any,
+    classes: Mapping[str, Any],
+    dtype: Any = None,
+    sharding: Any = None,
+    head: FreshHead | None = None,
+) -> Any:
     """Returns the model of a checkpoint.
 
     Arguments:
@@ -50,6 +57,7 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
         classes: our classes by shape. A checkpoint of another shape is refused.
         dtype: as in `jaxformers.from_pretrained`.
         sharding: as in `jaxformers.from_pretrained`.
+        head: a classifier that the checkpoint shall get.
     """
     directory, config, files = open_checkpoint(path)
     family = family_of(config) if KEY in config else None
@@ -64,7 +72,9 @@ def load(path: Any, classes: Mapping[str, Any], dtype: Any = None, sharding: Any
             config, files, partial(fits, config=config, files=files, classes=classes)
         )
         config[KEY] = family.model_type
-    a, plan, stored = plan_model(family, config, files, classes)
+    stored = FileTensors(family, files)
+    config = config if head is None else head.begin(stored, config)
+    a, plan = plan_model(config, stored, classes, head)
     origin = read_origin(directory, config, family, a.vocab_size)
     arrays = read_arrays(plan, stored, dtype, sharding)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
@@ -101,14 +111,17 @@ def warn_of_adapter(directory: Path) -> None:
 
 
 def plan_model(
-    family: Family, config: Mapping[str, Any], files: TensorFiles, classes: Mapping[str, Any]
-) -> tuple[Architecture, WeightPlan, FileTensors]:
-    """Returns the architecture of a checkpoint, the plan for its arrays, and its tensors.
+    config: Mapping[str, Any],
+    stored: FileTensors,
+    classes: Mapping[str, Any],
+    head: FreshHead | None = None,
+) -> tuple[Architecture, WeightPlan]:
+    """Returns the architecture of a checkpoint and the plan for its arrays.
 
     Raises:
         ValueError: if config.json describes a model that we do not have, or other tensors.
     """
-    stored = FileTensors(family, files)
+    family = stored.family
     a = read_settings(family, config, stored)
     check_sizes(a, stored)
     try:
@@ -116,8 +129,10 @@ def plan_model(
     except ValueError as error:
         raise ValueError(f"config.json describes no model that can be built: {error}") from error
     plan = WeightPlan.of(family, shapes, a)
+    if head is not None:
+        head.finish(stored, plan, config.get("initializer_range"))
     plan.check(stored)
-    return a, plan, stored
+    return a, plan
 
 
 def fits(
@@ -125,7 +140,8 @@ def fits(
 ) -> bool:
     """Returns whether a family understands a config.json and needs just these tensors."""
     try:
-        return family.shape in classes and bool(plan_model(family, config, files, classes))
+        stored = FileTensors(family, files)
+        return family.shape in classes and bool(plan_model(config, stored, classes))
     except ValueError:
         return False
 

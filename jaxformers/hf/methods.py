@@ -1,11 +1,13 @@
 """The methods by which the models read and write checkpoints of Hugging Face."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Sharding
+from jaxtyping import PRNGKeyArray
 
+from jaxformers.hf.fresh_head import FreshHead
 from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 
@@ -14,7 +16,7 @@ def loads(shape: str) -> Any:
     """Returns the class method `from_pretrained` of a model.
 
     Arguments:
-        shape: of its families, "lm", "seq2seq" or "encoder".
+        shape: of its families, "lm" or "seq2seq".
     """
 
     def from_pretrained(
@@ -30,6 +32,30 @@ def loads(shape: str) -> Any:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
         return load(path_or_hub_name, {shape: cls}, dtype, sharding)
+
+    return classmethod(from_pretrained)
+
+
+def loads_encoder() -> Any:
+    """Returns the class method `from_pretrained` of an encoder, which may get a classifier."""
+
+    def from_pretrained(
+        cls: type,
+        path_or_hub_name: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        sharding: Sharding | Callable | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | Sequence[str] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """Returns the model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint holds a model of another shape; and as there.
+        """
+        head = FreshHead.of(num_labels, id2label, key)
+        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding, head)
 
     return classmethod(from_pretrained)
 

@@ -22,12 +22,14 @@ class FileTensors:
     """
 
     def __init__(self, family: Family, files: TensorFiles):
+        self.family = family
         self.files = files
+        self.made: dict[str, np.ndarray] = {}  # those that no file has
         self.names: dict[str, str] = {}
         self.unknown: list[str] = []  # names that are in no table
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
-        known = re.compile("|".join(dict.fromkeys(map(_pattern, expected))))
+        known = re.compile("|".join(dict.fromkeys(map(pattern, expected))))
         for name in files.names:
             new = name
             for old, replacement in (*family.aliases, *OLDER_NAMES):
@@ -52,13 +54,20 @@ class FileTensors:
         return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.files.shape(self.names[name])
+        made = self.made.get(name)
+        return self.files.shape(self.names[name]) if made is None else made.shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self.files.dtype(self.names[name])
+        made = self.made.get(name)
+        return self.files.dtype(self.names[name]) if made is None else made.dtype
 
     def read(self, name: str) -> np.ndarray:
-        return self.files.read(self.names[name])
+        made = self.made.get(name)
+        return self.files.read(self.names[name]) if made is None else made
+
+    def put(self, name: str, x: np.ndarray) -> None:
+        """Takes a tensor that no file has, or another one in place of the file's."""
+        self.names[name], self.made[name] = name, x
 
     def merge(self, copy: str, of: str) -> bool:
         """Returns whether two tensors are one, which is stored under one of the names or twice."""
@@ -82,7 +91,8 @@ class FileTensors:
         return same_type and bool((self.read(name) == self.read(other)).all())
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """Returns a regular expression for the names that a name of a table stands for."""
     return re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
 
 

@@ -9,6 +9,7 @@
 - `names` explains the names that other libraries have for arguments and arrays.
 """
 
+from jaxformers.training.classification import classification_loss
 from jaxformers.training.evaluation import MeanLoss, evaluate
 from jaxformers.training.loop import fit
 from jaxformers.training.objectives import (

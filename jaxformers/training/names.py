@@ -16,6 +16,7 @@ LABELS = {
     "targets.",
     "an encoder-decoder": "tgt is what the decoder reads: the start token, then the labels without "
     "the last.",
+    "a classifier": "targets has the class of each row.",
     "a masked language model": "loss_mask says which tokens were masked: labels != -100.",
 }
 MASKS = "A mask is boolean and True where a token is real or a target counts: write mask == 1"

@@ -78,8 +78,8 @@ def language_model_loss(
 def _language(model: TransformerLM, batch: Batch, key: PRNGKeyArray | None) -> Array:
     """Returns the hidden states that predict the targets."""
     optional = "padding_mask", "loss_mask", "positions", "segment_ids"
-    _check_model(model, "forward", "language_model_loss", "TransformerLM")
-    _check_batch(batch, ("tokens", "targets"), optional, "a language model")
+    check_model(model, "forward", "language_model_loss", "TransformerLM")
+    check_batch(batch, ("tokens", "targets"), optional, "a language model")
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
     padding_mask = batch.get("padding_mask")
     return model.forward(batch["tokens"], mask, key, padding_mask=padding_mask)[0]
@@ -119,8 +119,8 @@ def sequence_to_sequence_loss(
 def _pair(model: Transformer, batch: Batch, key: PRNGKeyArray | None) -> Array:
     """Returns the decoder's hidden states, which predict the targets."""
     optional = "src_padding_mask", "tgt_padding_mask", "loss_mask"
-    _check_model(model, "decode", "sequence_to_sequence_loss", "Transformer")
-    _check_batch(batch, ("src", "tgt", "targets"), optional, "an encoder-decoder")
+    check_model(model, "decode", "sequence_to_sequence_loss", "Transformer")
+    check_batch(batch, ("src", "tgt", "targets"), optional, "an encoder-decoder")
     src_key, tgt_key = split_key(key, 2)
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}
     memory = model.encode(batch["src"], key=src_key, src_padding_mask=padding["src_padding_mask"])
@@ -160,8 +160,8 @@ def _masked(model: TransformerEncoder, batch: Batch, key: PRNGKeyArray | None) -
     """Returns the encoder's hidden states, which predict the masked tokens."""
     needed = "tokens", "targets", "loss_mask"
     optional = "padding_mask", "token_types", "positions", "segment_ids"
-    _check_model(model, "embed", "masked_language_model_loss", "TransformerEncoder")
-    _check_batch(batch, needed, optional, "a masked language model")
+    check_model(model, "embed", "masked_language_model_loss", "TransformerEncoder")
+    check_batch(batch, needed, optional, "a masked language model")
     given = {name: batch.get(name) for name in ("padding_mask", "token_types")}
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
     return model(batch["tokens"], mask, key, **given)
@@ -219,6 +219,8 @@ def count_targets(batch: Batch) -> Any:
     """
     targets, mask = batch.get("targets"), _mask(batch)
     targets = batch.get("labels") if targets is None else targets
+    if batch.get("loss_mask") is None and 0 < np.ndim(targets) < np.ndim(mask):
+        mask = None  # a target of a whole row counts, whatever of the row is padding
     if targets is None:
         return len(next(iter(batch.values()))) if mask is None else mask.sum()
     counted = None
@@ -316,14 +318,16 @@ def _packed_mask(positions: Any, segments: Any) -> AttentionMask | None:
     return AttentionMask(q_positions=positions, q_segments=segments, k_segments=segments)
 
 
-def _check_model(model: Any, method: str, loss: str, of: str) -> None:
+def check_model(model: Any, method: str, loss: str, of: str) -> None:
+    """Raises `ValueError` if a model of another shape than the loss is for lacks a method."""
     # The check is by method, since a model of the user's own may have the method, too.
     if not hasattr(model, method):
         losses = ", ".join(f.__name__ for f in OBJECTIVES)
         raise ValueError(f"{loss} is for a {of}, got a {type(model).__name__}. There are {losses}.")
 
 
-def _check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...], of: str) -> None:
+def check_batch(batch: Batch, needed: tuple[str, ...], optional: tuple[str, ...], of: str) -> None:
+    """Raises `ValueError` unless a batch has the arrays that it needs, and known ones beside."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"the batch of {of} must be a dict of arrays, got {type(batch).__name__}.")
     known = needed + optional
