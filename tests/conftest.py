@@ -1,6 +1,8 @@
 """The strict world of the tests: no silent promotion of types, and two devices."""
 
+import ast
 import collections
+import gc
 import itertools
 import os
 import re
@@ -13,6 +15,21 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 import jax
 import jaxtyping
 import pytest
+from jaxtyping._import_hook import JaxtypingTransformer
+
+check_function = JaxtypingTransformer.visit_FunctionDef
+
+
+def check_outer_function(transformer, node):
+    """Leaves nested functions unchecked: each call of the outer one would wrap them anew."""
+    nested = any(isinstance(parent, ast.FunctionDef) for parent in transformer._parents)
+    return node if nested else check_function(transformer, node)
+
+
+JaxtypingTransformer.visit_FunctionDef = check_outer_function
+
+# Tracing makes many objects that live for long, which the collector would visit again and again.
+gc.set_threshold(200_000, 50, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 2)
