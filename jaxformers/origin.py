@@ -28,8 +28,8 @@ class Origin:
     Arguments:
         config: its config.json, as text.
         generation_config: its generation_config.json, as text; None if there was none.
-        directory: its directory, which holds the tokenizer's files; comparisons of origins ignore
-            it.
+        directory: its directory, which holds the tokenizer's files, or its GGUF file; comparisons
+            of origins ignore it.
         special_tokens: the defaults of `generate`.
         trained_length: the length in tokens of the texts in its training, by its config.json.
     """

@@ -84,21 +84,29 @@ CASES = {
 
 
 def make(name, directory):
-    """Writes the checkpoint of a case and its GGUF file, which has the name that is returned."""
+    """Writes the checkpoint of a case and its GGUF file, whose path is returned."""
     import torch
     import transformers
 
-    architecture, cls, settings = CASES[name]
-    kind = getattr(transformers, cls)
+    _, cls, _ = CASES[name]
+    architecture, config = of(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind(kind.config_class(**SPECIAL | settings), **BARE if "BertM" in cls else {})
+        model = getattr(transformers, cls)(config, **BARE if "BertM" in cls else {})
         randomize(model)
     model.save_pretrained(directory)
     path = Path(directory) / "gguf" / "model.gguf"
     path.parent.mkdir()
-    write(directory, path, architecture, model.config)
+    write(directory, path, architecture, config)
     return path
+
+
+def of(name):
+    """The architecture of a case in GGUF files, and its configuration in transformers."""
+    import transformers
+
+    architecture, cls, settings = CASES[name]
+    return architecture, getattr(transformers, cls).config_class(**SPECIAL | settings)
 
 
 def write(directory, path, architecture, config, pack=None, edit=None):

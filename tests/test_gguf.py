@@ -10,8 +10,9 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 import gguf_files  # noqa: E402
+import tokenizers  # noqa: E402
 
-from jaxformers import TransformerLM, from_pretrained  # noqa: E402
+from jaxformers import TransformerLM, from_pretrained, load_tokenizer  # noqa: E402
 from jaxformers.hf.load import with_origin  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -56,3 +57,25 @@ def test_a_directory_with_one_file(files):
     _, path = files("llama")
     got = TransformerLM.from_pretrained(path.parent, dtype=jax.numpy.bfloat16)
     assert eqx.filter(got, eqx.is_array).output.w.dtype == jax.numpy.bfloat16
+
+
+def test_it_is_saved_as_a_checkpoint(files, tmp_path):
+    """With the tokenizer of the file, or a warning that it has none."""
+    _, path = files("llama_llama3")
+    model = from_pretrained(path)
+    with pytest.warns(UserWarning, match="gets no tokenizer: .*tokenizer.ggml.model must be"):
+        model.save_pretrained(tmp_path / "a")
+    assert_same(from_pretrained(tmp_path / "a"), model)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:61]
+
+    def add_tokenizer(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(alphabet)
+
+    gguf_files.write(
+        files("gpt2")[0], tmp_path / "x.gguf", *gguf_files.of("gpt2"), None, add_tokenizer
+    )
+    from_pretrained(tmp_path / "x.gguf").save_pretrained(tmp_path / "b")
+    assert load_tokenizer(tmp_path / "b").vocab_size == 61
+    assert load_tokenizer(tmp_path / "b").end_token == 7

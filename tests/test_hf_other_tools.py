@@ -547,8 +547,8 @@ def test_a_repository_without_a_checkpoint(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "files, passed, words",
     [
-        (["x.gguf"], "", "no tokenizer.json in .*'x.gguf'. GGUF files"),
-        (["x.gguf"], "x.gguf", "no tokenizer that is read. GGUF files"),
+        (["x.gguf"], "", "x.gguf is no GGUF file, or a damaged one"),
+        (["x.gguf"], "x.gguf", "x.gguf is no GGUF file, or a damaged one"),
         (["adapter_config.json"], "", "no tokenizer.json in .*An adapter has to be merged"),
         (["model.onnx"], "", "no tokenizer.json in .*An exported graph"),
         ([], "", "Is this the directory of the tokenizer"),

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxformers.files.json_file import read_json as read_json
 from jaxformers.files.json_file import shorten
 from jaxformers.files.safetensors_file import (
     NAMES,
+    FileTensor,
     Stored,
     Unsaved,
     read_header,
@@ -43,22 +44,6 @@ _WRITTEN_HERE = re.compile(
 )
 
 _T = TypeVar("_T", Stored, TorchTensor)
-
-
-@runtime_checkable
-class FileTensor(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array that `read` returns."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The type of its numbers."""
-
-    def read(self) -> np.ndarray:
-        """Returns its values."""
 
 
 def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path:

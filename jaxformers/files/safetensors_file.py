@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +47,22 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # is computed with zeros in its own place.
 _SEAL = b'{"__metadata__":{"sha256":"'
 _NO_DIGEST = b"0" * 64
+
+
+@runtime_checkable
+class FileTensor(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that `read` returns."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of its numbers."""
+
+    def read(self) -> np.ndarray:
+        """Returns its values."""
 
 
 class Stored(NamedTuple):

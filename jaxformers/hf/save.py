@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,11 @@ from jaxformers.hf.layouts import Rule, to_theirs
 from jaxformers.hf.load import is_finite, read_settings
 from jaxformers.hf.model_type import family_of
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
+from jaxformers.hf.saved_tokenizer import copy_tokenizer
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
-from jaxformers.tokenizers.files import TOKENIZER_FILES
 from jaxformers.weights import merge
-
-# The files that the sentence-transformers package reads beside a checkpoint.
-SENTENCE_FILES = (
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    "*_Pooling/config.json",
-)
 
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -54,7 +46,7 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     if plan.family.shape != "encoder":
         generation = generation_entries(model.origin, plan.family, config)
         _write_json(directory / "generation_config.json", generation)
-    _copy_tokenizer(model.origin, directory)
+    copy_tokenizer(model.origin, directory)
 
 
 def without_scale(model: Any) -> Any:
@@ -139,27 +131,6 @@ def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _copy_tokenizer(origin: Origin | None, directory: Path) -> None:
-    """Copies the files beside the weights of the checkpoint that the model came from."""
-    if origin is None or origin.directory is None:
-        return
-    source = Path(origin.directory)
-    if not source.is_dir():
-        warnings.warn(
-            f"{source}, from where this model was loaded, is gone, and with it its tokenizer: copy "
-            f"the tokenizer's files to {directory} yourself.",
-            stacklevel=4,
-        )
-        return
-    if source.resolve() == directory.resolve():
-        return
-    names = (*TOKENIZER_FILES, *SENTENCE_FILES)
-    for file in (file for name in names for file in source.glob(name)):
-        copy = directory / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
 
 
 def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:

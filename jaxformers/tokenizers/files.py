@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxformers.files.found import describe_file
 from jaxformers.files.json_file import parse_json, shorten, what_it_is
 
 # The names and patterns of the files that belong to a tokenizer.
@@ -77,8 +76,6 @@ def check_kind(path: Path) -> None:
     is_other = path.suffix in OTHER_FORMATS or path.name in OLDER_FILES
     if is_other and beside.exists():
         raise ValueError(f"{path} is not read, and {beside} is: pass that, or the directory.")
-    if path.suffix == ".gguf":
-        raise ValueError(f"{path} has no tokenizer that is read. {describe_file(path)}")
     if is_other:
         raise ValueError(_how_to_convert({path.name: b""}))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxformers.checks import check_flag, check_size
 from jaxformers.files.found import describe_directory
+from jaxformers.files.gguf_file import find_gguf
 from jaxformers.files.hub import locate
 from jaxformers.files.json_file import shorten
 from jaxformers.tokenizers.chat import choose_template, continue_chat, render_chat
@@ -21,6 +22,7 @@ from jaxformers.tokenizers.files import (
     read_files,
     read_parts,
 )
+from jaxformers.tokenizers.gguf import read_gguf_tokenizer
 from jaxformers.tokenizers.rows import check_texts, stack, truncate
 
 
@@ -28,11 +30,12 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
     """Returns the tokenizer of a Hugging Face checkpoint.
 
     Arguments:
-        path_or_hub_name: a directory with `tokenizer.json`, that file itself, or a name on the hub.
+        path_or_hub_name: a directory with `tokenizer.json`, that file itself, or a name on the hub;
+            or a GGUF file, or a directory with one.
 
     Raises:
         ValueError: if there is no `tokenizer.json`, or a file is broken.
-        ImportError: if the `tokenizers` package is missing.
+        ImportError: if the `tokenizers` package is missing, or for a GGUF file `gguf`.
 
     Example:
         >>> import tempfile, tokenizers
@@ -44,11 +47,17 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
         Array([1], dtype=int32)
     """
     path = Path(path_or_hub_name).expanduser()
+    gguf = find_gguf(path) if path.is_file() else None
+    if gguf is not None:
+        return Tokenizer(read_gguf_tokenizer(gguf))
     if path.is_file():
         check_kind(path)
         return Tokenizer(read_files(path.parent) | {"tokenizer.json": path.read_bytes()})
     directory = locate(path_or_hub_name, TOKENIZER_FILES)
     files = read_files(directory)
+    gguf = None if "tokenizer.json" in files else find_gguf(directory)
+    if gguf is not None:
+        return Tokenizer(read_gguf_tokenizer(gguf))
     if not files:
         found = describe_directory(directory) or "Is this the directory of the tokenizer?"
         raise ValueError(f"there is no tokenizer.json in {directory}. {found}")
