@@ -28,7 +28,6 @@ from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.saved_tokenizer import copy_tokenizer
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
-from jaxformers.origin import Origin
 from jaxformers.weights import merge
 
 
