@@ -19,6 +19,7 @@ def from_pretrained(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable | None = None,
+    quantized: bool = False,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     key: PRNGKeyArray | None = None,
@@ -44,6 +45,8 @@ def from_pretrained(
         sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq"; None is the default device.
+        quantized: whether weights that the file has as integers of eight or four bits stay so, as
+            `Quantized`, where it has their layout. False, the default, unpacks all.
         num_labels: the number of classes of a classifier of sequences, for an encoder. Unless the
             checkpoint has one of that size it is fresh, as in transformers: another head is left
             out, and a pooler or a dense layer that the classifier needs is kept where it is there.
@@ -68,4 +71,4 @@ def from_pretrained(
     """
     classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
     head = FreshHead.of(num_labels, id2label, key)
-    return load(path_or_hub_name, classes, dtype, sharding, head)
+    return load(path_or_hub_name, classes, dtype, sharding, head, quantized)

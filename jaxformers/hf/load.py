@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
+from jaxformers.checks import check_flag
 from jaxformers.files.gguf_file import find_gguf
 from jaxformers.files.hub import TensorFiles, check_there, has_safetensors, locate
 from jaxformers.files.json_file import read_json
 from jaxformers.hf.architecture.record import Architecture, option_name
+from jaxformers.hf.arrays import read_arrays
 from jaxformers.hf.config.entries import Config
 from jaxformers.hf.config.harmless import REDUNDANT, check_not_quantized
 from jaxformers.hf.config.settings import Only
@@ -22,13 +21,10 @@ from jaxformers.hf.family import Family
 from jaxformers.hf.fresh_head import FreshHead
 from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.gguf.checkpoint import open_gguf
-from jaxformers.hf.layouts import to_ours
 from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.origin import Origin
-from jaxformers.placement import put
-from jaxformers.precision import check_float_dtype
 from jaxformers.tokenizers.files import TOKENIZER_FILES
 
 # The files that are fetched from a repository of a hub, beside the tokenizer's.
@@ -49,6 +45,7 @@ def load(
     dtype: Any = None,
     sharding: Any = None,
     head: FreshHead | None = None,
+    quantized: bool = False,
 ) -> Any:
     """Returns the model of a checkpoint.
 
@@ -58,7 +55,9 @@ def load(
         dtype: as in `jaxformers.from_pretrained`.
         sharding: as in `jaxformers.from_pretrained`.
         head: a classifier that the checkpoint shall get.
+        quantized: as in `jaxformers.from_pretrained`.
     """
+    check_flag(quantized=quantized)
     directory, config, files = open_checkpoint(path)
     family = family_of(config) if KEY in config else None
     if family is not None and family.shape not in classes:
@@ -76,7 +75,7 @@ def load(
     config = config if head is None else head.begin(stored, config)
     a, plan = plan_model(config, stored, classes, head)
     origin = read_origin(directory, config, family, a.vocab_size)
-    arrays = read_arrays(plan, stored, dtype, sharding)
+    arrays = read_arrays(plan, stored, dtype, sharding, quantized)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
 
 
@@ -215,61 +214,6 @@ AXES = (
     *("attention.decoder_num_heads", "attention.head_dim", "position.t5_buckets"),
     *("embedding.token_types", "position.max_seq_length", "position.offset"),
 )
-
-
-def read_arrays(
-    plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
-) -> dict[str, jax.Array]:
-    """Returns the arrays of a model. They are read and placed one tensor at a time."""
-    if isinstance(sharding, Mesh):
-        raise ValueError("sharding must be a Sharding, got a Mesh: pass NamedSharding(mesh, spec).")
-    names = [name for rule in plan.rules for name in rule.theirs]
-    dtype = read_dtype(dtype, {stored.dtype(name) for name in names})
-    arrays = {}
-    for rule in plan.rules:
-        tensors = [check_finite(name, stored.read(name)) for name in rule.theirs]
-        made = to_ours(rule, tensors, [plan.leaves[path].shape for path in rule.ours])
-        for path, x in zip(rule.ours, made, strict=True):
-            x = cast(rule.theirs[0], x, dtype)
-            arrays[path] = put(path, x, sharding)
-    return arrays
-
-
-def read_dtype(dtype: Any, stored: set[Any]) -> Any:
-    """Returns the type of the weights: the given one, else that of the file (or its widest)."""
-    if dtype is not None:
-        return check_float_dtype(dtype=dtype)
-    widest = jnp.float32 if len(stored) > 1 else next(iter(stored))
-    return jax.dtypes.canonicalize_dtype(widest)
-
-
-def cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns a tensor in another type, or raises if its numbers are too large for that."""
-    if x.dtype == dtype:
-        return x
-    with np.errstate(over="ignore"):
-        x = x.astype(dtype)
-    if not is_finite(x):
-        raise ValueError(
-            f"the tensor {name} holds numbers that are too large for {dtype}. Pass another dtype=, "
-            "such as jnp.float32."
-        )
-    return x
-
-
-def check_finite(name: str, x: np.ndarray) -> np.ndarray:
-    """Returns the tensor itself, or raises if it holds NaN or infinity."""
-    if not is_finite(x):
-        raise ValueError(
-            f"the tensor {name} holds numbers that are NaN or infinite: the file is damaged."
-        )
-    return x
-
-
-def is_finite(x: np.ndarray) -> bool:
-    """Returns whether all numbers are finite; in steps, because a mask takes memory too."""
-    flat, step = x.ravel(order="K"), 1 << 22  # no copy, even of what is transposed
-    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 
 def with_origin(model: Any, origin: Origin) -> Any:

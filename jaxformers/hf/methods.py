@@ -25,13 +25,14 @@ def loads(shape: str) -> Any:
         *,
         dtype: Any = None,
         sharding: Sharding | Callable | None = None,
+        quantized: bool = False,
     ) -> Any:
         """Returns the model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
 
         Raises:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
-        return load(path_or_hub_name, {shape: cls}, dtype, sharding)
+        return load(path_or_hub_name, {shape: cls}, dtype, sharding, None, quantized)
 
     return classmethod(from_pretrained)
 
@@ -45,6 +46,7 @@ def loads_encoder() -> Any:
         *,
         dtype: Any = None,
         sharding: Sharding | Callable | None = None,
+        quantized: bool = False,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | Sequence[str] | None = None,
         key: PRNGKeyArray | None = None,
@@ -55,7 +57,7 @@ def loads_encoder() -> Any:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
         head = FreshHead.of(num_labels, id2label, key)
-        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding, head)
+        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding, head, quantized)
 
     return classmethod(from_pretrained)
 

@@ -16,13 +16,14 @@ from jaxformers.files.hub import write_tensors
 from jaxformers.hf.architecture.describe import describe
 from jaxformers.hf.architecture.record import Architecture, option_name
 from jaxformers.hf.architecture.rope import OLDER_KEYS
+from jaxformers.hf.arrays import is_finite
 from jaxformers.hf.config.harmless import REDUNDANT
 from jaxformers.hf.config.settings import Kept, Older
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.generation_config import generation_entries
 from jaxformers.hf.layouts import Rule, to_theirs
-from jaxformers.hf.load import is_finite, read_settings
+from jaxformers.hf.load import read_settings
 from jaxformers.hf.model_type import family_of
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.saved_tokenizer import copy_tokenizer

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxformers.files.hub import TensorFiles
 from jaxformers.hf.family import Family
+from jaxformers.hf.quantized_layout import Parts
 
 # Files that began in TensorFlow have its names for the two halves of a norm.
 OLDER_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -64,6 +65,13 @@ class FileTensors:
     def read(self, name: str) -> np.ndarray:
         made = self.made.get(name)
         return self.files.read(self.names[name]) if made is None else made
+
+    def parts(self, name: str) -> Parts | None:
+        """Returns the parts of a quantized tensor whose layout `Quantized` has, else None."""
+        parts = (
+            None if name in self.made else getattr(self.files.find(self.names[name]), "parts", None)
+        )
+        return None if parts is None else parts()
 
     def put(self, name: str, x: np.ndarray) -> None:
         """Takes a tensor that no file has, or another one in place of the file's."""
