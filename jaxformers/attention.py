@@ -268,7 +268,7 @@ class MultiHeadAttention(eqx.Module):
         self,
         x: Float[Array, "*b t d"],
         w: Float[Weight, "d n h"],
-        b: Float[Array, "n h"] | None,
+        b: Float[Weight, "n h"] | None,
     ) -> Float[Array, "*b n t h"]:
         """Returns the projection of `x` to one vector per head, with heads before positions."""
         y = contract(x, w, b)

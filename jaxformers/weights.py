@@ -99,7 +99,7 @@ else:
 def contract(
     x: Float[Array, "..."],
     w: Float[Weight, "..."],
-    bias: Float[Array, "..."] | None = None,
+    bias: Float[Weight, "..."] | None = None,
     inputs: int = 1,
 ) -> Float[Array, "..."]:
     """Returns the product of activations and a weight, plus a bias.
@@ -186,6 +186,7 @@ class LowRank(eqx.Module, WeightObject):
         a: `(apart, i, r)`, where r is the rank.
         b: `(apart, r, o)`.
         scale: factor on the product, 1.
+        name: the name of the adapter that this weight belongs to, see `jaxformers.lora`.
 
     Example:
         >>> mha = MultiHeadAttention(64, 8, key=key)
@@ -201,6 +202,7 @@ class LowRank(eqx.Module, WeightObject):
     a: Float[Array, "..."]
     b: Float[Array, "..."]
     scale: float = eqx.field(static=True, default=1.0)
+    name: str = eqx.field(static=True, default="default")
 
     @classmethod
     def of(
@@ -211,6 +213,7 @@ class LowRank(eqx.Module, WeightObject):
         inputs: int = 1,
         apart: int = 0,
         scale: float = 1.0,
+        name: str = "default",
         key: PRNGKeyArray | None = None,
     ) -> "LowRank":
         """Returns a weight that equals `weight` at first, since b is zero.
@@ -224,6 +227,7 @@ class LowRank(eqx.Module, WeightObject):
             apart: how many axes before these count weights of the same kind: 0, but 1 for the
                 weights of experts.
             scale: factor on the product.
+            name: the name of the adapter.
             key: PRNG key for a, which is normal with variance `1 / i`.
 
         Raises:
@@ -242,7 +246,7 @@ class LowRank(eqx.Module, WeightObject):
         a = jax.random.normal(check_key(key), (*ahead, rank), jnp.float32)
         a = a * prod(ahead[apart:]) ** -0.5
         b = jnp.zeros((*ahead[:apart], rank, *outputs), jnp.float32)
-        return cls(weight, a, b, float(scale))
+        return cls(weight, a, b, float(scale), name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -258,12 +262,12 @@ class LowRank(eqx.Module, WeightObject):
 
     @property
     def T(self) -> "LowRank":
-        return LowRank(self.base.T, self.b.T, self.a.T, self.scale)
+        return LowRank(self.base.T, self.b.T, self.a.T, self.scale, self.name)
 
     def __getitem__(self, i: Int[Array, ""] | int) -> "LowRank":
         if self._apart == 0:
             raise ValueError(f"a weight of shape {self.shape} is one weight: there is no [{i}].")
-        return LowRank(self.base[i], self.a[i], self.b[i], self.scale)
+        return LowRank(self.base[i], self.a[i], self.b[i], self.scale, self.name)
 
     def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
         a, b = self.a.reshape(x.shape[-1], self.rank), self.b.reshape(self.rank, -1)
@@ -277,11 +281,15 @@ class LowRank(eqx.Module, WeightObject):
         return add(lookup(self.base, rows), scaled(low, self.scale))
 
     def dense(self) -> Array:
+        return self.wide().astype(self.dtype)
+
+    def wide(self) -> Array:
+        """Returns the array that this object stands for, in float32 if its base has 16 bits."""
         base = self.base.dense() if isinstance(self.base, WeightObject) else self.base
         apart = self.shape[: self._apart]
         a = widened(self.a).reshape(*apart, -1, self.rank)
         low = a @ widened(self.b).reshape(*apart, self.rank, -1)
-        return (widened(base) + self.scale * low.reshape(self.shape)).astype(base.dtype)
+        return widened(base) + self.scale * low.reshape(self.shape)
 
     def field_axes(self, axes: Axes) -> dict[str, Axes]:
         a, b = axes.factors()

@@ -1,5 +1,7 @@
 """Adapters: what is trained of a model that has them, and how they come and go."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,12 @@ from jaxformers import (
     Adafactor,
     AdamW,
     Averaged,
+    Checkpoints,
+    Dora,
     Groups,
     Lion,
     LowRank,
+    MixtureOfExperts,
     Muon,
     RMSNorm,
     RotaryPositionalEncoding,
@@ -23,11 +28,19 @@ from jaxformers import (
     fit,
     freeze,
     language_model_loss,
+    load,
+    lora,
+    merge,
+    save,
     scan_layers,
     train_step,
     trainable,
+    unload,
 )
+from jaxformers.adapters import adapter_names, over_root_rank
+from jaxformers.adapters.lora import is_object
 from jaxformers.paths import path_name
+from jaxformers.weight_fields import map_weights
 from jaxformers.weights import WeightObject
 
 VOCAB, D, N, G, H, F, RANK = 17, 12, 4, 2, 6, 14, 3
@@ -234,3 +247,119 @@ def test_decay_and_names(model):
     assert {path for path, x in mask.items() if x} == {
         path for path, x in named(trainable(on_queries(model))).items() if x
     }
+
+
+# Adapters come and go.
+
+EXPERTS = partial(MixtureOfExperts, num_experts=3, top_k=2)
+
+
+def filled(adapted, seed=0):
+    """The adapted model with any numbers in place of those at first."""
+    trained, rest = eqx.partition(adapted, trainable(adapted))
+    leaves, structure = jax.tree.flatten(trained)
+    draw = np.random.default_rng(seed).normal
+    leaves = [x + jnp.asarray(draw(size=x.shape) * 0.2, x.dtype) for x in leaves]
+    return eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+
+
+logits = eqx.filter_jit(lambda model: model.logits(BATCH["tokens"]))
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LowRank, Dora])
+@pytest.mark.parametrize("form", ["plain", "scanned", "experts", "quantized"])
+def test_merged_is_unmerged(form, kind, model):
+    if form == "experts":
+        sizes = dict(num_layers=1, d_ff=F, max_seq_length=20, feed_forward=EXPERTS)
+        model = TransformerLM(VOCAB, D, N, **sizes, norm=RMSNorm, use_bias=False, key=KEY)
+    model = scan_layers(model) if form == "scanned" else model
+    if form == "quantized":
+        model = map_weights(lambda path, w, axes: fixed(w) if "layers" in path else w, model)
+    adapted = lora(model, RANK, kind=kind, key=KEY)
+    assert_close(logits(adapted), logits(model))
+    changed = filled(adapted)
+    before = copied(changed)
+    merged = merge(changed)
+    assert np.abs(logits(changed) - logits(model)).max() > 0.1
+    assert_close(logits(merged), logits(changed))
+    assert not [x for x in jax.tree.leaves(merged, is_leaf=is_object) if is_object(x)]
+    jax.tree.map(np.testing.assert_array_equal, arrays(changed), arrays(before))
+    bare = unload(changed)
+    assert all(x is y for x, y in zip(arrays(bare), arrays(model), strict=True))
+
+
+def test_adapted_weights(model):
+    paths = {
+        path.rpartition(".")[0] for path, x in named(trainable(lora(model, key=KEY))).items() if x
+    }
+    names = "self_attention.wq self_attention.wk self_attention.wv self_attention.wo"
+    names += " feed_forward.w_in feed_forward.w_out"
+    assert paths == {f"decoder.layers.{i}.{name}" for i in (0, 1) for name in names.split()}
+    some = lora(
+        model, 2, 8, where=lambda path, w: path.endswith("wq"), scaling=over_root_rank, key=KEY
+    )
+    wq = some.decoder.layers[0].self_attention.wq
+    assert wq.rank == 2 and wq.scale == 8 / 2**0.5
+
+
+def test_arrays_that_are_trained_whole(model):
+    """Norms and biases, beside the low-rank changes; the type of a base is kept."""
+    also = lambda path, x: path.endswith((".gain", ".bo")) or path == "output.b"  # noqa: E731
+    half = cast_floating(model, jnp.bfloat16)
+    adapted = lora(half, RANK, also=also, key=KEY)
+    norm = adapted.decoder.norm.gain
+    assert norm.value.dtype == jnp.float32 and norm.base is half.decoder.norm.gain
+    np.testing.assert_array_equal(logits(adapted), logits(half))
+    training = fit(adapted, AdamW(1e-2), [BATCH], steps=2, progress=False, **OPTIONS)
+    after = training.model
+    assert (after.output.b.value != 0).any() and (after.output.b.base == 0).all()
+    merged = merge(after)
+    assert merged.decoder.norm.gain.dtype == jnp.bfloat16
+    assert np.abs(logits(merged) - logits(after)).max() < 0.1
+    assert unload(after).output.b is half.output.b
+
+
+def test_several_by_name(model):
+    first = filled(lora(model, RANK, name="one", key=KEY))
+    both = filled(lora(first, 2, name="two", where=is_first, kind=Dora, key=KEY), 1)
+    assert adapter_names(both) == ("one", "two")
+    pairs = zip(*(arrays(m.decoder.layers[0]) for m in (unload(both, "two"), first)), strict=True)
+    assert all(x is y for x, y in pairs)
+    other = unload(both, "one")
+    assert adapter_names(other) == ("two",) and adapter_names(unload(both)) == ()
+    assert_close(logits(merge(both)), logits(both))
+    wq = trainable(both).decoder.layers[0].self_attention.wq
+    assert wq.a and wq.magnitude and not wq.base.a  # the outermost
+
+
+def test_files_and_checkpoints(model, tmp_path):
+    pytest.importorskip("safetensors")
+    adapted = filled(lora(model, RANK, kind=Dora, also=lambda path, x: "norm" in path, key=KEY))
+    save(tmp_path / "model.safetensors", adapted)
+    again = load(tmp_path / "model.safetensors")
+    assert jax.tree.structure(again) == jax.tree.structure(adapted)
+    options = dict(progress=False, checkpoint=Checkpoints(tmp_path / "run", every=2), **OPTIONS)
+    fit(again, AdamW(1e-2), [BATCH], steps=2, **options)
+    resumed = fit(again, AdamW(1e-2), [BATCH], steps=4, **options)
+    options["checkpoint"] = None
+    whole = fit(again, AdamW(1e-2), [BATCH], steps=4, **options)
+    jax.tree.map(np.testing.assert_array_equal, arrays(resumed.model), arrays(whole.model))
+
+
+def test_refusals(model, no_shape_checker):
+    adapted = lora(model, key=KEY)
+    for call, message in [
+        (lambda: lora(model, rank=0, key=KEY), "rank must be"),
+        (lambda: lora(model, alpha=-1.0, key=KEY), "alpha must be"),
+        (lambda: lora(model), "key must be"),
+        (lambda: lora(model, where="wq", key=KEY), "where must be a function"),
+        (lambda: lora(model, where=lambda path, w: "q_proj" in path, key=KEY), "such as .*[.]wo"),
+        (lambda: lora(model, also=lambda path, w: "x" == path, key=KEY), "also= holds for none"),
+        (lambda: lora(model, kind=dict, key=KEY), "kind.of must be"),
+        (lambda: lora(adapted, key=KEY), "wq has an adapter 'default' already"),
+        (lambda: unload(model), "must have an adapter, and it has none"),
+        (lambda: unload(adapted, "fr"), "the adapter 'fr', and it has 'default'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -28,12 +28,12 @@ pytest.importorskip("safetensors")
 # For ever: a name may be added, and none may be taken out or changed.
 PUBLIC_NAMES = """
 Adafactor AdamW Addition ALiBi AllHeadsNorm AttentionMask Averaged AveragedState BadSteps Blocks
-Cache Choice Classifier Decoder DecoderLayer Dense DynamicScaling Encoder EncoderLayer FeedForward
-Function GatedFeedForward Gradients Groups Guard HostKey KV LayerCache LayerNorm Layout
+Cache Choice Classifier Decoder DecoderLayer Dense Dora DynamicScaling Encoder EncoderLayer
+FeedForward Function GatedFeedForward Gradients Groups Guard HostKey KV LayerCache LayerNorm Layout
 LeafwiseOptimizer LearnablePositionalEncoding LinearScaling Lion Llama3Scaling LongScaling LowRank
 MixtureOfExperts MultiHeadAttention Muon NoNorm OneNorm Optax Optimizer Origin OrthogonalMomentum
 OutputLayer OutputNorm PerHeadNorm PostNorm PreNorm ProportionalScaling Quantized Rematerialization
-Report Residual RMSNorm RotaryPositionalEncoding Sandwich ScannedLayers Schedule
+Replaced Report Residual RMSNorm RotaryPositionalEncoding Sandwich ScannedLayers Schedule
 SinusoidalPositionalEncoding SpecialTokens State T5PositionBias TokenEmbedding Training Transformer
 TransformerEmbedding TransformerEncoder TransformerLM TwoNorms YarnScaling
 

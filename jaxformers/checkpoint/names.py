@@ -39,6 +39,7 @@ from jaxformers import (
     transformer_lm,
     weights,
 )
+from jaxformers.adapters import kinds
 from jaxformers.checkpoint import training_state
 from jaxformers.files.safetensors_file import DTYPES
 from jaxformers.kernels import blockwise, choice, flash, plain
@@ -84,6 +85,8 @@ OURS: dict[str, Any] = {
     "Dense": layers.Dense,
     "LowRank": weights.LowRank,
     "Quantized": quantized.Quantized,
+    "Dora": kinds.Dora,
+    "Replaced": kinds.Replaced,
     "Function": layers.Function,
     "LayerNorm": norms.LayerNorm,
     "RMSNorm": norms.RMSNorm,
