@@ -79,10 +79,10 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorFiles]:
 def find_architecture(file: GgufFile) -> GgufArchitecture:
     """Returns the table of a file's architecture, after a check that it holds a whole model."""
     kind = file.metadata.get("general.type", "model")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise ValueError(f"{file.path} is no model: its general.type is {shorten(kind)}.")
     count = file.metadata.get("split.count", 1)
-    if count not in (0, 1):
+    if type(count) is not int or count > 1:
         raise ValueError(
             f"{file.path} is one of {shorten(count)} parts of a model. Join them with llama.cpp: "
             "llama-gguf-split --merge first-part.gguf model.gguf."
@@ -130,6 +130,11 @@ def special_tokens(file: GgufFile) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for key, names in SPECIAL.items():
         given = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+        wrong = [x for x in given if x is not None and type(x) is not int]
+        if wrong:
+            raise ValueError(
+                f"{file.path}: the {key} of its tokenizer must be an id, got {shorten(wrong[0])}."
+            )
         ids = list(dict.fromkeys(x for x in given if x is not None))
         entries[key] = ids if len(ids) > 1 else next(iter(ids), None)
     return entries

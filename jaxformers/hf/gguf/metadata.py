@@ -25,21 +25,15 @@ class Metadata:
     def number(self, key: str, default: Any = None) -> Any:
         """Returns a number, or the default if it is absent.
 
-        Some files have a number for each layer.
-
         Raises:
             ValueError: if it is no number, or layers differ.
         """
-        value = self._find(key)
-        if isinstance(value, np.ndarray) and value.dtype != bool and value.size:
-            if (value != value[0]).any():
-                raise self.error(key, "must be the same in all layers", shorten(value.tolist()))
-            value = value[0].item()
+        value = self._one(key)
         return default if value is None else shortest(self._check(key, value, "number"))
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns True or False, or the default if it is absent."""
-        value = self._find(key)
+        value = self._one(key)
         return default if value is None else self._check(key, value, "flag")
 
     def text(self, key: str, default: str) -> str:
@@ -69,7 +63,7 @@ class Metadata:
 
     def only(self, key: str, *values: Any) -> None:
         """Checks that a key has one of these values if it is there."""
-        value = self._find(key)
+        value = self._one(key)
         if value is not None and value not in values:
             known = " or ".join(map(repr, values))
             raise self.error(key, f"is not handled unless it is {known}", shorten(value))
@@ -94,6 +88,15 @@ class Metadata:
         name = f"{self.architecture}.{key}"
         self.used.add(name)
         return self.file.metadata.get(name)
+
+    def _one(self, key: str) -> Any:
+        """Returns the value of a key; of a list with a value for each layer, the value of all."""
+        value = self._find(key)
+        if not isinstance(value, np.ndarray):
+            return value
+        if not value.size or (value != value[0]).any():
+            raise self.error(key, "must be the same in all layers", shorten(value.tolist()))
+        return value[0].item()
 
     def _check(self, key: str, value: Any, kind: str) -> Any:
         if type(value) not in KINDS[kind]:
