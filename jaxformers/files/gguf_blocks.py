@@ -70,7 +70,7 @@ def _planes(x: np.ndarray, bits: int, width: int) -> np.ndarray:
     return fields.reshape(len(x), -1)
 
 
-def _times(scale: np.ndarray, by: float) -> np.ndarray:
+def _times(scale: np.ndarray, by: int) -> np.ndarray:
     """Returns scales times a number, in float16 if that is exact."""
     wide = scale.astype(np.float32) * np.float32(by)
     narrow = wide.astype(np.float16)

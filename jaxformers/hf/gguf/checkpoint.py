@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxformers.files.gguf_blocks import take_apart
 from jaxformers.files.gguf_file import GgufFile, GgufTensor, read_gguf
 from jaxformers.files.hub import TensorFiles
 from jaxformers.files.json_file import shorten
 from jaxformers.hf.gguf import changes, rope
 from jaxformers.hf.gguf.metadata import Metadata
 from jaxformers.hf.gguf.names import ARCHITECTURES, GgufArchitecture
+from jaxformers.hf.quantized_layout import Parts
 
 # Tensors that say how positions are scaled, and that are no weights.
 NO_WEIGHTS = rope.DIVISORS, rope.LONG, rope.SHORT
@@ -54,6 +56,13 @@ class ChangedTensor(NamedTuple):
     def read(self) -> np.ndarray:
         """Returns its values. Blocks are unpacked as float32."""
         return self.changed(self.stored.read())
+
+    def parts(self) -> Parts | None:
+        """Returns the parts of a quantized matrix; None for other tensors and types of blocks."""
+        if len(self.stored.shape) != 2 or self.change is changes.table:
+            return None
+        blocks = take_apart(self.stored.kind, self.stored.rows())
+        return None if blocks is None else Parts(*blocks, arrange=self.changed)
 
     def changed(self, x: np.ndarray) -> np.ndarray:
         """Returns an array that was laid out as the file's, laid out as the checkpoint's."""
