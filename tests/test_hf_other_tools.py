@@ -205,8 +205,8 @@ def test_entries_that_can_change_numbers_are_refused(name, changed):
 
 QUANTIZED = [
     (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config.*quantized, by gptq",
+        {"quantization_config": {"quant_method": "hqq", "bits": 4}},
+        "quantization_config.*quantized, by hqq",
     ),
     (
         {"quantization_config": {"load_in_4bit": True}},

@@ -181,6 +181,9 @@ class TensorFiles:
         files.directory, files.lacking, files._tensors = directory, {}, tensors
         return files
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     @property
     def names(self) -> list[str]:
         """The names of all tensors, in their order in the files."""

@@ -5,7 +5,6 @@ such as a masked-LM head, is left out, and what the classifier needs and the fil
 Everything else then reads the file as if it held the classifier.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from jaxformers.hf.architecture.heads import Heads
 from jaxformers.hf.families import FAMILIES
 from jaxformers.hf.family import Family
 from jaxformers.hf.plan import WeightPlan
-from jaxformers.hf.tensors import FileTensors, pattern
+from jaxformers.hf.tensors import FileTensors, matcher
 
 ROLE = "sequence"
 STDDEV = 0.02  # of the weights that transformers draws, unless config.json says another one
@@ -174,8 +173,8 @@ def _names(id2label: Any) -> tuple[str, ...]:
 
 def _matcher(family: Family, *paths: str) -> Callable[[str], Any]:
     """Returns a function that tells whether a tensor makes arrays whose paths begin so."""
-    names = [x for rule in family.weights if rule.ours[0].startswith(paths) for x in rule.theirs]
-    return re.compile("|".join(map(pattern, names)) or r"(?!)").fullmatch
+    rules = [rule for rule in family.weights if rule.ours[0].startswith(paths)]
+    return matcher(x for rule in rules for x in rule.theirs)
 
 
 def _draw(name: str, shape: tuple[int, ...], stddev: np.float32, key: PRNGKeyArray) -> np.ndarray:

@@ -23,6 +23,7 @@ from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.gguf.checkpoint import open_gguf
 from jaxformers.hf.model_type import KEY, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
+from jaxformers.hf.quantized.checkpoint import open_quantized
 from jaxformers.hf.tensors import FileTensors
 from jaxformers.origin import Origin
 from jaxformers.tokenizers.files import TOKENIZER_FILES
@@ -95,7 +96,7 @@ def open_checkpoint(path: Any) -> tuple[Path, dict[str, Any], TensorFiles]:
     check_there(path, directory)
     warn_of_adapter(directory)
     config = read_json(directory / "config.json")
-    return directory, config, TensorFiles(directory, complete=False)
+    return directory, *open_quantized(config, TensorFiles(directory, complete=False))
 
 
 def warn_of_adapter(directory: Path) -> None:
@@ -130,6 +131,7 @@ def plan_model(
     plan = WeightPlan.of(family, shapes, a)
     if head is not None:
         head.finish(stored, plan, config.get("initializer_range"))
+    stored.discard_empty_biases(plan.shapes())
     plan.check(stored)
     return a, plan
 

@@ -1,12 +1,14 @@
 """The tensors of a file or of a model, under the names that the family's table has for them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxformers.files.hub import TensorFiles
 from jaxformers.hf.family import Family
+from jaxformers.hf.quantized.module import QuantizedTensor
 from jaxformers.hf.quantized_layout import Parts
 
 # Files that began in TensorFlow have its names for the two halves of a norm.
@@ -30,13 +32,15 @@ class FileTensors:
         self.unknown: list[str] = []  # names that are in no table
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
-        known = re.compile("|".join(dict.fromkeys(map(pattern, expected))))
+        columns = [rule for rule in family.weights if rule.layout.startswith("conv1d")]
+        self._columns = matcher(x for rule in columns for x in rule.theirs)
+        known = matcher(dict.fromkeys(expected))
         for name in files.names:
             new = name
             for old, replacement in (*family.aliases, *OLDER_NAMES):
                 new = re.sub(old, replacement, new)
             candidates = (new, f"{family.prefix}{new}", new.removeprefix(family.prefix))
-            ours = [x for x in candidates if known.fullmatch(x)]
+            ours = [x for x in candidates if known(x)]
             if not ours and any(re.search(p, new) for p in (*family.ignored, *CONSTANTS)):
                 continue
             canonical = ours[0] if ours else new
@@ -55,22 +59,18 @@ class FileTensors:
         return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        made = self.made.get(name)
-        return self.files.shape(self.names[name]) if made is None else made.shape
+        return self._find(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        made = self.made.get(name)
-        return self.files.dtype(self.names[name]) if made is None else made.dtype
+        return self._find(name).dtype
 
     def read(self, name: str) -> np.ndarray:
         made = self.made.get(name)
-        return self.files.read(self.names[name]) if made is None else made
+        return self._find(name).read() if made is None else made
 
     def parts(self, name: str) -> Parts | None:
         """Returns the parts of a quantized tensor whose layout `Quantized` has, else None."""
-        parts = (
-            None if name in self.made else getattr(self.files.find(self.names[name]), "parts", None)
-        )
+        parts = getattr(self._find(name), "parts", None)
         return None if parts is None else parts()
 
     def put(self, name: str, x: np.ndarray) -> None:
@@ -94,9 +94,30 @@ class FileTensors:
         if found:
             self.names[name] = found[0]
 
+    def discard_empty_biases(self, expected: Collection[str]) -> None:
+        """Removes biases of 0 that a tool has written beside quantized weights of maps without."""
+        for name in [x for x in self.names if x.endswith(".bias") and x not in expected]:
+            weight = f"{name.removesuffix('.bias')}.weight"
+            quantized = self.has(weight) and isinstance(self._find(weight), QuantizedTensor)
+            if quantized and not self.read(name).any():
+                del self.names[name]
+
+    def _find(self, name: str) -> Any:
+        """Returns a tensor with its shape, type and values, as the table has it."""
+        if name in self.made:
+            return self.made[name]
+        tensor = self.files.find(self.names[name])
+        turned = isinstance(tensor, QuantizedTensor) and self._columns(name)
+        return tensor.T if turned else tensor
+
     def _equal(self, name: str, other: str) -> bool:
         same_type = self.dtype(name) == self.dtype(other)
         return same_type and bool((self.read(name) == self.read(other)).all())
+
+
+def matcher(names: Iterable[str]) -> Callable[[str], Any]:
+    """Returns a function that tells whether a name is one of a table's."""
+    return re.compile("|".join(map(pattern, names)) or r"(?!)").fullmatch
 
 
 def pattern(name: str) -> str:

@@ -6,7 +6,7 @@ ids, bookkeeping, training, or a way to compute the same.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _ABOUT_TEXT = """
@@ -99,8 +99,13 @@ def is_harmless(entries: Mapping[str, Any], key: str) -> bool:
     return _HARMLESS_NAMES.fullmatch(key) is not None
 
 
-def check_not_quantized(entries: Mapping[str, Any]) -> None:
-    """Raises if weights have fewer bits than are read here, or would get fewer when loaded."""
+def check_not_quantized(entries: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Raises if weights have fewer bits than are read here, or would get fewer when loaded.
+
+    Arguments:
+        entries: the entries of config.json.
+        known: the methods of quantization that are read, for the error.
+    """
     key = next((key for key in QUANTIZED if entries.get(key) not in (None, False, {})), None)
     if key is None:
         return
@@ -109,8 +114,9 @@ def check_not_quantized(entries: Mapping[str, Any]) -> None:
     by = f", by {method}" if isinstance(method, str) else ""
     base = entries.get("_name_or_path")
     base = f" (perhaps {base!r:.80})" if isinstance(base, str) and base else ""
+    read = f" (read are {', '.join(known)})" if known else ""
     raise ValueError(
         f"config.json: {key} = {value!r:.200} says that the weights are quantized{by:.40}, which "
-        f"is not read. Pass the checkpoint that it was made of{base}. Where the weights are "
+        f"is not read{read}. Pass the checkpoint that it was made of{base}. Where the weights are "
         "whole all the same, remove this entry."
     )
