@@ -1,7 +1,7 @@
 """Transformer models for JAX as Equinox modules."""
 
 from jaxformers import data
-from jaxformers.adapters import Dora, lora, unload
+from jaxformers.adapters import Dora, load_adapter, lora, save_adapter, unload
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checkpoint import Checkpoints, KeepBest, OrbaxCheckpoints, digest, load, save
 from jaxformers.compilation_cache import keep_compiled_programs

@@ -10,6 +10,8 @@ from jaxformers.adapters.lora import (
     over_root_rank,
     unload,
 )
+from jaxformers.adapters.peft_load import load_adapter
+from jaxformers.adapters.peft_save import save_adapter
 
 __all__ = [
     "Dora",
@@ -17,8 +19,10 @@ __all__ = [
     "adapter_names",
     "is_classifier",
     "is_inner_map",
+    "load_adapter",
     "lora",
     "over_rank",
     "over_root_rank",
+    "save_adapter",
     "unload",
 ]
