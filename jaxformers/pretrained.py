@@ -7,8 +7,8 @@ from typing import Any
 from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
+from jaxformers.adapters.checkpoint import load_checkpoint
 from jaxformers.hf.fresh_head import FreshHead
-from jaxformers.hf.load import load
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
@@ -32,6 +32,9 @@ def from_pretrained(
     pickle may hold. Of generation_config.json `generate` uses the special tokens, and the tokens to
     suppress, where it is told no others; beams, temperatures and penalties are yours to choose, and
     a warning names those that a call neglects.
+
+    The directory of an adapter of PEFT gives the model that it was made for, with the adapter on
+    it, see `jaxformers.load_adapter`.
 
     A GGUF file of llama.cpp is read as the checkpoint that it was made of. Its blocks of quantized
     numbers are unpacked.
@@ -71,4 +74,4 @@ def from_pretrained(
     """
     classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
     head = FreshHead.of(num_labels, id2label, key)
-    return load(path_or_hub_name, classes, dtype, sharding, head, quantized)
+    return load_checkpoint(path_or_hub_name, classes, dtype, sharding, head, quantized)

@@ -89,7 +89,7 @@ def pytest_addoption(parser):
 
 # Packages that tests need and which extra brings them.
 EXTRAS = {
-    **dict.fromkeys(("flax", "optax", "torch", "transformers"), "parity"),
+    **dict.fromkeys(("flax", "optax", "peft", "torch", "transformers"), "parity"),
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
     "gguf": "gguf",

@@ -401,15 +401,6 @@ def test_an_index_that_lists_what_is_needed(changed):
 
 PEFT = json.dumps({"base_model_name_or_path": "somebody/base", "peft_type": "LORA"})
 FOUND = {
-    "an adapter": (
-        {"adapter_config.json": PEFT, "adapter_model.safetensors": ""},
-        r"'adapter_config.json', 'adapter_model.safetensors'\. An adapter has to be merged.*"
-        r"merge_and_unload.*Its model is 'somebody/base'\.",
-    ),
-    "an adapter with config.json": (
-        {"config.json": "{}", "adapter_config.json": "[]", "adapter_model.bin": ""},
-        r"adapter_model.bin'\. An adapter has to be merged into its model",
-    ),
     "diffusers' adapter": ({"pytorch_lora_weights.safetensors": ""}, "An adapter has to be merged"),
     "ggml": (
         {"ggml-model.bin": "", "README.md": ""},
@@ -496,7 +487,9 @@ def test_a_directory_of_very_many_files(tmp_path):
 def test_an_adapter_beside_a_model_is_not_applied_in_silence(changed, made):
     path = changed("llama")
     (path / "adapter_config.json").write_text(PEFT)
-    with pytest.warns(UserWarning, match="adapter_config.json.*not applied.*merge_and_unload"):
+    with pytest.warns(
+        UserWarning, match="adapter_config.json.*not applied.*load_adapter.*merge_and_unload"
+    ):
         from_pretrained(path)
 
 

@@ -218,6 +218,13 @@ def is_adapter(x: Any) -> bool:
     return is_object(x) and bool(x.trained_fields) and hasattr(x, "base") and hasattr(x, "name")
 
 
+def without_adapters(x: Any) -> Any:
+    """Returns the weight that lies below all adapters."""
+    while is_adapter(x):
+        x = x.base
+    return x
+
+
 def check_name(model: Any, name: str | None) -> None:
     """Raises if a model has no adapter of this name, or none at all for None."""
     names = adapter_names(model)

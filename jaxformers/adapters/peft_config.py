@@ -178,16 +178,15 @@ class _Entries:
         good = isinstance(value, int | float) and not isinstance(value, bool)
         if not good or not 0 < value < 1e9:
             self.refuse(key, "must be a number above 0, and below 1e9.")
-        return value
+        return float(value)
 
     def pattern(self, key: str, check: Any) -> dict[str, Any]:
         found = self.get(key, {})
         if not isinstance(found, dict):
             self.refuse(key, "must be an object from names to numbers.")
-        for name, value in found.items():
+        for name in found:
             self.check_expression(key, name)
-            check(key, value)
-        return found
+        return {name: check(key, value) for name, value in found.items()}
 
     def layers(self, key: str) -> tuple[int, ...] | None:
         value = self.get(key)

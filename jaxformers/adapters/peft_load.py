@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.adapters.kinds import Dora, Replaced
-from jaxformers.adapters.lora import check_new, is_object
+from jaxformers.adapters.lora import check_new, is_object, without_adapters
 from jaxformers.adapters.modules import Modules, split_a, split_b, split_magnitude
 from jaxformers.adapters.peft_config import CONFIG, EVERYWHERE, AdapterConfig
 from jaxformers.checks import check_positive, check_usable
@@ -22,11 +22,11 @@ from jaxformers.files.json_file import shorten
 from jaxformers.files.safetensors_file import FileTensor, read_header
 from jaxformers.files.torch_file import read_torch_file
 from jaxformers.hf.arrays import check_finite
-from jaxformers.hf.layouts import to_ours
+from jaxformers.hf.layouts import to_ours, to_theirs
 from jaxformers.layer_stack import ScannedLayers, scan_layers, unroll_layers
 from jaxformers.paths import path_name
 from jaxformers.precision import FLOATS
-from jaxformers.weights import LowRank
+from jaxformers.weights import LowRank, merge
 
 Model = TypeVar("Model")
 
@@ -80,6 +80,7 @@ def load_adapter(
     config = AdapterConfig.read(directory)
     unrolled = unroll_layers(model)
     found = _Found.of(directory, Modules.of(unrolled), config)
+    found.check_bases(unrolled)
     changes = found.low_rank(name, scale) | found.whole(name)
     changed = _changed(unrolled, changes, name)
     is_scanned = any(isinstance(x, ScannedLayers) for x in _stacks(model))
@@ -99,6 +100,7 @@ class _Found:
     config: AdapterConfig
     parts: dict[str, dict[str, FileTensor]] = field(default_factory=dict)
     tensors: dict[str, FileTensor] = field(default_factory=dict)
+    bases: dict[str, FileTensor] = field(default_factory=dict)
     lacking: str = ""  # the beginning of the table's names that the adapter's names lack
 
     @classmethod
@@ -117,6 +119,8 @@ class _Found:
             own = found._own_name(own, maps if matched else known)
             if own is None:
                 unknown.append(name)
+            elif name.endswith(".base_layer.weight"):
+                found.bases[own] = tensor
             elif matched:
                 part = matched["part"].removeprefix("embedding_")
                 found.parts.setdefault(own, {})[part] = tensor
@@ -200,6 +204,23 @@ class _Found:
                 yield from _misfit(f"{name} {part}", tensor, wanted[part])
         for name, tensor in self.tensors.items():
             yield from _misfit(name, tensor, self.modules.shape_of(name))
+
+    def check_bases(self, model: Any) -> None:
+        """Checks copies of tables, which PEFT saves beside their adapters, against the model.
+
+        Raises:
+            ValueError: if one differs.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_object)
+        arrays = {path_name(path): without_adapters(x) for path, x in leaves}
+        for name, tensor in self.bases.items():
+            rule = self.modules.rule_of(name)
+            ours = [merge(arrays[path]) for path in rule.ours] if rule is not None else []
+            theirs = to_theirs(rule, [np.asarray(x, np.float32) for x in ours]) if rule else []
+            if len(theirs) != 1 or not np.array_equal(_numbers(name, tensor), theirs[0]):
+                raise ValueError(
+                    f"the adapter was made for another model: {name} differs. Put it on that one."
+                )
 
     def low_rank(self, name: str, scale: float) -> dict[str, Any]:
         """Returns functions `weight -> object` by path, for the low-rank changes."""

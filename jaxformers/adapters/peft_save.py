@@ -13,7 +13,13 @@ import jax
 import numpy as np
 
 from jaxformers.adapters.kinds import Dora, Replaced
-from jaxformers.adapters.lora import adapter_names, check_name, is_adapter, is_object
+from jaxformers.adapters.lora import (
+    adapter_names,
+    check_name,
+    is_adapter,
+    is_object,
+    without_adapters,
+)
 from jaxformers.adapters.modules import Modules, is_table, join_a, join_b, join_magnitude
 from jaxformers.adapters.peft_config import CONFIG
 from jaxformers.adapters.peft_load import WEIGHTS
@@ -43,7 +49,7 @@ class Pair(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The tensors that are saved whole, their modules, and the biases of adapted modules."""
+    """The tensors that are saved whole: those of modules, and biases alone."""
 
     tensors: dict[str, np.ndarray]
     modules: list[str]
@@ -85,7 +91,7 @@ def save_adapter(model: Any, path: str | os.PathLike, *, name: str | None = None
         raise ValueError(f"the model has the adapters {names}: pass name=, one of them.")
     modules, adapters = Modules.of(model), _adapters(model, name or names[0])
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_object)
-    arrays = {path_name(path): x for path, x in leaves}
+    arrays = {path_name(path): without_adapters(x) for path, x in leaves}
     pairs = _pairs(modules, adapters, arrays)
     whole = _whole(modules, adapters, arrays, pairs)
     tensors = [*map(_unsaved, _named(pairs, whole, modules).items())]
@@ -135,6 +141,8 @@ def _pairs(
             pairs |= dict(zip(names, _joined(modules, rule, parts, weights), strict=True))
     if low:
         raise ValueError(f"transformers has no linear map for {', '.join(low)}.")
+    if not pairs:
+        raise ValueError("PEFT has no adapter without low-rank changes. Merge the model instead.")
     return pairs
 
 
@@ -188,8 +196,8 @@ def _whole(
     tied = modules.tied_output
     values = {path: _value(x, adapters.get(path)) for path, x in arrays.items()}
     trained = {x for rule in modules.plan.rules if paths & {*rule.ours} for x in rule.theirs}
-    biases = {x for x in trained if x.endswith(".bias") and _owner(x) in pairs}
-    saved = {_owner(x) for x in trained - biases}
+    saved = {_owner(x) for x in trained if not x.endswith(".bias")}
+    biases = {x for x in trained if _owner(x) not in saved}
     clash = [x for x in saved if not x or x in pairs]
     if clash:
         raise ValueError(
@@ -235,8 +243,7 @@ def _named(pairs: Mapping[str, Pair], whole: Whole, modules: Modules) -> dict[st
         if pair.magnitude is not None:
             found[f"{module}.lora_magnitude_vector"] = pair.magnitude
     for name, x in whole.tensors.items():
-        inner = f"{_owner(name)}.base_layer.bias" if name in whole.biases else name
-        found[inner] = x
+        found[f"{_owner(name)}.base_layer.bias" if _owner(name) in pairs else name] = x
     prefix = modules.prefix
     return {f"{BEFORE}{name.removeprefix(prefix)}": x for name, x in found.items()}
 
@@ -268,10 +275,17 @@ def _config(
         "use_rslora": False,
         "use_dora": any(pair.magnitude is not None for pair in pairs.values()),
         "fan_in_fan_out": any(x.startswith("conv1d") for x in layouts),
-        "bias": "lora_only" if whole.biases else "none",
+        "bias": _bias(pairs, whole),
         "modules_to_save": [x.removeprefix(prefix) for x in whole.modules] or None,
         "init_lora_weights": True,
     }
+
+
+def _bias(pairs: Mapping[str, Pair], whole: Whole) -> str:
+    """Returns the word of PEFT for the biases that are trained."""
+    if not whole.biases:
+        return "none"
+    return "lora_only" if {_owner(x) for x in whole.biases} <= pairs.keys() else "all"
 
 
 def _number(x: float) -> float | int:

@@ -40,9 +40,9 @@ KINDS = (
             *("adapter_config.json", "adapter_model.*", "adapter.*", "adapters.*"),
             *("pytorch_adapter.bin", "pytorch_lora_weights.*", "*lora*.safetensors"),
         ),
-        "An adapter has to be merged into its model, once: in peft, AutoPeftModelForCausalLM"
-        ".from_pretrained(directory).merge_and_unload().save_pretrained(other_directory). Pass "
-        "that directory.",
+        "An adapter has to be merged into its model, unless it is a directory of PEFT with "
+        "adapter_config.json and adapter_model.safetensors: jaxformers.load_adapter(model, "
+        "directory) puts it on its model.",
     ),
     Kind(
         ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),

@@ -104,8 +104,8 @@ def warn_of_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         warnings.warn(
             f"{directory} has an adapter beside the model (adapter_config.json), which is not "
-            "applied. Merge it in peft, with merge_and_unload(), or remove the file if the weights "
-            "hold it already.",
+            f"applied: jaxformers.load_adapter(model, {str(directory)!r}) puts it on the model. "
+            "Remove the file if the weights hold it already, as after merge_and_unload() of peft.",
             stacklevel=4,
         )
 

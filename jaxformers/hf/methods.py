@@ -7,8 +7,8 @@ from typing import Any
 from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
+from jaxformers.adapters.checkpoint import load_checkpoint
 from jaxformers.hf.fresh_head import FreshHead
-from jaxformers.hf.load import load
 from jaxformers.hf.save import save
 
 
@@ -32,7 +32,7 @@ def loads(shape: str) -> Any:
         Raises:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
-        return load(path_or_hub_name, {shape: cls}, dtype, sharding, None, quantized)
+        return load_checkpoint(path_or_hub_name, {shape: cls}, dtype, sharding, None, quantized)
 
     return classmethod(from_pretrained)
 
@@ -57,7 +57,7 @@ def loads_encoder() -> Any:
             ValueError: if the checkpoint holds a model of another shape; and as there.
         """
         head = FreshHead.of(num_labels, id2label, key)
-        return load(path_or_hub_name, {"encoder": cls}, dtype, sharding, head, quantized)
+        return load_checkpoint(path_or_hub_name, {"encoder": cls}, dtype, sharding, head, quantized)
 
     return classmethod(from_pretrained)
 
