@@ -80,7 +80,7 @@ def test_an_adapter_finds_its_model(base, tmp_path, monkeypatch):
                 np.testing.assert_array_equal(x, y)
     for entries, words in [
         ({"base_model_name_or_path": None}, r"names no model in .*load_adapter\(model, "),
-        ({"base_model_name_or_path": "./gone"}, "there is no directory './gone'"),
+        ({"base_model_name_or_path": "./gone"}, "there is no directory 'gone'"),
         ({"revision": "v2"}, "is for the revision 'v2' of"),
     ]:
         (place / "adapter_config.json").write_text(json.dumps(config | entries))
