@@ -210,6 +210,7 @@ def adapter_names(model: Any) -> tuple[str, ...]:
 
 
 def is_object(x: Any) -> bool:
+    """Returns whether a weight is an object."""
     return isinstance(x, WeightObject)
 
 
