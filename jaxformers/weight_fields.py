@@ -43,7 +43,8 @@ def _is_weight(model: Any, path: tuple) -> bool:
     if not path or not isinstance(path[-1], jax.tree_util.GetAttrKey):
         return False
     module = functools.reduce(lambda node, key: key_of(node, key), path[:-1], model)
-    return path[-1].name in _fields(type(module))
+    kind: Any = type(module)
+    return path[-1].name in _fields(kind)
 
 
 def key_of(node: Any, key: Any) -> Any:

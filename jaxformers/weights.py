@@ -125,7 +125,8 @@ def contract(
     # On three-dimensional activations XLA's CPU backend transposes copies of them before each
     # gradient of a weight, which costs a third of a training step. On flat ones it does not.
     y = _product(x.reshape(rows, size), w, prod(w.shape[:inputs]))
-    y = y if bias is None else add(y, bias.reshape(-1))
+    vector: Any = bias  # an array, or `Replaced` in place of one
+    y = y if bias is None else add(y, vector.reshape(-1))
     return y.reshape(*x.shape[:kept], *w.shape[inputs:])
 
 

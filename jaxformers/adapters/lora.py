@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from jaxformers.adapters.kinds import Replaced
 from jaxformers.axes import Axes
@@ -235,7 +235,7 @@ def check_name(model: Any, name: str | None) -> None:
         raise ValueError(f"the model must have {what}, and it has {listed}.")
 
 
-def check_new(path: str, weight: Array | WeightObject, name: str) -> None:
+def check_new(path: str, weight: Any, name: str) -> None:
     """Raises if a weight has an adapter of this name."""
     while is_adapter(weight):
         if weight.name == name:

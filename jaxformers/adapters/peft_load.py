@@ -133,7 +133,7 @@ class _Found:
         """Returns a name of the table, whose names may have a prefix that the adapter's lack."""
         family = self.modules.family
         longer = f"{family.prefix}{name}"
-        names = (name, longer, name.removeprefix(family.prefix))
+        names: tuple[str, ...] = (name, longer, name.removeprefix(family.prefix))
         twice = [*family.copies, *((y, x) for x, y in family.repeats), *family.repeats]
         names = (*names, *(of for copy, of in twice if copy in names))
         own = next((x for x in names if x in known or x == self.modules.tied_output), None)
@@ -241,7 +241,7 @@ class _Found:
                 for part in self.parts[modules[0]]
             }
             a, b = split_a(rule, shapes, read["A"]), split_b(rule, shapes, read["B"])
-            m = [None] * len(a)
+            m: list[Any] = [None] * len(a)
             if "magnitude_vector" in read:
                 m = split_magnitude(rule, shapes, read["magnitude_vector"])
             (factor,) = scales
@@ -277,10 +277,10 @@ def _replacement(x: np.ndarray, name: str) -> Any:
 
 
 def _low_rank_change(arrays: list[Any], scale: float, name: str) -> Any:
-    a, b, m = (None if x is None else jnp.array(x) for x in arrays)
-    if m is None:
+    a, b, *m = (jnp.array(x) for x in arrays if x is not None)
+    if not m:
         return lambda base: LowRank(base, a, b, scale, name)
-    return lambda base: Dora(base, a, b, m, scale, name)
+    return lambda base: Dora(base, a, b, m[0], scale, name)
 
 
 def _changed(model: Model, changes: dict[str, Any], name: str) -> Model:

@@ -110,14 +110,12 @@ def _adapters(model: Any, name: str) -> dict[str, Any]:
             if x.name == name:
                 found[path_name(path)] = x
             x = x.base
-    for path, x in found.items():
-        if (
-            not isinstance(x, LowRank | Dora | Replaced)
-            or isinstance(x, Dora)
-            and is_adapter(x.base)
-        ):
-            what = "lies on another adapter" if isinstance(x, Dora) else f"is a {type(x).__name__}"
-            raise ValueError(f"PEFT has no such adapter: {path} {what}. Merge the model instead.")
+    for where, x in found.items():
+        what = "" if isinstance(x, LowRank | Dora | Replaced) else f"is a {type(x).__name__}"
+        if isinstance(x, Dora) and is_adapter(x.base):
+            what = "lies on another adapter"
+        if what:
+            raise ValueError(f"PEFT has no such adapter: {where} {what}. Merge the model instead.")
     return found
 
 
@@ -222,7 +220,7 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _value(x: Any, adapter: Any) -> np.ndarray | None:
+def _value(x: Any, adapter: Any) -> Any:
     """Returns the array that replaces another, or else the array itself; None for other leaves."""
     if isinstance(adapter, Replaced):
         return np.asarray(adapter.value)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
