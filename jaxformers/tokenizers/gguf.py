@@ -111,8 +111,8 @@ def _list(file: GgufFile, name: str, kind: type, length: int | None = None) -> A
     value = file.metadata.get(f"{KEY}{name}")
     if value is None:
         return [] if kind is list else None
-    finite = kind is list or (isinstance(value, np.ndarray) and np.isfinite(value).all())
-    if not isinstance(value, kind) or not finite or length not in (None, len(value)):
+    fits = isinstance(value, kind) and length in (None, len(value))
+    if not fits or (isinstance(value, np.ndarray) and not np.isfinite(value).all()):
         what = "strings" if kind is list else f"{length} finite numbers, one for each token"
         raise ValueError(f"{file.path}: {KEY}{name} must be a list of {what}.")
     return value
@@ -168,7 +168,7 @@ class Ends(NamedTuple):
 
 def _ends(file: GgufFile, kind: Kind, pre: Any, special: Mapping[str, int]) -> Ends:
     """Returns the tokens that a tokenizer puts around texts."""
-    roles = [("bos_token",), ("eos_token",)]
+    roles: list[tuple[str, ...]] = [("bos_token",), ("eos_token",)]
     pairs = kind.parts is gguf_models.word_pieces
     if pairs:
         roles = [("cls_token", "bos_token"), ("sep_token", "eos_token")]
