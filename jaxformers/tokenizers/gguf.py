@@ -106,7 +106,7 @@ def _vocabulary(file: GgufFile, special: Mapping[str, int]) -> Vocabulary:
     return Vocabulary(file.path, tokens, types, scores, merges, pre, prefix, first)
 
 
-def _list(file: GgufFile, name: str, kind: type, length: int | None = None) -> Any:
+def _list(file: GgufFile, name: str, kind: Any, length: int | None = None) -> Any:
     """Returns a list of the file; None, or an empty one of texts, if it is absent."""
     value = file.metadata.get(f"{KEY}{name}")
     if value is None:
