@@ -77,6 +77,7 @@ from jaxformers.positions.scaling import (
 )
 from jaxformers.precision import cast_floating
 from jaxformers.pretrained import from_pretrained
+from jaxformers.quantization.quantize import quantize
 from jaxformers.quantization.quantized import Quantized
 from jaxformers.residual import (
     Addition,
