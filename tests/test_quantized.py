@@ -27,6 +27,7 @@ from test_weights import (
 )
 
 from jaxformers import (
+    LayerNorm,
     LowRank,
     MultiHeadAttention,
     Quantized,
@@ -36,6 +37,7 @@ from jaxformers import (
     from_pretrained,
     load,
     merge,
+    quantize,
     save,
     scan_layers,
     unroll_layers,
@@ -43,6 +45,8 @@ from jaxformers import (
 from jaxformers.axes import axes_of
 from jaxformers.paths import path_name
 from jaxformers.quantization.quantized import pack, unpack
+from jaxformers.quantization.rounding import GRIDS, rounded
+from jaxformers.weight_fields import map_weights
 from jaxformers.weights import contract, lookup
 
 B, T = 3, 6
@@ -329,3 +333,148 @@ def test_refuses_what_does_not_fit():
         Quantized(eight, scale)[0]
     with pytest.raises(ValueError, match="only a matrix is transposed"):
         quantized((12, 3, 5)).T  # noqa: B018
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [dict(), dict(groups=4), dict(bits=4, groups=4)])
+def test_a_loop_keeps_no_copy_of_the_weights_in_float32(options, rows):
+    """Integers are read in each turn; XLA would move their conversion out of the loop."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("the fast spelling is that of XLA's CPU backend")
+    size = 128
+    w = quantized((size, size), **options)
+
+    def repeat(w, x, n):
+        turn = lambda i, x: jnp.tanh(contract(x, w))  # noqa: E731
+        return jax.lax.fori_loop(0, n, turn, x)
+
+    x = 0.05 * jax.random.normal(KEY, (rows, size))
+    compiled = jax.jit(repeat).lower(w, x, 5).compile()
+    # Integers of 4 bits have been unpacked to bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * size * size
+    copied = jax.jit(repeat).lower(w.dense(), x, 5).compile()
+    assert_close(compiled(w, x, 1), copied(w.dense(), x, 1))
+
+
+def test_quantize_takes_linear_maps_and_tables_of_tokens():
+    kept = {
+        "encoder": ["position.weight", "type_embedding.weight"],
+        "seq2seq": ["score_bias.weight"],
+    }
+    for name, ends in kept.items():
+        model = eqx.filter_eval_shape(quantize, plain(name))
+        for path, w in weights_of(model).items():
+            assert isinstance(w, Quantized) != path.endswith(tuple(ends)), path
+            if isinstance(w, Quantized):
+                table = path.endswith("token_embedding.weight")
+                assert w.transposed == table and w.scale.shape[-1] == 1
+    wo = quantize(plain("experts")).decoder.layers[0].self_attention.wo
+    assert wo.integers.shape == (12, 4, 6) and wo.scale.shape == (12, 1)
+
+
+def weights_of(model):
+    found = {}
+    map_weights(lambda path, w, axes: found.setdefault(path, w), model)
+    return found
+
+
+def relative_error(w, array):
+    return float(jnp.linalg.norm(w.dense() - array) / jnp.linalg.norm(array))
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, where, bound",
+    [
+        (8, None, None, 0.006),
+        (8, 2, lambda path, w: "self_attention" in path, 0.006),
+        (4, None, lambda path, w: not any(n % 2 for n in w.shape), 0.09),
+        (4, 3, lambda path, w: path.endswith((".wq", ".w_gate")) and w.shape[-1] != 7, 0.03),
+    ],
+)
+def test_quantize_is_close(bits, group_size, where, bound):
+    model = plain("experts")
+    before, after = weights_of(model), weights_of(quantize(model, bits, group_size, where))
+    changed = [path for path, w in after.items() if isinstance(w, Quantized)]
+    assert changed and changed == [
+        path
+        for path, w in before.items()
+        if not path.endswith(("router", "w_shared_gate")) and (where is None or where(path, w))
+    ]
+    for path in changed:
+        w, old = after[path], before[path]
+        assert (w.shape, w.dtype, w.bits) == (old.shape, old.dtype, bits)
+        assert relative_error(w, old) < bound, path
+        if group_size is not None:
+            inputs = w.integers.size * (8 // bits) // w.scale[..., 0].size
+            assert w.scale.shape[-1] == inputs // group_size and w.scale.dtype == jnp.float16
+
+
+def at(integers, scale, offset):
+    return integers.astype(jnp.float32) * scale[:, None] + offset[:, None]
+
+
+def test_the_search_finds_grids_and_lowers_the_error():
+    """Numbers that lie on a grid of 4 bits stay the same; others are closer than if rounded."""
+    rng = np.random.default_rng(0)
+    integers = rng.integers(0, 16, (40, 32)).astype(np.float32)
+    integers[:, :2] = 0, 15
+    line = rng.uniform(0.01, 0.02, (40, 1)), rng.normal(size=(40, 1)) * 0.1
+    scale, offset = (x.astype(np.float16).astype(np.float32) for x in line)
+    x = jnp.asarray(integers * scale + offset)
+    found, *line = rounded(x, GRIDS[4], jnp.float16)
+    np.testing.assert_array_equal(found, integers)
+    for a, b in zip(line, (scale, offset), strict=True):
+        np.testing.assert_array_equal(a, b[:, 0].astype(np.float16))
+    x = jnp.asarray(rng.normal(size=(300, 32)), jnp.float32)
+    low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    step = (high - low) / 15
+    plain_error = jnp.linalg.norm(jnp.round((x - low) / step) * step + low - x)
+    integers, scale, offset = rounded(x, GRIDS[4], jnp.float32)
+    error = jnp.linalg.norm(at(integers, scale, offset) - x)
+    assert error < 0.93 * plain_error
+
+
+def test_constant_and_zero_weights():
+    for value in (0.0, 0.25, -3.0):
+        for grid in GRIDS.values():
+            x = jnp.full((3, 8), value)
+            integers, scale, offset = rounded(x, grid, jnp.float32)
+            assert_close(at(integers, scale, offset), x)
+
+
+def test_quantize_a_base_and_sixteen_bits():
+    adapted_lm = adapted(plain("experts"))
+    small = quantize(adapted_lm, where=lambda path, w: path.endswith(".wo"))
+    wo, old = (m.decoder.layers[0].self_attention.wo for m in (small, adapted_lm))
+    assert isinstance(wo, LowRank) and isinstance(wo.base, Quantized)
+    np.testing.assert_array_equal(wo.a, old.a)
+    assert relative_error(wo, old.dense()) < 0.006
+    half = cast_floating(plain("experts"), jnp.bfloat16)
+    wo = quantize(half, where=lambda path, w: path.endswith(".wo"))
+    wo = wo.decoder.layers[0].self_attention.wo
+    assert wo.dtype == jnp.bfloat16 and wo.scale.dtype == jnp.float32
+
+
+def test_quantize_refuses(no_shape_checker):
+    model = plain("experts")
+    wq = lambda path, w: path.endswith(".wq")  # noqa: E731
+    bad = lambda m: m.decoder.layers[0].self_attention.wq  # noqa: E731
+    with_nan = eqx.tree_at(bad, model, bad(model).at[0, 0, 0].set(jnp.nan))
+    large = eqx.tree_at(bad, model, bad(model) * 1e6)
+    for arguments, message in [
+        ((model, 3), "bits must be 8 or 4, got 3"),
+        ((model, True), "bits must be 8 or 4, got True"),
+        ((model, 8, 0), "group_size must be an integer of at least 1"),
+        ((model, 8, None, "wq"), "where must be a function"),
+        ((model, 8, 5, wq), r"group_size 5 does not divide the 12 inputs of decoder.layers.0.self_"
+         r"attention.wq. Sizes .* weights: 1, 2, 3, 4, 6, 12. Pass one"),
+        ((model, 8, 4), r"group_size 4 does not divide the 14 inputs of .*w_down.*weights: 1. "),
+        ((model, 4), "w_down has 7. Leave it out with where=, or use bits=8"),
+        ((model, 8, None, lambda path, w: False), "no weight is to be quantized: where is called"),
+        ((LayerNorm(4),), "no weight is to be quantized: .* no linear map at all"),
+        ((quantize(model, where=wq), 8, None, wq), "wq is quantized already"),
+        ((with_nan, 8, None, wq), "wq holds NaN, infinity, or numbers beyond"),
+        ((large, 4, 4, wq), "wq holds NaN, infinity, or numbers beyond 65504"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            quantize(*arguments)

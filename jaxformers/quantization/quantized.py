@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Integer, UInt8
 
 from jaxformers.axes import Axes
+from jaxformers.quantization.products import numbers, product
 from jaxformers.weights import WeightObject, lookup
 
 # The name of the axis that counts the groups of inputs with one scale.
@@ -82,13 +83,14 @@ class Quantized(eqx.Module, WeightObject):
         return replace(self, dtype=dtype)
 
     def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
-        if self.transposed or self.scale.shape[-1] > 1 or self.offset is not None:
-            matrix = self._matrix().astype(x.dtype)
-            return x @ (matrix if self.transposed else matrix.T)
-        q = self._unpacked(self.integers).reshape(-1, x.shape[-1])
-        wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-        y = jnp.matmul(x, q.T.astype(x.dtype), preferred_element_type=wide)
-        return (y * _fixed(self.scale).reshape(-1).astype(wide)).astype(x.dtype)
+        if self.transposed:
+            return x @ self._matrix().astype(x.dtype)
+        integers = self._unpacked(self.integers).reshape(-1, x.shape[-1])
+        scale, offset = (
+            None if y is None else _fixed(y).reshape(len(integers), -1)
+            for y in (self.scale, self.offset)
+        )
+        return product(x, integers, scale, offset)
 
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
         if not self.transposed:
@@ -97,7 +99,8 @@ class Quantized(eqx.Module, WeightObject):
         scale = self.scale.at[rows].get(mode="fill", fill_value=jnp.nan)
         offset = self.offset
         offset = None if offset is None else offset.at[rows].get(mode="fill", fill_value=jnp.nan)
-        return _numbers(self._unpacked(integers), scale, offset).astype(self.dtype)
+        offset = None if offset is None else _fixed(offset)
+        return numbers(self._unpacked(integers), _fixed(scale), offset).astype(self.dtype)
 
     def dense(self) -> Array:
         apart, outputs, inputs = self._sizes
@@ -143,20 +146,9 @@ class Quantized(eqx.Module, WeightObject):
         """Returns the numbers in float32, as one matrix for each of the axes apart."""
         apart, outputs, inputs = self._sizes
         integers = self._unpacked(self.integers).reshape(*apart, *outputs, prod(inputs))
-        numbers = _numbers(integers, self.scale, self.offset)
-        return numbers.reshape(*apart, prod(outputs), prod(inputs))
-
-
-def _numbers(
-    integers: Integer[Array, "*o i"],
-    scale: Float[Array, "*o k"],
-    offset: Float[Array, "*o k"] | None,
-) -> Float[Array, "*o i"]:
-    """Returns `scale * integer + offset` in float32."""
-    groups = integers.reshape(*scale.shape, integers.shape[-1] // scale.shape[-1])
-    numbers = groups.astype(jnp.float32) * _fixed(scale)[..., None]
-    numbers = numbers if offset is None else numbers + _fixed(offset)[..., None]
-    return numbers.reshape(integers.shape)
+        offset = None if self.offset is None else _fixed(self.offset)
+        matrices = numbers(integers, _fixed(self.scale), offset)
+        return matrices.reshape(*apart, prod(outputs), prod(inputs))
 
 
 def _fixed(x: Float[Array, "..."]) -> Float[Array, "..."]:

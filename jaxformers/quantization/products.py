@@ -1,0 +1,95 @@
+"""Products of activations and integers.
+
+On a CPU the time of a product with few rows is the time to read the weights. XLA's CPU backend
+compiles `x @ integers.T.astype(...)` for one row to a loop that reads the integers and converts
+them on the way. It does so for this spelling only, and three things in a decoding loop undo it:
+
+- The conversion does not change from token to token, so XLA moves it out of the loop, and a copy of
+  the weights in float32 is read at each token. `lax.optimization_barrier` ties the integers to the
+  activations, which do change.
+- Operations that make the activations, such as a norm, are computed again for each output in the
+  loop of the product. The result of a `lax.cond` is computed once. Its condition always holds, and
+  XLA does not know that.
+- Several rows share a converted copy. They are multiplied one after the other, while the integers
+  are in the processor's caches. Beyond `FEW` rows the copy is faster.
+
+Integers of 4 bits are unpacked to 8 bits outside of the barrier, so that a decoding loop unpacks
+them once and reads 8 bits at each token.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+# The most rows that are multiplied one after the other. With more, the copy takes less time.
+FEW = 8
+
+
+def product(
+    x: Float[Array, "r i"],
+    integers: Integer[Array, "o i"],
+    scale: Float[Array, "o k"],
+    offset: Float[Array, "o k"] | None,
+) -> Float[Array, "r o"]:
+    """Returns the product with the matrix `scale * integers + offset`, in the type of `x`.
+
+    Arguments:
+        x: the activations.
+        integers: the matrix, with the outputs before the inputs.
+        scale: a number for each output and each of k groups of consecutive inputs, in float32.
+        offset: of the same shape; None is 0.
+    """
+    if not 1 <= len(x) <= FEW or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
+        return _by_copy(x, integers, scale, offset)
+    rows = _computed_once(x.astype(jnp.float32))
+    if len(x) == 1:
+        y = _of_row(rows, integers, scale)
+    else:
+        y = lax.map(lambda row: _of_row(row[None], integers, scale)[0], rows)
+    if offset is not None:
+        y = y + rows.reshape(*rows.shape[:1], scale.shape[1], -1).sum(-1) @ offset.T
+    return y.astype(x.dtype)
+
+
+def numbers(
+    integers: Integer[Array, "*o i"],
+    scale: Float[Array, "*o k"],
+    offset: Float[Array, "*o k"] | None,
+) -> Float[Array, "*o i"]:
+    """Returns `scale * integers + offset` in float32."""
+    groups = integers.reshape(*scale.shape, integers.shape[-1] // scale.shape[-1])
+    x = groups.astype(jnp.float32) * scale[..., None]
+    x = x if offset is None else x + offset[..., None]
+    return x.reshape(integers.shape)
+
+
+def _of_row(
+    x: Float[Array, "1 i"], integers: Integer[Array, "o i"], scale: Float[Array, "o k"]
+) -> Float[Array, "1 o"]:
+    integers, x = lax.optimization_barrier((integers, x))
+    if scale.shape[1] == 1:
+        return (x @ integers.T.astype(jnp.float32)) * scale[:, 0]
+    return x @ numbers(integers, scale, None).T
+
+
+def _by_copy(
+    x: Float[Array, "r i"],
+    integers: Integer[Array, "o i"],
+    scale: Float[Array, "o k"],
+    offset: Float[Array, "o k"] | None,
+) -> Float[Array, "r o"]:
+    integers, x = lax.optimization_barrier((integers, x))
+    if scale.shape[1] > 1 or offset is not None:
+        return x @ numbers(integers, scale, offset).astype(x.dtype).T
+    # The integers are exact in 16 bits, and their sum is one in float32.
+    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
+    return (y * scale[:, 0].astype(wide)).astype(x.dtype)
+
+
+def _computed_once(x: Float[Array, "r i"]) -> Float[Array, "r i"]:
+    """Returns `x`, which XLA then does not compute within other operations."""
+    first = x[0, 0]
+    always = jnp.isnan(first) | (first <= jnp.inf)
+    return lax.cond(always, lambda x: x, lambda x: x + 1, x)
