@@ -60,15 +60,16 @@ def byte_level(splits, normalizer=None, start=False):
     """A byte-level BPE with special tokens, an added one, and perhaps a start token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)  # with merges across what the rules split
     whole = pre_tokenizers.ByteLevel(
         add_prefix_space=False,
         use_regex=not any(isinstance(x, pre_tokenizers.Split) for x in splits),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, whole])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(["<s>", "<|end|>"])
     tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
     if start:
@@ -127,6 +128,7 @@ def pieces():
     """A BPE of SentencePiece with bytes for what is not in its vocabulary: tokens and scores."""
     base = tokenizers.Tokenizer(models.BPE())
     base.normalizer = normalizers.Replace(" ", "▁")
+    base.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = trainers.BpeTrainer(vocab_size=160, show_progress=False)
     base.train_from_iterator([x for x in CORPUS if x.isascii() and "<" not in x], trainer)
     vocab = base.get_vocab()
