@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxformers.cli.finetune import add_finetune
 from jaxformers.cli.tokenize import add_tokenize
 from jaxformers.cli.train_tokenizer import add_train_tokenizer
 from jaxformers.cli.verify import add_verify
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_verify(commands)
     add_tokenize(commands)
     add_train_tokenizer(commands)
+    add_finetune(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

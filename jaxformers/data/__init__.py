@@ -1,5 +1,6 @@
 """Token files, and batches of them as functions of a seed and a number, so that runs can resume."""
 
+from jaxformers.data.conversations import read_examples
 from jaxformers.data.corruption import MaskedTokens, SpanCorruption
 from jaxformers.data.order import Bucketed, Picked, Shuffled
 from jaxformers.data.packing import PackedDocuments
@@ -24,4 +25,5 @@ __all__ = [
     "answer",
     "chat",
     "open_tokens",
+    "read_examples",
 ]

@@ -1,5 +1,6 @@
 """Documents packed into rows and separated by segment ids."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,15 +28,18 @@ class PackedDocuments(Source):
         length: the number of tokens in a row, t.
         batch_size: the number of rows in a batch, b.
         seed: the seed of the order, an integer from 0 on; default 0.
+        counts: for each document booleans, one per token, that say whether it counts as a target;
+            `chat` and `answer` return them. Parts in which no target counts are left out. None
+            counts all.
 
     Batches:
         int32 `(b, t)`: `tokens`, `targets`, `positions` (from 0 in each document, -1 for padding),
-        `segment_ids` (1, 2, ... in each row, 0 for padding); boolean `(b, t)`: `loss_mask`, False
-        for padding.
+        `segment_ids` (1, 2, ... in each row, 0 for padding); boolean `(b, t)`: `loss_mask`, True
+        where the target counts, and False for padding.
 
     Raises:
-        ValueError: if the ends of documents are unknown, or no document has two tokens; and as
-            `open_tokens` does.
+        ValueError: if the ends of documents are unknown, no document has two tokens, or `counts`
+            does not fit; and as `open_tokens` does.
 
     Example:
         >>> packed = PackedDocuments([[1, 2, 3], [4, 5], [6, 7, 8, 9]], length=4, batch_size=2)
@@ -53,14 +57,27 @@ class PackedDocuments(Source):
 
     order: Shuffled
 
-    def __init__(self, documents: Any, length: int, batch_size: int, seed: int = 0):
+    def __init__(
+        self,
+        documents: Any,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        counts: Sequence[Any] | None = None,
+    ):
         check_size(length=length)
         self.tokens, self.length = open_tokens(documents), length
         starts, sizes = _pieces(self.tokens.starts, self.tokens.lengths, length)
+        self._counts = None if counts is None else _join_counts(counts, self.tokens.lengths)
+        if self._counts is not None:
+            before = np.concatenate([[0], np.cumsum(self._counts)])
+            learnt = before[starts + sizes + 1] > before[starts + 1]
+            starts, sizes = starts[learnt], sizes[learnt]
         if not len(sizes):
             raise ValueError(
-                "at least one document must have two tokens, one to read and one to predict; got "
-                "none. Tokenize with an end token."
+                "at least one document must have two tokens, one to read and one to predict that "
+                "counts; got none. Tokenize with an end token."
             )
         by_size = np.argsort(sizes, kind="stable")
         self._starts, self._sizes = starts[by_size], sizes[by_size]
@@ -77,6 +94,7 @@ class PackedDocuments(Source):
         shape = len(picked.examples), self.length
         batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
         batch["positions"] = np.full(shape, -1, np.int32)
+        batch["loss_mask"] = np.zeros(shape, np.bool_)
         for row, pieces in enumerate(self._pieces_of(picked)):
             at = 0
             for segment, piece in enumerate(pieces, 1):
@@ -88,8 +106,10 @@ class PackedDocuments(Source):
                 batch["tokens"][place], batch["targets"][place] = text[0, :-1], text[0, 1:]
                 batch["segment_ids"][place] = segment
                 batch["positions"][place] = np.arange(size)
+                targets = slice(self._starts[piece] + 1, self._starts[piece] + size + 1)
+                batch["loss_mask"][place] = self._counts is None or self._counts[targets]
                 at += size
-        return batch | {"loss_mask": batch["segment_ids"] > 0}
+        return batch
 
     def _pieces_of(self, picked: Picked) -> list[list[int]]:
         """Returns the pieces of each row, as indices into the pieces sorted by size."""
@@ -108,6 +128,18 @@ class PackedDocuments(Source):
         piece = first + np.where(epoch < 0, rank, permute(rank, count, key))
         ends = np.searchsorted(rows, np.arange(len(which)), side="right")
         return [part.tolist() for part in np.split(piece, ends[:-1])]
+
+
+def _join_counts(counts: Sequence[Any], lengths: np.ndarray) -> np.ndarray:
+    """Returns the booleans of all tokens, after a check that they fit the documents."""
+    arrays = [np.asarray(x) for x in counts]
+    sizes = [x.shape for x in arrays]
+    if sizes != [(n,) for n in lengths] or any(x.dtype != np.bool_ for x in arrays):
+        raise ValueError(
+            f"counts must have a row of booleans for each of the {len(lengths)} documents, one per "
+            f"token; got {len(arrays)} rows, of the shapes {sizes[:3]}."
+        )
+    return np.concatenate(arrays)
 
 
 class Pattern(NamedTuple):

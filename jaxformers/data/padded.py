@@ -238,7 +238,7 @@ def chat(
             for part, prompt in ((messages[:k], True), (messages[: k + 1], False))
         )
         if not (text.startswith(after) and after.startswith(before)):
-            raise ValueError(
+            raise Rewritten(
                 f"the chat template must write message {k} in the same way whatever follows, and "
                 "after the opening that it writes for an answer. It does not: pass each answer as "
                 "a conversation of its own that ends with it."
@@ -249,6 +249,17 @@ def chat(
         raise ValueError(
             'messages must have at least one of the role "assistant" to learn, got none.'
         )
+    return count_spans(tokenizer, text, spans)
+
+
+class Rewritten(ValueError):
+    """The error for a chat template that writes a message differently when others follow."""
+
+
+def count_spans(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a text, and for each whether it begins within one of the spans."""
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     begins = np.array([first for first, _ in encoding.offsets])
     counts = np.zeros(len(begins), np.bool_)
