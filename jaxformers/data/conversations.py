@@ -46,6 +46,7 @@ def read_examples(path: str | os.PathLike, tokenizer: Any) -> list[Text]:
 
     Example:
         >>> import tempfile, tokenizers
+        >>> from pathlib import Path
         >>> from tokenizers.models import WordLevel
         >>> words = tokenizers.Tokenizer(WordLevel({"2": 0, "+": 1, "=": 2, "4": 3, "</s>": 4}))
         >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -53,8 +54,8 @@ def read_examples(path: str | os.PathLike, tokenizer: Any) -> list[Text]:
         ...     "tokenizer.json": words.to_str().encode(),
         ...     "tokenizer_config.json": b'{"eos_token": "</s>"}',
         ... })
-        >>> path = f"{tempfile.mkdtemp()}/sums.jsonl"
-        >>> _ = open(path, "w").write('{"prompt": "2 + 2 =", "completion": "4"}')
+        >>> path = Path(tempfile.mkdtemp(), "sums.jsonl")
+        >>> _ = path.write_text('{"prompt": "2 + 2 =", "completion": "4"}')
         >>> read_examples(path, tokenizer)
         [(array([0, 1, 0, 2, 3, 4]), array([False, False, False, False,  True,  True]))]
     """
