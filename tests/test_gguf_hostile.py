@@ -6,6 +6,7 @@ that the `gguf` package reads: quickly, and without memory for what the file has
 
 import random
 import struct
+import sys
 import tracemalloc
 
 import numpy as np
@@ -246,6 +247,24 @@ def test_an_unknown_architecture(name, tmp_path):
     (tmp_path / "x.gguf").write_bytes(raw(keys=[own]))
     with pytest.raises(ValueError, match="general.architecture must be one of bert, .* qwen3, got"):
         from_pretrained(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q8_K", "Q8_1"])
+def test_a_type_that_the_package_does_not_unpack(kind, tmp_path):
+    number = gguf.GGMLQuantizationType[kind]
+    size, block = gguf.GGML_QUANT_SIZES[number]
+    content = raw(tensors=[tensor("a", (size,), number)], data=bytes(block))
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=f"type {kind}, which the gguf package does not unpack"):
+        read_gguf(tmp_path / "x.gguf").tensors["a"].read()
+
+
+@pytest.mark.parametrize("read", [from_pretrained, load_tokenizer])
+def test_the_missing_package_is_named(read, monkeypatch, tmp_path):
+    path = small_model(tmp_path / "x.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxformers\[gguf\]'"):
+        read(path)
 
 
 def test_several_files(tmp_path):

@@ -96,10 +96,16 @@ class GgufTensor(NamedTuple):
         kind = GGMLQuantizationType[self.kind]
         array = allocate((len(data), self.shape[-1]), self.dtype)
         step = max(1, _STEP // data.shape[1])
-        for i in range(0, len(data), step):
+        try:
             # A damaged scale may be infinite. Whoever reads the values checks them.
             with np.errstate(all="ignore"):
-                array[i : i + step] = dequantize(data[i : i + step], kind)
+                for i in range(0, len(data), step):
+                    array[i : i + step] = dequantize(data[i : i + step], kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path} has tensors of the type {self.kind}, which the gguf package does not "
+                "unpack: a newer one may, pip install --upgrade gguf."
+            ) from None
         return array.reshape(self.shape)
 
 
