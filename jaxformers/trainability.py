@@ -30,7 +30,8 @@ def trainable(model: PyTree) -> PyTree[bool]:
         (False, True, False)
         >>> trained, frozen = eqx.partition(linear, is_trained)
     """
-    adapted = has_adapters(model)
+    nodes, structure = jax.tree.flatten(model, is_leaf=_chooses)
+    adapted = _any_adapter(nodes)
 
     def of_node(node: Any) -> PyTree[bool]:
         if not _chooses(node):
@@ -39,13 +40,16 @@ def trainable(model: PyTree) -> PyTree[bool]:
             lambda path, x: path[0].name in node.trained_fields and eqx.is_inexact_array(x), node
         )
 
-    return jax.tree.map(of_node, model, is_leaf=_chooses)
+    return structure.unflatten([of_node(node) for node in nodes])
 
 
 def has_adapters(model: PyTree) -> bool:
     """Returns whether weights of a model are objects that train a part of themselves."""
-    objects = filter(_chooses, jax.tree.leaves(model, is_leaf=_chooses))
-    return any(x.trained_fields for x in objects)
+    return _any_adapter(jax.tree.leaves(model, is_leaf=_chooses))
+
+
+def _any_adapter(nodes: list[Any]) -> bool:
+    return any(_chooses(x) and bool(x.trained_fields) for x in nodes)
 
 
 def _chooses(x: Any) -> bool:

@@ -40,6 +40,7 @@ from jaxformers import (
 from jaxformers.adapters import adapter_names, over_root_rank
 from jaxformers.adapters.lora import is_object
 from jaxformers.paths import path_name
+from jaxformers.quantization.quantized import Quantized
 from jaxformers.weight_fields import map_weights
 from jaxformers.weights import WeightObject
 
@@ -113,8 +114,12 @@ class Fixed(eqx.Module, WeightObject):
 
 
 def fixed(w):
+    """The weight in eight bits; those of a feed-forward as the kind of weight of the package."""
     scale = jnp.abs(w).max() / 127
-    return Fixed(jnp.round(w / scale).astype(jnp.int8), scale)
+    integers = jnp.round(w / scale).astype(jnp.int8)
+    if w.ndim == 2:
+        return Quantized(integers.T, jnp.full((w.shape[1], 1), scale))
+    return Fixed(integers, scale)
 
 
 # What is trained.
@@ -263,6 +268,11 @@ def filled(adapted, seed=0):
     return eqx.combine(jax.tree.unflatten(structure, leaves), rest)
 
 
+@eqx.filter_jit
+def adapted_loss(trained, rest):
+    return language_model_loss(eqx.combine(trained, rest), BATCH, KEY)
+
+
 logits = eqx.filter_jit(lambda model: model.logits(BATCH["tokens"]))
 assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -280,6 +290,8 @@ def test_merged_is_unmerged(form, kind, model):
     assert_close(logits(adapted), logits(model))
     changed = filled(adapted)
     before = copied(changed)
+    grads = jax.tree.leaves(jax.grad(adapted_loss)(*eqx.partition(changed, trainable(changed))))
+    assert all(x.any() and jnp.isfinite(x).all() for x in grads)
     merged = merge(changed)
     assert np.abs(logits(changed) - logits(model)).max() > 0.1
     assert_close(logits(merged), logits(changed))

@@ -114,6 +114,28 @@ def assert_same(tree, expected):
     )
 
 
+def test_gradients_of_dora():
+    """The norms of the weights have none, as in the paper."""
+    draw = np.random.default_rng(0).normal
+    w, a, b, m, x, c = (
+        draw(size=size).astype(np.float32) for size in ((5, 4), (2, 4), (5, 2), 5, (3, 4), (3, 5))
+    )
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False))
+    layer[0].weight.data = torch.tensor(w)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(layer, config)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    shapes = {(2, 4): a, (5, 2): b, (5,): m}
+    for p in trained:
+        p.data = torch.tensor(shapes[tuple(p.shape)])
+    (theirs(torch.tensor(x)) * torch.tensor(c)).sum().backward()
+    expected = {tuple(p.shape): p.grad.numpy() for p in trained}
+    ours = Dora(jnp.array(w.T), jnp.array(a.T), jnp.array(b.T), jnp.array(m), scale=1.5)
+    grads = jax.grad(lambda w: (w.product(jnp.array(x)) * c).sum())(ours)
+    for shape, grad in {(2, 4): grads.a.T, (5, 2): grads.b.T, (5,): grads.magnitude}.items():
+        np.testing.assert_allclose(grad, expected[shape], rtol=1e-5, atol=1e-5)
+
+
 def is_norm(path, array):
     return path.endswith(".gain")
 

@@ -276,8 +276,8 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
 def trained_parts(model: PyTree, optimizer: Optimizer) -> PyTree[bool] | None:
     """Returns which leaves a step overwrites, or None if these are all arrays."""
     trains = optimizer.trains(model)
-    rest = eqx.filter(model, trains, inverse=True)
-    return trains if any(map(eqx.is_array, jax.tree.leaves(rest))) else None
+    pairs = zip(jax.tree.leaves(trains), jax.tree.leaves(model), strict=True)
+    return trains if any(eqx.is_array(x) and not trained for trained, x in pairs) else None
 
 
 def one_step(
