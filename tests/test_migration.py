@@ -78,7 +78,14 @@ def test_every_object_that_can_be_saved_has_a_public_name():
         if not name.startswith("_") and id(x) not in known
     }
     # What a run, its files and a call are made with is in none; the state of a training is.
-    inside = ("axes", "checkpoint", "one_program", "training", "quantization.rounding")
+    inside = (
+        "axes",
+        "checkpoint",
+        "finetuning",
+        "one_program",
+        "quantization.rounding",
+        "training",
+    )
     inside += (
         "adapters.modules",
         "adapters.peft_config",
