@@ -39,6 +39,7 @@ from jaxformers.weights import merge
 SETTINGS = "finetune.json"
 LORA_RATE, FULL_RATE = 5e-4, 2e-5
 WARMUP = 0.05  # of the steps
+EVAL_SHARE = 0.05  # of the lines
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class FineTuning:
         rank: the rank of an adapter (LoRA), which is trained alone; None trains all weights.
         alpha: the numerator of the adapter's scale; None is twice the rank.
         steps: the number of steps; None is that of `epochs`.
-        epochs: how often each example comes, 1.
+        epochs: how often each example comes; None is 1, unless there are `steps`.
         batch_size: the number of rows in a batch, 8.
         length: the number of tokens in a row, 1024, or the longest that the model can read. Rows
             hold several examples, and longer examples are cut.
         learning_rate: the highest rate; None is 5e-4 for an adapter and 2e-5 for all weights.
         eval_data: a file of examples to evaluate on; None holds out a share of `data`.
-        eval_share: that share of the lines, 0.05.
+        eval_share: that share of the lines; None is 0.05, unless there is `eval_data`.
         eval_every: the number of steps between evaluations, 100.
         save_every: the number of steps between checkpoints, 100.
         seed: the seed of the order, of the held-out lines, of the adapter and of dropout, 0.
@@ -67,8 +68,8 @@ class FineTuning:
         merged: whether the model with the merged adapter is written too, False.
 
     Raises:
-        ValueError: if a number is out of its range, or `merged` or `quantized` is set without an
-            adapter.
+        ValueError: if a value is of another type or out of its range, two of them contradict each
+            other, or `merged` or `quantized` is set without an adapter.
     """
 
     model: str
@@ -77,12 +78,12 @@ class FineTuning:
     rank: int | None = None
     alpha: float | None = None
     steps: int | None = None
-    epochs: int = 1
+    epochs: int | None = None
     batch_size: int = 8
     length: int = 1024
     learning_rate: float | None = None
     eval_data: str | None = None
-    eval_share: float = 0.05
+    eval_share: float | None = None
     eval_every: int = 100
     save_every: int = 100
     seed: int = 0
@@ -91,18 +92,31 @@ class FineTuning:
     merged: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("epochs", "batch_size", "length", "eval_every", "save_every")
+        self._check_texts()
+        sizes = ("batch_size", "length", "eval_every", "save_every")
         check_size(**{name: getattr(self, name) for name in sizes})
-        optional = {"rank": self.rank, "steps": self.steps}
+        optional = {"rank": self.rank, "steps": self.steps, "epochs": self.epochs}
         check_size(**{name: x for name, x in optional.items() if x is not None})
         rates = {"alpha": self.alpha, "learning_rate": self.learning_rate}
         check_positive(**{name: x for name, x in rates.items() if x is not None})
         check_flag(quantized=self.quantized, merged=self.merged)
-        if not (isinstance(self.eval_share, float | int) and 0 <= self.eval_share < 1):
-            raise ValueError(f"eval_share must be a number in [0, 1), got {self.eval_share!r}.")
+        share = 0 if self.eval_share is None else self.eval_share
+        if not (isinstance(share, float | int) and 0 <= share < 1):
+            raise ValueError(f"eval_share must be a number in [0, 1), got {share!r}.")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}.")
+        for pair in (("steps", "epochs"), ("eval_data", "eval_share")):
+            if all(getattr(self, name) is not None for name in pair):
+                raise ValueError(f"{' and '.join(pair)} contradict each other: pass one of them.")
         for name in ("alpha", "quantized", "merged"):
             if self.rank is None and getattr(self, name):
                 raise ValueError(f"{name} is for an adapter: pass a rank too (--lora 16).")
+
+    def _check_texts(self) -> None:
+        for name in ("model", "data", "out", "eval_data", "dtype"):
+            value, optional = getattr(self, name), name in ("eval_data", "dtype")
+            if not isinstance(value, str) and not (value is None and optional):
+                raise ValueError(f"{name} must be a text, got {value!r:.80}.")
 
 
 @dataclass(frozen=True)
@@ -142,15 +156,19 @@ def finetune(settings: FineTuning, progress: bool = True) -> FineTuned:
     tokenizer = load_tokenizer(settings.model)
     train, held = split(settings, tokenizer)
     known = recorded(settings, out)
-    base, model = load_models(settings)
+    model = load_model(settings)
+    dtype = model.embedding.table.dtype
     batches = packed(settings, model, train)
     held_out = packed(settings, model, held) if held else None
     if held_out is not None and "before" not in known:
         known["before"] = float(evaluate(model, held_out, loss=language_model_loss))
     _write_json(out / SETTINGS, known)
-    steps = settings.steps or -(-settings.epochs * batches.order.count // settings.batch_size)
+    epochs = settings.epochs or 1
+    steps = settings.steps or -(-epochs * batches.order.count // settings.batch_size)
+    to_train = [model]  # `fit` frees the weights that it trains, unless a name holds them
+    del model
     training = fit(
-        model,
+        to_train.pop(),
         AdamW(warmup_cosine(rate_of(settings), round(WARMUP * steps), steps), max_grad_norm=1.0),
         batches,
         loss=language_model_loss,
@@ -164,14 +182,14 @@ def finetune(settings: FineTuning, progress: bool = True) -> FineTuned:
     )
     done, model = int(training.step) == steps, training.model
     if settings.rank is None and done:
-        model = cast_floating(model, base.embedding.table.dtype)
+        model = cast_floating(model, dtype)
     written = write_results(settings, model, tokenizer) if done else ()
     seconds = time.perf_counter() - started
     return FineTuned(model, done, written, summary(out, known, training, seconds))
 
 
-def load_models(settings: FineTuning) -> tuple[TransformerLM, TransformerLM]:
-    """Returns the model of the checkpoint, and the one to train, which may have an adapter."""
+def load_model(settings: FineTuning) -> TransformerLM:
+    """Returns the model to train: that of the checkpoint, on which an adapter may be."""
     base = from_pretrained(settings.model, dtype=settings.dtype, quantized=settings.quantized)
     if not isinstance(base, TransformerLM):
         raise ValueError(
@@ -179,9 +197,9 @@ def load_models(settings: FineTuning) -> tuple[TransformerLM, TransformerLM]:
             "with fit, see docs/training.md."
         )
     if settings.rank is None:
-        return base, base
+        return base
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
-    return base, lora(base, settings.rank, alpha, key=jax.random.key(settings.seed))
+    return lora(base, settings.rank, alpha, key=jax.random.key(settings.seed))
 
 
 def split(settings: FineTuning, tokenizer: Tokenizer) -> tuple[list[Text], list[Text]]:
@@ -193,12 +211,13 @@ def split(settings: FineTuning, tokenizer: Tokenizer) -> tuple[list[Text], list[
     if settings.eval_data is not None:
         held = read_groups(settings.eval_data, tokenizer)
         return _flat(groups), _flat(held)
-    if settings.eval_share == 0:
+    share = EVAL_SHARE if settings.eval_share is None else settings.eval_share
+    if share == 0:
         return _flat(groups), []
     if len(groups) == 1:
-        return _without_end(groups[0], settings.eval_share)
+        return _without_end(groups[0], share)
     order = np.random.default_rng(settings.seed).permutation(len(groups)).tolist()
-    count = min(max(1, round(settings.eval_share * len(groups))), len(groups) - 1)
+    count = min(max(1, round(share * len(groups))), len(groups) - 1)
     held, rest = sorted(order[:count]), sorted(order[count:])
     return _flat([groups[i] for i in rest]), _flat([groups[i] for i in held])
 
@@ -273,6 +292,8 @@ def summary(out: Path, known: dict[str, Any], training: Any, seconds: float) -> 
     lines = []
     if held and "before" in known:
         lines.append(f"held-out loss: {known['before']:.4f} before, {held[-1]:.4f} after")
+    elif "before" not in known:
+        lines.append("no example was held out to evaluate on")
     lines.append(
         f"{int(training.step)} steps, {tokens:,} tokens counted in the loss, {seconds:.0f} s in "
         "this process"

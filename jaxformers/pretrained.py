@@ -49,7 +49,8 @@ def from_pretrained(
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq"; None is the default device.
         quantized: whether weights that the file has as integers of eight or four bits stay so, as
-            `Quantized`, where it has their layout. False, the default, unpacks all.
+            `Quantized`, where it has their layout. Such a weight is placed by paths such as
+            "...wq.integers", "...wq.scale" and "...wq.offset". False, the default, unpacks all.
         num_labels: the number of classes of a classifier of sequences, for an encoder. Unless the
             checkpoint has one of that size it is fresh, as in transformers: another head is left
             out, and a pooler or a dense layer that the classifier needs is kept where it is there.

@@ -13,6 +13,7 @@ from jaxformers import (
     AdamW,
     Averaged,
     Checkpoints,
+    Classifier,
     Dora,
     Groups,
     Lion,
@@ -21,6 +22,7 @@ from jaxformers import (
     Muon,
     RMSNorm,
     RotaryPositionalEncoding,
+    TransformerEncoder,
     TransformerLM,
     cast_floating,
     default_decay_mask,
@@ -330,6 +332,21 @@ def test_arrays_that_are_trained_whole(model):
     assert merged.decoder.norm.gain.dtype == jnp.bfloat16
     assert np.abs(logits(merged) - logits(after)).max() < 0.1
     assert unload(after).output.b is half.output.b
+
+
+def test_several_ranks_beside_a_classifier():
+    """A later call for other weights finds the classifier, which the first one trains whole."""
+    options = dict(num_layers=1, d_ff=F, max_seq_length=20, key=KEY)
+    encoder = TransformerEncoder(
+        VOCAB, D, N, **options, classifier=partial(Classifier, num_labels=3)
+    )
+    on = lambda part: lambda path, weight: part in path  # noqa: E731
+    both = lora(lora(encoder, 2, where=on("attention"), key=KEY), 5, where=on("feed"), key=KEY)
+    layer = both.encoder.layers[0]
+    assert (layer.self_attention.wq.rank, layer.feed_forward.w_in.rank) == (2, 5)
+    assert trainable(both).classifier.out.w.value
+    none = lora(encoder, 2, also=None, key=KEY)
+    assert none.classifier.out.w is encoder.classifier.out.w
 
 
 def test_several_by_name(model):

@@ -162,6 +162,24 @@ def test_examples_that_cannot_be_read(text, words, checkpoint, tmp_path):
         read_examples(tmp_path / "x.jsonl", load_tokenizer(checkpoint))
 
 
+def test_a_completion_gets_no_space_of_its_own(checkpoint, tmp_path):
+    """The whole text is encoded at once: a tokenizer may put a space before each text."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(
+        models.WordLevel({"\u2581=": 0, "\u25814": 1, "4": 2, "</s>": 3, "?": 4}, "?")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    files = {"tokenizer.json": backend.to_str().encode()}
+    tokenizer = Tokenizer(files | {"tokenizer_config.json": b'{"eos_token": "</s>"}'})
+    path = write(tmp_path / "x.jsonl", [{"prompt": "=", "completion": " 4"}])
+    [(ids, counts)] = read_examples(path, tokenizer)
+    assert ids.tolist() == [0, 1, 3] and counts.tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="no plain text"):
+        read_examples(write(tmp_path / "x.json", [{"text": "="}]), tokenizer)
+
+
 def test_what_needs_a_template_or_an_end(checkpoint, tmp_path):
     path = write(tmp_path / "x.jsonl", lines(1))
     with pytest.raises(ValueError, match="line 1 of .*no chat template"):
@@ -292,8 +310,8 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(checkpoint, data, tmp_path, c
     with pytest.warns(UserWarning, match="SIGINT: stopped after step"):
         stopped = calling_back(stop, settings)
     assert not stopped.done and not stopped.written
-    with pytest.raises(ValueError, match=r"other settings: .*epochs 1 \(now 2\)"):
-        finetune(settings_of(checkpoint, data, tmp_path, steps=6, rank=None, epochs=2))
+    with pytest.raises(ValueError, match=r"other settings: .*seed 0 \(now 2\)"):
+        finetune(settings_of(checkpoint, data, tmp_path, steps=6, rank=None, seed=2))
     options = "--steps 6 --batch-size 4 --length 64 --eval-every 4 --save-every 3"
     options += " --learning-rate 1e-3"
     command = ["finetune", str(checkpoint), data, "--out", str(tmp_path), *options.split()]
@@ -314,6 +332,10 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(checkpoint, data, tmp_path, c
         ({"batch_size": 0}, "batch_size must be an integer"),
         ({"alpha": -1.0}, "alpha must be a finite number above 0"),
         ({"eval_share": 1.0}, "eval_share must be a number in"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"dtype": np.float32}, "dtype must be a text"),
+        ({"epochs": 2}, "steps and epochs contradict each other"),
+        ({"eval_data": "x", "eval_share": 0.1}, "eval_data and eval_share contradict"),
         ({"rank": None, "merged": True}, "merged is for an adapter"),
         ({"rank": None, "quantized": True}, "quantized is for an adapter"),
     ],

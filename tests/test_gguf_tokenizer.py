@@ -106,7 +106,7 @@ def split(rule):
         ("smollm", [pre_tokenizers.Digits(individual_digits=True)], None, False),
         ("llama-bpe", [split(LLAMA3)], None, True),
         ("qwen2", [split(QWEN2)], normalizers.NFC(), False),
-        ("tekken", [split(RULES["tekken"])], None, False),
+        ("tekken", [split(RULES["tekken"])], None, True),
         ("gpt-4o", [split(RULES["gpt-4o"])], None, False),
     ],
 )

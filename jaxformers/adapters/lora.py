@@ -70,7 +70,7 @@ def lora(
     alpha: float | int = 16,
     *,
     where: Predicate = is_inner_map,
-    also: Predicate = is_classifier,
+    also: Predicate | None = is_classifier,
     scaling: Callable[[float, int], float] = over_rank,
     kind: Any = LowRank,
     name: str = "default",
@@ -90,7 +90,7 @@ def lora(
             as "decoder.layers.0.self_attention.wq", and weights of which it may read shape and
             dtype. The default is every linear map in attention and feed-forwards, also in experts.
         also: predicate `(path, array) -> bool`, True for arrays that are trained whole, as a part
-            of the adapter. The default is the classifier of an encoder.
+            of the adapter. The default is the classifier of an encoder; None trains none.
         scaling: function `(alpha, rank) -> factor`: `over_rank`, the default, or `over_root_rank`
             (rsLoRA).
         kind: the class of adapted weights: `LowRank`, the default, `Dora`, or one of your own with
@@ -113,9 +113,8 @@ def lora(
     check_usable(model=model)
     check_size(rank=rank)
     check_positive(alpha=alpha)
-    check_callable(
-        where=where, also=also, scaling=scaling, **{"kind.of": getattr(kind, "of", None)}
-    )
+    check_callable(where=where, scaling=scaling, **{"kind.of": getattr(kind, "of", None)})
+    check_callable(**{} if also is None else {"also": also})
     key, scale = check_key(key), scaling(alpha, rank)
     passed: list[str] = []
     adapted: list[str] = []
@@ -124,7 +123,7 @@ def lora(
         path = LeafPath(text, axes)
         seen = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         passed.append(text)
-        if also(path, seen) or not where(path, seen):
+        if (also and also(path, seen)) or not where(path, seen):
             return weight
         check_new(text, weight, name)
         adapted.append(text)
@@ -139,8 +138,8 @@ def lora(
             f"no weight is to be adapted: where= holds for none. It is called with paths such as "
             f"{some}."
         )
-    whole = _replaced(changed, also, name)
-    if whole is changed and also is not is_classifier:
+    whole = changed if also is None else _replaced(changed, also, name)
+    if whole is changed and also not in (None, is_classifier):
         raise ValueError("no array is to be trained whole: also= holds for none.")
     return whole
 
@@ -158,8 +157,10 @@ def _replaced(model: Model, also: Predicate, name: str) -> Model:
         text = leaf_path(model, path)
         if not also(text, jax.ShapeDtypeStruct(x.shape, x.dtype)):
             return x
-        check_new(text, x, name)
         found.append(text)
+        if isinstance(x, Replaced) and x.name == name:  # by an earlier call for other weights
+            return x
+        check_new(text, x, name)
         return Replaced.of(x, name)
 
     changed = jax.tree_util.tree_map_with_path(change, model, is_leaf=is_object)

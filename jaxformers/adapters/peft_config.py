@@ -14,8 +14,15 @@ EVERYWHERE = "all-linear"
 # Entries that do not change what an adapter computes, or do so only together with another that is
 # refused. Dropout acts in PEFT's own training alone.
 HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core"),
-    *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout"),
+    *(
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    ),
 }
 # Ways to draw the first numbers that leave the base as it is; others change it.
 DRAWN = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -37,7 +44,7 @@ class AdapterConfig(NamedTuple):
         layers_pattern: names before the number of a layer.
         modules_to_save: names of modules that are trained whole.
         bias: "none", "all" or "lora_only", the biases that are trained.
-        use_rslora: whether the scale is divided by the root of the rank.
+        use_rslora: whether the scale is `lora_alpha / sqrt(r)`.
         use_dora: whether there are magnitudes.
         ensure_weight_tying: whether a shared table stays shared where it is trained.
     """

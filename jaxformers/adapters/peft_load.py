@@ -58,7 +58,8 @@ def load_adapter(
 
     Raises:
         ValueError: if there is no adapter, a file is damaged, the adapter does not fit the model,
-            or its settings have a meaning that is not handled.
+            its settings have a meaning that is not handled, or it differs from layer to layer and
+            the model's layers are scanned.
         ImportError: if the `safetensors` package is missing.
 
     Example:
@@ -84,7 +85,15 @@ def load_adapter(
     changes = found.low_rank(name, scale) | found.whole(name)
     changed = _changed(unrolled, changes, name)
     is_scanned = any(isinstance(x, ScannedLayers) for x in _stacks(model))
-    return scan_layers(changed) if is_scanned else changed
+    if not is_scanned:
+        return changed
+    try:
+        return scan_layers(changed)
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter in {directory} differs from layer to layer, and the layers of this model "
+            "are scanned. Load it on unroll_layers(model)."
+        ) from error
 
 
 def _stacks(model: Any) -> list[Any]:
@@ -177,6 +186,11 @@ class _Found:
         ]
         if not lines and not self.parts and not self.tensors:
             lines = ["There are no tensors."]
+        if any("classifier" in x or "score" in x for x in unknown):
+            lines.append(
+                "If the adapter has a classifier, the model needs one: from_pretrained(..., "
+                "num_labels=N)."
+            )
         if lines:
             raise ValueError(
                 f"the tensors of the adapter in {self.where} are not those that its {CONFIG} "

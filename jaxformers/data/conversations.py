@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxformers.data.padded import Rewritten, answer, chat, count_spans
+from jaxformers.data.padded import Rewritten, chat, count_spans
 from jaxformers.data.text_files import check_inputs, read_pieces
 from jaxformers.files.json_file import shorten
 
 Text = tuple[np.ndarray, np.ndarray]  # ids, and for each whether it counts as a target
 LINES = ".jsonl", ".ndjson"
+TABLES = ".json", ".csv", ".tsv", ".parquet", ".gz"  # which are no lines and no plain text
 FORMS = "messages; prompt and completion; instruction and output; or text"
 
 
@@ -29,7 +30,7 @@ def read_examples(path: str | os.PathLike, tokenizer: Any) -> list[Text]:
       tokenizer has a chat template, else a prompt and a completion.
     - `{"text": "..."}`: all tokens count, and the end token.
 
-    Any other file is plain text, one document.
+    Any other file is plain text, one document, but tables such as `.json` and `.csv` are refused.
 
     Arguments:
         path: the file, UTF-8.
@@ -65,10 +66,14 @@ def read_examples(path: str | os.PathLike, tokenizer: Any) -> list[Text]:
 def read_groups(path: str | os.PathLike, tokenizer: Any) -> list[list[Text]]:
     """Returns the texts of each line of a file; arguments and errors are those of `read_examples`.
 
-    What is held out for an evaluation is whole lines, because the texts of one repeat each other.
+    An evaluation holds out whole lines, because the texts of one line repeat each other.
     """
     path = Path(path)
     check_inputs([path])
+    if path.suffix.lower() in TABLES:
+        raise ValueError(
+            f"{path} is no plain text. Write one JSON object per line to a .jsonl file."
+        )
     if path.suffix.lower() not in LINES:
         text = "".join(piece.text for piece in read_pieces(path))
         return [[_whole(tokenizer, text)]]
@@ -140,7 +145,10 @@ def _last_answer(tokenizer: Any, messages: list[dict], **variables: Any) -> Text
 
 def _answered(tokenizer: Any, prompt: str, reply: str) -> Text:
     """Returns a prompt and a reply of which the reply and the end token count."""
-    return answer(_ids(tokenizer, prompt, True), _ids(tokenizer, reply, False), _end(tokenizer))
+    ids, ends = _encoded(tokenizer, prompt + reply)
+    if not len(ids) or ends[0] > len(prompt):
+        raise ValueError("the prompt must have at least one token, got none.")
+    return np.append(ids, _end(tokenizer)), np.append(ends > len(prompt), True)
 
 
 def _instructed(tokenizer: Any, instruction: str, reply: str) -> Text:
@@ -152,17 +160,20 @@ def _instructed(tokenizer: Any, instruction: str, reply: str) -> Text:
 
 
 def _whole(tokenizer: Any, text: str) -> Text:
-    ids = np.append(_ids(tokenizer, text, True), _end(tokenizer))
+    ids = np.append(_encoded(tokenizer, text)[0], _end(tokenizer))
     return ids, np.ones(len(ids), np.bool_)
 
 
-def _ids(tokenizer: Any, text: str, begins: bool) -> np.ndarray:
-    """Returns the ids of a text with the special tokens before it, and without those after it."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=begins)
+def _encoded(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a text and the places where they end in it.
+
+    The special tokens before a text end at 0, and those after it are left out.
+    """
+    encoding = tokenizer.backend.encode(text)
     ids, special = np.array(encoding.ids, np.int64), encoding.special_tokens_mask
-    while len(ids) and begins and special[len(ids) - 1] and ids[-1] == tokenizer.end_token:
+    while len(ids) and special[len(ids) - 1] and ids[-1] == tokenizer.end_token:
         ids = ids[:-1]
-    return ids
+    return ids, np.array([end for _, end in encoding.offsets[: len(ids)]], np.int64)
 
 
 def _end(tokenizer: Any) -> int:

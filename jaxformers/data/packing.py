@@ -15,8 +15,9 @@ class PackedDocuments(Source):
     """Batches of rows that hold whole documents side by side, in shuffled order.
 
     A document that fits into a row is not divided. A longer one is cut into full rows and a rest.
-    Each part is read alone, from position 0. Every token except the first of a document is a target
-    exactly once per epoch, and a target is always in the same document as its input.
+    Each part is read alone, from position 0. Without `counts`, every token except the first of a
+    document is a target exactly once per epoch. A target is always in the same document as its
+    input.
 
     Best-fit packing of the lengths' histogram decides once which lengths share a row (Krell et al.
     2021). Which documents of these lengths share it is drawn anew in each epoch. Any batch is
@@ -77,7 +78,8 @@ class PackedDocuments(Source):
         if not len(sizes):
             raise ValueError(
                 "at least one document must have two tokens, one to read and one to predict that "
-                "counts; got none. Tokenize with an end token."
+                "counts; got none. Tokenize with an end token, and let targets count after the "
+                "first token of a document."
             )
         by_size = np.argsort(sizes, kind="stable")
         self._starts, self._sizes = starts[by_size], sizes[by_size]

@@ -40,7 +40,7 @@ def copy_tokenizer(origin: Origin | None, directory: Path) -> None:
 
 
 def _write_tokenizer(source: Path, directory: Path) -> None:
-    """Writes the files that the tokenizer of a GGUF file is."""
+    """Writes the tokenizer of a GGUF file as tokenizer.json and tokenizer_config.json."""
     try:
         files = read_gguf_tokenizer(source)
     except ValueError as error:

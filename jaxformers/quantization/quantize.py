@@ -41,8 +41,8 @@ def quantize(
 
     With 8 bits a number is a scale times an integer of -127 to 127. With 4 bits it is a scale times
     an integer of 0 to 15, plus an offset. Scales and offsets have the least squared error that a
-    search finds. Weights take 8 bits and 4 bytes per output, or with groups 8 bits and 2 bytes per
-    group, or 4 bits and 4 bytes per group.
+    search finds. A weight takes `bits` bits. Scales take 4 bytes per output, or 2 per group of
+    inputs; with 4 bits, offsets take as much again.
 
     Arguments:
         model: a model of this package, or a part of one.
@@ -148,6 +148,8 @@ def _quantized(
             f"{path} is a {type(weight).__name__}, which has no base to quantize. Merge the "
             "weights first, or leave it out with where=."
         )
+    if weight.base is None:  # it is used in place of a table that the output layer shared
+        return weight
     base = _quantized(path, weight.base, axes, bits, group_size)
     return dataclasses.replace(weight, base=base)
 

@@ -1,9 +1,10 @@
 """The rounding of numbers to integers, with a search for scales of little squared error.
 
-The search alternates between two steps, neither of which raises the error: it rounds the numbers,
-given their scale and offset, and it fits scale and offset to the integers by least squares. Where
-integers are few, the greatest number of a group had better not become the greatest integer, since
-a smaller scale is finer for all other numbers. The search then begins from several scales.
+The search alternates between two steps, and neither increases the squared error: it rounds the
+numbers, given their scale and offset, and it fits scale and offset to the integers by least
+squares. Where integers are few, the greatest number of a group should not become the greatest
+integer, since a smaller scale is finer for all other numbers. The search then begins from several
+scales.
 """
 
 from functools import partial

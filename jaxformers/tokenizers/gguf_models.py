@@ -88,7 +88,7 @@ RULES = {
     "tekken": TEKKEN,
 }
 # Of these a token may be a whole word that no merges make, and texts have a start token.
-WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe")
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")
 
 
