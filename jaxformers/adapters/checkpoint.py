@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxformers.adapters.peft_config import CONFIG
-from jaxformers.adapters.peft_load import PATTERNS as ADAPTER_PATTERNS
 from jaxformers.adapters.peft_load import load_adapter
-from jaxformers.files.gguf_file import find_gguf
-from jaxformers.files.hub import WEIGHTS, locate
+from jaxformers.files.hub import WEIGHTS
 from jaxformers.files.json_file import read_json
 from jaxformers.hf.fresh_head import FreshHead
-from jaxformers.hf.load import PATTERNS, load
-from jaxformers.tokenizers.files import TOKENIZER_FILES
+from jaxformers.hf.load import find_checkpoint, load
 
 
 def load_checkpoint(
@@ -31,20 +28,12 @@ def load_checkpoint(
     Arguments:
         path, classes, dtype, sharding, head, quantized: as in `jaxformers.hf.load.load`.
     """
-    directory = _adapter_directory(path)
-    base = path if directory is None else base_of(directory)
-    model = load(base, classes, dtype, sharding, head, quantized)
-    return model if directory is None else load_adapter(model, directory)
-
-
-def _adapter_directory(path: Any) -> Path | None:
-    """Returns the directory of an adapter, None if there is a model or nothing."""
-    if find_gguf(path) is not None:
-        return None
-    directory = locate(path, [*PATTERNS, *ADAPTER_PATTERNS, *TOKENIZER_FILES])
-    if not (directory / CONFIG).is_file() or any((directory / x).exists() for x in WEIGHTS):
-        return None
-    return directory
+    options = classes, dtype, sharding, head, quantized
+    found = find_checkpoint(path)
+    if not (found / CONFIG).is_file() or any((found / x).exists() for x in WEIGHTS):
+        return load(path, found, *options)
+    base = base_of(found)
+    return load_adapter(load(base, find_checkpoint(base), *options), found)
 
 
 def base_of(directory: Path) -> str:

@@ -151,9 +151,9 @@ def find_gguf(path: Any) -> Path | None:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         return None
     path = Path(path).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return path if path.suffix == ".gguf" else None
-    if not path.is_dir() or any((path / name).exists() for name in WEIGHTS):
+    if not os.path.isdir(path) or any((path / name).exists() for name in WEIGHTS):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

@@ -1,5 +1,6 @@
 """Loads a checkpoint as a model, by the table of its family."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -33,6 +34,7 @@ PATTERNS = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
+    "adapter_model.*",
     "model*.safetensors",
     "*.safetensors.index.json",
 )
@@ -42,6 +44,7 @@ TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin
 
 def load(
     path: Any,
+    found: Path,
     classes: Mapping[str, Any],
     dtype: Any = None,
     sharding: Any = None,
@@ -52,6 +55,7 @@ def load(
 
     Arguments:
         path: as in `jaxformers.from_pretrained`.
+        found: where it is, from `find_checkpoint`.
         classes: our classes by shape. A checkpoint of another shape is refused.
         dtype: as in `jaxformers.from_pretrained`.
         sharding: as in `jaxformers.from_pretrained`.
@@ -59,7 +63,7 @@ def load(
         quantized: as in `jaxformers.from_pretrained`.
     """
     check_flag(quantized=quantized)
-    directory, config, files = open_checkpoint(path)
+    directory, config, files = open_checkpoint(path, found)
     family = family_of(config) if KEY in config else None
     if family is not None and family.shape not in classes:
         raise ValueError(
@@ -80,12 +84,15 @@ def load(
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
 
 
-def open_checkpoint(path: Any) -> tuple[Path, dict[str, Any], TensorFiles]:
+def find_checkpoint(path: Any) -> Path:
+    """Returns the GGUF file of a checkpoint, or its directory, downloaded if it is on the hub."""
+    return find_gguf(path) or locate(path, [*PATTERNS, *TOKENIZER_FILES])
+
+
+def open_checkpoint(path: Any, directory: Path) -> tuple[Path, dict[str, Any], TensorFiles]:
     """Returns the directory or GGUF file of a checkpoint, its config.json and its tensors."""
-    file = find_gguf(path)
-    if file is not None:
-        return file, *open_gguf(file)
-    directory = locate(path, [*PATTERNS, *TOKENIZER_FILES])
+    if os.path.isfile(directory):
+        return directory, *open_gguf(directory)
     if any(directory.glob("step-*.safetensors")):
         raise ValueError(
             f"{directory} has the states of a training, which is no checkpoint of Hugging Face. "
