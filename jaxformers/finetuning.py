@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxformers.adapters import lora, save_adapter
+from jaxformers.adapters import adapter_names, lora, save_adapter
 from jaxformers.checkpoint.directory import Checkpoints
 from jaxformers.checks import check_flag, check_positive, check_size
 from jaxformers.data.conversations import Text, read_groups
@@ -153,6 +153,8 @@ def finetune(settings: FineTuning, progress: bool = True) -> FineTuned:
             other settings.
     """
     out, started = Path(settings.out), time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file. Pass the directory of the results.")
     tokenizer = load_tokenizer(settings.model)
     train, held = split(settings, tokenizer)
     known = recorded(settings, out)
@@ -195,6 +197,11 @@ def load_model(settings: FineTuning) -> TransformerLM:
         raise ValueError(
             f"finetune is for decoders, and {settings.model} is a {type(base).__name__}. Train it "
             "with fit, see docs/training.md."
+        )
+    if adapter_names(base):
+        raise ValueError(
+            f"{settings.model} is an adapter. Merge it first, and train the result: "
+            "merge(from_pretrained(path)).save_pretrained(directory)."
         )
     if settings.rank is None:
         return base

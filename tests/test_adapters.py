@@ -385,6 +385,7 @@ def test_refusals(model, no_shape_checker):
         (lambda: lora(model, where="wq", key=KEY), "where must be a function"),
         (lambda: lora(model, where=lambda path, w: "q_proj" in path, key=KEY), "such as .*[.]wo"),
         (lambda: lora(model, also=lambda path, w: "x" == path, key=KEY), "also= holds for none"),
+        (lambda: lora(model, name=None, key=KEY), "name must be a text"),
         (lambda: lora(model, kind=dict, key=KEY), "kind.of must be"),
         (lambda: lora(adapted, key=KEY), "wq has an adapter 'default' already"),
         (lambda: unload(model), "must have an adapter, and it has none"),

@@ -126,6 +126,16 @@ def test_what_counts_in_examples_of_every_form(checkpoint, tmp_path):
     assert learned(tokenizer, text) == f"red\nblue\n{end}"
 
 
+def test_a_space_before_an_answer_is_a_part_of_it(checkpoint, tmp_path):
+    """Byte-level tokens begin with the space before them, here one that the template writes."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = with_template(checkpoint, template)
+    record = {"messages": [message("user", "red"), message("assistant", "the color of blood")]}
+    [text] = read_examples(write(tmp_path / "x.jsonl", [record]), tokenizer)
+    assert learned(tokenizer, text).strip() == "the color of blood<|im_end|>"
+
+
 def test_a_template_that_rewrites_answers(checkpoint, tmp_path):
     """Each answer is a text of its own then, in which it is the last and written in full."""
     tokenizer = with_template(checkpoint, THINKING)
@@ -152,6 +162,10 @@ def test_a_template_that_rewrites_answers(checkpoint, tmp_path):
         ('{"messages": [{"role": "user", "content": "hi"}]}', 'line 1 .*role "assistant"'),
         ('{"messages": [], "text": "a"}', "line 1 of .*messages must be a list"),
         ('{"text": ""}', "line 1 of .*nothing to learn"),
+        ('{"prompt": "\\ud83d", "completion": "x"}', "line 1 .*half of a character"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "must not begin with an answer"),
+        ('{"messages": [{"content": "hi"}]}', "message 0 must have a role"),
+        ('{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "0 must be a text, got"),
         ("\n", "no line with an example"),
         ("", "is empty"),
     ],

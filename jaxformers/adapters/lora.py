@@ -113,6 +113,7 @@ def lora(
     check_usable(model=model)
     check_size(rank=rank)
     check_positive(alpha=alpha)
+    check_adapter_name(name)
     check_callable(where=where, scaling=scaling, **{"kind.of": getattr(kind, "of", None)})
     check_callable(**{} if also is None else {"also": also})
     key, scale = check_key(key), scaling(alpha, rank)
@@ -135,8 +136,8 @@ def lora(
     if not adapted:
         some = ", ".join(passed[:: len(passed) // 8 + 1]) or "no weight at all"
         raise ValueError(
-            f"no weight is to be adapted: where= holds for none. It is called with paths such as "
-            f"{some}."
+            "no weight is to be adapted: where= holds for none that also= leaves. It is called "
+            f"with paths such as {some}."
         )
     whole = changed if also is None else _replaced(changed, also, name)
     if whole is changed and also not in (None, is_classifier):
@@ -188,6 +189,11 @@ def unload(model: Model, name: str | None = None) -> Model:
         if not is_adapter(x):
             return x
         base = strip(x.base)
+        if base is None and x.base is not None:
+            raise ValueError(
+                f"the adapter {x.name!r} lies on weights that only the adapter {x.base.name!r} "
+                f"has. Remove {x.name!r} first."
+            )
         return base if name in (None, x.name) else dataclasses.replace(x, base=base)
 
     return jax.tree.map(strip, model, is_leaf=is_object)
@@ -225,6 +231,12 @@ def without_adapters(x: Any) -> Any:
     while is_adapter(x):
         x = x.base
     return x
+
+
+def check_adapter_name(name: Any) -> None:
+    """Raises `ValueError` unless `name` can be the name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a text of at least one character, got {name!r:.80}.")
 
 
 def check_name(model: Any, name: str | None) -> None:

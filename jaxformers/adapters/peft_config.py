@@ -81,7 +81,7 @@ class AdapterConfig(NamedTuple):
             rank_pattern=entries.pattern("rank_pattern", entries.rank),
             alpha_pattern=entries.pattern("alpha_pattern", entries.number),
             layers_to_transform=entries.layers("layers_to_transform"),
-            layers_pattern=_as_tuple(entries.names("layers_pattern")),
+            layers_pattern=entries.expressions("layers_pattern"),
             modules_to_save=_as_tuple(entries.names("modules_to_save")),
             bias=entries.one_of("bias", ("none", "all", "lora_only"), "none"),
             use_rslora=entries.one_of("use_rslora", (False, True), False),
@@ -167,9 +167,15 @@ class _Entries:
             self.refuse(key, "must name the modules that the adapter changes.")
         return found
 
+    def expressions(self, key: str) -> tuple[str, ...]:
+        found = _as_tuple(self.names(key))
+        for text in found:
+            self.check_expression(key, text)
+        return found
+
     def check_expression(self, key: str, text: str) -> None:
         # Python takes exponential time for a repetition of a repetition, such as (.*)*x.
-        if len(text) > 2**12 or re.search(r"[*+}]\)*\)[*+{]", text):
+        if len(text) > 2**12 or _repeats_a_choice(text):
             self.refuse(key, "is a regular expression that could take for ever.")
         try:
             re.compile(text)
@@ -209,6 +215,32 @@ class _Entries:
         if type(value) is not type(default) or value not in values:
             self.refuse(key, f"must be one of {', '.join(map(repr, values))}.")
         return value
+
+
+def _repeats_a_choice(expression: str) -> bool:
+    r"""Returns whether an expression repeats a group that can match a text in several ways.
+
+    Example:
+        >>> _repeats_a_choice(r"(a*b?)*c"), _repeats_a_choice(r".*\.(q|v)_proj")
+        (True, False)
+    """
+    symbols = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?(P<\w+>|[:=!]|<[=!])?", _without_signs, expression)
+    choices = [False]  # of each group that is open, whether it can match in several ways
+    for sign, following in zip(symbols, f"{symbols} "[1:], strict=True):
+        if sign == "(":
+            choices.append(False)
+        elif sign == ")" and len(choices) > 1:
+            inner = choices.pop()
+            if inner and following in "*+{":
+                return True
+            choices[-1] |= inner
+        elif sign in "*+?{|":
+            choices[-1] = True
+    return False
+
+
+def _without_signs(match: re.Match) -> str:
+    return "(" if match[0].startswith("(") else "x"
 
 
 def _as_tuple(names: tuple[str, ...] | str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.adapters.kinds import Dora, Replaced
-from jaxformers.adapters.lora import check_new, is_object, without_adapters
+from jaxformers.adapters.lora import check_adapter_name, check_new, is_object, without_adapters
 from jaxformers.adapters.modules import Modules, split_a, split_b, split_magnitude
 from jaxformers.adapters.peft_config import CONFIG, EVERYWHERE, AdapterConfig
 from jaxformers.checks import check_positive, check_usable
@@ -73,6 +73,7 @@ def load_adapter(
     """
     check_usable(model=model)
     check_positive(scale=scale)
+    check_adapter_name(name)
     directory = locate(path, [*PATTERNS])
     if not (directory / CONFIG).is_file():
         raise ValueError(
@@ -161,6 +162,7 @@ class _Found:
             "missing for modules that target_modules names": sorted(
                 set() if config.target_modules == EVERYWHERE else targets - self.parts.keys()
             ),
+            "missing for modules_to_save": self._unsaved(),
             "neither in modules_to_save nor a bias that is trained": [
                 name
                 for name in self.tensors
@@ -196,6 +198,17 @@ class _Found:
                 f"the tensors of the adapter in {self.where} are not those that its {CONFIG} "
                 f"describes for this {modules.family.model_type}.\n" + "\n".join(lines)
             )
+
+    def _unsaved(self) -> list[str]:
+        """Returns the modules to save that the model has and the file does not."""
+        known = [*self.modules.plan.shapes(), *filter(None, [self.modules.tied_output])]
+        missing = []
+        for module in self.config.modules_to_save:
+            alone = self.config._replace(modules_to_save=(module,))
+            names = [name for name in known if alone.saves(name)]
+            if names and not any(name in self.tensors for name in names):
+                missing.append(module)
+        return missing
 
     def _shared(self) -> list[str]:
         """Returns the tables that an adapter changes, and with them the output layer, unlike PEFT.

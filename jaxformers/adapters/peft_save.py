@@ -89,7 +89,7 @@ def save_adapter(model: Any, path: str | os.PathLike, *, name: str | None = None
     names = adapter_names(model)
     if name is None and len(names) > 1:
         raise ValueError(f"the model has the adapters {names}: pass name=, one of them.")
-    modules, adapters = Modules.of(model), _adapters(model, name or names[0])
+    modules, adapters = Modules.of(model), _adapters(model, names[0] if name is None else name)
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_object)
     arrays = {path_name(path): without_adapters(x) for path, x in leaves}
     pairs = _pairs(modules, adapters, arrays)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformers.data.padded import Rewritten, chat, count_spans
+from jaxformers.data.padded import Rewritten, chat, check_unicode, count_spans
 from jaxformers.data.text_files import check_inputs, read_pieces
 from jaxformers.files.json_file import shorten
 
@@ -119,6 +119,12 @@ def conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variab
     """
     if not isinstance(messages, list) or not all(isinstance(x, dict) for x in messages):
         raise ValueError(f"messages must be a list of objects, got {shorten(messages)}.")
+    for k, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {k} must have a role, such as user, got {shorten(message)}.")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
+            raise ValueError(f"the content of message {k} must be a text, got {shorten(content)}.")
     try:
         return [chat(tokenizer, messages, **variables)]
     except Rewritten:
@@ -169,6 +175,7 @@ def _encoded(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
 
     The special tokens before a text end at 0, and those after it are left out.
     """
+    check_unicode(text)
     encoding = tokenizer.backend.encode(text)
     ids, special = np.array(encoding.ids, np.int64), encoding.special_tokens_mask
     while len(ids) and special[len(ids) - 1] and ids[-1] == tokenizer.end_token:

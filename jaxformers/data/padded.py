@@ -188,7 +188,7 @@ def chat(
     """Returns a conversation for `PaddedTexts` in which only the assistant's answers count.
 
     The chat template of the tokenizer makes one text of the messages, which is encoded at once, as
-    for generation. A token counts if it begins within an answer or its end.
+    for generation. A token counts if a part of it is in an answer or its end.
 
     Arguments:
         tokenizer: a `jaxformers.Tokenizer` with a chat template.
@@ -228,6 +228,11 @@ def chat(
                 f"{name} is for a text that the model goes on with, got it for a conversation to "
                 "learn. Leave it out."
             )
+    if messages and messages[0].get("role") == "assistant":
+        raise ValueError(
+            "a chat must not begin with an answer: message 0 is of the assistant. Put a message of "
+            "the user or of the system before it."
+        )
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **variables)
     spans = []
     for k, message in enumerate(messages):
@@ -259,13 +264,27 @@ class Rewritten(ValueError):
 def count_spans(
     tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of a text, and for each whether it begins within one of the spans."""
+    """Returns the ids of a text, and for each whether a part of it lies in one of the spans.
+
+    A token may begin before a span, if a space ahead of an answer is a part of its first token.
+    """
+    check_unicode(text)
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    begins = np.array([first for first, _ in encoding.offsets])
+    begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     counts = np.zeros(len(begins), np.bool_)
     for first, last in spans:
-        counts |= (begins >= first) & (begins < last)
+        counts |= (ends > first) & (begins < last)
     return np.array(encoding.ids), counts
+
+
+def check_unicode(text: str) -> None:
+    """Raises `ValueError` if a text has half of a character, as JSON can write it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has {text[error.start : error.end]!r}, which is half of a character."
+        ) from error
 
 
 def pad(documents: Tokens, examples: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -159,9 +159,9 @@ _OF_LABELS = (
 
 def _names(id2label: Any) -> tuple[str, ...]:
     """Returns the names of the classes in their order."""
-    names = [None] if isinstance(id2label, str) else id2label
-    if isinstance(names, Mapping):
-        names = [names.get(i) for i in range(len(names))]
+    names: Any = () if isinstance(id2label, str) or not hasattr(id2label, "__iter__") else id2label
+    if isinstance(names, Mapping):  # config.json has texts as keys
+        names = [names.get(i, names.get(str(i))) for i in range(len(names))]
     names = tuple(names)
     if not names or not all(isinstance(x, str) for x in names) or len({*names}) < len(names):
         raise ValueError(
