@@ -106,7 +106,7 @@ class FileTensors:
         """Returns a tensor with its shape, type and values, as the table has it."""
         if name in self.made:
             return self.made[name]
-        tensor = self.files.find(self.names[name])
+        tensor: Any = self.files.find(self.names[name])
         turned = isinstance(tensor, QuantizedTensor) and self._columns(name)
         return tensor.T if turned else tensor
 

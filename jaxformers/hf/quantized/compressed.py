@@ -62,7 +62,8 @@ class CompressedTensors:
         self.groups = [x for x in weights if x is not None]
         self.bits = sorted({x.choose("num_bits", (4, 8), 8) for x in self.groups})
         self.sizes = {x.group_size(None) for x in self.groups}
-        self.blocks = {x.pair("block_structure") for x in self.groups} - {None}
+        blocks = {x.pair("block_structure") for x in self.groups}
+        self.blocks = {x for x in blocks if x is not None}
 
     def _weights(self, groups: Settings, name: str) -> Settings | None:
         """Returns the settings of the weights of a group of modules, None if it has none."""
@@ -81,14 +82,15 @@ class CompressedTensors:
     def _plain(self, module: Module, dtype: np.dtype) -> QuantizedTensor:
         """Opens a weight that has a byte for each number."""
         tensor = module.find("weight", [np.int8, jnp.float8_e4m3fn])
-        block = self._block(module, tensor.shape)
+        out, width = tensor.shape
+        block = self._block(module, (out, width))
         zeros = [tensor.dtype, np.int8]
         if module.has("weight_zero_point"):
             shape = module.files.shape(f"{module.name}.weight_scale")
             module.sized("weight_zero_point", zeros, shape)
-        if tensor.dtype == np.int8 and block[0] in (1, tensor.shape[0]):
-            return QuantizedTensor.of(tensor.shape, dtype, partial(_read_bytes, module))
-        return QuantizedTensor(tensor.shape, dtype, partial(_in_blocks, module, block))
+        if tensor.dtype == np.int8 and block[0] in (1, out):
+            return QuantizedTensor.of((out, width), dtype, partial(_read_bytes, module))
+        return QuantizedTensor((out, width), dtype, partial(_in_blocks, module, block))
 
     def _packed(self, module: Module, dtype: np.dtype) -> QuantizedTensor:
         """Opens a weight whose integers are packed in words."""
@@ -111,7 +113,7 @@ class CompressedTensors:
             module.sized("weight_g_idx", [np.int32, np.int64], (width,))
         return QuantizedTensor.of((out, width), dtype, partial(_read_words, module, width, bits))
 
-    def _block(self, module: Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    def _block(self, module: Module, shape: tuple[int, int]) -> tuple[int, int]:
         """Returns the outputs and the inputs that share a scale, by the shape of the scales."""
         out, width = shape
         scales = module.files.shape(f"{module.name}.weight_scale")

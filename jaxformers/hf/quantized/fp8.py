@@ -41,7 +41,7 @@ class Fp8:
     def open(self, module: Module, dtype: np.dtype) -> QuantizedTensor:
         out, width = module.find("weight", [jnp.float8_e4m3fn]).shape
         block = (out, width) if self.block is None else self.block
-        grid = -(-out // block[0]), -(-width // block[1])
+        grid: tuple[int, ...] = (-(-out // block[0]), -(-width // block[1]))
         if self.block is None:
             alone = module.files.shape(f"{module.name}.weight_scale_inv")
             grid = alone if alone in ((), (1,)) else grid
