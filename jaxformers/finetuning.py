@@ -225,8 +225,9 @@ def split(settings: FineTuning, tokenizer: Tokenizer) -> tuple[list[Text], list[
         return _without_end(groups[0], share)
     order = np.random.default_rng(settings.seed).permutation(len(groups)).tolist()
     count = min(max(1, round(share * len(groups))), len(groups) - 1)
-    held, rest = sorted(order[:count]), sorted(order[count:])
-    return _flat([groups[i] for i in rest]), _flat([groups[i] for i in held])
+    parts = sorted(order[:count]), sorted(order[count:])
+    held, rest = ([groups[i] for i in part] for part in parts)
+    return _flat(rest), _flat(held)
 
 
 def _without_end(texts: list[Text], share: float) -> tuple[list[Text], list[Text]]:

@@ -56,8 +56,9 @@ def keep(
     rule: Rule, plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
 ) -> dict[str, Quantized] | None:
     """Returns the quantized weights that tensors hold; None if they have others, or none."""
-    parts = [stored.parts(name) for name in rule.theirs]
-    if any(x is None for x in parts):
+    found = [stored.parts(name) for name in rule.theirs]
+    parts = [x for x in found if x is not None]
+    if len(parts) < len(found):
         return None
     for name, x in zip(rule.theirs, parts, strict=True):
         check_finite(name, x.scale)
@@ -67,7 +68,7 @@ def keep(
         return None
     weights = {}
     for path, own in zip(rule.ours, fields, strict=True):
-        placed = {
+        placed: dict[str, Any] = {
             name: put(f"{path}.{name}", x, sharding) if isinstance(x, np.ndarray) else x
             for name, x in own.items()
         }

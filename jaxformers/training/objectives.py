@@ -219,7 +219,8 @@ def count_targets(batch: Batch) -> Any:
     """
     targets, mask = batch.get("targets"), _mask(batch)
     targets = batch.get("labels") if targets is None else targets
-    if batch.get("loss_mask") is None and 0 < np.ndim(targets) < np.ndim(mask):
+    per_row = targets is not None and mask is not None and np.ndim(targets) < np.ndim(mask)
+    if batch.get("loss_mask") is None and per_row:
         mask = None  # a target of a whole row counts, whatever of the row is padding
     if targets is None:
         return len(next(iter(batch.values()))) if mask is None else mask.sum()
