@@ -40,7 +40,7 @@ def trainable(model: PyTree) -> PyTree[bool]:
             lambda path, x: path[0].name in node.trained_fields and eqx.is_inexact_array(x), node
         )
 
-    return structure.unflatten([of_node(node) for node in nodes])
+    return jax.tree.unflatten(structure, [of_node(node) for node in nodes])
 
 
 def has_adapters(model: PyTree) -> bool:

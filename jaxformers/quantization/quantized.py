@@ -86,10 +86,8 @@ class Quantized(eqx.Module, WeightObject):
         if self.transposed:
             return x @ self._matrix().astype(x.dtype)
         integers = self._unpacked(self.integers).reshape(-1, x.shape[-1])
-        scale, offset = (
-            None if y is None else _fixed(y).reshape(len(integers), -1)
-            for y in (self.scale, self.offset)
-        )
+        scale = _fixed(self.scale).reshape(len(integers), -1)
+        offset = None if self.offset is None else _fixed(self.offset).reshape(scale.shape)
         return product(x, integers, scale, offset)
 
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
