@@ -219,14 +219,14 @@ def count_targets(batch: Batch) -> Any:
     """
     targets, mask = batch.get("targets"), _mask(batch)
     targets = batch.get("labels") if targets is None else targets
-    per_row = targets is not None and mask is not None and np.ndim(targets) < np.ndim(mask)
-    if batch.get("loss_mask") is None and per_row:
-        mask = None  # a target of a whole row counts, whatever of the row is padding
     if targets is None:
         return len(next(iter(batch.values()))) if mask is None else mask.sum()
     counted = None
     if jnp.issubdtype(jnp.result_type(targets), jnp.integer):
         counted = differ(targets if hasattr(targets, "dtype") else np.asarray(targets))
+    per_row = counted is not None and mask is not None and counted.ndim < mask.ndim
+    if batch.get("loss_mask") is None and per_row:
+        mask = None  # the class of a whole row counts, whatever of the row is padding
     if mask is None:
         return np.size(targets) if counted is None else counted.sum()
     # For a mask of another kind, only the user's own loss knows what it means.
