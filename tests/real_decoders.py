@@ -71,6 +71,9 @@ def only_part(wheel):
         return archive.read(name)
 
 
+torch.set_num_threads(1)  # more of them wait for one another where others compute as well
+
+
 class Report:
     """What was compared."""
 
@@ -144,10 +147,10 @@ def compare(path, text, report):
     likely = wanted > wanted.max(-1, keepdims=True) - 10
     worst = np.abs(got - wanted)[likely].max()
     report.say("log-probabilities of 200 tokens", worst < 1e-3, f"(largest difference {worst:.1e})")
+    compare_perplexity(model, kept, reference, tokens, report)
     chat = [ours.apply_chat_template(CHAT)] if ours.chat_templates else []
     for prompt in (chat or PROMPTS[1:]) + PROMPTS[:1]:
         compare_generation(model, kept, reference, ours, prompt, report)
-    compare_perplexity(model, kept, reference, tokens, report)
 
 
 def compare_perplexity(model, kept, reference, tokens, report):
