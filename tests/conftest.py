@@ -89,7 +89,8 @@ def pytest_addoption(parser):
 
 # Packages that tests need and which extra brings them.
 EXTRAS = {
-    **dict.fromkeys(("flax", "optax", "peft", "torch", "transformers"), "parity"),
+    **dict.fromkeys(("compressed_tensors", "flax", "optax", "peft", "torch"), "parity"),
+    "transformers": "parity",
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
     "gguf": "gguf",
