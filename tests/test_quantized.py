@@ -480,23 +480,9 @@ def test_quantize_refuses(no_shape_checker):
             quantize(*arguments)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(groups=4), dict(bits=4, groups=4)])
-def test_layers_share_the_memory_of_a_copy(options):
-    """Forward and backward, one weight at a time is there in float32."""
-    size, layers = 128, 8
-    weights = [quantized((size, size), **options, seed=i) for i in range(layers)]
-    x = 0.05 * jax.random.normal(KEY, (9, size))
-
-    def value(x, weights):
-        for w in weights:
-            x = jnp.tanh(contract(x, w))
-        return x.sum()
-
-    compiled = jax.jit(jax.value_and_grad(value)).lower(x, weights).compile()
-    bits = 8 if options.get("bits") == 4 else 0  # unpacked to bytes, perhaps early
-    bound = 4 * size * size * (3 + layers * bits / 32)
-    assert compiled.memory_analysis().temp_size_in_bytes < bound
-    dense = [w.dense() for w in weights]
-    one = jax.jit(jax.value_and_grad(lambda x, w: value(x, [w])))
-    for found, expected in zip(one(x, weights[0]), one(x, dense[0]), strict=True):
-        assert_close(found, expected)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_forward_mode(rows):
+    w = quantized((6, 4))
+    x = jax.random.normal(KEY, (rows, 6))
+    _, change = jax.jvp(lambda x: contract(x, w), (x,), (x,))
+    assert_close(change, x @ w.dense())

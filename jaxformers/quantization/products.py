@@ -10,8 +10,8 @@ them on the way. It does so for this spelling only, and three things in a decodi
 - Operations that make the activations, such as a norm, are computed again for each output in the
   loop of the product. The result of a `lax.cond` is computed once. Its condition always holds, and
   XLA does not know that.
-- Several rows share a converted copy. They are multiplied one after the other instead, while the
-  integers are in the processor's caches. Beyond `FEW` rows the copy is faster.
+- Several rows share a converted copy. They are multiplied one after the other, while the integers
+  are in the processor's caches. Beyond `FEW` rows the copy is faster.
 
 Integers of 4 bits are unpacked to 8 bits outside of the barrier, so that a decoding loop unpacks
 them once and reads 8 bits at each token.
@@ -73,49 +73,19 @@ def _of_row(
     return x @ numbers(integers, scale, None).T
 
 
-@jax.custom_vjp
 def _by_copy(
     x: Float[Array, "r i"],
     integers: Integer[Array, "o i"],
     scale: Float[Array, "o k"],
     offset: Float[Array, "o k"] | None,
 ) -> Float[Array, "r o"]:
-    integers = _tied(integers, x)
+    integers, x = lax.optimization_barrier((integers, x))
     if scale.shape[1] > 1 or offset is not None:
         return x @ numbers(integers, scale, offset).astype(x.dtype).T
     # The integers are exact in 16 bits, and their sum is one in float32.
     wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
     y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
     return (y * scale[:, 0].astype(wide)).astype(x.dtype)
-
-
-def _forward(
-    x: Float[Array, "r i"],
-    integers: Integer[Array, "o i"],
-    scale: Float[Array, "o k"],
-    offset: Float[Array, "o k"] | None,
-) -> tuple[Float[Array, "r o"], tuple]:
-    return _by_copy(x, integers, scale, offset), (integers, scale, offset)
-
-
-def _backward(matrix: tuple, gradient: Float[Array, "r o"]) -> tuple:
-    integers, scale, offset = matrix
-    copy = numbers(_tied(integers, gradient), scale, offset)
-    return gradient @ copy.astype(gradient.dtype), None, None, None
-
-
-_by_copy.defvjp(_forward, _backward)
-
-
-def _tied(integers: Integer[Array, "o i"], x: Float[Array, "r n"]) -> Integer[Array, "o i"]:
-    """Returns the integers, times a one that XLA can only compute once it has `x`.
-
-    A copy of the weights is then made where it is used, not ahead of a loop or of all other layers,
-    and the gradient makes it again instead of keeping it.
-    """
-    if not x.size:
-        return integers
-    return integers * jnp.maximum(jnp.isnan(x[0, 0]), True).astype(integers.dtype)
 
 
 def _computed_once(x: Float[Array, "r i"]) -> Float[Array, "r i"]:
