@@ -6,7 +6,6 @@ written out in fifteen lines.
 
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from jaxformers.checkpoint.directory import Checkpoints
 from jaxformers.checks import check_flag, check_positive, check_size
 from jaxformers.data.conversations import Text, read_groups
 from jaxformers.data.packing import PackedDocuments
+from jaxformers.files.atomic import replace_json
 from jaxformers.files.json_file import read_json
 from jaxformers.optim import AdamW
 from jaxformers.optim.schedules import warmup_cosine
@@ -164,7 +164,7 @@ def finetune(settings: FineTuning, progress: bool = True) -> FineTuned:
     held_out = packed(settings, model, held) if held else None
     if held_out is not None and "before" not in known:
         known["before"] = float(evaluate(model, held_out, loss=language_model_loss))
-    _write_json(out / SETTINGS, known)
+    replace_json(out / SETTINGS, known)
     epochs = settings.epochs or 1
     steps = settings.steps or -(-epochs * batches.order.count // settings.batch_size)
     to_train = [model]  # `fit` frees the weights that it trains, unless a name holds them
@@ -348,9 +348,3 @@ def _peak() -> str:
 
 def _flat(groups: list[list[Text]]) -> list[Text]:
     return [text for group in groups for text in group]
-
-
-def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

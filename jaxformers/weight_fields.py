@@ -9,7 +9,7 @@ import jax
 
 from jaxformers.axes import Axes, axes_at
 from jaxformers.paths import path_name
-from jaxformers.weights import Weight, WeightObject
+from jaxformers.weights import Weight, is_object
 
 Model = TypeVar("Model")
 
@@ -33,9 +33,7 @@ def map_weights(change: Callable[[str, Any, Axes], Any], model: Model) -> Model:
         axes = axes_at(model, path) if _is_weight(model, path) else None
         return x if axes is None else change(path_name(path), x, axes)
 
-    return jax.tree_util.tree_map_with_path(
-        at, model, is_leaf=lambda x: isinstance(x, WeightObject)
-    )
+    return jax.tree_util.tree_map_with_path(at, model, is_leaf=is_object)
 
 
 def _is_weight(model: Any, path: tuple) -> bool:

@@ -159,6 +159,11 @@ def _rows_jvp(primals, tangents):
     return _rows(table, rows), of_rows.astype(change.dtype)
 
 
+def is_object(x: Any) -> bool:
+    """Returns whether a weight is an object."""
+    return isinstance(x, WeightObject)
+
+
 def merge(model: Model) -> Model:
     """Returns the model with an array in place of each weight that is an object.
 
@@ -174,10 +179,6 @@ def merge(model: Model) -> Model:
         >>> merged.decoder.layers[0].self_attention.wq.shape
         (16, 2, 8)
     """
-
-    def is_object(x: Any) -> bool:
-        return isinstance(x, WeightObject)
-
     return jax.tree.map(lambda x: x.dense() if is_object(x) else x, model, is_leaf=is_object)
 
 

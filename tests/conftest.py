@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import re
+import tracemalloc
 from pathlib import Path
 
 # Most programs here run once: compiled with less optimizing, the tests take three quarters of the
@@ -67,6 +68,16 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def small_memory():
+    """No more than 100 MB may be allocated, by Python or NumPy."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A function that gives the directory of a case of `hf_cases`, which is made once."""
@@ -89,8 +100,9 @@ def pytest_addoption(parser):
 
 # Packages that tests need and which extra brings them.
 EXTRAS = {
-    **dict.fromkeys(("compressed_tensors", "flax", "optax", "peft", "torch"), "parity"),
-    "transformers": "parity",
+    **dict.fromkeys(("compressed_tensors", "flax", "jsonschema", "optax", "peft"), "parity"),
+    **dict.fromkeys(("pydantic", "sentence_transformers", "torch", "transformers"), "parity"),
+    **dict.fromkeys(("llguidance", "outlines_core"), "constrained"),
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
     "gguf": "gguf",

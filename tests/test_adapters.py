@@ -40,11 +40,10 @@ from jaxformers import (
     unload,
 )
 from jaxformers.adapters import adapter_names, over_root_rank
-from jaxformers.adapters.lora import is_object
 from jaxformers.paths import path_name
 from jaxformers.quantization.quantized import Quantized
 from jaxformers.weight_fields import map_weights
-from jaxformers.weights import WeightObject
+from jaxformers.weights import WeightObject, is_object
 
 VOCAB, D, N, G, H, F, RANK = 17, 12, 4, 2, 6, 14, 3
 KEY = jax.random.key(0)

@@ -352,16 +352,6 @@ FILES = {
 }
 
 
-@pytest.fixture
-def small_memory():
-    """No more than 100 MB may be allocated, by Python or NumPy."""
-    tracemalloc.start()
-    yield
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 100e6
-
-
 def test_the_file_that_the_hostile_ones_vary(tmp_path):
     (tmp_path / SINGLE).write_bytes(raw(GOOD))
     found = load(tmp_path)

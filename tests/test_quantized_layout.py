@@ -13,8 +13,8 @@ pytest.importorskip("safetensors")
 
 from jaxformers import from_pretrained, merge  # noqa: E402
 from jaxformers.files.hub import TensorFiles  # noqa: E402
+from jaxformers.files.quantized_matrix import QuantizedMatrix  # noqa: E402
 from jaxformers.hf import load  # noqa: E402
-from jaxformers.hf.quantized_layout import Parts  # noqa: E402
 from jaxformers.quantization.quantized import Quantized  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,7 +25,7 @@ NAMES = ("llama", "phi3", "gpt_neox", "falcon_grouped", "gpt2", "mixtral", "bloo
 class Integers(NamedTuple):
     """A tensor of a file that was quantized."""
 
-    stored: Parts
+    stored: QuantizedMatrix
     fits: bool
 
     @property
@@ -37,7 +37,10 @@ class Integers(NamedTuple):
         return np.dtype(np.float32)
 
     def read(self):
-        return self.stored.numbers()
+        out, k = self.stored.scale.shape
+        x = self.stored.integers.reshape(out, k, -1) * self.stored.scale[..., None]
+        x = x if self.stored.offset is None else x + self.stored.offset[..., None]
+        return self.stored.arrange(x.astype(np.float32).reshape(out, -1))
 
     def parts(self):
         return self.stored if self.fits else None
@@ -61,7 +64,7 @@ def quantized_files(monkeypatch):
             integers = rng.integers(low, high, (out, width)).astype(kind)
             offset = -8 * scale if bits == 4 else None
             turn = {"arrange": np.transpose} if conv1d else {}
-            return Integers(Parts(integers, scale, offset, bits, **turn), fits)
+            return Integers(QuantizedMatrix(integers, scale, offset, bits, **turn), fits)
 
         def open_files(directory, complete=True):
             files = TensorFiles(directory, complete)

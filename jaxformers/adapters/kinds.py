@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from jaxformers.axes import Axes
 from jaxformers.precision import widened
@@ -45,19 +45,8 @@ class Dora(eqx.Module, WeightObject):
     name: str = eqx.field(static=True, default="default")
 
     @classmethod
-    def of(
-        cls,
-        weight: Weight,
-        rank: int,
-        *,
-        inputs: int = 1,
-        apart: int = 0,
-        scale: float = 1.0,
-        name: str = "default",
-        key: PRNGKeyArray | None = None,
-    ) -> "Dora":
+    def of(cls, weight: Weight, rank: int, **options: Any) -> "Dora":
         """Returns a weight that equals `weight` at first; arguments are those of `LowRank.of`."""
-        options: dict[str, Any] = dict(inputs=inputs, apart=apart, scale=scale, name=name, key=key)
         return cls.over(LowRank.of(weight, rank, **options))
 
     @classmethod

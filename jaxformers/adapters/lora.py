@@ -15,8 +15,9 @@ from jaxformers.axes import Axes
 from jaxformers.checks import check_callable, check_key, check_positive, check_size, check_usable
 from jaxformers.optim import is_hidden_matrix
 from jaxformers.optim.layout import LeafPath, leaf_path
+from jaxformers.paths import some_of
 from jaxformers.weight_fields import map_weights
-from jaxformers.weights import LowRank, WeightObject
+from jaxformers.weights import LowRank, is_object
 
 Model = TypeVar("Model")
 Predicate = Callable[[str, Any], Any]
@@ -134,7 +135,7 @@ def lora(
 
     changed = map_weights(change, model)
     if not adapted:
-        some = ", ".join(passed[:: len(passed) // 8 + 1]) or "no weight at all"
+        some = some_of(passed) or "no weight at all"
         raise ValueError(
             "no weight is to be adapted: where= holds for none that also= leaves. It is called "
             f"with paths such as {some}."
@@ -153,7 +154,7 @@ def _replaced(model: Model, also: Predicate, name: str) -> Model:
     found = []
 
     def change(path: tuple, x: Any) -> Any:
-        if not isinstance(x, WeightObject) and not eqx.is_inexact_array(x):
+        if not is_object(x) and not eqx.is_inexact_array(x):
             return x
         text = leaf_path(model, path)
         if not also(text, jax.ShapeDtypeStruct(x.shape, x.dtype)):
@@ -214,11 +215,6 @@ def adapter_names(model: Any) -> tuple[str, ...]:
             x = x.base
         found |= dict.fromkeys(reversed(names))
     return tuple(found)
-
-
-def is_object(x: Any) -> bool:
-    """Returns whether a weight is an object."""
-    return isinstance(x, WeightObject)
 
 
 def is_adapter(x: Any) -> bool:

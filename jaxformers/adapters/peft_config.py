@@ -30,7 +30,7 @@ LARGEST_RANK = 2**16
 
 
 class AdapterConfig(NamedTuple):
-    """What an adapter_config.json says of the shapes and the scales of an adapter.
+    """The entries of an adapter_config.json about the shapes and the scales of an adapter.
 
     Modules have the names that they have in transformers.
 

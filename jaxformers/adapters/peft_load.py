@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.adapters.kinds import Dora, Replaced
-from jaxformers.adapters.lora import check_adapter_name, check_new, is_object, without_adapters
+from jaxformers.adapters.lora import check_adapter_name, check_new, without_adapters
 from jaxformers.adapters.modules import Modules, split_a, split_b, split_magnitude
 from jaxformers.adapters.peft_config import CONFIG, EVERYWHERE, AdapterConfig
 from jaxformers.checks import check_positive, check_usable
@@ -26,7 +26,7 @@ from jaxformers.hf.layouts import to_ours, to_theirs
 from jaxformers.layer_stack import ScannedLayers, scan_layers, unroll_layers
 from jaxformers.paths import path_name
 from jaxformers.precision import FLOATS
-from jaxformers.weights import LowRank, merge
+from jaxformers.weights import LowRank, is_object, merge
 
 Model = TypeVar("Model")
 

@@ -1,11 +1,9 @@
 """Writes adapters for PEFT: adapter_config.json and adapter_model.safetensors."""
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,7 +15,6 @@ from jaxformers.adapters.lora import (
     adapter_names,
     check_name,
     is_adapter,
-    is_object,
     without_adapters,
 )
 from jaxformers.adapters.modules import Modules, is_table, join_a, join_b, join_magnitude
@@ -25,6 +22,7 @@ from jaxformers.adapters.peft_config import CONFIG
 from jaxformers.adapters.peft_load import WEIGHTS
 from jaxformers.axes import Axes
 from jaxformers.checks import check_usable
+from jaxformers.files.atomic import replace_json
 from jaxformers.files.safetensors_file import Unsaved, write_file
 from jaxformers.hf.arrays import is_finite
 from jaxformers.hf.layouts import Rule, to_theirs
@@ -32,7 +30,7 @@ from jaxformers.hf.save import check_directory
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.paths import path_name
 from jaxformers.precision import widened
-from jaxformers.weights import LowRank, WeightObject
+from jaxformers.weights import LowRank, is_object
 
 # The task of PEFT by the shape of a family, for models with an output layer.
 _TASKS = {"lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -97,9 +95,10 @@ def save_adapter(model: Any, path: str | os.PathLike, *, name: str | None = None
     tensors = [*map(_unsaved, _named(pairs, whole, modules).items())]
     config = _config(model, modules, pairs, whole)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / WEIGHTS, lambda file: write_file(file, tensors))
-    text = json.dumps(config, indent=2) + "\n"
-    _write(directory / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+    new = directory / f"{WEIGHTS}.new"
+    write_file(new, tensors)
+    new.replace(directory / WEIGHTS)
+    replace_json(directory / CONFIG, config)
 
 
 def _adapters(model: Any, name: str) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def _magnitude(part: Any, weight: Any, axes: Axes) -> np.ndarray:
     """Returns the magnitudes of a weight. Without trained ones they are those that it has."""
     if isinstance(part, Dora):
         return np.asarray(part.magnitude, np.float32)
-    wide = weight.dense() if isinstance(weight, WeightObject) else weight
+    wide = weight.dense() if is_object(weight) else weight
     wide = widened(wide) if part is None else part.wide()
     return np.sqrt(np.square(np.asarray(wide)).sum(axes.inputs))
 
@@ -224,7 +223,7 @@ def _value(x: Any, adapter: Any) -> Any:
     """Returns the array that replaces another, or else the array itself; None for other leaves."""
     if isinstance(adapter, Replaced):
         return np.asarray(adapter.value)
-    if isinstance(x, WeightObject):
+    if is_object(x):
         return np.asarray(x.dense())
     return np.asarray(x) if eqx.is_array(x) else None
 
@@ -303,10 +302,3 @@ def _unsaved(tensor: tuple[str, np.ndarray]) -> Unsaved:
     if not is_finite(x):
         raise ValueError(f"{name.removeprefix(BEFORE)}: there are NaN or infinite weights.")
     return Unsaved(name, x.shape, x.dtype, lambda: x)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first, so that it is never there in part."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    temporary.replace(path)

@@ -49,13 +49,13 @@ class Reference(NamedTuple):
 
     @property
     def takes_positions(self) -> bool:
-        """Whether positions can be passed to it, counted over the real tokens."""
+        """Returns whether positions can be passed to it, counted over the real tokens."""
         parameters = inspect.signature(self.model.forward).parameters
         return self.kind is TransformerLM and "position_ids" in parameters
 
     @property
     def rotates_by_length(self) -> bool:
-        """Whether rotary angles depend on lengths: of the longest row there, of each row here."""
+        """Returns whether angles depend on lengths: of the longest row there, of each row here."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         return rope.get("rope_type") in ("dynamic", "longrope")
 

@@ -1,8 +1,6 @@
 """Files that grow in steps and stay usable after a kill."""
 
 import io
-import json
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,21 +30,6 @@ def header(count: int, dtype: np.dtype) -> bytes:
     if len(buffer.getvalue()) != HEADER:
         raise ValueError(f"NumPy wrote a header of {len(buffer.getvalue())} bytes, not {HEADER}.")
     return buffer.getvalue()
-
-
-def sync(file: BinaryIO) -> None:
-    """Waits until the file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file. After a crash there is either the old file or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-        sync(file)
-    os.replace(new, path)
 
 
 def progress_bar(total: int) -> Any:

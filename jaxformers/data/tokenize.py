@@ -20,13 +20,12 @@ from jaxformers.data.growing_files import (
     header,
     open_array,
     progress_bar,
-    replace_json,
-    sync,
 )
 from jaxformers.data.joined import Joined, Part
 from jaxformers.data.text_files import Piece, check_inputs, read_pieces, texts_of
 from jaxformers.data.tokens import FORMAT, Tokens, open_tokens, token_dtype
 from jaxformers.data.verbatim import verbatim
+from jaxformers.files.atomic import replace_json, sync
 from jaxformers.files.claim import LOCK, alone
 from jaxformers.files.json_file import read_json
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -210,7 +209,7 @@ def _read_progress(out: Path, job: dict[str, Any]) -> Progress:
             )
         return progress
     progress = Progress(job)
-    replace_json(path, asdict(progress))  # from here on the directory belongs to this job
+    replace_json(path, asdict(progress), indent=1)  # from here on the directory belongs to this job
     return progress
 
 
@@ -254,7 +253,7 @@ def _write(
             sync(file)
     counts = {name: getattr(progress, name) for name in ("tokens", "documents", "empty")}
     said = {"format": FORMAT, "vocab_size": tokenizer.vocab_size, "checksum": progress.checksum}
-    replace_json(out / "tokens.json", said | counts | {"job": progress.job})
+    replace_json(out / "tokens.json", said | counts | {"job": progress.job}, indent=1)
     (out / "progress.json").unlink(missing_ok=True)
 
 
@@ -304,4 +303,4 @@ def _count(parts: list[Part], end: int | None, progress: Progress) -> tuple[np.n
 def _save_progress(out: Path, progress: Progress, *files: BinaryIO) -> None:
     for file in files:
         sync(file)
-    replace_json(out / "progress.json", asdict(progress))
+    replace_json(out / "progress.json", asdict(progress), indent=1)

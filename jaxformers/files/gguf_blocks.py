@@ -6,28 +6,13 @@ are the numbers that the `gguf` package unpacks, bit by bit. The layouts are tho
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Blocks(NamedTuple):
-    """The numbers of blocks: `scale * integer + offset`.
-
-    Arguments:
-        integers: `(out, in)`, int8 for 8 bits, uint8 from 0 to 15 for 4 bits.
-        scale: `(out, k)` for k groups of consecutive numbers.
-        offset: of the same shape; None is 0.
-        bits: 8 or 4.
-    """
-
-    integers: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray | None
-    bits: int
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 
 
-def take_apart(kind: str, rows: np.ndarray) -> Blocks | None:
+def take_apart(kind: str, rows: np.ndarray) -> QuantizedMatrix | None:
     """Returns the integers, scales and offsets of rows of blocks; None for other types of blocks.
 
     Arguments:
@@ -47,7 +32,7 @@ def take_apart(kind: str, rows: np.ndarray) -> Blocks | None:
         integers, scale, offset = split(rows.reshape(-1, size))
     out = len(rows)
     narrow = np.int8 if bits == 8 else np.uint8
-    return Blocks(
+    return QuantizedMatrix(
         integers.astype(narrow).reshape(out, -1),
         scale.reshape(out, -1),
         None if offset is None else offset.reshape(out, -1),

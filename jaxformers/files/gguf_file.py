@@ -71,7 +71,7 @@ class GgufTensor(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether the numbers are stored as blocks of integers with scales."""
+        """Returns whether the numbers are stored as blocks of integers with scales."""
         return self.kind not in _PLAIN
 
     def rows(self) -> np.ndarray:

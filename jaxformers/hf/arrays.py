@@ -61,8 +61,9 @@ def keep(
     if len(parts) < len(found):
         return None
     for name, x in zip(rule.theirs, parts, strict=True):
-        check_finite(name, x.scale)
-        check_finite(name, x.scale if x.offset is None else x.offset)
+        for numbers in (x.scale, x.offset):
+            if numbers is not None:
+                check_finite(name, numbers)
     fields = quantized_fields(rule, parts, [plan.leaves[path].shape for path in rule.ours])
     if fields is None:
         return None

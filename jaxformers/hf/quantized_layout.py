@@ -6,50 +6,18 @@ output of ours the row that it is, and whether the inputs keep their order. Inte
 offsets are then taken row by row, so that no layout is written a second time.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 from jaxformers.hf.layouts import Rule, Shape, to_ours
-
-
-def _as_it_is(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a quantized matrix `(out, in)` whose numbers are `scale * integer + offset`.
-
-    Arguments:
-        integers: `(out, in)`, int8 for 8 bits, uint8 from 0 to 15 for 4 bits.
-        scale: `(out, k)`, a number for each of k groups of consecutive inputs.
-        offset: of the same shape; None is 0.
-        bits: 8 or 4.
-        arrange: function from an array `(out, in)` to the tensor as the checkpoint has it, such
-            as `np.transpose`; the identity by default.
-    """
-
-    integers: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray | None = None
-    bits: int = 8
-    arrange: Callable[[np.ndarray], np.ndarray] = _as_it_is
-
-    def numbers(self) -> np.ndarray:
-        """Returns the numbers of the tensor in float32."""
-        out, k = self.scale.shape
-        x = self.integers.reshape(out, k, -1).astype(np.float32)
-        x *= self.scale[..., None].astype(np.float32)
-        if self.offset is not None:
-            x += self.offset[..., None].astype(np.float32)
-        return self.arrange(x.reshape(out, -1))
+from jaxformers.quantization.quantized import pack
 
 
 def quantized_fields(
-    rule: Rule, parts: Sequence[Parts], shapes: Sequence[Shape]
+    rule: Rule, parts: Sequence[QuantizedMatrix], shapes: Sequence[Shape]
 ) -> list[dict[str, Any]] | None:
     """Returns the arguments of `Quantized` for each weight of ours, with NumPy arrays.
 
@@ -83,10 +51,10 @@ def quantized_fields(
         if at is None or (first.bits == 4 and at["stored"][-1] % 2):
             return None
         order, ahead = at["rows"], at["ahead"]
-        own = _packed(integers[order].reshape(at["stored"]), first.bits)
+        own = integers[order].reshape(at["stored"])
         fields.append(
             {
-                "integers": own,
+                "integers": pack(own) if first.bits == 4 else own,
                 "scale": scale[order].reshape(*ahead, -1),
                 "offset": None if offset is None else offset[order].reshape(*ahead, -1),
                 "bits": first.bits,
@@ -126,11 +94,6 @@ def _stored(rule: Rule, i: int, rows: np.ndarray, columns: np.ndarray) -> dict[s
         "outputs": len(outputs),
         "transposed": transposed,
     }
-
-
-def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
-    """Returns integers as `Quantized` stores them: those of 4 bits are two per byte."""
-    return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << np.uint8(4)
 
 
 def _joined(arrays: Sequence[Any]) -> np.ndarray:

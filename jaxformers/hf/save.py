@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from jaxformers.files.atomic import replace_json
 from jaxformers.files.hub import write_tensors
 from jaxformers.hf.architecture.describe import describe
 from jaxformers.hf.architecture.record import Architecture, option_name
@@ -43,10 +44,10 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     config["dtype"] = config["torch_dtype"] = dtype  # as versions 5 and 4 of transformers spell it
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
-    _write_json(directory / "config.json", config)
+    replace_json(directory / "config.json", config)
     if plan.family.shape != "encoder":
         generation = generation_entries(model.origin, plan.family, config)
-        _write_json(directory / "generation_config.json", generation)
+        replace_json(directory / "generation_config.json", generation)
     copy_tokenizer(model.origin, directory)
 
 
@@ -126,12 +127,6 @@ def _tensors(
     bare = config.get("architectures") == [family.classes.get("base")]
     prefix = family.prefix if bare else ""
     return [(name.removeprefix(prefix), *tensor) for name, tensor in listed.items()]
-
-
-def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxformers.files.hub import TensorFiles
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 from jaxformers.hf.family import Family
 from jaxformers.hf.quantized.module import QuantizedTensor
-from jaxformers.hf.quantized_layout import Parts
 
 # Files that began in TensorFlow have its names for the two halves of a norm.
 OLDER_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -68,7 +68,7 @@ class FileTensors:
         made = self.made.get(name)
         return self._find(name).read() if made is None else made
 
-    def parts(self, name: str) -> Parts | None:
+    def parts(self, name: str) -> QuantizedMatrix | None:
         """Returns the parts of a quantized tensor whose layout `Quantized` has, else None."""
         parts = getattr(self._find(name), "parts", None)
         return None if parts is None else parts()

@@ -12,7 +12,7 @@ from jaxformers.optim.clipping import clip_by_global_norm
 from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
-from jaxformers.paths import path_name
+from jaxformers.paths import path_name, some_of
 from jaxformers.trainability import trainable
 
 Predicate = Callable[[str, Any], Any]
@@ -153,7 +153,7 @@ class Groups(Optimizer):
         taken = {owner for _, owner in owners}
         # What is frozen may be an array that is not trained in any case, as beside adapters.
         taken |= {i for i in jax.tree.leaves(floats) if self.optimizers[i] is None}
-        paths = ", ".join(path_name(path) for path, _ in owners[:: len(owners) // 8 + 1])
+        paths = some_of([path_name(path) for path, _ in owners])
         for i, predicate in enumerate(self.predicates):
             if i not in taken:
                 raise ValueError(

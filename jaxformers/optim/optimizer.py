@@ -99,8 +99,8 @@ class _Optax(Optimizer):
         self, grads: PyTree, state: PyTree, model: Model, **extra: Any
     ) -> tuple[Model, PyTree]:
         check_fit(model, grads=grads)
-        grads = eqx.filter(grads, trainable(model))
-        params = eqx.filter(model, trainable(model))
+        trained = trainable(model)
+        grads, params = eqx.filter(grads, trained), eqx.filter(model, trained)
         # optax needs a gradient for every parameter. Frozen ones get zeros, and do not change.
         filled = jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, params, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformers.axes import Axes
 from jaxformers.checks import check_callable, check_size, check_usable, is_known
+from jaxformers.paths import some_of
 from jaxformers.quantization.quantized import Quantized, pack
 from jaxformers.quantization.rounding import GRIDS, rounded
 from jaxformers.weight_fields import map_weights
@@ -97,7 +98,7 @@ def _chosen_inputs(
 
     map_weights(look, model)
     if not found:
-        some = ", ".join(passed[:: len(passed) // 8 + 1]) or "no linear map at all"
+        some = some_of(passed) or "no linear map at all"
         raise ValueError(f"no weight is to be quantized: where is called with {some}.")
     return found
 

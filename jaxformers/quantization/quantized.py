@@ -154,8 +154,12 @@ def _fixed(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.stop_gradient(x).astype(jnp.float32)
 
 
-def pack(integers: Integer[Array, "... i"]) -> UInt8[Array, "... i/2"]:
+def pack(
+    integers: Integer[Array | np.ndarray, "... i"],
+) -> UInt8[Any, "... i/2"]:
     """Returns integers of 0 to 15 as two per byte, of which the first is the low half.
+
+    An array of NumPy gives one of NumPy.
 
     Raises:
         ValueError: if the last axis is odd.

@@ -39,13 +39,13 @@ class History(NamedTuple):
 
     @property
     def real(self) -> Bool[Array, "r s"]:
-        """Which columns hold tokens of the row."""
+        """Returns which columns hold tokens of the row."""
         columns = jnp.arange(self.tokens.shape[1])
         return (columns >= self.first[:, None]) & (columns < self.length)
 
     @property
     def new(self) -> Bool[Array, "r s"]:
-        """Which columns hold tokens that this call has generated."""
+        """Returns which columns hold tokens that this call has generated."""
         return self.real & (jnp.arange(self.tokens.shape[1]) >= self.start)
 
     @property

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,10 @@ from jaxformers.files.gguf_blocks import take_apart
 from jaxformers.files.gguf_file import GgufFile, GgufTensor, read_gguf
 from jaxformers.files.hub import TensorFiles
 from jaxformers.files.json_file import shorten
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 from jaxformers.hf.gguf import changes, rope
 from jaxformers.hf.gguf.metadata import Metadata
 from jaxformers.hf.gguf.names import ARCHITECTURES, GgufArchitecture
-from jaxformers.hf.quantized_layout import Parts
 
 # Tensors that say how positions are scaled, and that are no weights.
 NO_WEIGHTS = rope.DIVISORS, rope.LONG, rope.SHORT
@@ -57,12 +58,12 @@ class ChangedTensor(NamedTuple):
         """Returns its values. Blocks are unpacked as float32."""
         return self.changed(self.stored.read())
 
-    def parts(self) -> Parts | None:
+    def parts(self) -> QuantizedMatrix | None:
         """Returns the parts of a quantized matrix; None for other tensors and types of blocks."""
         if len(self.stored.shape) != 2 or self.change is changes.table:
             return None
-        blocks = take_apart(self.stored.kind, self.stored.rows())
-        return None if blocks is None else Parts(*blocks, arrange=self.changed)
+        matrix = take_apart(self.stored.kind, self.stored.rows())
+        return None if matrix is None else replace(matrix, arrange=self.changed)
 
     def changed(self, x: np.ndarray) -> np.ndarray:
         """Returns an array that was laid out as the file's, laid out as the checkpoint's."""

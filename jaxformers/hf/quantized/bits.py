@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxformers.hf.quantized_layout import Parts
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 
 # The numbers of four bits with a sign, two of exponent and one of mantissa (E2M1).
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -65,7 +65,7 @@ class Integers(NamedTuple):
         groups *= scale[..., None]
         return groups.reshape(x.shape)
 
-    def parts(self) -> Parts | None:
+    def parts(self) -> QuantizedMatrix | None:
         """Returns the parts that `Quantized` holds; None where groups are no runs of inputs."""
         if self.group is not None:
             return None
@@ -75,11 +75,13 @@ class Integers(NamedTuple):
         if self.bits == 8:
             integers, zero = (integers ^ 128).view(np.int8), zero - 128
         if not zero.any():
-            return Parts(integers, scale, None, self.bits)
+            return QuantizedMatrix(integers, scale, None, self.bits)
         offset = -scale.astype(np.float32) * zero.astype(np.float32)
         with np.errstate(over="ignore"):
             same = offset.astype(scale.dtype)
-        return Parts(integers, scale, same if (same == offset).all() else offset, self.bits)
+        return QuantizedMatrix(
+            integers, scale, same if (same == offset).all() else offset, self.bits
+        )
 
 
 def spread(scale: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:

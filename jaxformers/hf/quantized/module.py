@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxformers.files.hub import FileTensor, TensorFiles
 from jaxformers.files.json_file import shorten
+from jaxformers.files.quantized_matrix import QuantizedMatrix
 from jaxformers.hf.quantized.bits import Integers
-from jaxformers.hf.quantized_layout import Parts
 
 Shape = tuple[int, ...]
 
@@ -83,7 +83,7 @@ class QuantizedTensor:
     shape: tuple[int, int]
     dtype: np.dtype
     unpacked: Callable[[], np.ndarray]
-    kept: Callable[[], Parts | None] = _nothing
+    kept: Callable[[], QuantizedMatrix | None] = _nothing
 
     @classmethod
     def of(
@@ -100,13 +100,13 @@ class QuantizedTensor:
     def T(self) -> "QuantizedTensor":
         """The same weight as `(in, out)`, as GPT-2 has it."""
 
-        def kept() -> Parts | None:
+        def kept() -> QuantizedMatrix | None:
             parts = self.kept()
             return None if parts is None else replace(parts, arrange=np.transpose)
 
         return QuantizedTensor(self.shape[::-1], self.dtype, lambda: self.unpacked().T, kept)
 
-    def parts(self) -> Parts | None:
+    def parts(self) -> QuantizedMatrix | None:
         """Returns the integers with their scales, or None for a layout that stays unpacked."""
         return self.kept()
 
