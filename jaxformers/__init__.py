@@ -90,6 +90,7 @@ from jaxformers.residual import (
     Sandwich,
     TwoNorms,
 )
+from jaxformers.text.embedder import TextEmbedder
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.trainability import trainable
 from jaxformers.training import (

@@ -101,6 +101,18 @@ OPTIONS = ARRAYS | table(
     tie_embeddings="tie_word_embeddings",
 )
 
+# The arguments of `TextEmbedder`, `TextClassifier` and their `from_pretrained`.
+TEXTS = table(
+    texts="sentences inputs input text queries documents",
+    pairs="text_pair text_pairs text_target",
+    normalize="normalize_embeddings",
+    progress="show_progress_bar progress_bar show_progress verbose disable_tqdm tqdm",
+    top_k="return_all_scores",
+    truncate_dim="dim dimensions matryoshka_dim",
+    max_seq_length="max_length model_max_length",
+    dtype="torch_dtype model_kwargs",
+)
+
 # Options of `apply_chat_template` in transformers, with the advice for each.
 CHAT_OPTIONS = {
     "conversation": "The conversation is the first argument, messages.",

@@ -13,32 +13,48 @@ from jaxformers.checks import check_choice, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import Dense, as_module, construct, split_key
 
-POOLINGS = ("first", "mean", "late", "pooler", "none")
+POOLINGS = ("first", "mean", "late", "pooler", "none")  # of a classifier
+POOLED = ("first", "last", "mean", "mean_sqrt", "weighted_mean", "max")
 
 
 def pool(
-    hidden: Float[Array, "*b t d"], positions: Int[Array, "*#b t"], pooling: str
+    hidden: Float[Array, "*b t d"],
+    positions: Int[Array, "*#b t"],
+    pooling: str,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "*b d"]:
-    """Returns one vector `(b, d)` per sequence, that of the first token or the mean of all tokens.
+    """Returns one vector `(b, d)` per sequence, made of the hidden states of its tokens.
 
-    Padding does not count.
+    Padding does not count. The vector of a sequence without a token that counts is 0.
 
     Arguments:
         hidden: `(b, t, d)`.
         positions: position of each token, -1 for padding.
-        pooling: "first" or "mean".
+        pooling: "first" and "last" are that token, "mean" is the mean and "max" the largest value
+            of each feature; "mean_sqrt" is the sum divided by the root of the number of tokens, and
+            "weighted_mean" weights each token by its position, counted from 1.
+        first: the first position that counts, 0.
     """
-    check_choice(("first", "mean"), pooling=pooling)
-    counted = positions >= 0
+    check_choice(POOLED, pooling=pooling)
+    counted = positions >= first
+    wide = hidden.astype(jnp.float32)
+    if pooling == "max":
+        largest = jnp.where(counted[..., None], wide, -jnp.inf).max(-2)
+        return jnp.where(counted.any(-1, keepdims=True), largest, 0.0).astype(hidden.dtype)
     if pooling == "first":
         beyond = jnp.iinfo(positions.dtype).max
         lowest = jnp.where(counted, positions, beyond).min(-1, keepdims=True)
         counted &= positions == lowest
+    elif pooling == "last":
+        counted &= positions == positions.max(-1, keepdims=True)
     weights = jnp.broadcast_to(counted, hidden.shape[:-1]).astype(jnp.float32)
+    if pooling == "weighted_mean":
+        weights = weights * (positions + 1).astype(jnp.float32)
     # Packed documents have several first tokens, and a row of padding has none.
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
-    mean = jnp.einsum("...t,...td->...d", weights / total, hidden.astype(jnp.float32))
-    return mean.astype(hidden.dtype)
+    total = jnp.sqrt(total) if pooling == "mean_sqrt" else total
+    pooled = jnp.einsum("...t,...td->...d", weights / total, wide)
+    return pooled.astype(hidden.dtype)
 
 
 def unit_length(vectors: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

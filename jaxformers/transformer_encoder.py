@@ -19,7 +19,7 @@ from jaxformers.checks import (
 )
 from jaxformers.embedding import TransformerEmbedding
 from jaxformers.encoder import Encoder
-from jaxformers.heads import Classifier, pool, unit_length
+from jaxformers.heads import POOLED, Classifier, pool, unit_length
 from jaxformers.hf.methods import loads_encoder, save_pretrained
 from jaxformers.layers import as_module, construct, split_key
 from jaxformers.masks import Mask, as_mask
@@ -249,8 +249,8 @@ class TransformerEncoder(eqx.Module):
         Arguments:
             tokens: ids, `(b, t)` or `(t,)`.
             padding_mask: shape of `tokens`, True where a token is real.
-            pooling: "mean" over the real tokens, the "first" one, or what the "pooler" gives; what
-                a checkpoint was trained with stands in its `1_Pooling/config.json`.
+            pooling: "mean" over the real tokens, "first", "last", "max", "mean_sqrt" or
+                "weighted_mean" (see `heads.pool`), or what the "pooler" gives.
             normalize: whether to scale the vectors to length 1, so that their product is the
                 cosine.
             positions: integers of the shape of `tokens`, -1 for padding; instead of a padding mask.
@@ -264,7 +264,7 @@ class TransformerEncoder(eqx.Module):
             >>> model.embed(jnp.array([[1, 2, 3]])).shape
             (1, 64)
         """
-        check_choice(("mean", "first", "pooler"), pooling=pooling)
+        check_choice((*POOLED, "pooler"), pooling=pooling)
         check_flag(normalize=normalize)
         if pooling == "pooler":
             self._head("pooler", self.pooler)

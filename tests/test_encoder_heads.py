@@ -226,6 +226,28 @@ def test_the_first_token_is_the_one_with_the_lowest_position():
     assert_close(model.pooled(TOKENS, mask), model.pooled(TOKENS[:, ::-1]))
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_all_ways_of_pooling(first):
+    """Against a loop, with padding anywhere, and first tokens that do not count."""
+    hidden = jax.random.normal(KEY, (3, 5, D))
+    positions = np.array([[0, 1, 2, 3, -1], [-1, 0, -1, 1, 2], [-1] * 5])
+    ways = {
+        "first": lambda x, n: x[0],
+        "last": lambda x, n: x[-1],
+        "mean": lambda x, n: x.mean(0),
+        "mean_sqrt": lambda x, n: x.sum(0) / np.sqrt(len(x)),
+        "weighted_mean": lambda x, n: (x * n[:, None]).sum(0) / n.sum(),
+        "max": lambda x, n: x.max(0),
+    }
+    for name, way in ways.items():
+        got = pool(hidden, jnp.asarray(positions), name, first)
+        for row, at, vector in zip(np.asarray(hidden), positions, got, strict=True):
+            counted = at >= first
+            assert_close(
+                vector, way(row[counted], at[counted] + 1) if counted.any() else 0 * row[0]
+            )
+
+
 # What they refuse.
 
 
@@ -281,13 +303,13 @@ def test_input_that_is_not_tokens(head):
 @pytest.mark.usefixtures("no_shape_checker")
 def test_options_out_of_range():
     model = encoder()
-    with raises("pooling must be one of mean, first, pooler", "'max'"):
-        model.embed(TOKENS, pooling="max")
+    with raises("pooling must be one of first, last, mean, .*, max, pooler", "'late'"):
+        model.embed(TOKENS, pooling="late")
     with raises("normalize must be True or False"):
         model.embed(TOKENS, normalize=1)
     with raises("pooling must be one of first, mean, late, pooler, none", "'cls'"):
         Classifier(D, CLASSES, "cls", key=KEY)
-    with raises("pooling must be one of first, mean", "'none'"):
+    with raises("pooling must be one of first, last, mean", "'none'"):
         pool(jnp.ones((B, T, D)), jnp.arange(T), "none")
     with raises("num_labels must be an integer of at least 1", "0"):
         Classifier(D, 0, key=KEY)

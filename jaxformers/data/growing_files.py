@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,23 +30,3 @@ def header(count: int, dtype: np.dtype) -> bytes:
     if len(buffer.getvalue()) != HEADER:
         raise ValueError(f"NumPy wrote a header of {len(buffer.getvalue())} bytes, not {HEADER}.")
     return buffer.getvalue()
-
-
-def progress_bar(total: int) -> Any:
-    """Returns a progress bar, which is silent without tqdm or a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _NoBar()
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
-
-
-class _NoBar:
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass

@@ -15,12 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxformers.data.growing_files import (
-    HEADER,
-    header,
-    open_array,
-    progress_bar,
-)
+from jaxformers.data.growing_files import HEADER, header, open_array
 from jaxformers.data.joined import Joined, Part
 from jaxformers.data.text_files import Piece, check_inputs, read_pieces, texts_of
 from jaxformers.data.tokens import FORMAT, Tokens, open_tokens, token_dtype
@@ -28,6 +23,7 @@ from jaxformers.data.verbatim import verbatim
 from jaxformers.files.atomic import replace_json, sync
 from jaxformers.files.claim import LOCK, alone
 from jaxformers.files.json_file import read_json
+from jaxformers.progress import progress_bar
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.tokenizers.training import (
     bytes_tokenizer,

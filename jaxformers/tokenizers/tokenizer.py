@@ -166,7 +166,9 @@ class Tokenizer:
         Raises:
             ValueError: if texts are not strings, pairs do not fit them, or an option is not valid.
         """
-        rows = self._encode_rows(texts, pairs, max_length, add_special_tokens)
+        rows = self.encode_rows(
+            texts, pairs, max_length=max_length, add_special_tokens=add_special_tokens
+        )
         fill = next(i for i in (self.pad_token, self.end_token, 0) if i is not None)
         side = self.padding_side if padding_side is None else padding_side
         tokens = stack([ids for ids, _ in rows], fill, side)
@@ -174,6 +176,35 @@ class Tokenizer:
         if isinstance(texts, str):
             tokens, real = tokens[0], real[0]
         return jax.device_put(tokens), jax.device_put(real)
+
+    def encode_rows(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[tuple[list[int], list[int]]]:
+        """Returns ids and token types of each text or pair, truncated but not padded.
+
+        Arguments and errors are those of `encode`.
+        """
+        check_flag(add_special_tokens=add_special_tokens)
+        inputs: list[Any] = check_texts("texts", texts)
+        if pairs is not None:
+            seconds = check_texts("pairs", pairs)
+            if isinstance(texts, str) != isinstance(pairs, str) or len(inputs) != len(seconds):
+                raise ValueError(
+                    f"pairs must be one text to each of texts, got {len(seconds)} to "
+                    f"{len(inputs)}. Pass two strings, or two lists of equal length."
+                )
+            inputs = list(zip(inputs, seconds, strict=True))
+        encode = self.backend.encode_batch
+        encodings = guarded(encode, inputs, add_special_tokens=add_special_tokens)
+        if max_length is None:
+            return [(encoding.ids, encoding.type_ids) for encoding in encodings]
+        check_size(max_length=max_length)
+        return [truncate(encoding, max_length, self._truncation_side) for encoding in encodings]
 
     def token_types(
         self,
@@ -188,7 +219,9 @@ class Tokenizer:
 
         Arguments and errors are those of `encode`, and the shape is that of its tokens.
         """
-        rows = self._encode_rows(texts, pairs, max_length, add_special_tokens)
+        rows = self.encode_rows(
+            texts, pairs, max_length=max_length, add_special_tokens=add_special_tokens
+        )
         side = self.padding_side if padding_side is None else padding_side
         types = stack([row for _, row in rows], 0, side)
         return jax.device_put(types[0] if isinstance(texts, str) else types)
@@ -289,27 +322,6 @@ class Tokenizer:
         """Returns the id of the first of these special tokens that the tokenizer has."""
         there = [self.special_tokens[name] for name in names if name in self.special_tokens]
         return self.backend.token_to_id(there[0]) if there else None
-
-    def _encode_rows(
-        self, texts: Any, pairs: Any, max_length: Any, add_special_tokens: Any
-    ) -> list[tuple[list[int], list[int]]]:
-        """Returns ids and token types of each text or pair, truncated but not padded."""
-        check_flag(add_special_tokens=add_special_tokens)
-        inputs: list[Any] = check_texts("texts", texts)
-        if pairs is not None:
-            seconds = check_texts("pairs", pairs)
-            if isinstance(texts, str) != isinstance(pairs, str) or len(inputs) != len(seconds):
-                raise ValueError(
-                    f"pairs must be one text to each of texts, got {len(seconds)} to "
-                    f"{len(inputs)}. Pass two strings, or two lists of equal length."
-                )
-            inputs = list(zip(inputs, seconds, strict=True))
-        encode = self.backend.encode_batch
-        encodings = guarded(encode, inputs, add_special_tokens=add_special_tokens)
-        if max_length is None:
-            return [(encoding.ids, encoding.type_ids) for encoding in encodings]
-        check_size(max_length=max_length)
-        return [truncate(encoding, max_length, self._truncation_side) for encoding in encodings]
 
     def _decode_row(self, row: Any, skip_special_tokens: bool) -> str:
         ids = np.asarray(row)

@@ -1,0 +1,1 @@
+"""From text to text: models paired with their tokenizers."""
