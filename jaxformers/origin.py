@@ -32,6 +32,8 @@ class Origin:
             of origins ignore it.
         special_tokens: the defaults of `generate`.
         trained_length: the length in tokens of the texts in its training, by its config.json.
+        bare: whether the names of its tensors lack the prefix that they have in files of whole
+            models; None if that is not known, as of models that earlier versions saved.
     """
 
     config: str = dataclasses.field(repr=False)
@@ -39,3 +41,4 @@ class Origin:
     directory: str | None = dataclasses.field(default=None, compare=False)
     special_tokens: SpecialTokens = SpecialTokens()
     trained_length: int | None = None
+    bare: bool | None = None

@@ -1,7 +1,7 @@
 """The output layer, which maps the residual stream to the vocabulary."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -115,3 +115,21 @@ class OutputLayer(eqx.Module):
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         return site(logits, "logits")
+
+
+def check_output(model: Any) -> Any:
+    """Returns the output layer of a generative model.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    output = getattr(model, "output", model)  # a model of the user's own may have another name
+    if output is not None:
+        return output
+    hidden = "decode" if hasattr(model, "decode") else "forward"
+    holds = "" if model.origin is None else " (LM head), because its checkpoint has none"
+    raise ValueError(
+        f"this model has no output layer{holds}: it gives hidden states, by model.{hidden}(...), "
+        "and neither logits nor tokens. For these, load a checkpoint of the whole language model, "
+        "or build the model without output=None."
+    )

@@ -79,7 +79,8 @@ class Pieces(TypedDict, total=False):
         embedding: constructor of a model's embedding, called like `TransformerEmbedding`, the
             default; for instance `partial(TransformerEmbedding, norm=LayerNorm)`.
         output: constructor of a model's output layer, called like `OutputLayer`, the default; for
-            instance `partial(OutputLayer, softcap=30.0)`.
+            instance `partial(OutputLayer, softcap=30.0)`. None is a model that gives hidden states
+            alone, which is the default of encoders.
         per_layer: a function `i -> Pieces` with the options in which layer i of a stack differs,
             such as `lambda i: Pieces(window=512 if i % 6 != 5 else None)`.
         init: initializer of the weights; default `xavier_uniform`.
@@ -107,7 +108,7 @@ class Pieces(TypedDict, total=False):
     feed_forward: Callable
     position: PositionScheme | Callable[[PRNGKeyArray], PositionScheme] | None
     embedding: Callable
-    output: Callable
+    output: Callable | None
     per_layer: Callable[[int], Any]
     init: Initializer
     residual_init: Initializer | None
@@ -146,9 +147,9 @@ def check_pieces(pieces: Pieces, owner: type, without: Set[str] = frozenset()) -
     check_options(pieces, own | set(Pieces.__annotations__) - without, owner.__name__)
     functions = _only(
         pieces,
-        ("norm", "feed_forward", "attention_fn", "init", "embedding", "output", "per_layer"),
+        ("norm", "feed_forward", "attention_fn", "init", "embedding", "per_layer"),
     )
-    optional = _only(pieces, ("qk_norm", "residual_init"))
+    optional = _only(pieces, ("qk_norm", "residual_init", "output"))
     check_callable(**functions, **{k: x for k, x in optional.items() if x is not None})
     check_initializer(init=pieces.get("init"), residual_init=pieces.get("residual_init"))
 
@@ -286,16 +287,26 @@ def build_output(
     tied: bool,
     key: PRNGKeyArray,
     **pieces: Unpack[Pieces],
-) -> OutputLayer:
-    """Returns the output layer of a model; a tied one has no bias by default, as in T5."""
+) -> OutputLayer | None:
+    """Returns the output layer of a model, or None for `output=None`.
+
+    A tied one has no bias by default, as in T5.
+    """
     check_flag(tie_embeddings=tied)
     use_bias = pieces.get("use_logits_bias")
+    constructor = pieces.get("output", OutputLayer)
+    if constructor is None:
+        if tied or use_bias is not None:
+            raise ValueError(
+                "tie_embeddings and use_logits_bias are for an output layer, got none. Pass "
+                "output=OutputLayer, or leave them out."
+            )
+        return None
     if use_bias is None:
         use_bias = pieces.get("use_bias", True) and not tied
     vocab_size, width = table_shape
     options: dict[str, Any] = {} if width == d_model else {"embedding_dim": width}
     init = pieces.get("init", xavier_uniform)
-    constructor = pieces.get("output", OutputLayer)
     sizes = {"d_model": d_model, "vocab_size": vocab_size, "use_bias": use_bias, "tied": tied}
     return construct("output", constructor, sizes, init=init, key=key, **options)
 

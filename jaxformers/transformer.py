@@ -24,7 +24,7 @@ from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
-from jaxformers.output import OutputLayer
+from jaxformers.output import OutputLayer, check_output
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.places import (
     PairPlaces,
@@ -78,7 +78,7 @@ class Transformer(eqx.Module):
     encoder: Encoder
     tgt_embedding: TransformerEmbedding
     decoder: Decoder
-    output: OutputLayer
+    output: OutputLayer | None
     origin: Origin | None = eqx.field(static=True)
 
     def __init__(
@@ -183,8 +183,9 @@ class Transformer(eqx.Module):
 
         Raises:
             ValueError: if tokens are not ids within the vocabularies, are empty or too long, or a
-                mask has the wrong shape or type.
+                mask has the wrong shape or type; or the model has no output layer.
         """
+        check_output(self)  # said before anything is computed
         texts = read_pair(self, src, tgt, (src_mask, tgt_mask, src_tgt_mask), key, places)
         return one_program(_log_probs, self, *texts, key=key)
 
@@ -200,6 +201,7 @@ class Transformer(eqx.Module):
         **places: Unpack[PairPlaces],
     ) -> Float[Array, "*b t v"]:
         """Returns the logits of the next target token; `__call__` gives their log-softmax."""
+        check_output(self)
         texts = read_pair(self, src, tgt, (src_mask, tgt_mask, src_tgt_mask), key, places)
         return one_program(_logits, self, *texts, key=key)
 
@@ -262,8 +264,9 @@ class Transformer(eqx.Module):
         return self._forward(rows.tokens, rows.mask, key, cache, cross, encoder_output)
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
-        """Returns the logits that hidden states give."""
-        return self.output.logits(hidden, self.tgt_embedding.table if self.output.tied else None)
+        """Returns the logits that hidden states give, or raises if there is no output layer."""
+        output = check_output(self)
+        return output.logits(hidden, self.tgt_embedding.table if output.tied else None)
 
     def init_cache(
         self,

@@ -105,16 +105,11 @@ class TransformerEncoder(eqx.Module):
             key=encoder_key,
             **stack_pieces,
         )
-        self.output = self.pooler = self.classifier = self.origin = None
-        if "output" in pieces:
-            self.output = build_output(
-                d_model, self.embedding.table.shape, tie_embeddings, output_key, **pieces
-            )
-        elif tie_embeddings or "use_logits_bias" in pieces:
-            raise ValueError(
-                "tie_embeddings and use_logits_bias are for an output layer, got none. Pass "
-                "output=OutputLayer, or leave them out."
-            )
+        self.pooler = self.classifier = self.origin = None
+        with_output = Pieces(output=None) | pieces
+        self.output = build_output(
+            d_model, self.embedding.table.shape, tie_embeddings, output_key, **with_output
+        )
         given = {"pooler": pooler, "classifier": classifier}.items()
         check_callable(**{name: x for name, x in given if x is not None})
         pooler_key, classifier_key = split_key(head_key, 2)

@@ -27,7 +27,7 @@ from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
-from jaxformers.output import OutputLayer
+from jaxformers.output import OutputLayer, check_output
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.row_lengths import follow
 
@@ -66,7 +66,7 @@ class TransformerLM(eqx.Module):
 
     embedding: TransformerEmbedding
     decoder: Decoder
-    output: OutputLayer
+    output: OutputLayer | None
     origin: Origin | None = eqx.field(static=True)
 
     def __init__(
@@ -144,8 +144,9 @@ class TransformerLM(eqx.Module):
 
         Raises:
             ValueError: if tokens are not ids within the vocabulary, are empty or too long, or a
-                mask has the wrong shape or type.
+                mask has the wrong shape or type; or the model has no output layer.
         """
+        check_output(self)  # said before anything is computed
         places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
         rows = read_text(self, tokens, mask, None, **places)
         return one_program(_log_probs, self, rows, key=key)
@@ -162,6 +163,7 @@ class TransformerLM(eqx.Module):
         segment_ids: Int[Array, "*b t"] | None = None,
     ) -> Float[Array, "*b t v"]:
         """Returns the logits of the next token; `__call__` gives their log-softmax."""
+        check_output(self)
         places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
         rows = read_text(self, tokens, mask, None, **places)
         return one_program(_logits, self, rows, key=key)
@@ -192,8 +194,9 @@ class TransformerLM(eqx.Module):
         return self._forward(rows.tokens, rows.mask, key, follow(self, cache, rows.mask))
 
     def logits_of(self, hidden: Float[Array, "*b t d"]) -> Float[Array, "*b t v"]:
-        """Returns the logits that hidden states give."""
-        return self.output.logits(hidden, self.embedding.table if self.output.tied else None)
+        """Returns the logits that hidden states give, or raises if there is no output layer."""
+        output = check_output(self)
+        return output.logits(hidden, self.embedding.table if output.tied else None)
 
     def init_cache(self, batch_size: int, slots: int) -> Cache:
         """Returns an empty cache for `slots` tokens in each of `batch_size` sequences."""

@@ -28,6 +28,7 @@ class Case(NamedTuple):
 FIRST: dict[str, Case] = {}
 SECOND: dict[str, Case] = {}
 EXTRAS: dict[str, Case] = {}
+HEADLESS: dict[str, Case] = {}
 REFUSED: dict[str, Case] = {}
 
 
@@ -366,6 +367,35 @@ def extras(add):
         embedding_size=16, hidden_act="relu")
 
 
+# One case of each family of decoders, and the class of transformers without the output layer.
+BARE = {"llama": "LlamaModel", "mistral": "MistralModel", "ministral": "MinistralModel",
+        "qwen2": "Qwen2Model", "qwen3": "Qwen3Model", "gemma": "GemmaModel",
+        "gemma2": "Gemma2Model", "gemma3": "Gemma3TextModel", "phi3": "Phi3Model",
+        "olmo2": "Olmo2Model", "smollm3": "SmolLM3Model", "granite": "GraniteModel",
+        "cohere": "CohereModel", "starcoder2": "Starcoder2Model", "seed_oss": "SeedOssModel",
+        "arcee": "ArceeModel", "nemotron": "NemotronModel", "olmo": "OlmoModel",
+        "olmo3": "Olmo3Model", "cohere2": "Cohere2Model", "exaone4": "Exaone4Model",
+        "glm": "GlmModel", "helium": "HeliumModel", "stablelm": "StableLmModel",
+        "mixtral": "MixtralModel", "qwen2_moe": "Qwen2MoeModel", "qwen3_moe": "Qwen3MoeModel",
+        "gpt2": "GPT2Model", "gpt_neox": "GPTNeoXModel", "gptj": "GPTJModel",
+        "gpt_neo": "GPTNeoModel", "phi": "PhiModel", "opt_without_biases": "OPTModel",
+        "bloom": "BloomModel", "mpt": "MptModel", "falcon": "FalconModel"}
+
+
+def headless(add):
+    """Models without an output layer, and encoders of encoder-decoders."""
+    for name, architecture in BARE.items():
+        add(f"{name}_headless", architecture, CASES[name].config, UNTIED)
+    gated = T5 | {"feed_forward_proj": "gated-gelu"}
+    add("t5_encoder", "T5EncoderModel", T5)
+    add("t5_encoder_gated", "T5EncoderModel", gated, UNTIED,
+        added={"encoder.embed_tokens.weight": "shared.weight"})
+    add("mt5_encoder", "MT5EncoderModel", T5)
+    add("t5_headless", "T5Model", gated, UNTIED)
+    add("mt5_headless", "MT5Model", T5)
+    add("marian_headless", "MarianModel", CASES["marian"].config)
+
+
 def refused(add):
     """What transformers has and we do not: by the word that the error must have."""
     add("apply_residual_connection_post_layernorm", "BloomForCausalLM", vocab_size=V,
@@ -386,3 +416,4 @@ for fill in (decoders_second, encoder_decoders_second, encoders_second):
 extras(partial(case, EXTRAS))
 refused(partial(case, REFUSED))
 CASES = FIRST | SECOND | EXTRAS
+headless(partial(case, HEADLESS))

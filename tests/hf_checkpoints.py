@@ -2,7 +2,7 @@
 
     model = make("gemma2", directory)
 
-writes one of `CASES` or `REFUSED` and returns the torch model that it is. No parameter keeps a
+writes one of `CASES`, `HEADLESS` or `REFUSED` and returns the torch model that it is. No parameter keeps a
 value that would hide whether it is read, such as a bias of 0.
 """
 
@@ -10,7 +10,9 @@ import copy
 import json
 from pathlib import Path
 
-from hf_cases import CASES, MAX, REFUSED, H
+from hf_cases import CASES, HEADLESS, MAX, REFUSED, H
+
+ALL = CASES | HEADLESS | REFUSED
 
 
 def make(name, directory, seed=0):
@@ -18,7 +20,7 @@ def make(name, directory, seed=0):
     import torch
     import transformers
 
-    made = (CASES | REFUSED)[name]
+    made = ALL[name]
     architecture = getattr(transformers, made.architecture)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -36,7 +38,7 @@ def load(name, directory, **settings):
     """The checkpoint as transformers reads it, with other settings where they are given."""
     import transformers
 
-    made = (CASES | REFUSED)[name]
+    made = ALL[name]
     architecture = getattr(transformers, made.architecture)
     written = json.loads((Path(directory) / "config.json").read_text())
     config = architecture.config_class.from_dict(written | copy.deepcopy(settings))

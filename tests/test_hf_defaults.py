@@ -16,6 +16,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 class NoTensors:
     """A checkpoint of which nothing but config.json is looked at."""
 
+    bare = False
+
     def has(self, name):
         return False
 

@@ -64,7 +64,7 @@ class Modules:
         if model.origin is None:
             plan, _ = describe_for_file(like)
         else:
-            family = family_of(json.loads(model.origin.config))
+            family = family_of(json.loads(model.origin.config), a.shape)
             plan = WeightPlan.of(family, like, a)
         family = plan.family
         is_bare = class_name(a, family) == family.classes.get("base")

@@ -89,16 +89,15 @@ def verify(
     """
     with torch_without_gradients(), jax.default_matmul_precision("highest"):
         ours = from_pretrained(path, dtype=jnp.float32)
-        kind = type(ours)
-        theirs = load_reference(path, kind, "float32")
+        theirs = load_reference(path, ours, "float32")
         samples = draw_samples(ours, theirs.model.config, np.random.default_rng(seed))
-        allowed = _allow(path, theirs, samples[NO_PADDING])
+        allowed = _allow(path, ours, theirs, samples[NO_PADDING])
         rows = _compare_outputs(ours, theirs, samples, allowed)
-        if generate and not isinstance(ours, TransformerEncoder):
+        if generate and not isinstance(ours, TransformerEncoder) and ours.output is not None:
             rows += _compare_generated(ours, theirs, samples, allowed["log-probs"])
         if sixteen_bits:
-            rows += _compare_sixteen_bits(path, kind, samples)
-        return rows + _compare_saved(path, kind, samples[NO_PADDING])
+            rows += _compare_sixteen_bits(path, samples)
+        return rows + _compare_saved(path, samples[NO_PADDING])
 
 
 def table(rows: list[Row]) -> str:
@@ -153,9 +152,11 @@ def _pad(batch: Batch, config: Any, left: bool) -> Batch:
     return Batch(tokens, np.take_along_axis(mask, order, axis=1), types)
 
 
-def _allow(path: str | os.PathLike, theirs: Reference, sample: Sample) -> dict[str, float]:
+def _allow(
+    path: str | os.PathLike, ours: Model, theirs: Reference, sample: Sample
+) -> dict[str, float]:
     """Returns the allowed difference of each output, from their float32 and float64."""
-    exact = load_reference(path, theirs.kind, "float32").calculate_in("float64")(sample)
+    exact = load_reference(path, ours, "float32").calculate_in("float64")(sample)
     rounded = theirs(sample)
     differences = {name: float(np.abs(rounded[name] - exact[name]).max()) for name in exact}
     return {name: max(LEAST, ROUNDINGS * difference) for name, difference in differences.items()}
@@ -174,17 +175,16 @@ def _compare_outputs(
     return rows
 
 
-def _compare_sixteen_bits(
-    path: str | os.PathLike, kind: type[Model], samples: dict[str, Sample]
-) -> list[Row]:
+def _compare_sixteen_bits(path: str | os.PathLike, samples: dict[str, Sample]) -> list[Row]:
     """Compares the distances of both from float32, which has the same weights of 16 bits.
 
     The distances are root mean squares, because these vary less by chance than the largest.
     """
     stored = _dtype(from_pretrained(path))
     dtype = stored if stored.itemsize == 2 else jnp.dtype(jnp.bfloat16)
-    ours, theirs = from_pretrained(path, dtype=dtype), load_reference(path, kind, str(dtype))
-    exact = load_reference(path, kind, str(dtype)).calculate_in("float32")
+    ours = from_pretrained(path, dtype=dtype)
+    theirs = load_reference(path, ours, str(dtype))
+    exact = load_reference(path, ours, str(dtype)).calculate_in("float32")
     rows = []
     for layout, sample in samples.items():
         wanted = _their_outputs(exact, layout, sample)
@@ -230,10 +230,15 @@ def _our_outputs(model: Model, sample: Sample, names: frozenset[str]) -> Outputs
     """Returns our outputs. `jit` is not used: it would compile each layout only to run it once."""
     tokens, mask, types = sample[0]
     if isinstance(model, TransformerLM):
+        if model.output is None:
+            return {"hidden states": model.forward(tokens, padding_mask=mask)[0]}
         return {"log-probs": model(tokens, padding_mask=mask)}
     if isinstance(model, Transformer):
         target = sample[1]
         masks = {"src_padding_mask": mask, "tgt_padding_mask": target.mask}
+        if model.output is None:
+            memory = model.encode(tokens, src_padding_mask=mask)
+            return {"hidden states": model.decode(target.tokens, memory, **masks)}
         return {"log-probs": model(tokens, target.tokens, **masks)}
     methods: dict[str, Any] = {
         "hidden states": model,
@@ -282,7 +287,7 @@ def _compare_generated(
     return rows
 
 
-def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -> list[Row]:
+def _compare_saved(path: str | os.PathLike, sample: Sample) -> list[Row]:
     """Compares the checkpoint with the saved one, both under transformers.
 
     The checkpoint has the type of its file, whatever config.json says. The config.json of the saved
@@ -291,13 +296,13 @@ def _compare_saved(path: str | os.PathLike, kind: type[Model], sample: Sample) -
     with tempfile.TemporaryDirectory() as copy:
         model = from_pretrained(path)
         model.save_pretrained(copy)
-        before = load_reference(path, kind, str(_dtype(model)))
-        after = load_reference(copy, kind, "auto")
+        before = load_reference(path, model, str(_dtype(model)))
+        after = load_reference(copy, model, "auto")
     changed = before.changed(after)
     for reference in (before, after):
         # PyTorch rounds differently by memory layout, which the files decide. A copy removes that.
         for parameter in reference.model.float().parameters():
             parameter.data = parameter.data.clone()
-    wanted, got = (Reference(x.model, kind, x.missing)(sample) for x in (before, after))
+    wanted, got = (x(sample) for x in (before, after))
     difference = max(float(np.abs(got[name] - wanted[name]).max()) for name in wanted)
     return [Row("tensors, saved", len(changed), 0), Row("outputs, saved", difference, 0)]

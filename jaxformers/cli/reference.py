@@ -62,7 +62,10 @@ class Reference(NamedTuple):
     def __call__(self, sample: Sample) -> Outputs:
         inputs = _inputs(sample, self.takes_positions)
         if self.kind is not TransformerEncoder:
-            return {"log-probs": _log_softmax(self.model(**inputs).logits)}
+            out = self.model(**inputs)
+            if "logits" in out:
+                return {"log-probs": _log_softmax(out.logits)}
+            return {"hidden states": _numpy(out.last_hidden_state)}
         base = self.model.base_model(**inputs)
         outputs = {"hidden states": _numpy(base.last_hidden_state)}
         made_up = any("pooler" in name for name in self.missing)
@@ -156,16 +159,18 @@ class Reference(NamedTuple):
         return [x for x in a | b if x not in made_up and not _same_bits(a.get(x), b.get(x))]
 
 
-def load_reference(path: str | os.PathLike, kind: type[Model], dtype: str) -> Reference:
-    """Returns the checkpoint in the class of transformers that corresponds to our `kind`."""
+def load_reference(path: str | os.PathLike, ours: Model, dtype: str) -> Reference:
+    """Returns the checkpoint in the class of transformers that corresponds to our model."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config, kind = transformers.AutoConfig.from_pretrained(path), type(ours)
     architecture = {
         TransformerLM: transformers.AutoModelForCausalLM,
         Transformer: transformers.AutoModelForSeq2SeqLM,
         TransformerEncoder: getattr(transformers, (config.architectures or ["AutoModel"])[0]),
     }[kind]
+    if kind is not TransformerEncoder and ours.output is None:
+        architecture = transformers.AutoModel
     model, info = architecture.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )

@@ -23,6 +23,7 @@ from jaxformers.generation.request import (
     room_for,
 )
 from jaxformers.generation.speculative import run_speculative
+from jaxformers.output import check_output
 
 
 class Generation(NamedTuple):
@@ -70,6 +71,7 @@ def generate(
         source: the encoder's tokens, for a model that has one.
     """
     check_usable(model=model)
+    check_output(model)
     if source is None:
         check_cache(model, options.get("cache"))
     request = read_request(model, prompt, max_new_tokens, options, padding_mask, source)
@@ -156,6 +158,7 @@ def stream(
 ) -> Iterator[Int[Array, "*b"]]:
     """Returns the tokens of `generate` one column at a time, as they come."""
     check_usable(model=model)
+    check_output(model)
     beyond = NOT_STREAMED & set(options)
     if beyond:
         raise ValueError(

@@ -18,6 +18,7 @@ from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
 from jaxformers.one_program import bucket
 from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.output import check_output
 
 
 class Prompt(NamedTuple):
@@ -141,8 +142,10 @@ def begin_target(
     """Returns the prompt of a `Transformer`, which is the start token alone, and its source.
 
     Raises:
-        ValueError: if there is no start token or no room for one token more, or as `read_source`.
+        ValueError: if the model has no output layer, there is no start token or no room for one
+            token more, or as `read_source`.
     """
+    check_output(model)
     if start_token is None:
         start_token = special_of(model.origin).start_token
     if start_token is None:

@@ -25,6 +25,7 @@ from jaxformers.generation.speculative import LookupDraft, ModelDraft
 from jaxformers.mistakes import special_of, warn_of_length
 from jaxformers.one_program import bucket
 from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.output import check_output
 
 
 def gather(
@@ -179,6 +180,7 @@ def read_draft(
         check_size(prompt_lookup=options["prompt_lookup"])
         return LookupDraft(options["prompt_lookup"])
     check_usable(model=draft)
+    check_output(draft)
     if draft.vocab_size != model.vocab_size:
         raise ValueError(
             f"draft_model must have the model's vocabulary of {model.vocab_size} tokens, got one "

@@ -13,6 +13,7 @@ from jaxformers.checks import check_size, check_usable
 from jaxformers.generation.prompts import Source, read_text
 from jaxformers.ids import Tokens, as_ids
 from jaxformers.one_program import bucket
+from jaxformers.output import check_output
 
 
 def score(
@@ -27,6 +28,7 @@ def score(
         source: the encoder's tokens, for a model that has one.
     """
     check_usable(model=model)
+    check_output(model)
     limit, name = model.max_seq_length, "tokens" if source is None else "tgt"
     text = read_text(tokens, padding_mask, model.vocab_size, limit, name, model.origin)
     t = text.tokens.shape[1]

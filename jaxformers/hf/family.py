@@ -26,6 +26,7 @@ class Family(NamedTuple):
         special: token ids that config.json leaves out where they are the class's defaults.
         aliases: pairs of a pattern of older names, and its replacement.
         newer: keys of config.json that version 5 of transformers knows and version 4 does not.
+        encoder: the table for the encoder alone, if transformers has a class for it.
     """
 
     model_type: str
@@ -40,6 +41,12 @@ class Family(NamedTuple):
     special: Mapping[str, Any] = {}
     aliases: tuple[tuple[str, str], ...] = ()
     newer: tuple[str, ...] = ("rope_parameters",)
+    encoder: "Family | None" = None
+
+    def of_shape(self, shape: str) -> "Family":
+        """Returns the table for models of a shape: that of the encoder, or else this one."""
+        encoder = self.encoder
+        return encoder if encoder is not None and encoder.shape == shape else self
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, Rule]:

@@ -13,11 +13,18 @@ from jaxformers.origin import Origin, SpecialTokens
 
 
 def read_origin(
-    directory: Path, config: Mapping[str, Any], family: Family, vocab_size: int
+    directory: Path, config: Mapping[str, Any], family: Family, vocab_size: int, bare: bool
 ) -> Origin:
     """Returns the origin of a model: what a checkpoint holds beside its weights.
 
     Special tokens that generation_config.json leaves out are those of config.json.
+
+    Arguments:
+        directory: the directory of the checkpoint.
+        config: the entries of config.json.
+        family: the table of the model.
+        vocab_size: the number of tokens that may be special.
+        bare: whether the names of its tensors lack the prefix of whole models.
     """
     path = directory / "generation_config.json"
     generation = read_json(path) if path.exists() else None
@@ -31,6 +38,7 @@ def read_origin(
         directory=str(directory.absolute()),
         special_tokens=special,
         trained_length=trained_length(config, family),
+        bare=bare,
     )
 
 

@@ -22,7 +22,7 @@ from jaxformers.hf.family import Family
 from jaxformers.hf.fresh_head import FreshHead
 from jaxformers.hf.generation_config import read_origin
 from jaxformers.hf.gguf.checkpoint import open_gguf
-from jaxformers.hf.model_type import KEY, family_of, guess_family
+from jaxformers.hf.model_type import KEY, choose_table, family_of, guess_family
 from jaxformers.hf.plan import WeightPlan, abstract
 from jaxformers.hf.quantized.checkpoint import open_quantized
 from jaxformers.hf.tensors import FileTensors
@@ -64,7 +64,7 @@ def load(
     """
     check_flag(quantized=quantized)
     directory, config, files = open_checkpoint(path, found)
-    family = family_of(config) if KEY in config else None
+    family = choose_table(family_of(config), config, files, classes) if KEY in config else None
     if family is not None and family.shape not in classes:
         raise ValueError(
             f"{directory} holds a {family.model_type}, a model of shape {family.shape!r}, which "
@@ -76,10 +76,11 @@ def load(
             config, files, partial(fits, config=config, files=files, classes=classes)
         )
         config[KEY] = family.model_type
+        family = choose_table(family, config, files, classes)
     stored = FileTensors(family, files)
     config = config if head is None else head.begin(stored, config)
     a, plan = plan_model(config, stored, classes, head)
-    origin = read_origin(directory, config, family, a.vocab_size)
+    origin = read_origin(directory, config, family, a.vocab_size, stored.bare)
     arrays = read_arrays(plan, stored, dtype, sharding, quantized)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
 
@@ -148,6 +149,7 @@ def fits(
 ) -> bool:
     """Returns whether a family understands a config.json and needs just these tensors."""
     try:
+        family = choose_table(family, config, files, classes)
         stored = FileTensors(family, files)
         return family.shape in classes and bool(plan_model(config, stored, classes))
     except ValueError:
@@ -161,7 +163,7 @@ def read_settings(family: Family, entries: Mapping[str, Any], tensors: Any) -> A
         ValueError: if an entry has the wrong type or a meaning that is not handled.
     """
     check_not_quantized(entries)
-    config = Config(entries, tensors)
+    config = Config(entries, tensors, family.classes.get("base"))
     fields: dict[str, Any] = {"shape": family.shape}
     for setting in family.settings:
         try:

@@ -1,7 +1,7 @@
 """Finds the family of a checkpoint, by the name in config.json or by its tensors."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from jaxformers.files.hub import TensorFiles
@@ -13,15 +13,20 @@ from jaxformers.hf.tensors import FileTensors
 KEY = "model_type"
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any], shape: str | None = None) -> Family:
     """Returns the table for a config.json.
+
+    Arguments:
+        config: the entries of config.json.
+        shape: the shape of the model, "encoder" for the encoder alone of an encoder-decoder; None
+            for the shape of the family.
 
     Raises:
         ValueError: if it names none of them.
     """
     name = config.get(KEY)
     if isinstance(name, str) and name in FAMILIES:
-        return FAMILIES[name]
+        return FAMILIES[name] if shape is None else FAMILIES[name].of_shape(shape)
     known = sorted(FAMILIES)
     close = difflib.get_close_matches(str(name).lower().replace("_", "-")[:80], known, n=1)
     named = _named_by_class(config)
@@ -31,6 +36,32 @@ def family_of(config: Mapping[str, Any]) -> Family:
     raise ValueError(
         f"config.json: {KEY} must be one of {', '.join(known)}, got {name!r:.80}.{hint}"
     )
+
+
+def choose_table(
+    family: Family, config: Mapping[str, Any], files: TensorFiles, shapes: Container[str]
+) -> Family:
+    """Returns the table of a family for a checkpoint, which may hold the encoder alone.
+
+    It does if `architectures` says so, or names no class of the family and there is no decoder. The
+    encoder of a whole model is taken where only an encoder is asked for.
+
+    Arguments:
+        family: the family of the checkpoint.
+        config: the entries of config.json.
+        files: the tensors.
+        shapes: the shapes that are asked for.
+    """
+    if family.encoder is None:
+        return family
+    named = config.get("architectures")
+    if named in [[x] for x in family.encoder.classes.values()]:
+        return family.encoder
+    if family.shape not in shapes and family.encoder.shape in shapes:
+        return family.encoder
+    whole = named in [[x] for x in family.classes.values()]
+    has_decoder = any("decoder." in name for name in files.names)
+    return family if whole or has_decoder else family.encoder
 
 
 def guess_family(
@@ -76,10 +107,17 @@ def _named_by_class(config: Mapping[str, Any]) -> list[str]:
     return [name for name, family in FAMILIES.items() if set(_classes(family)) & set(names)]
 
 
+def known_classes(model_type: str) -> list[str]:
+    """Returns the classes of transformers that are in a family's tables."""
+    family = FAMILIES[model_type]
+    of_encoder = {} if family.encoder is None else family.encoder.classes
+    return [*family.classes.values(), *of_encoder.values()]
+
+
 def _classes(family: Family) -> list[str]:
     """Returns the family's classes, with those that transformers has for further tasks."""
     base = family.classes.get("base", "").removesuffix("Model")
-    return [*family.classes.values(), *(f"{base}For{task}" for task in TASKS if base)]
+    return [*known_classes(family.model_type), *(f"{base}For{task}" for task in TASKS if base)]
 
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")

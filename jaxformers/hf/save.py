@@ -16,6 +16,7 @@ import numpy as np
 from jaxformers.files.atomic import replace_json
 from jaxformers.files.hub import write_tensors
 from jaxformers.hf.architecture.describe import describe
+from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.architecture.record import Architecture, option_name
 from jaxformers.hf.architecture.rope import OLDER_KEYS
 from jaxformers.hf.arrays import is_finite
@@ -26,11 +27,12 @@ from jaxformers.hf.family import Family
 from jaxformers.hf.generation_config import generation_entries
 from jaxformers.hf.layouts import Rule, to_theirs
 from jaxformers.hf.load import read_settings
-from jaxformers.hf.model_type import family_of
+from jaxformers.hf.model_type import family_of, known_classes
 from jaxformers.hf.plan import FLOATS, WeightPlan, abstract, arrays_by_path
 from jaxformers.hf.saved_tokenizer import copy_tokenizer
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
+from jaxformers.origin import Origin
 from jaxformers.weights import merge
 
 
@@ -43,9 +45,10 @@ def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     plan, config = describe_for_file(model)
     config["dtype"] = config["torch_dtype"] = dtype  # as versions 5 and 4 of transformers spell it
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory, _tensors(plan, arrays, config), max_shard_bytes)
+    write_tensors(directory, _tensors(plan, arrays, config, model.origin), max_shard_bytes)
     replace_json(directory / "config.json", config)
-    if plan.family.shape != "encoder":
+    known = model.origin is not None and model.origin.generation_config is not None
+    if plan.family.shape != "encoder" and (known or model.output is not None):
         generation = generation_entries(model.origin, plan.family, config)
         replace_json(directory / "generation_config.json", generation)
     copy_tokenizer(model.origin, directory)
@@ -107,7 +110,10 @@ def check_arrays(arrays: Mapping[str, Any]) -> str:
 
 
 def _tensors(
-    plan: WeightPlan, arrays: Mapping[str, jax.Array], config: Mapping[str, Any]
+    plan: WeightPlan,
+    arrays: Mapping[str, jax.Array],
+    config: Mapping[str, Any],
+    origin: Origin | None,
 ) -> list[tuple]:
     """Returns for each tensor its name, shape, dtype, and a function that makes it."""
     shapes, listed, family = plan.shapes(), {}, plan.family
@@ -124,9 +130,28 @@ def _tensors(
     if config.get("tie_word_embeddings") is False:
         repeats = {copy: of for copy, of in family.repeats if copy not in listed}
         listed |= {copy: listed[of] for copy, of in repeats.items() if of in listed}
-    bare = config.get("architectures") == [family.classes.get("base")]
-    prefix = family.prefix if bare else ""
+    prefix = family.prefix if is_bare(family, config, origin, listed) else ""
     return [(name.removeprefix(prefix), *tensor) for name, tensor in listed.items()]
+
+
+def is_bare(
+    family: Family, config: Mapping[str, Any], origin: Origin | None, names: Collection[str]
+) -> bool:
+    """Returns whether tensors are written without the prefix of whole models.
+
+    A model that still is of the class in its checkpoint has the names of its checkpoint.
+
+    Arguments:
+        family: the table of the model.
+        config: the entries of config.json that are written.
+        origin: the origin of the model.
+        names: the names of the tensors, with the prefix.
+    """
+    named = config.get("architectures")
+    kept = origin is not None and json.loads(origin.config).get("architectures") == named
+    as_it_came = origin.bare if origin is not None and kept else None
+    bare = named == [family.classes.get("base")] if as_it_came is None else as_it_came
+    return bare and all(name.startswith(family.prefix) for name in names)
 
 
 def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
@@ -139,7 +164,7 @@ def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
     check_described(a, model)
     if model.origin is not None:
         entries = json.loads(model.origin.config)
-        family = family_of(entries)
+        family = family_of(entries, a.shape)
         try:
             return fit(family, model, a, entries)
         except Misfit as error:
@@ -148,7 +173,7 @@ def describe_for_file(model: Any) -> tuple[WeightPlan, dict[str, Any]]:
                 f"more: {error}"
             ) from error
     misfits: dict[str, Misfit] = {}
-    for family in FAMILIES.values():
+    for family in (x.of_shape(a.shape) for x in FAMILIES.values()):
         if family.shape == a.shape:
             try:
                 return fit(family, model, a, {})
@@ -195,12 +220,15 @@ def fit(
         Misfit: if the format of the family does not hold the model.
     """
     plan, fields = WeightPlan.of(family, model, a), a.flat()
-    named = ModelTensors(plan.shapes())
+    shapes = plan.shapes()
+    bare = is_bare(family, entries, model.origin, shapes)
+    named = ModelTensors(shapes, bare)
     unnamed = [f"no tensor for {re.sub(r'[.][0-9]+', '[i]', path)}" for path in plan.unnamed]
     # Other heads than the file's make it another class. A class that no table has stays.
-    given, own = entries.get("architectures"), [class_name(a, family)]
-    faults = ["no class with these heads"] if own == [None] else []
-    same_class = given == own or given not in [[name] for name in family.classes.values()]
+    given, classes = entries.get("architectures"), class_names(a, family, bare)
+    faults = [] if classes else ["no class with these heads"]
+    fitting = given in [[name] for name in classes]
+    same_class = fitting or given not in [[name] for name in known_classes(family.model_type)]
     renamed = {old for x in family.settings if isinstance(x, Older) for old in x.names}
     if (
         entries
@@ -221,7 +249,7 @@ def fit(
             setting.write(fields, config)
         except ValueError as error:
             faults.append(str(error).rstrip("."))
-    config["architectures"] = own
+    config["architectures"] = given if fitting else classes[:1]
     faults += differences(family, config, named, a)
     if faults or unnamed:
         raise Misfit(faults or unnamed)  # a difference explains why a tensor is missing
@@ -286,6 +314,23 @@ def differences(
         for name, value in a.flat().items()
         if "dropout" not in name and value != read[name]
     ]
+
+
+def class_names(a: Architecture, family: Family, bare: bool) -> list[str]:
+    """Returns the classes that config.json may name for a model, the usual one first.
+
+    A bare model whose config.json says tied has what its output layer needs. And files of bare
+    models may name the class of the whole one.
+    """
+    own, names = class_name(a, family), family.classes
+    if a.shape != "encoder" and "base" in names:
+        whole = a.output.present and a.output.tied and not a.output.bias
+        by_file = any(x.by_file for x in family.settings if isinstance(x, Tied))
+        if whole and not by_file:
+            return [names["output"], names["base"]]
+        if not a.output.present and bare:
+            return [names["base"], names["output"]]
+    return [] if own is None else [own]
 
 
 def class_name(a: Architecture, family: Family) -> str | None:

@@ -30,6 +30,7 @@ class FileTensors:
         self.made: dict[str, np.ndarray] = {}  # those that no file has
         self.names: dict[str, str] = {}
         self.unknown: list[str] = []  # names that are in no table
+        prefixed: set[bool] = set()
         expected = [theirs for rule in family.weights for theirs in rule.theirs]
         expected += [copy for copy, _ in family.copies]
         columns = [rule for rule in family.weights if rule.layout.startswith("conv1d")]
@@ -44,6 +45,8 @@ class FileTensors:
             if not ours and any(re.search(p, new) for p in (*family.ignored, *CONSTANTS)):
                 continue
             canonical = ours[0] if ours else new
+            if ours and family.prefix and canonical.startswith(family.prefix):
+                prefixed.add(new.startswith(family.prefix))
             if not ours:
                 self.unknown.append(canonical)
             if canonical in self.names:
@@ -52,6 +55,7 @@ class FileTensors:
                     f"and {name}."
                 )
             self.names[canonical] = name
+        self.bare = prefixed == {False}  # as files of bare models are
         for copy, of in family.copies:
             self.merge(copy, of)
 
@@ -126,10 +130,16 @@ def pattern(name: str) -> str:
 
 
 class ModelTensors:
-    """The tensors of a model that is being written, for settings that ask about them."""
+    """The tensors of a model that is being written, for settings that ask about them.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+    Arguments:
+        shapes: the shapes of the tensors by name.
+        bare: whether the names are written without the prefix of whole models.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], bare: bool):
         self.shapes = shapes
+        self.bare = bare
 
     def has(self, name: str) -> bool:
         return name in self.shapes

@@ -35,6 +35,7 @@ from jaxformers.checks import check_options, check_tokens, is_known
 from jaxformers.elsewhere import ARRAYS
 from jaxformers.layers import split_key
 from jaxformers.masks import AttentionMask
+from jaxformers.output import check_output
 from jaxformers.training.losses import check_targets, chunked_cross_entropy, differ
 from jaxformers.training.names import advise
 from jaxformers.transformer import Transformer
@@ -65,8 +66,8 @@ def language_model_loss(
             `functools.partial(language_model_loss, z_loss=1e-4)` once and pass it as the loss.
 
     Raises:
-        ValueError: if the batch lacks an array or has an unknown one; and as the model and
-            `chunked_cross_entropy` do.
+        ValueError: if the batch lacks an array or has an unknown one, or the model has no output
+            layer; and as the model and `chunked_cross_entropy` do.
 
     Example:
         >>> text = jnp.array([[3, 1, 4, 1, 5]])
@@ -79,6 +80,7 @@ def _language(model: TransformerLM, batch: Batch, key: PRNGKeyArray | None) -> A
     """Returns the hidden states that predict the targets."""
     optional = "padding_mask", "loss_mask", "positions", "segment_ids"
     check_model(model, "forward", "language_model_loss", "TransformerLM")
+    check_output(model)
     check_batch(batch, ("tokens", "targets"), optional, "a language model")
     mask = _packed_mask(batch.get("positions"), batch.get("segment_ids"))
     padding_mask = batch.get("padding_mask")
@@ -120,6 +122,7 @@ def _pair(model: Transformer, batch: Batch, key: PRNGKeyArray | None) -> Array:
     """Returns the decoder's hidden states, which predict the targets."""
     optional = "src_padding_mask", "tgt_padding_mask", "loss_mask"
     check_model(model, "decode", "sequence_to_sequence_loss", "Transformer")
+    check_output(model)
     check_batch(batch, ("src", "tgt", "targets"), optional, "an encoder-decoder")
     src_key, tgt_key = split_key(key, 2)
     padding = {name: batch.get(name) for name in ("src_padding_mask", "tgt_padding_mask")}

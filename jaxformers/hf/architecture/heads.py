@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from jaxformers.heads import Classifier
 from jaxformers.hf.architecture.activation import ACTIVATIONS, activation_name
 from jaxformers.hf.architecture.norm import NormOptions
-from jaxformers.hf.architecture.output import OutputOptions
 from jaxformers.hf.architecture.parts import Parts, as_dense
 from jaxformers.hf.config.entries import Config
 from jaxformers.hf.config.settings import Named
@@ -119,7 +118,7 @@ class Heads(NamedTuple):
         tensors = config.tensors
         classifiers = self._classifiers(config)
         output = tensors.has(self.output) and not (self.shared and classifiers)
-        for name in (*(() if output else _OUTPUT), *(() if classifiers else _CLASSIFIER)):
+        for name in () if classifiers else _CLASSIFIER:
             fields.pop(name, None)
         fields["heads.pooler"] = bool(self.pooler) and tensors.has(self.pooler)
         fields["output.present"] = output
@@ -148,7 +147,6 @@ class Heads(NamedTuple):
             config.pop("num_labels", None)  # the number of the former classifier
 
 
-_OUTPUT = tuple(f"output.{field.name}" for field in dataclasses.fields(OutputOptions))
 _CLASSIFIER = tuple(f"heads.{field.name}" for field in dataclasses.fields(HeadOptions))
 
 

@@ -64,10 +64,14 @@ class OutputOptions:
         name = "linear" if plain else activation_name(transform.activation)
         return options(transform=name, transform_bias=transform.b is not None)
 
+    def completed(self) -> "OutputOptions":
+        """Returns the options with the defaults in place of those of a layer that is not there."""
+        return self if self.present else OutputOptions(present=False)
+
     def pieces(self, norm: NormOptions, init: Initializer) -> Pieces:
         """Returns the pieces for the constructor of a model."""
         if not self.present:
-            return Pieces()
+            return Pieces(output=None)
         transform = self._transform(norm, init)
         output = partial(OutputLayer, scale=self.scale, softcap=self.softcap, transform=transform)
         return Pieces(use_logits_bias=self.bias, output=output)
@@ -89,6 +93,10 @@ class Tied(NamedTuple):
     A file with two tensors that differ holds a model that is not tied, even if config.json says
     that it is.
 
+    A file of a bare model that lacks what the output layer needs holds a model without one. Bare
+    are a file whose `architectures` names the class without a head, and one whose tensors lack the
+    prefix that they have in files of whole models. If config.json says tied, nothing is missing.
+
     The written entry agrees with the model, because other readers rely on it: transformers 4 drops
     the tensor of the output layer if config.json says that it is tied.
 
@@ -97,8 +105,7 @@ class Tied(NamedTuple):
         head: the tensor of the output layer.
         table: the tensor of the token table.
         key: the key in the file.
-        by_file: whether only the tensors count.
-        stacks: whether the entry also says that source and target share a table.
+        by_file: whether only the tensors count, so that a bare model has no output layer.
         never: whether each written file has a tensor for the output layer.
     """
 
@@ -107,7 +114,6 @@ class Tied(NamedTuple):
     table: str = "model.embed_tokens.weight"
     key: str = "tie_word_embeddings"
     by_file: bool = False
-    stacks: bool = False
     never: bool = False
 
     @property
@@ -116,14 +122,19 @@ class Tied(NamedTuple):
         return True
 
     def read(self, config: Config, fields: dict[str, Any]) -> None:
-        says = config.get(self.key, self.default, "flag") or self.by_file
-        fields["output.tied"] = says and config.tensors.merge(self.head, self.table)
+        says = config.get(self.key, self.default, "flag")
+        lacking = not says or self.by_file or fields.get("output.bias", False)
+        if fields["shape"] != "encoder" and lacking and not config.tensors.has(self.head):
+            fields["output.present"] = not config.is_bare
+        fields["output.tied"] = (says or self.by_file) and config.tensors.merge(
+            self.head, self.table
+        )
 
     def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
         if fields["output.present"]:
             config[self.key] = fields["output.tied"] and not self.never
-        elif self.stacks:
-            config[self.key] = True
+        elif fields["shape"] != "encoder" and not self.by_file:
+            config[self.key] = False
 
 
 class OutputBias(NamedTuple):

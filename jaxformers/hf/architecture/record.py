@@ -74,6 +74,7 @@ class Architecture:
             "attention": self.attention.completed(self.d_model, self.norm),
             "feed_forward": self.feed_forward.completed(),
             "position": self.position.completed(),
+            "output": self.output.completed(),
         }
         for name, value in completed.items():
             object.__setattr__(self, name, value)

@@ -16,11 +16,13 @@ class Config:
     Arguments:
         entries: the entries of the file.
         tensors: the tensors of the checkpoint, which settings may ask about: see `tensors.py`.
+        base: the family's class without a head, if there is one.
     """
 
-    def __init__(self, entries: Mapping[str, Any], tensors: Any):
+    def __init__(self, entries: Mapping[str, Any], tensors: Any, base: str | None = None):
         self.entries = dict(entries)
         self.tensors = tensors
+        self.base = base
         self.used: set[str] = {"model_type"}
 
     def get(self, key: str, default: Any, kind: str, optional: bool = False) -> Any:
@@ -36,6 +38,12 @@ class Config:
         if not KINDS[kind](value):
             raise ValueError(f"config.json: {key} must be {NAMES[kind]}, got {value!r:.80}.")
         return float(value) if kind == "number" else value
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the checkpoint is one of a bare model, by its class or the names of tensors."""
+        named = self.base is not None and self.entries.get("architectures") == [self.base]
+        return named or self.tensors.bare
 
     def rename(self, alias: str, key: str) -> None:
         """Takes an entry under its other name as if it had the usual one."""

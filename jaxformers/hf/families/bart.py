@@ -48,7 +48,7 @@ class Vocabularies(NamedTuple):
         config["vocab_size"] = fields["src_vocab_size"]
         config["decoder_vocab_size"] = fields["vocab_size"]
         config["share_encoder_decoder_embeddings"] = shared
-        config["tie_word_embeddings"] = tied if fields["output.present"] else shared
+        config["tie_word_embeddings"] = tied
         if config.get("decoder_start_token_id") is None:
             config["decoder_start_token_id"] = -1  # its class has no other word for none
 
@@ -93,7 +93,7 @@ def bart_vocabulary(vocab_size: int = 50265):
     return (
         Setting("vocab_size", "vocab_size", vocab_size),
         Fixed({"embedding.shared": True}),
-        Tied(True, table="model.shared.weight", stacks=True),
+        Tied(True, table="model.shared.weight"),
     )
 
 

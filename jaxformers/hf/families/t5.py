@@ -8,6 +8,7 @@ from jaxformers.hf.architecture.output import Tied
 from jaxformers.hf.config.entries import Config
 from jaxformers.hf.config.settings import Fixed, Kept, Setting
 from jaxformers.hf.families.bart import TARGET_TABLE
+from jaxformers.hf.families.bert_like import TABLE
 from jaxformers.hf.family import Family, linear, norm, rules, same
 
 
@@ -68,6 +69,8 @@ class T5Scale(NamedTuple):
         fields["output.scale"] = fields["d_model"] ** -0.5 if on else 1.0
 
     def write(self, fields: Mapping[str, Any], config: dict[str, Any]) -> None:
+        if not fields["output.present"]:
+            return  # the entries are about an output layer that is in another file
         scaled = fields["output.scale"] != 1.0
         config["scale_decoder_outputs"] = config["tie_word_embeddings"] = scaled
         if scaled and not fields["output.tied"]:
@@ -155,14 +158,48 @@ T5_COPIES = tuple(
     (f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")
 )
 
+# An encoder alone has none of these, and its encoder is read from files of whole models.
+T5_DECODER = (r"^decoder\.", r"^lm_head\.")
 T5_IGNORED = (r"EncDecAttention\.relative_attention_bias",)
 T5_REPEATS = (("lm_head.weight", "shared.weight"),)
+
+T5_ENCODER_WEIGHTS = rules(
+    same(TABLE, "shared.weight"),
+    t5_stack("encoder", {"self_attention": 0}, 1),
+)
+
+
+_OF_DECODER = ("num_decoder_layers", "tie_word_embeddings")
+
+
+def t5_encoder(family: Family) -> Family:
+    """Returns the table for the encoder alone of T5 or a successor (Ni et al. 2021)."""
+    name = family.classes["base"].removesuffix("Model")
+    settings = [
+        x
+        for x in family.settings
+        if getattr(x, "key", None) not in _OF_DECODER and not isinstance(x, T5Scale)
+    ]
+    return family._replace(
+        shape="encoder",
+        classes={"base": f"{name}EncoderModel"},
+        settings=(
+            *settings,
+            Kept((*_OF_DECODER, "tie_encoder_decoder", "scale_decoder_outputs")),
+            Fixed({"embedding.shared": False, "output.present": False}),
+        ),
+        weights=T5_ENCODER_WEIGHTS,
+        repeats=(),
+        copies=T5_COPIES[:1],
+        ignored=(*T5_IGNORED, *T5_DECODER),
+    )
+
 
 # Raffel et al. 2020; v1.1 and Flan have gated feed-forwards and an output layer of their own.
 T5 = Family(
     model_type="t5",
     shape="seq2seq",
-    classes={"output": "T5ForConditionalGeneration"},
+    classes={"output": "T5ForConditionalGeneration", "base": "T5Model"},
     settings=(*t5_settings(32128, 2048, 6, 8, "relu"), T5Scale()),
     weights=T5_WEIGHTS,
     copies=T5_COPIES,
@@ -175,7 +212,7 @@ T5 = Family(
 MT5 = Family(
     model_type="mt5",
     shape="seq2seq",
-    classes={"output": "MT5ForConditionalGeneration"},
+    classes={"output": "MT5ForConditionalGeneration", "base": "MT5Model"},
     # transformers 4 scales the logits of a tied output layer here too, and 5 does not.
     settings=t5_settings(250112, 1024, 8, 6, "gated-gelu", T5_TIED._replace(never=True)),
     weights=T5_WEIGHTS,
@@ -186,6 +223,6 @@ MT5 = Family(
 )
 
 FAMILIES = (
-    T5,
-    MT5,
+    T5._replace(encoder=t5_encoder(T5)),
+    MT5._replace(encoder=t5_encoder(MT5)),
 )
