@@ -11,6 +11,7 @@ from jaxformers.encoder import Encoder, EncoderLayer
 from jaxformers.generation.generate import Generation
 from jaxformers.generation.processors import Processor
 from jaxformers.generation.scoring import perplexity
+from jaxformers.generation.stream import TokenStream
 from jaxformers.heads import Classifier
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
 from jaxformers.kernels.blockwise import blockwise_attention

@@ -97,16 +97,23 @@ class Cache(eqx.Module):
         """Returns the cache without its last `columns` slots (at most `SPARE` real tokens)."""
         length = self.length - columns
         kept = jnp.where(jnp.arange(self.slots) < length, self.positions, -1)
-        counts = kept.max(axis=1, keepdims=True) + 1
+        shorter = dataclasses.replace(self, positions=kept, length=length)
+        return shorter.first_tokens(shorter.token_counts)
 
-        def forget(layer: LayerCache) -> LayerCache:
-            if layer.positions is None:
-                return layer
-            positions = jnp.where(layer.positions < counts, layer.positions, -1)
-            return layer._replace(positions=positions)
+    def first_tokens(self, counts: Int[Array, " b"]) -> "Cache":
+        """Returns the cache with so many tokens of each sequence; later ones become padding.
 
-        layers = tuple(map(forget, self.layers))
-        return dataclasses.replace(self, layers=layers, positions=kept, length=length)
+        Like `rewind` it may take back at most `SPARE` tokens.
+        """
+
+        def forget(positions: Int[Array, "b r"]) -> Int[Array, "b r"]:
+            return jnp.where(positions < counts[:, None], positions, -1)
+
+        layers = tuple(
+            x if x.positions is None else x._replace(positions=forget(x.positions))
+            for x in self.layers
+        )
+        return dataclasses.replace(self, layers=layers, positions=forget(self.positions))
 
     def resize(self, slots: int) -> "Cache":
         """Returns the cache with `slots` slots: more, or fewer if those are not in use."""

@@ -1,6 +1,6 @@
 """The decoder-only language model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
@@ -16,11 +16,12 @@ from jaxformers.checks import (
 )
 from jaxformers.decoder import Cache, Decoder
 from jaxformers.embedding import TransformerEmbedding
-from jaxformers.generation.generate import generate, stream
+from jaxformers.generation.generate import generate
 from jaxformers.generation.options import AllOptions, Options
 from jaxformers.generation.request import gather
 from jaxformers.generation.sampling import Keys, Numbers
 from jaxformers.generation.scoring import score
+from jaxformers.generation.stream import TokenStream, stream
 from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
@@ -266,11 +267,12 @@ class TransformerLM(eqx.Module):
         *,
         padding_mask: ArrayLike | None = None,
         **options: Unpack[AllOptions],
-    ) -> Iterator[Int[Array, "*b"]]:
+    ) -> TokenStream:
         """Returns the new tokens of `generate` for the same arguments, one by one as they come.
 
-        Yields:
-            int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows have ended.
+        Returns:
+            An iterator of int32, `(b,)`, or `()` for a prompt without a batch axis; until all rows
+            have ended. Its attributes `cache` and `finish_reason` are explained at `TokenStream`.
 
         Example:
             >>> [token.shape for token in model.stream(prompt, 3)]

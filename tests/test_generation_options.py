@@ -443,11 +443,6 @@ def test_compile_time_is_reported_on_request():
     assert first.compile_seconds > 0.01 and second.compile_seconds == 0
 
 
-def test_an_encoder_decoder_has_no_cache_to_continue(no_shape_checker):
-    with pytest.raises(ValueError, match="return_cache"):
-        make_seq2seq().generate(np.array([[1, 2]]), 4, 0, 1, return_cache=True)
-
-
 BAD = {
     "num_beams": [{"num_beams": 0}, {"num_beams": 2, "prompt_lookup": 2}],
     "num_return_sequences": [
@@ -474,7 +469,7 @@ BAD = {
         {"draft_length": SPARE + 1, "prompt_lookup": 2},
     ],
     "draft_model": [{"draft_model": make_lm, "prompt_lookup": 2}],
-    "prompt_lookup": [{"prompt_lookup": 0}, {"prompt_lookup": 2, "return_cache": True}],
+    "prompt_lookup": [{"prompt_lookup": 0}],
     "return_cache": [{"num_beams": 2, "return_cache": True}],
 }  # fmt: skip
 

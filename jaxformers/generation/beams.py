@@ -36,6 +36,7 @@ class Hypotheses(NamedTuple):
     log_probs: Float[Array, "b k s"]  # of each token under the model itself
     scores: Float[Array, "b k"]  # sums; of finished ones divided by length ** length_penalty
     finished: Bool[Array, "b k"]
+    stopped: Bool[Array, "b k"]  # finished by an end token or a stop sequence
 
     def take(self, index: Int[Array, "b j"]) -> "Hypotheses":
         """Returns the ones that `index` names, in each row."""
@@ -84,6 +85,7 @@ def run_beams(
         scores=jnp.where(jnp.arange(k) == 0, 0.0, OUT)
         + jnp.zeros((tokens.shape[0], 1), jnp.float32),
         finished=jnp.zeros((tokens.shape[0], k), jnp.bool_),
+        stopped=jnp.zeros((tokens.shape[0], k), jnp.bool_),
     )
     state = BeamState(
         running=start,
@@ -122,9 +124,10 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
     length = state.length + 1
     flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
     first = jnp.repeat(state.first[::k], candidates.tokens.shape[1])
-    ends = plan.ends(plan.history(flat, first, length)).reshape(parents.shape)
-    ends = ends | (length >= plan.limit)
+    stopped = plan.ends(plan.history(flat, first, length)).reshape(parents.shape)
+    ends = stopped | (length >= plan.limit)
 
+    candidates = candidates._replace(stopped=stopped)
     running = candidates._replace(scores=candidates.scores + ends.astype(jnp.float32) * OUT)
     going_on = running.best(k)
     running = running.take(going_on)
@@ -172,7 +175,7 @@ def continuations(
         for x, y in ((new.tokens, token.astype(jnp.int32)), (new.log_probs, chosen_log_probs))
     )
     scores = jnp.take_along_axis(sums, chosen, axis=1)
-    return processing, Hypotheses(tokens, log_probs, scores, new.finished), parents
+    return processing, Hypotheses(tokens, log_probs, scores, new.finished, new.stopped), parents
 
 
 def rank(

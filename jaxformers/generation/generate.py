@@ -1,4 +1,4 @@
-"""`generate` and `stream` for both shapes of models: a user's call to the loop, and back."""
+"""`generate` for both shapes of models: a user's call to the loop, and back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformers.cache import Cache
 from jaxformers.checks import check_usable, is_known
 from jaxformers.generation.beams import Beams, best_of, run_beams
-from jaxformers.generation.loop import State, advance_stream, run, start_stream
-from jaxformers.generation.prompts import Prompt, Source, Tokens, check_cache
+from jaxformers.generation.loop import State, run
+from jaxformers.generation.prompts import Prompt, Tokens
 from jaxformers.generation.request import (
     Request,
     read_beams,
@@ -34,7 +34,10 @@ class Generation(NamedTuple):
         log_probs: of each new token under the model itself (before temperature, cuts and
             penalties), 0 after a row's end; shape of the new tokens.
         scores: their sum per row; of beams the score they were ranked by.
-        cache: the model's memory of `tokens`, if `return_cache`; a later call can continue it.
+        finished: whether each row was ended by an end token or a stop sequence; otherwise it has
+            reached `max_new_tokens`. `finish_reason` says the same in words.
+        cache: the model's memory of `tokens` (and of what the call continued), if `return_cache`;
+            a later call can continue it.
         acceptance_rate: with a draft, the share of its guesses that were kept.
         compile_seconds: how long XLA compiled for this call; 0 if it knew all the shapes.
 
@@ -42,14 +45,25 @@ class Generation(NamedTuple):
         >>> out = model.generate(prompt, 3, return_scores=True)
         >>> out.tokens.shape, out.log_probs.shape, out.scores.shape
         ((1, 7), (1, 3), (1,))
+        >>> out.finish_reason
+        ['length']
     """
 
     tokens: Int[Array, "*b t"]
     log_probs: Float[Array, "*b u"]
     scores: Float[Array, "*b"]
+    finished: Bool[Array, "*b"]
     cache: Cache | None = None
     acceptance_rate: Float[Array, ""] | None = None
     compile_seconds: float | None = None
+
+    @property
+    def finish_reason(self) -> Any:
+        """Why each row ended: "stop", an end token or a stop sequence, or "length".
+
+        It is a list of these, or one of them for a prompt without a batch axis.
+        """
+        return np.where(np.asarray(self.finished), "stop", "length").tolist()
 
 
 def generate(
@@ -58,22 +72,20 @@ def generate(
     max_new_tokens: int,
     options: dict[str, Any],
     padding_mask: Any = None,
-    source: Source | None = None,
+    source: Prompt | None = None,
 ) -> Any:
     """Returns the prompt and the tokens that continue it; see the models' own `generate`.
 
     Arguments:
         model: a `TransformerLM` or a `Transformer`.
-        prompt: `(b, t)` or `(t,)`.
+        prompt: `(b, t)` or `(t,)`; of a target it has been read already.
         max_new_tokens: how many tokens to add.
         options: see `Options`, and the arguments of the models' `generate`.
         padding_mask: shape of the prompt, True where a token is real.
-        source: the encoder's tokens, for a model that has one.
+        source: the encoder's tokens, for a model that has one and no cache that holds them.
     """
     check_usable(model=model)
     check_output(model)
-    if source is None:
-        check_cache(model, options.get("cache"))
     request = read_request(model, prompt, max_new_tokens, options, padding_mask, source)
     with compiling() as seconds:
         result = decode(model, request, options)
@@ -89,13 +101,14 @@ def decode(model: Any, request: Request, options: dict[str, Any]) -> Generation:
     if beams is not None:
         return search(model, request, *beams)
     draft, count = read_draft(model, options, request), read_draft_length(options)
-    if draft is not None:
-        state, rate = run_speculative(model, draft, request.plan, *request.arrays, count)
-        return answer(request, request.prompt, state)._replace(acceptance_rate=rate)
     cache = room_for(options.get("cache"), request.slots)
-    keep = options.get("return_cache", False)
-    state = run(model, request.plan, *request.arrays, cache, keep)
-    return answer(request, request.prompt, state)._replace(cache=state.cache)
+    keep, arrays, rate = options.get("return_cache", False), request.arrays, None
+    if draft is None:
+        state = run(model, request.plan, *arrays, cache, keep)
+    else:
+        state, rate = run_speculative(model, draft, request.plan, *arrays, count, cache, keep)
+    result = answer(request, request.prompt, state)
+    return result._replace(cache=state.cache, acceptance_rate=rate)
 
 
 @contextmanager
@@ -118,7 +131,7 @@ def search(model: Any, request: Request, beams: Beams, count: int) -> Generation
     """Runs beam search, and returns the `count` best sequences for each row."""
     ended, failed = run_beams(model, request.plan, beams, *request.arrays)
     best, prompt = best_of(ended, count), request.prompt.repeat(count)
-    result = answer(request, prompt, Found(best.tokens, best.log_probs, failed))
+    result = answer(request, prompt, Found(best.tokens, best.log_probs, best.stopped, failed))
     return result._replace(scores=prompt.place(best.scores))
 
 
@@ -127,6 +140,7 @@ class Found(NamedTuple):
 
     tokens: Int[Array, "b s"]
     log_probs: Float[Array, "b s"]
+    done: Bool[Array, " b"]
     failed: Bool[Array, " r"]
 
 
@@ -138,47 +152,8 @@ def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation
         tokens=prompt.join(tokens, request.start, request.stop),
         log_probs=prompt.place(log_probs),
         scores=prompt.place(log_probs.sum(-1)),
+        finished=prompt.place(found.done),
     )
-
-
-# Options whose answer is only known at the end, or that decide several tokens at once.
-NOT_STREAMED = {
-    *("num_beams", "num_return_sequences", "length_penalty", "early_stopping"),
-    *("draft_model", "prompt_lookup", "draft_length", "return_scores", "return_cache", "cache"),
-}
-
-
-def stream(
-    model: Any,
-    prompt: Tokens | Prompt,
-    max_new_tokens: int,
-    options: dict[str, Any],
-    padding_mask: Any = None,
-    source: Source | None = None,
-) -> Iterator[Int[Array, "*b"]]:
-    """Returns the tokens of `generate` one column at a time, as they come."""
-    check_usable(model=model)
-    check_output(model)
-    beyond = NOT_STREAMED & set(options)
-    if beyond:
-        raise ValueError(
-            f"{sorted(beyond)[0]} is not for streaming, which gives tokens as they come. Call "
-            "generate, or leave it out."
-        )
-    request = read_request(model, prompt, max_new_tokens, options, padding_mask, source)
-    return _columns(model, request)
-
-
-def _columns(model: Any, request: Request) -> Iterator[Int[Array, "*b"]]:
-    state = start_stream(model, request.plan, *request.arrays)
-    for column in range(request.start, request.stop):
-        check_finite(state.tokens, state.failed)
-        newest = request.prompt.cut(state.tokens, column, column + 1)
-        done = bool(state.done.all())
-        yield request.prompt.place(newest[:, 0])
-        if done or column + 1 == request.stop:
-            return
-        state = advance_stream((model, request.plan), state)
 
 
 def check_finite(tokens: Int[Array, "b s"], failed: Bool[Array, " r"]) -> Int[Array, "b s"]:

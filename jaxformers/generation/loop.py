@@ -75,8 +75,9 @@ def prefill(
         columns = plan.start - cache.length
         lengths = lengths + cache.token_counts
         tokens, real = to_the_right(tokens, real, columns, plan.pad_token)
-        # Caches of encoder-decoders are not continued, so that there is no mask over a source.
-        cache = reread(model, cache, lengths, AttentionMask(causal=True))
+        # The cache itself hides the padding of a source.
+        cross = None if cache.layers[0].cross is None else AttentionMask()
+        cache = reread(model, cache, lengths, AttentionMask(causal=True), cross)
         last, cache = read(at_lengths(model, lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
     none, first = jnp.zeros(b, jnp.bool_), jnp.argmax(real, axis=1).astype(jnp.int32)
@@ -187,6 +188,11 @@ def advance(model: Any, plan: Plan, state: State) -> State:
     return emit(plan, *feed(model, plan, state))
 
 
+def copied(x: Any) -> Any:
+    """Returns arrays of a program as results of their own, also those that are its arguments."""
+    return jax.tree.map(jnp.copy, x)
+
+
 def unfinished(plan: Plan, state: State) -> Bool[Array, ""]:
     """Returns whether there is a column left and a row that has not ended."""
     return (state.length < plan.limit) & ~state.done.all()
@@ -229,6 +235,21 @@ def run(
     state = repeat_while(
         lambda state: unfinished(plan, state), lambda state: advance(model, plan, state), state
     )
+    return finish(model, plan, state, slots, begin, keep_cache)
+
+
+def finish(
+    model: Any, plan: Plan, state: State, slots: int, begin: Array | None, keep_cache: bool
+) -> State:
+    """Returns the last state of a call, with the cache of all tokens or with none.
+
+    Arguments:
+        model, plan, state: of the call.
+        slots: columns of the prompt and of the new tokens.
+        begin: how many columns of a cache come before the prompt; None is no cache. Their tokens
+            are left out.
+        keep_cache: whether the state has the cache of all tokens; else it has None.
+    """
     # New columns that no row reached are still filling.
     state = feed(model, plan, state)[0] if keep_cache else state._replace(cache=None)
     if begin is None:
@@ -237,22 +258,3 @@ def run(
         lax.dynamic_slice_in_dim(x, begin, slots, axis=1) for x in (state.tokens, state.log_probs)
     )
     return state._replace(tokens=tokens, log_probs=log_probs)
-
-
-@eqx.filter_jit
-def start_stream(
-    model: Any,
-    plan: Plan,
-    tokens: Int[Array, "b t"],
-    real: Bool[Array, "b t"],
-    slots: int,
-    source: Source | None = None,
-) -> State:
-    """Returns the state after the first new token, for decoding one call at a time."""
-    return emit(plan, *prefill(model, plan, tokens, real, slots, source))
-
-
-@eqx.filter_jit(donate="all-except-first")
-def advance_stream(fixed: tuple[Any, Plan], state: State) -> State:
-    """Returns the state after one more token, in the memory of the old one."""
-    return advance(*fixed, state)

@@ -57,8 +57,11 @@ class Options(TypedDict, total=False):
         cache: the `cache` of an earlier `Generation`, or of `model.forward`: the prompt continues
             those rows. The new tokens are those for the prompt with the cache's tokens before it:
             penalties, bans and `logits_fn` see them all, while "generated" and "new" mean the
-            tokens of this call.
-        return_cache: True returns a `Generation` with the cache, to be continued by a later call.
+            tokens of this call. The cache itself stays as it is. It goes with streams and drafts
+            (a `draft_model` reads the cache's tokens anew for its own memory), not with beams.
+            With an encoder, it has the source as well: see `Transformer.generate`.
+        return_cache: True returns a `Generation` with the cache, to be continued by a later call. A
+            stream has its cache as an attribute.
     """
 
     pad_token: int | None

@@ -4,6 +4,7 @@ Sizes are rounded up to buckets, so that a new length inside a bucket compiles n
 in NumPy: in JAX, cutting or padding to each new length would itself compile.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Int
 
 from jaxformers.cache import Cache, LayerCache
-from jaxformers.checks import check_padding_mask, check_size, check_tokens, is_known
+from jaxformers.checks import check_padding_mask, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
 from jaxformers.one_program import bucket
 from jaxformers.origin import Origin, SpecialTokens
-from jaxformers.output import check_output
 
 
 class Prompt(NamedTuple):
@@ -129,39 +129,16 @@ def read_text(
     return text
 
 
-def read_source(model: Any, src: Tokens, padding_mask: ArrayLike | None) -> tuple[Prompt, Source]:
-    """Checks what a `Transformer` is to read; returns it as it came, and in its bucket."""
+def read_source(model: Any, src: Tokens, padding_mask: ArrayLike | None) -> Prompt:
+    """Checks what the encoder of a `Transformer` is to read, and returns it."""
     limit = model.src_embedding.max_seq_length
-    text = read_text(src, padding_mask, model.src_vocab_size, limit, "src", model.origin)
-    return text, Source(*text.to_bucket(bucket(text.tokens.shape[1], limit)))
+    return read_text(src, padding_mask, model.src_vocab_size, limit, "src", model.origin)
 
 
-def begin_target(
-    model: Any, src: Tokens, max_length: int, start_token: int | None, padding_mask: Any
-) -> tuple[Prompt, Source]:
-    """Returns the prompt of a `Transformer`, which is the start token alone, and its source.
-
-    Raises:
-        ValueError: if the model has no output layer, there is no start token or no room for one
-            token more, or as `read_source`.
-    """
-    check_output(model)
-    if start_token is None:
-        start_token = special_of(model.origin).start_token
-    if start_token is None:
-        raise ValueError(
-            "start_token must be the id that targets begin with, got None, and this model "
-            "comes from no checkpoint that names one. Pass start_token=."
-        )
-    check_size(max_length=max_length)
-    if max_length < 2:
-        raise ValueError(
-            "max_length must be an integer of at least 2, the start token and one more, got "
-            f"{max_length!r}."
-        )
-    text, source = read_source(model, src, padding_mask)
-    (start,) = check_ids("start_token", [start_token], model.vocab_size)
-    return text.begin(int(start)), source
+def to_source(model: Any, text: Prompt) -> Source:
+    """Returns the encoder's tokens in their bucket."""
+    limit = model.src_embedding.max_seq_length
+    return Source(*text.to_bucket(bucket(text.tokens.shape[1], limit)))
 
 
 def warn_of_unmasked(
@@ -230,7 +207,7 @@ def check_cache(model: Any, cache: Any) -> None:
             f"cache must be a Cache, got a {type(cache).__name__}. Pass that of an earlier call: "
             "out = model.generate(..., return_cache=True), and then cache=out.cache."
         )
-    empty = jax.eval_shape(lambda: model.decoder.init_cache(1, _MANY))
+    empty = jax.eval_shape(partial(_empty_cache, model.decoder))
     got, wanted = ([_describe(x) for x in x.layers] for x in (cache, empty))
     if len(got) != len(wanted):
         odd = f"{len(got)} layers instead of {len(wanted)}"
@@ -247,6 +224,15 @@ def check_cache(model: Any, cache: Any) -> None:
 
 
 _MANY = 2**24  # slots, more than any window has
+
+
+def _empty_cache(decoder: Any) -> Cache:
+    """Returns a cache of the kind that a decoder has, for one row and one token of a source."""
+    attention = next(iter(decoder.layers)).cross_attention
+    if attention is None:
+        return decoder.init_cache(1, _MANY)
+    source = jnp.zeros((1, 1, attention.d_model), attention.wk.dtype)
+    return decoder.init_cache(1, _MANY, source)
 
 
 class _Kind(NamedTuple):

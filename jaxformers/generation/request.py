@@ -15,9 +15,11 @@ from jaxformers.generation.prompts import (
     Prompt,
     Source,
     Tokens,
+    check_cache,
     check_ids,
     check_room,
     read_prompt,
+    to_source,
     warn_of_unmasked,
 )
 from jaxformers.generation.sampling import per_row
@@ -59,7 +61,7 @@ def read_request(
     max_new_tokens: int,
     options: dict[str, Any],
     padding_mask: Any = None,
-    source: Source | None = None,
+    source: Prompt | None = None,
 ) -> Request:
     """Checks a call's arguments and returns them as arrays.
 
@@ -68,13 +70,8 @@ def read_request(
     check_size(max_new_tokens=max_new_tokens)
     max_new_tokens = int(max_new_tokens)
     vocab_size, max_seq_length, origin = model.vocab_size, model.max_seq_length, model.origin
-    if source is not None:
-        for name in ("cache", "return_cache"):
-            if options.get(name):
-                raise ValueError(
-                    f"{name} is for models without an encoder, whose sequences can be continued. "
-                    "Leave it out."
-                )
+    check_cache(model, options.get("cache"))
+    is_target = isinstance(prompt, Prompt)
     if not isinstance(prompt, Prompt):
         prompt = read_prompt(prompt, padding_mask, vocab_size)
     longest = check_room(prompt, max_new_tokens, max_seq_length, options.get("cache"))
@@ -83,7 +80,7 @@ def read_request(
     is_beginning = start == 1 and options.get("cache") is None
     options = checkpoint_settings.complete(origin, options, is_beginning)
     plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options)
-    if source is None:  # a target begins with its start token alone
+    if not is_target:  # targets may begin with the token that is padding elsewhere
         warn_of_unmasked(prompt, padding_mask, "prompt", special_in(options, origin, vocab_size))
     if is_known(prompt.real):
         warn_of_length(longest, origin, max_seq_length, "with its new tokens a row may reach")
@@ -92,7 +89,8 @@ def read_request(
     if max_seq_length is not None:
         slots = max(min(slots, max_seq_length), columns, stop)
     slots += read_draft_length(options)  # guesses may go beyond the last column
-    return Request(plan, prompt, source, columns, slots, start, stop)
+    read = None if source is None else to_source(model, source)
+    return Request(plan, prompt, read, columns, slots, start, stop)
 
 
 def special_in(options: dict[str, Any], origin: Origin | None, vocab_size: int) -> SpecialTokens:
@@ -156,9 +154,8 @@ def read_draft_length(options: dict[str, Any]) -> int:
                 "nor prompt_lookup to guess them. Pass one of these, or leave it out."
             )
         return 0
-    for name in ("num_beams", "cache", "return_cache"):
-        if options.get(name):
-            raise ValueError(f"{name} does not go with {given[0]}, got both. Leave one out.")
+    if options.get("num_beams"):
+        raise ValueError(f"num_beams does not go with {given[0]}, got both. Leave one out.")
     length = options.get("draft_length", 4)
     check_size(draft_length=length)
     if length > SPARE:
@@ -186,7 +183,8 @@ def read_draft(
             f"draft_model must have the model's vocabulary of {model.vocab_size} tokens, got one "
             f"of {draft.vocab_size}."
         )
-    check_room(request.prompt, request.stop - request.start, draft.max_seq_length)
+    new = request.stop - request.start
+    check_room(request.prompt, new, draft.max_seq_length, options.get("cache"))
     return ModelDraft(draft)
 
 

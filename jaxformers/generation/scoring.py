@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxformers.checks import check_size, check_usable
-from jaxformers.generation.prompts import Source, read_text
+from jaxformers.generation.prompts import Prompt, Source, read_text, to_source
 from jaxformers.ids import Tokens, as_ids
 from jaxformers.one_program import bucket
 from jaxformers.output import check_output
 
 
 def score(
-    model: Any, tokens: Tokens, padding_mask: ArrayLike | None, source: Source | None = None
+    model: Any, tokens: Tokens, padding_mask: ArrayLike | None, source: Prompt | None = None
 ) -> Float[Array, "*b t"]:
     """Returns the log-probability of each token given those before it; see the models' `score`.
 
@@ -32,7 +32,8 @@ def score(
     limit, name = model.max_seq_length, "tokens" if source is None else "tgt"
     text = read_text(tokens, padding_mask, model.vocab_size, limit, name, model.origin)
     t = text.tokens.shape[1]
-    log_probs = _score(model, *text.to_bucket(bucket(t, limit)), source)
+    read = None if source is None else to_source(model, source)
+    log_probs = _score(model, *text.to_bucket(bucket(t, limit)), read)
     return text.place(text.cut(log_probs, 0, t))
 
 

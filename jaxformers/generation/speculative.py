@@ -16,7 +16,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.generation.loop import State, advance, emit, feed, prefill, repeat_while, unfinished
+from jaxformers.cache import Cache
+from jaxformers.generation.loop import (
+    State,
+    advance,
+    append,
+    emit,
+    feed,
+    finish,
+    prefill,
+    repeat_while,
+    unfinished,
+)
 from jaxformers.generation.plan import Plan
 from jaxformers.generation.prompts import Source
 from jaxformers.row_lengths import same_until
@@ -99,29 +110,36 @@ def run_speculative(
     slots: int,
     source: Source | None,
     count: int,
+    cache: Cache | None = None,
+    keep_cache: bool = False,
 ) -> tuple[State, Float[Array, ""]]:
     """Returns the state that `run` returns, and the share of guesses kept.
 
-    `count` tokens are guessed at a time.
+    `count` tokens are guessed at a time. A draft with a memory of its own reads the tokens of the
+    cache before those of the prompt.
     """
-    prompt = tokens, real, slots, source
-    state = emit(plan, *prefill(model, plan, *prompt))
+    begin = None if cache is None else cache.length
+    plan = plan if begin is None else plan.after(begin)
+    state = emit(plan, *prefill(model, plan, tokens, real, slots, source, cache))
+    prompt = (tokens, real, slots) if cache is None else (*append(cache, tokens, real), cache.slots)
     none = jnp.zeros((), jnp.int32)
-    start = Round(state, draft.start(plan, *prompt), none, none)
+    start = Round(state, draft.start(plan, *prompt, source), none, none)
 
     def advance_round(old: Round) -> Round:
         state = old.state
         guesses, memory = draft.guess(plan, state, old.memory, count)
         reach = within_angles(model, state, count)
-        new = check(model, plan, state, guesses, count, reach)
+        new, counts = check(model, plan, state, guesses, count, reach)
         moved = new.length - state.length
         room = jnp.minimum(reach, plan.limit - state.length)
         # The last token of a round is the model's own, unless a row or the columns ended there.
         last = lax.dynamic_slice_in_dim(new.tokens, new.length - 1, 1, axis=1)
         guess = lax.dynamic_slice_in_dim(guesses, new.length - 1, 1, axis=1)
         right = (moved <= reach) & ((last == guess)[:, 0] | state.done).all()
+        # A row may have ended before the last of the guesses that the others kept.
+        cache = new.cache.rewind(count + 1 - moved).first_tokens(counts)
         return Round(
-            state=new._replace(cache=new.cache.rewind(count + 1 - moved)),
+            state=new._replace(cache=cache),
             memory=draft.rewind(memory, count + 1 - moved),
             guessed=old.guessed + room,
             kept=old.kept + moved - 1 + right.astype(jnp.int32),
@@ -129,7 +147,7 @@ def run_speculative(
 
     end = repeat_while(lambda old: unfinished(plan, old.state), advance_round, start)
     rate = end.kept.astype(jnp.float32) / jnp.maximum(end.guessed, 1).astype(jnp.float32)
-    return end.state._replace(cache=None), rate
+    return finish(model, plan, end.state, slots, begin, keep_cache), rate
 
 
 def within_angles(model: Any, state: State, count: int) -> Int[Array, ""] | int:
@@ -154,11 +172,11 @@ def check(
     guesses: Int[Array, "b s"],
     count: int,
     reach: Int[Array, ""] | int,
-) -> State:
+) -> tuple[State, Int[Array, " b"]]:
     """Returns the state with the guesses that the model shares, and one more token that is its own.
 
     Of `count` guesses the first `reach` are looked at. The cache comes back with `count + 1` more
-    columns.
+    columns. How many tokens of each row it shall keep is returned as well.
     """
     window = lax.dynamic_slice_in_dim(guesses, state.length - 1, count + 1, axis=1)
     columns = state.length + jnp.arange(count)
@@ -168,14 +186,18 @@ def check(
     logits = model.logits_of(hidden)
     start = state.length
 
-    def agrees(state: State) -> Bool[Array, ""]:
+    def agrees(both: tuple[State, Any]) -> Bool[Array, ""]:
+        state, _ = both
         last = state.length - 1
         same = jnp.take(state.tokens, last, axis=1) == jnp.take(guesses, last, axis=1)
-        fits = (state.length == start) | (same | state.done).all()
+        # The cache has the guesses, so that a row's last token has to be one of them as well.
+        fits = (state.length == start) | (same | ~state.real).all()
         return fits & (state.length - start <= reach) & unfinished(plan, state)
 
-    def accept(state: State) -> State:
+    def accept(both: tuple[State, Int[Array, " b"]]) -> tuple[State, Int[Array, " b"]]:
+        state, counts = both
         here = lax.dynamic_slice_in_dim(logits, state.length - start, 1, axis=1)
-        return emit(plan, state, here[:, 0])
+        return emit(plan, state, here[:, 0]), counts + state.real.astype(jnp.int32)
 
-    return repeat_while(agrees, accept, state._replace(cache=cache))
+    counts = state.cache.token_counts
+    return repeat_while(agrees, accept, (state._replace(cache=cache), counts))
