@@ -92,6 +92,7 @@ from jaxformers.residual import (
     TwoNorms,
 )
 from jaxformers.text.embedder import TextEmbedder
+from jaxformers.text.generator import TextGenerator
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.trainability import trainable
 from jaxformers.training import (

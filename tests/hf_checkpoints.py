@@ -2,8 +2,8 @@
 
     model = make("gemma2", directory)
 
-writes one of `CASES`, `HEADLESS` or `REFUSED` and returns the torch model that it is. No parameter keeps a
-value that would hide whether it is read, such as a bias of 0.
+writes one of `CASES`, `HEADLESS` or `REFUSED` and returns the torch model that it is. No parameter
+keeps a value that would hide whether it is read, such as a bias of 0.
 """
 
 import copy

@@ -124,7 +124,9 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
     length = state.length + 1
     flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
     first = jnp.repeat(state.first[::k], candidates.tokens.shape[1])
-    stopped = plan.ends(plan.history(flat, first, length)).reshape(parents.shape)
+    beams_of = parents + k * jnp.arange(len(failed))[:, None]
+    before = jax.tree.map(lambda x: x[beams_of.reshape(-1)], processing)
+    stopped = plan.ends(before, plan.history(flat, first, length)).reshape(parents.shape)
     ends = stopped | (length >= plan.limit)
 
     candidates = candidates._replace(stopped=stopped)
@@ -132,8 +134,7 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
     going_on = running.best(k)
     running = running.take(going_on)
     ended = rank(plan, beams, state, candidates, ends)
-    rows = jnp.take_along_axis(parents, going_on, axis=1) + k * jnp.arange(len(failed))[:, None]
-    rows = rows.reshape(-1)
+    rows = jnp.take_along_axis(beams_of, going_on, axis=1).reshape(-1)
     return state._replace(
         running=running,
         ended=ended,

@@ -167,7 +167,7 @@ def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
         tokens=tokens,
         log_probs=log_probs,
         length=length,
-        done=stopped | plan.ends(plan.history(tokens, state.first, length)),
+        done=stopped | plan.ends(processing, plan.history(tokens, state.first, length)),
         failed=state.failed | failed,
         real=~stopped,
         processing=processing,

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxformers.checks import check_size, is_known
-from jaxformers.generation import processors
 from jaxformers.generation.processors import History, Processor
 from jaxformers.generation.processors.processor import begin, process, sequences
 from jaxformers.generation.prompts import check_ids, put
@@ -66,15 +65,20 @@ class Plan(eqx.Module):
             return states, jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return states, draw(logits, self.keys, history.new_count)
 
-    def ends(self, history: History) -> Bool[Array, " b"]:
-        """Returns whether each row's last token ends it."""
+    def ends(self, states: tuple[Any, ...], history: History) -> Bool[Array, " b"]:
+        """Returns whether each row's last token ends it.
+
+        `states` are those of the processors before that token.
+        """
         ends = (history.last[:, None] == self.end_tokens).any(-1)
         if self.stop_sequences is not None:
             new = history._replace(first=jnp.maximum(history.first, self.start))
             ends = ends | new.ends_with(self.stop_sequences).any(-1)
-        for processor in self.processors:
-            if isinstance(processor, processors.MinNewTokens):
-                ends = ends & processor.may_end(history)
+        both = [*zip(self.processors, states, strict=True)]
+        for processor, state in both:
+            ends = ends | processor.ends(state, history)
+        for processor, state in both:
+            ends = ends & processor.may_end(state, history)
         return ends
 
     def after(self, columns: Int[Array, ""]) -> "Plan":

@@ -9,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxformers.checks import check_size, check_usable
-from jaxformers.generation.prompts import Prompt, Source, read_text, to_source
+from jaxformers.checks import check_seq_length, check_size, check_usable
+from jaxformers.generation.loop import begin_cache, read
+from jaxformers.generation.prompts import (
+    Prompt,
+    Source,
+    put,
+    read_prompt,
+    read_source,
+    read_text,
+    to_source,
+)
 from jaxformers.ids import Tokens, as_ids
 from jaxformers.one_program import bucket
 from jaxformers.output import check_output
+from jaxformers.row_lengths import at_lengths
 
 
 def score(
@@ -54,6 +64,57 @@ def _score(
     log_probs = jax.nn.log_softmax(model.logits_of(hidden))
     log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     return jnp.where(real & (before >= 0), log_probs, 0.0)
+
+
+def score_continuations(
+    model: Any,
+    prompt: list[int],
+    continuations: list[list[int]],
+    source: list[list[int]] | None = None,
+) -> Float[np.ndarray, " n"]:
+    """Returns the log-probability of each continuation of a prompt, which is read once.
+
+    Arguments:
+        model: a `TransformerLM` or a `Transformer`.
+        prompt: at least one token; of a `Transformer` the beginning of the target.
+        continuations: n rows of at least one token each.
+        source: the encoder's tokens in one row, for a model that has one.
+    """
+    check_usable(model=model)
+    check_output(model)
+    limit, vocab_size = model.max_seq_length, model.vocab_size
+    begin = read_prompt([prompt], None, vocab_size)
+    n, t, u = len(continuations), len(prompt), max(map(len, continuations))
+    check_seq_length(t + u, limit, "a prompt with its continuation")
+    columns = bucket(t, limit)
+    rows, width = bucket(n, smallest=1), bucket(u)
+    answers, real = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.bool_)
+    for i, row in enumerate(continuations):
+        answers[i, : len(row)], real[i, : len(row)] = row, True
+    encoded = None if source is None else to_source(model, read_source(model, source, None))
+    given = begin.to_bucket(columns), put(t), jax.device_put((answers, real)), encoded
+    return np.asarray(_score_continuations(model, *given))[:n]
+
+
+@eqx.filter_jit
+def _score_continuations(
+    model: Any,
+    prompt: tuple[Int[Array, "1 t"], Bool[Array, "1 t"]],
+    columns: Int[Array, ""],
+    continuations: tuple[Int[Array, "n u"], Bool[Array, "n u"]],
+    source: Source | None,
+) -> Float[Array, " n"]:
+    tokens, real = continuations
+    n, u = tokens.shape
+    t = prompt[0].shape[1]
+    cache = begin_cache(model, 1, t, source)
+    last, cache = read(at_lengths(model, columns[None]), *prompt, columns, cache)
+    cache = cache.resize(t + u).repeat(n)
+    hidden, _ = model.forward(tokens, padding_mask=real, cache=cache)
+    hidden = jnp.concatenate([jnp.repeat(last, n, axis=0), hidden[:, :-1]], axis=1)
+    log_probs = jax.nn.log_softmax(model.logits_of(hidden))
+    log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    return jnp.where(real, log_probs, 0.0).sum(-1)
 
 
 def perplexity(

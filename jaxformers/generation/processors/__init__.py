@@ -19,6 +19,7 @@ from jaxformers.generation.processors.penalties import (
     RepetitionPenalty,
 )
 from jaxformers.generation.processors.processor import History, Processor
+from jaxformers.generation.processors.stop_table import StopTable
 
 __all__ = [
     "BadWords",
@@ -32,6 +33,7 @@ __all__ = [
     "PresencePenalty",
     "Processor",
     "RepetitionPenalty",
+    "StopTable",
     "SuppressFirstTokens",
     "SuppressTokens",
 ]

@@ -36,8 +36,7 @@ class MinNewTokens(Processor):
     def __init__(self, least):
         self.least = one_or_more("least", least, *NOT_NEGATIVE)
 
-    def may_end(self, history: History) -> Bool[Array, " r"]:
-        """Returns the rows that have so many new tokens."""
+    def may_end(self, state: None, history: History) -> Bool[Array, " r"]:
         return history.new_count >= history.each_row(self.least)
 
     def __call__(
@@ -45,7 +44,7 @@ class MinNewTokens(Processor):
     ) -> tuple[None, Float[Array, "r v"]]:
         if history.end_tokens is None:
             return None, logits
-        early = ~self.may_end(history)[:, None]
+        early = ~self.may_end(None, history)[:, None]
         early = jnp.broadcast_to(early, (early.shape[0], history.end_tokens.shape[0]))
         return None, ban(mark(history.end_tokens, early, logits.shape[1]), logits)
 

@@ -132,6 +132,17 @@ class Processor(eqx.Module):
         """Returns the state after the last token, and the logits of the next one."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
+    def ends(self, state: Any, history: History) -> Bool[Array, " r"] | bool:
+        """Returns whether the last token ends each row, which end tokens do without it.
+
+        `state` is that before the last token. By default no token does.
+        """
+        return False
+
+    def may_end(self, state: Any, history: History) -> Bool[Array, " r"] | bool:
+        """Returns whether each row may end with its last token, as by default it always may."""
+        return True
+
     def check(self, batch_size: int, vocab_size: int) -> None:
         """Raises if the processor does not fit a call of `generate`; by default it always does."""
 

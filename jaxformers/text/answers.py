@@ -1,0 +1,128 @@
+"""The texts that a model generates for a call."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxformers.checks import check_size
+from jaxformers.generation.prompts import read_source
+from jaxformers.generation.targets import begin_target
+from jaxformers.generation.warm_up import compile_generate
+from jaxformers.one_program import bucket
+from jaxformers.progress import progress_bar
+from jaxformers.text.call import Call, TextGeneration, read_call
+from jaxformers.text.stream import TextStream
+from jaxformers.tokenizers.tokenizer import Tokenizer
+from jaxformers.transformer import Transformer
+
+
+def answer(
+    model: Any,
+    tokenizer: Tokenizer,
+    call: Call,
+    is_single: bool,
+    batch_size: int,
+    progress: bool | None,
+) -> Any:
+    """Returns the texts of a call, in the form of what was given.
+
+    Arguments:
+        model, tokenizer: of the generator.
+        call: checked.
+        is_single: whether one prompt was given, and no list.
+        batch_size, progress: as for `TextGenerator.__call__`.
+    """
+    check_size(batch_size=batch_size)
+    found: list[list[TextGeneration]] = [[]] * len(call.rows)
+    order = list(range(len(call.rows)))
+    if len(order) > batch_size:
+        order.sort(key=lambda i: -len(call.rows[i]))
+    elif progress is None:
+        progress = False
+    with progress_bar(len(order), "text", progress) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            texts = generate(model, tokenizer, call.part(part))
+            for i, text in zip(part, texts, strict=True):
+                found[i] = text
+            bar.update(len(part))
+    results: list[Any] = [x for texts in found for x in texts]
+    if not call.options.get("return_scores", False):
+        results = [x.text for x in results]
+    return results[0] if is_single and len(results) == 1 else results
+
+
+def generate(model: Any, tokenizer: Tokenizer, call: Call) -> list[list[TextGeneration]]:
+    """Returns the texts of each prompt of one batch."""
+    options: dict[str, Any] = {**call.options, "return_scores": True}
+    begin = max(map(len, call.rows))
+    if isinstance(model, Transformer):
+        begin = 1  # the start token
+    out = model.generate(call.rows, most_tokens(model, call), **options)
+    tokens, log_probs = np.asarray(out.tokens)[:, begin:], np.asarray(out.log_probs)
+    times = len(tokens) // len(call.rows)
+    texts = []
+    for i, row in enumerate(call.row_texts(model, tokenizer, times)):
+        for token in tokens[i].tolist():
+            row.add(token)
+        row.finish()
+        kept = log_probs[i, : len(row.tokens)]
+        score = float(out.scores[i] if "num_beams" in options else kept.sum())
+        given = row.text, str(row.finish_reason), row.tokens, kept, score
+        texts.append(TextGeneration(*given, len(call.rows[i // times])))
+    return [texts[i : i + times] for i in range(0, len(texts), times)]
+
+
+def stream(model: Any, tokenizer: Tokenizer, call: Call, is_single: bool) -> TextStream:
+    """Returns the texts of a call as they come."""
+    columns = model.stream(call.rows, most_tokens(model, call), **call.options)
+    return TextStream(columns, call.row_texts(model, tokenizer), is_single)
+
+
+def most_tokens(model: Any, call: Call) -> int:
+    """Returns the number that the model's `generate` takes, of an encoder-decoder the length."""
+    return call.max_new_tokens + isinstance(model, Transformer)
+
+
+def compile_ahead(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    batch_size: int,
+    streams: bool,
+    options: Mapping[str, Any],
+) -> float:
+    """Compiles the programs of calls, and returns the seconds that it took.
+
+    Arguments as for `TextGenerator.warm_up`.
+    """
+    begin = time.perf_counter()
+    for count in sizes_up_to(batch_size, smallest=1):
+        for length in sizes_up_to(prompt_tokens, model.max_seq_length):
+            rows = [[0] * length] * count
+            given = max_new_tokens, None, True, options
+            call = read_call(model, tokenizer, rows, rows, *given)
+            if streams:
+                columns = stream(model, tokenizer, call, False).columns
+                for _ in range(2):  # the first column, and one after it
+                    next(columns, None)
+            elif isinstance(model, Transformer):
+                source = read_source(model, rows, None)
+                target = begin_target(model, source, None, None, None)
+                compile_generate(model, target, max_new_tokens, call.options, source)
+            else:
+                compile_generate(model, rows, max_new_tokens, call.options)
+    return time.perf_counter() - begin
+
+
+def sizes_up_to(size: int, limit: int | None = None, smallest: int = 16) -> list[int]:
+    """Returns all sizes that programs are compiled for, up to that of `size`.
+
+    Example:
+        >>> sizes_up_to(50), sizes_up_to(3, smallest=1)
+        ([16, 24, 32, 48, 64], [1, 2, 3])
+    """
+    return sorted({bucket(n, limit, smallest) for n in range(1, size + 1)})
