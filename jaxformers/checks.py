@@ -252,6 +252,8 @@ def check_padding_mask(
     """
     if padding_mask is None:
         return None
+    if is_known(padding_mask) and not isinstance(padding_mask, jax.Array):
+        padding_mask = jax.device_put(np.asarray(padding_mask))  # jnp would compile for each shape
     padding_mask = jnp.asarray(padding_mask)
     if padding_mask.dtype != jnp.bool_ or padding_mask.shape != shape:
         raise ValueError(
