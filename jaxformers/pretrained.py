@@ -36,6 +36,9 @@ def from_pretrained(
     The directory of an adapter of PEFT gives the model that it was made for, with the adapter on
     it, see `jaxformers.load_adapter`.
 
+    A checkpoint without an output layer gives a model that has none, `output` is None: its hidden
+    states can be had, by `model.forward(tokens)` or, of an encoder, `model(tokens)`.
+
     A GGUF file of llama.cpp is read as the checkpoint that it was made of. Its blocks of quantized
     numbers are unpacked.
 

@@ -94,6 +94,11 @@ class WeightPlan:
             for what, names in faults.items()
             if names
         ]
+        if len(lines) == 1 and self._is_output(faults["missing"]):
+            lines.append(
+                "That is the output layer. For a model that gives hidden states alone, config.json "
+                f'names the class without it: "architectures": ["{self.family.classes["base"]}"].'
+            )
         if lines and stored.files.lacking:
             name, shard = next(iter(stored.files.lacking.items()))
             lines.append(
@@ -105,6 +110,17 @@ class WeightPlan:
                 f"the tensors in {stored.files.directory} are not those of this "
                 f"{self.family.model_type}.\n" + "\n".join(lines)
             )
+
+    def _is_output(self, names: list[str]) -> bool:
+        """Returns whether tensors are those of an output layer without which there is a class."""
+        own = [rule for rule in self.rules if rule.ours[0].startswith("output.")]
+        is_output = set(names) <= {name for rule in own for name in rule.theirs}
+        return (
+            bool(names)
+            and is_output
+            and self.family.shape != "encoder"
+            and "base" in self.family.classes
+        )
 
 
 def is_array(x: Any) -> bool:
