@@ -91,6 +91,7 @@ from jaxformers.residual import (
     Sandwich,
     TwoNorms,
 )
+from jaxformers.text.classifier import Label, TextClassifier
 from jaxformers.text.embedder import TextEmbedder
 from jaxformers.text.generator import TextGenerator
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer

@@ -4,6 +4,7 @@ import ast
 import collections
 import gc
 import itertools
+import logging
 import os
 import re
 import tracemalloc
@@ -76,6 +77,22 @@ def small_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
+
+
+@pytest.fixture
+def compiled(caplog):
+    """A function that gives the names of the programs that JAX compiled since the last call."""
+    jax.config.update("jax_log_compiles", True)
+
+    def names():
+        texts = [record.getMessage() for record in caplog.records]
+        found = [text for text in texts if text.startswith("Finished XLA compilation")]
+        caplog.clear()
+        return found
+
+    with caplog.at_level(logging.WARNING, "jax._src.dispatch"):
+        yield names
+    jax.config.update("jax_log_compiles", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """An eager call is one program, which new lengths inside a bucket do not compile again."""
 
-import logging
 from functools import partial
 
 import equinox as eqx
@@ -30,22 +29,6 @@ TOKENS = jnp.asarray(ROWS.integers(0, V, (3, 19)))
 REAL = jnp.asarray(ROWS.random((3, 19)) < 0.7).at[:, 4].set(True)
 SEGMENTS = jnp.asarray(np.sort(ROWS.integers(0, 3, (3, 19))))
 MASK = jnp.asarray(ROWS.random((3, 1, 19, 19)) < 0.7)
-
-
-@pytest.fixture
-def compiled(caplog):
-    """A function that gives the names of the programs that JAX compiled since the last call."""
-    jax.config.update("jax_log_compiles", True)
-
-    def names():
-        texts = [record.getMessage() for record in caplog.records]
-        found = [text for text in texts if text.startswith("Finished XLA compilation")]
-        caplog.clear()
-        return found
-
-    with caplog.at_level(logging.WARNING, "jax._src.dispatch"):
-        yield names
-    jax.config.update("jax_log_compiles", False)
 
 
 def language_model(**options):

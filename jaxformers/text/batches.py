@@ -104,7 +104,7 @@ class Reader(NamedTuple):
         order, size = texts.longest_first(), self.batch_size
         for start in range(0, len(order), size * AT_ONCE):
             numbers = order[start : start + size * AT_ONCE]
-            encoded = texts.encode(numbers, self.tokenizer, self.max_length)
+            encoded = texts.encode(numbers, self.tokenizer, self.limit)
             by_length = np.argsort([-len(ids) for ids, _ in encoded], kind="stable")
             for begin in range(0, len(numbers), size):
                 part = by_length[begin : begin + size]

@@ -14,18 +14,16 @@ from jaxtyping import ArrayLike, Float
 
 from jaxformers.checks import check_choice, check_flag, check_size, explain_options
 from jaxformers.elsewhere import TEXTS
-from jaxformers.files.hub import has_safetensors, locate
 from jaxformers.files.json_file import read_json, shorten
 from jaxformers.heads import unit_length
-from jaxformers.hf.load import PATTERNS, TORCH_PATTERNS
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.pretrained import from_pretrained
 from jaxformers.text.batches import Model, Reader, Texts, check_length, check_reader
-from jaxformers.text.sentence_transformers import FILES, Described, describe
+from jaxformers.text.directory import find, longest, read_tokenizer
+from jaxformers.text.sentence_transformers import describe
 from jaxformers.text.similarity import SIMILARITIES, compare, to_unit_length
 from jaxformers.text.vectors import Vectors, embed
-from jaxformers.tokenizers.files import TOKENIZER_FILES
-from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.tokenizers.tokenizer import Tokenizer
 
 # These prompts may always be named, and are empty if the model has none of that name. A prompt of
 # documents has further names.
@@ -109,6 +107,7 @@ class TextEmbedder:
         self._kept = self._check_dim(truncate_dim, self._width)
 
     @classmethod
+    @partial(explain_options, elsewhere=TEXTS)
     def from_pretrained(
         cls,
         path_or_hub_name: str | os.PathLike,
@@ -134,12 +133,10 @@ class TextEmbedder:
             ValueError: if a file is missing or damaged, or asks for what we do not have.
             ImportError: if a package is missing.
         """
-        described = describe(_find(path_or_hub_name))
+        described = describe(find(path_or_hub_name))
         options: dict[str, Any] = dict(dtype=dtype, sharding=sharding, quantized=quantized)
         model = from_pretrained(described.transformer, **options)
-        tokenizer = load_tokenizer(described.transformer)
-        if described.do_lower_case:
-            _put_into_lower_case(tokenizer)
+        tokenizer = read_tokenizer(described)
         layers = list(described.layers)
         normalize = layers[-1:] == [unit_length]
         return cls(
@@ -151,7 +148,7 @@ class TextEmbedder:
             prompts=described.prompts,
             default_prompt=described.default_prompt,
             include_prompt=described.include_prompt,
-            max_seq_length=max_seq_length or _longest(described),
+            max_seq_length=max_seq_length or longest(described),
             similarity=described.similarity,
             truncate_dim=described.truncate_dim,
         )
@@ -307,15 +304,6 @@ class TextEmbedder:
         return dim
 
 
-def _find(path_or_hub_name: str | os.PathLike) -> Path:
-    """Returns the directory of a model, downloaded if it is on the hub."""
-    patterns = [*PATTERNS, *TOKENIZER_FILES, *FILES]
-    directory = locate(path_or_hub_name, patterns)
-    if not any(has_safetensors(directory / x) for x in ("", "0_Transformer")):
-        directory = locate(path_or_hub_name, [*patterns, *TORCH_PATTERNS, "0_*/pytorch_model*"])
-    return directory
-
-
 def _usual_pooling(directory: Path) -> str:
     """Returns the pooling of a checkpoint without a file about it, as sentence-transformers."""
     config = read_json(directory / "config.json")
@@ -323,27 +311,3 @@ def _usual_pooling(directory: Path) -> str:
     name = named[0] if isinstance(named, list) and named else ""
     is_causal = isinstance(name, str) and name.endswith("ForCausalLM")
     return "last" if is_causal and config.get("is_causal", True) else "mean"
-
-
-def _longest(described: Described) -> int | None:
-    """Returns the largest number of tokens of a text that the files name."""
-    if described.max_seq_length is not None:
-        return described.max_seq_length
-    limits = []
-    for file, name in (
-        ("tokenizer_config.json", "model_max_length"),
-        ("config.json", "max_position_embeddings"),
-    ):
-        path = described.transformer / file
-        value = read_json(path).get(name) if path.exists() else None
-        limits += [value] if type(value) is int and 0 < value < 2**31 else []
-    return min(limits, default=None)
-
-
-def _put_into_lower_case(tokenizer: Tokenizer) -> None:
-    """Makes a tokenizer read texts in lower case."""
-    from tokenizers import normalizers
-
-    before = tokenizer.backend.normalizer
-    steps = [normalizers.Lowercase()] + ([] if before is None else [before])
-    tokenizer.backend.normalizer = normalizers.Sequence(steps)

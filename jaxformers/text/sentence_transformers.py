@@ -27,6 +27,9 @@ FILES = (
     *("*_Normalize/*", "*_Dropout/*", "0_*/*.json", "0_*/*.txt", "0_*/model*.safetensors"),
 )
 
+# Our classes for the kinds of models.
+CLASSES = {"SentenceTransformer": "TextEmbedder", "CrossEncoder": "TextClassifier"}
+
 # The names of poolings, in the order of their vectors in older files, with ours.
 POOLINGS = {
     "cls": "first",
@@ -89,6 +92,7 @@ def describe(directory: Path) -> Described:
     """
     if not (directory / MODULES).exists():
         return Described(directory)
+    settings = _read_settings(directory, "SentenceTransformer")
     modules = read_modules(directory)
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
@@ -96,8 +100,8 @@ def describe(directory: Path) -> Described:
             f"{directory / MODULES} must list Transformer and Pooling first, got "
             f"{', '.join(kinds)}. Other modules make no vector of hidden states."
         )
-    transformer, pooling = modules[0][1], settings_of(modules[1][1])
-    names, include_prompt = _read_pooling(pooling, modules[1][1])
+    transformer, folder = modules[0][1], modules[1][1]
+    names, include_prompt = _read_pooling(settings_of(folder), folder)
     layers = [read_layer(kind, path) for kind, path in modules[2:]]
     return Described(
         transformer,
@@ -105,7 +109,27 @@ def describe(directory: Path) -> Described:
         include_prompt,
         tuple(layer for layer in layers if layer is not None),
         **read_reading(transformer, "feature-extraction"),
-        **_read_settings(directory),
+        **settings,
+    )
+
+
+def describe_classifier(directory: Path) -> Described:
+    """Returns what the files of a CrossEncoder say; of a plain checkpoint they say nothing.
+
+    Raises:
+        ValueError: if a file is damaged or asks for what we do not have.
+    """
+    if not (directory / MODULES).exists():
+        return Described(directory)
+    settings = _read_settings(directory, "CrossEncoder")
+    [(kind, transformer), *others] = read_modules(directory)
+    if kind != "Transformer" or others:
+        raise ValueError(
+            f"{directory / MODULES} must list a Transformer alone, got "
+            f"{', '.join([kind, *(name for name, _ in others)])}, which is not handled."
+        )
+    return Described(
+        transformer, **read_reading(transformer, "sequence-classification"), **settings
     )
 
 
@@ -219,21 +243,27 @@ def _read_pooling(settings: dict[str, Any], folder: Path) -> tuple[tuple[str, ..
     return tuple(POOLINGS[mode] for mode in modes), include
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
+def _read_settings(directory: Path, model_type: str) -> dict[str, Any]:
     """Returns what `config_sentence_transformers.json` says, by the names of `Described`."""
     path = directory / SETTINGS
     settings = read_json(path) if path.exists() else {}
-    kind = settings.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":
+    kind = settings.get("model_type", model_type)
+    if kind != model_type:
+        reader = CLASSES.get(kind) if isinstance(kind, str) else None
         raise ValueError(
-            f"{directory} holds a {shorten(kind)}, which makes no vectors of texts. "
-            "TextClassifier reads a CrossEncoder."
+            f"{directory} holds a {shorten(kind)}, not a {model_type}. "
+            + (f"{reader} reads it." if reader else "Nothing here reads it.")
         )
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(
         isinstance(text, str | None) for text in prompts.values()
     ):
         raise ValueError(f"{path}: prompts must be an object of texts, got {shorten(prompts)}.")
+    default = settings.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise ValueError(
+            f"{path}: default_prompt_name must be one of {list(prompts)}, got {shorten(default)}."
+        )
     similarity = settings.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
         raise ValueError(
@@ -245,7 +275,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: truncate_dim must be a number above 0, got {shorten(dim)}.")
     return {
         "prompts": {name: text or "" for name, text in prompts.items()},
-        "default_prompt": settings.get("default_prompt_name"),
+        "default_prompt": default,
         "similarity": similarity,
         "truncate_dim": dim,
     }
