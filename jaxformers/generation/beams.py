@@ -101,8 +101,10 @@ def run_beams(
     plan = plan.repeat(k)
 
     def unfinished(state: BeamState) -> Bool[Array, ""]:
-        full = beams.early_stopping is True and state.ended.finished.all()
-        return state.hopeful.any() & ~state.stuck & ~jnp.asarray(full) & ~state.failed.any()
+        # Rows without hope, such as those that were added to the call, need not be full.
+        full = (state.ended.finished.all(-1) | ~state.hopeful).all()
+        full = full & (beams.early_stopping is True)
+        return state.hopeful.any() & ~state.stuck & ~full & ~state.failed.any()
 
     def advance(state: BeamState) -> BeamState:
         flat = state.running.tokens.reshape(-1, slots)
@@ -140,7 +142,7 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
         ended=ended,
         length=length,
         hopeful=state.hopeful & may_improve(plan, beams, running, ended, length),
-        stuck=ends.all(),
+        stuck=(ends.all(-1) | ~state.hopeful).all(),
         failed=state.failed | failed,
         processing=jax.tree.map(lambda x: x[rows], processing),
         cache=state.cache.take(rows),

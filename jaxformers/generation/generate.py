@@ -97,7 +97,7 @@ def generate(
 def decode(model: Any, request: Request, options: dict[str, Any]) -> Generation:
     """Runs the loop that the options ask for, and returns its result."""
     new = request.stop - request.start
-    beams = read_beams(options, request.prompt.tokens.shape[0], new)
+    beams = read_beams(options, request.prompt.tokens.shape[0], request.rows, new)
     if beams is not None:
         return search(model, request, *beams)
     draft, count = read_draft(model, options, request), read_draft_length(options)
@@ -132,7 +132,7 @@ def search(model: Any, request: Request, beams: Beams, count: int) -> Generation
     ended, failed = run_beams(model, request.plan, beams, *request.arrays)
     best, prompt = best_of(ended, count), request.prompt.repeat(count)
     result = answer(request, prompt, Found(best.tokens, best.log_probs, best.stopped, failed))
-    return result._replace(scores=prompt.place(best.scores))
+    return result._replace(scores=prompt.place(prompt.own(best.scores)))
 
 
 class Found(NamedTuple):
@@ -152,7 +152,7 @@ def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation
         tokens=prompt.join(tokens, request.start, request.stop),
         log_probs=prompt.place(log_probs),
         scores=prompt.place(log_probs.sum(-1)),
-        finished=prompt.place(found.done),
+        finished=prompt.place(prompt.own(found.done)),
     )
 
 

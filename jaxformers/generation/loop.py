@@ -81,12 +81,13 @@ def prefill(
         last, cache = read(at_lengths(model, lengths), tokens, real, columns, cache)
         row, real = to_the_right(row, row_real, plan.start, plan.pad_token)
     none, first = jnp.zeros(b, jnp.bool_), jnp.argmax(real, axis=1).astype(jnp.int32)
+    added = jnp.arange(b) >= plan.given
     state = State(
         tokens=row,
         log_probs=jnp.zeros(row.shape, jnp.float32),
         length=plan.start,
         first=first,
-        done=none,
+        done=added,
         failed=none,
         real=~none,
         processing=plan.begin(plan.history(row, first, plan.start)),

@@ -36,7 +36,8 @@ class Plan(eqx.Module):
     end_tokens: Int[Array, " e"]
     stop_sequences: Int[Array, "p w"] | None
     pad_token: Int[Array, ""]
-    batch_size: int = eqx.field(static=True)
+    given: Int[Array, ""]  # how many rows the call has; the program may have more (`rows_for`)
+    batch_size: int = eqx.field(static=True)  # how many the program has
 
     def history(
         self, tokens: Int[Array, "b s"], first: Int[Array, " b"], length: Int[Array, ""]
@@ -119,8 +120,11 @@ def make_plan(
     start: int,
     max_new_tokens: int,
     options: dict[str, Any],
+    rows: int | None = None,
 ) -> Plan:
     """Returns the options as a `Plan`, checked.
+
+    `rows` is how many rows the program has, if not `batch_size`.
 
     Raises:
         ValueError: if an option is out of its range or would be without effect.
@@ -132,19 +136,20 @@ def make_plan(
     check_effect(key, max_new_tokens, options)
     # With beams, one token more than there are end tokens has to survive the cuts.
     keep = 1 if num_beams == 1 else len(end_tokens) + 1
-    stops = options.get("stop_sequences")
+    stops, rows = options.get("stop_sequences"), batch_size if rows is None else rows
     return Plan(
         start=put(start),
         limit=put(start + max_new_tokens),
-        keys=row_keys(key, batch_size),
+        keys=row_keys(key, batch_size, rows),
         warper=Warper()
         if key is None
-        else Warper(**_rows(SAMPLING, options, batch_size), keep=keep),
-        processors=read_processors(batch_size, vocab_size, end_tokens, options),
+        else Warper(**_rows(SAMPLING, options, batch_size, rows), keep=keep),
+        processors=read_processors(batch_size, vocab_size, end_tokens, options, rows),
         end_tokens=put(end_tokens),
         stop_sequences=None if stops is None else sequences("stop_sequences", stops, vocab_size),
         pad_token=put([*pad, *end_tokens, 0][0]),
-        batch_size=batch_size,
+        given=put(batch_size),
+        batch_size=rows,
     )
 
 
@@ -166,8 +171,10 @@ def check_effect(key: Keys | None, max_new_tokens: int, options: dict[str, Any])
         )
 
 
-def _rows(numbers: dict, options: dict[str, Any], batch_size: int) -> dict[str, Array | None]:
+def _rows(
+    numbers: dict, options: dict[str, Any], batch_size: int, rows: int
+) -> dict[str, Array | None]:
     return {
-        name: per_row(name, options.get(name), batch_size, *range_)
+        name: per_row(name, options.get(name), batch_size, *range_, rows=rows)
         for name, range_ in numbers.items()
     }

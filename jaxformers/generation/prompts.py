@@ -17,7 +17,7 @@ from jaxformers.cache import Cache, LayerCache
 from jaxformers.checks import check_padding_mask, check_tokens, is_known
 from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
-from jaxformers.one_program import bucket
+from jaxformers.one_program import MOST_PADDED, bucket
 from jaxformers.origin import Origin, SpecialTokens
 
 
@@ -29,11 +29,19 @@ class Prompt(NamedTuple):
     batched: bool  # False for a prompt that came as (t,)
     sharding: Sharding | None  # where the result goes; None is the default device
 
-    def to_bucket(self, columns: int) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-        """Returns the tokens in `columns` columns, and which of them are real."""
-        width = (0, 0), (0, columns - self.tokens.shape[1])
-        xp = np if is_known(self.tokens) else jnp
-        return self._put(xp.pad(self.tokens, width)), self._put(xp.pad(self.real, width))
+    def to_bucket(
+        self, columns: int, rows: int | None = None
+    ) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+        """Returns the tokens in `columns` columns and `rows` rows, and which of them are real.
+
+        Rows that are added have the tokens of the last one, so that nothing about them is special.
+        """
+        b, t = self.tokens.shape
+        xp, width = np if is_known(self.tokens) else jnp, ((0, 0), (0, columns - t))
+        tokens, real = (xp.pad(x, width) for x in (self.tokens, self.real))
+        if rows is not None and rows > b:
+            tokens, real = (np.pad(x, ((0, rows - b), (0, 0)), "edge") for x in (tokens, real))
+        return self._put(tokens), self._put(real)
 
     def begin(self, token: int) -> "Prompt":
         """Returns a prompt of the same rows, each of which is `token` alone."""
@@ -47,8 +55,12 @@ class Prompt(NamedTuple):
         return Prompt(tokens, real, self.batched or times > 1, self.sharding)
 
     def cut(self, columns: Array, start: int, stop: int) -> Any:
-        """Columns `start` to `stop`, in NumPy where that is possible."""
-        return (np.asarray(columns) if is_known(columns) else columns)[:, start:stop]
+        """Columns `start` to `stop` of the prompt's rows, in NumPy where that is possible."""
+        return self.own(columns)[:, start:stop]
+
+    def own(self, rows: Any) -> Any:
+        """The prompt's rows without those that were added, in NumPy where that is possible."""
+        return (np.asarray(rows) if is_known(rows) else rows)[: self.tokens.shape[0]]
 
     def join(self, tokens: Int[Array, "b s"], start: int, stop: int) -> Int[Array, "*b t"]:
         """Returns the prompt as it came, followed by columns `start` to `stop` of `tokens`."""
@@ -59,6 +71,12 @@ class Prompt(NamedTuple):
     def place(self, rows: Any) -> Array:
         """Puts a result with an entry per row on the prompt's devices, unbatched if it was."""
         return self._put(rows if self.batched else rows[0])
+
+    @property
+    def can_be_padded(self) -> bool:
+        """Whether rows may be added: to tokens that are known, and on one device."""
+        on_one = self.sharding is None or len(self.sharding.device_set) == 1
+        return on_one and is_known(self.tokens) and is_known(self.real)
 
     def _put(self, x: Any) -> Array:
         """Puts `x` where the prompt came from, its rows spread over the devices in the same way."""
@@ -135,10 +153,28 @@ def read_source(model: Any, src: Tokens, padding_mask: ArrayLike | None) -> Prom
     return read_text(src, padding_mask, model.src_vocab_size, limit, "src", model.origin)
 
 
-def to_source(model: Any, text: Prompt) -> Source:
-    """Returns the encoder's tokens in their bucket."""
+def to_source(model: Any, text: Prompt, rows: int | None = None) -> Source:
+    """Returns the encoder's tokens in their bucket, and in so many rows."""
     limit = model.src_embedding.max_seq_length
-    return Source(*text.to_bucket(bucket(text.tokens.shape[1], limit)))
+    return Source(*text.to_bucket(bucket(text.tokens.shape[1], limit), rows))
+
+
+def rows_for(prompt: Prompt, columns: int, source: Prompt | None = None) -> int:
+    """Returns the number of rows that a program for a prompt is compiled for.
+
+    Where it is more than those of the prompt, rows are added that are done from the beginning.
+    Calls of many tokens get none, since these would cost more than a compilation.
+
+    Arguments:
+        prompt: what a call was given.
+        columns: how many tokens each row may have.
+        source: the encoder's tokens, if the model has an encoder.
+    """
+    given = prompt.tokens.shape[0]
+    texts = [x for x in (prompt, source) if x is not None]
+    rows = bucket(given, smallest=1)
+    many = rows * (columns + sum(x.tokens.shape[1] for x in texts[1:])) > MOST_PADDED
+    return given if many or not all(x.can_be_padded for x in texts) else rows
 
 
 def warn_of_unmasked(

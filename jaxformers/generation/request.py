@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -19,6 +20,7 @@ from jaxformers.generation.prompts import (
     check_ids,
     check_room,
     read_prompt,
+    rows_for,
     to_source,
     warn_of_unmasked,
 )
@@ -46,13 +48,14 @@ class Request(NamedTuple):
     source: Source | None
     columns: int  # of the prompt's bucket
     slots: int  # the columns of the prompt's and the budget's bucket
+    rows: int  # of the batch's bucket
     start: int  # the column of the first new token, and one past that of the last
     stop: int
 
     @property
     def arrays(self) -> tuple[Array, Array, int, Source | None]:
         """The prompt in its bucket, its real columns, the slots to decode in, and the source."""
-        return *self.prompt.to_bucket(self.columns), self.slots, self.source
+        return *self.prompt.to_bucket(self.columns, self.rows), self.slots, self.source
 
 
 def read_request(
@@ -79,7 +82,6 @@ def read_request(
     checkpoint_settings.warn_of_neglected(origin, options)
     is_beginning = start == 1 and options.get("cache") is None
     options = checkpoint_settings.complete(origin, options, is_beginning)
-    plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options)
     if not is_target:  # targets may begin with the token that is padding elsewhere
         warn_of_unmasked(prompt, padding_mask, "prompt", special_in(options, origin, vocab_size))
     if is_known(prompt.real):
@@ -89,8 +91,22 @@ def read_request(
     if max_seq_length is not None:
         slots = max(min(slots, max_seq_length), columns, stop)
     slots += read_draft_length(options)  # guesses may go beyond the last column
-    read = None if source is None else to_source(model, source)
-    return Request(plan, prompt, read, columns, slots, start, stop)
+    rows = rows_for(prompt, slots, source) if may_be_padded(options) else batch_size
+    plan = make_plan(batch_size, vocab_size, start, max_new_tokens, options, rows)
+    read = None if source is None else to_source(model, source, rows)
+    return Request(plan, prompt, read, columns, slots, rows, start, stop)
+
+
+def may_be_padded(options: dict[str, Any]) -> bool:
+    """Returns whether rows may be added to a call with these options.
+
+    They may not where they would be seen: by a function or a processor of the user, or in a cache,
+    which has the rows of the call. Numbers that are not known are not made longer.
+    """
+    seen = "cache", "return_cache", "logits_fn", "processors"
+    if any(options.get(name) for name in seen):
+        return False
+    return all(map(is_known, jax.tree.leaves(options)))
 
 
 def special_in(options: dict[str, Any], origin: Origin | None, vocab_size: int) -> SpecialTokens:
@@ -107,7 +123,7 @@ def special_in(options: dict[str, Any], origin: Origin | None, vocab_size: int) 
 
 
 def read_beams(
-    options: dict[str, Any], batch_size: int, max_new_tokens: int
+    options: dict[str, Any], batch_size: int, rows: int, max_new_tokens: int
 ) -> tuple[Beams, int] | None:
     """Returns how to search and how many sequences to return, or None without beam search."""
     num_beams, count = options.get("num_beams", 1), options.get("num_return_sequences", 1)
@@ -136,7 +152,9 @@ def read_beams(
         lambda x: (least <= x) & (x <= most),
         f"a number from {least:.1f} to {most:.1f} where max_new_tokens is {max_new_tokens}",
     )
-    penalty = per_row("length_penalty", options.get("length_penalty", 1.0), batch_size, *range_)
+    penalty = per_row(
+        "length_penalty", options.get("length_penalty", 1.0), batch_size, *range_, rows=rows
+    )
     return Beams(jnp.asarray(penalty), num_beams, early_stopping), count
 
 

@@ -160,8 +160,15 @@ def draw(
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def row_keys(key: Keys | None, batch_size: int) -> Key[Array, " b"] | None:
-    """Returns a key per row: `fold_in(key, i)` of one key, or the given array of keys as it is."""
+def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[Array, " b"] | None:
+    """Returns a key per row: `fold_in(key, i)` of one key, or the given array of keys.
+
+    Arguments:
+        key: one key, or one per row.
+        batch_size: how many rows the call has.
+        rows: how many its program has; the last key is that of added rows as well.
+    """
+    rows = batch_size if rows is None else rows
     if key is None:
         return None
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32
@@ -175,8 +182,12 @@ def row_keys(key: Keys | None, batch_size: int) -> Key[Array, " b"] | None:
     if raw:
         key = jax.random.wrap_key_data(key)
     if per_row and one is not None:
-        return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+        if rows == batch_size:
+            return key
+        data = np.asarray(jax.random.key_data(key))  # in JAX each batch size would compile
+        data = np.pad(data, ((0, rows - batch_size), (0, 0)), "edge")
+        return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(key))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def per_row(
@@ -187,8 +198,13 @@ def per_row(
     inside: Callable[[np.ndarray], np.ndarray],
     wanted: str,
     advice: str = "",
+    *,
+    rows: int | None = None,
 ) -> Array | None:
-    """Returns an option as an array of one entry per row; None stays None."""
+    """Returns an option as an array of one entry per row; None stays None.
+
+    `rows` is how many the program has, if not `batch_size`: added ones have the last number.
+    """
     if value is None:
         return None
     if not is_known(value):
@@ -203,7 +219,9 @@ def per_row(
         advice,
         lambda shape: shape in shapes,
     )
-    return jax.device_put(np.broadcast_to(array, (batch_size,)))
+    array = np.broadcast_to(array, (batch_size,))
+    more = 0 if rows is None else rows - batch_size
+    return jax.device_put(np.pad(array, (0, more), mode="edge"))
 
 
 def one_or_more(

@@ -18,6 +18,7 @@ from jaxformers.generation.prompts import (
     read_prompt,
     read_source,
     read_text,
+    rows_for,
     to_source,
 )
 from jaxformers.ids import Tokens, as_ids
@@ -42,8 +43,10 @@ def score(
     limit, name = model.max_seq_length, "tokens" if source is None else "tgt"
     text = read_text(tokens, padding_mask, model.vocab_size, limit, name, model.origin)
     t = text.tokens.shape[1]
-    read = None if source is None else to_source(model, source)
-    log_probs = _score(model, *text.to_bucket(bucket(t, limit)), read)
+    columns = bucket(t, limit)
+    rows = rows_for(text, columns, source)
+    read = None if source is None else to_source(model, source, rows)
+    log_probs = _score(model, *text.to_bucket(columns, rows), read)
     return text.place(text.cut(log_probs, 0, t))
 
 

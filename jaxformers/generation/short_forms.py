@@ -16,9 +16,11 @@ from jaxformers.generation.sampling import ANY, COUNT, NOT_NEGATIVE, POSITIVE, p
 
 
 def read_processors(
-    batch_size: int, vocab_size: int, end_tokens: np.ndarray, options: dict[str, Any]
+    batch_size: int, vocab_size: int, end_tokens: np.ndarray, options: dict[str, Any], rows: int
 ) -> tuple[Processor, ...]:
     """Returns the processors that the options ask for, and those of the call after them.
+
+    Numbers are checked for `batch_size` rows, and made for the `rows` of the program.
 
     The order is that of transformers (`generation/logits_process.py`).
     """
@@ -27,7 +29,7 @@ def read_processors(
         lambda x: (x >= 0) & (x < vocab_size),
         (f"an id from 0 to {vocab_size - 1} (the vocabulary has {vocab_size})"),
     )
-    number = partial(_row_number, options, batch_size)
+    number = partial(_row_number, options, batch_size, rows)
     # A first token that is forced comes before those that are chosen.
     first = 0 if options.get("forced_first_token") is None else 1
     made = (
@@ -54,10 +56,10 @@ def read_processors(
 
 
 def _row_number(
-    options: dict[str, Any], batch_size: int, name: str, kind: Any, make: Callable
+    options: dict[str, Any], batch_size: int, rows: int, name: str, kind: Any, make: Callable
 ) -> Processor | None:
     """Returns a processor with the number of an option; None if the option is not given."""
-    value = per_row(name, options.get(name), batch_size, *kind)
+    value = per_row(name, options.get(name), batch_size, *kind, rows=rows)
     return None if value is None else make(value)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -78,7 +79,8 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         """
         if self._cache is None:
             excess = put(0 if self._count else 1)
-            self._cache = hold((self._model, self._plan), self._begun(), excess)
+            rows = len(self._request.prompt.tokens)
+            self._cache = hold((self._model, self._plan), self._begun(), excess, rows)
         return self._cache
 
     @property
@@ -90,7 +92,7 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         """
         done = np.zeros(len(self._request.prompt.tokens), np.bool_)
         if self._state is not None and self._count:
-            done = np.asarray(self._state.done)
+            done = self._request.prompt.own(self._state.done)
         otherwise = "length" if self._next == self._stop else None
         reasons = ["stop" if row else otherwise for row in done]
         return reasons if self._request.prompt.batched else reasons[0]
@@ -152,6 +154,7 @@ def advance_stream(fixed: tuple[Any, Plan], state: State) -> State:
 
 
 @eqx.filter_jit
-def hold(fixed: tuple[Any, Plan], state: State, excess: Int[Array, ""]) -> Cache:
-    """Returns the cache of all tokens of a state, but for the last `excess` columns."""
-    return copied(feed(*fixed, state)[0].cache.rewind(excess))
+def hold(fixed: tuple[Any, Plan], state: State, excess: Int[Array, ""], rows: int) -> Cache:
+    """Returns the cache of the first `rows` of a state, but for the last `excess` columns."""
+    cache = feed(*fixed, state)[0].cache.rewind(excess)
+    return copied(jax.tree.map(lambda x: x[:rows] if x.ndim else x, cache))
