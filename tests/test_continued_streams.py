@@ -20,7 +20,6 @@ from test_generation_options import cut_after
 from test_long_rotary import LONG, long_lm
 
 from jaxformers import (
-    ALiBi,
     DynamicScaling,
     RotaryPositionalEncoding,
     TokenStream,
@@ -80,7 +79,6 @@ WITH_END = {"end_token": ENDS, "pad_token": PAD}
 PIECES = {
     "rotary": {},
     "window that rolls": {"window": 3, "num_layers": 2},
-    "alibi and one key head": {"position": ALiBi(), "num_kv_heads": 1},
 }
 
 
