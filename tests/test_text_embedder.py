@@ -86,6 +86,16 @@ def test_layers_after_the_pooling(tmp_path):
     same(embedder, reference, truncate_dim=3)
     same(embedder, reference, truncate_dim=3, normalize_embeddings=True)
     assert embedder([]).shape == (0, 5)
+    embedder.save_pretrained(tmp_path / "again")
+    again = st.SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    same(embedder, again)
+    same(TextEmbedder.from_pretrained(tmp_path / "again"), reference)
+    path = tmp_path / "again" / "sentence_bert_config.json"
+    path.write_text(path.read_text().replace("false", "true"))  # do_lower_case
+    again = st.SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    lower = TextEmbedder.from_pretrained(tmp_path / "again")
+    same(lower, again, ["W1 w2 W3", "w4"])
+    np.testing.assert_allclose(lower("W1 w2"), embedder("w1 w2"), rtol=0, atol=1e-5)
     bare = embedder(SHORT, normalize=False)
     assert np.abs(np.linalg.norm(bare, axis=1) - 1).max() > 0.01
     lengths = np.linalg.norm(embedder(SHORT), axis=1)

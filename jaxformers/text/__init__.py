@@ -1,12 +1,21 @@
 """From text to text: models with their tokenizers.
 
 Read `generator` (generation, chat, scores), `conversation` (a chat that keeps its cache),
-`row_text` (tokens to whole characters, and the end of a text), and `embedder` (vectors of texts).
+`row_text` (tokens to whole characters, and the end of a text), `embedder` (vectors
+of texts) and `classifier` (their classes).
 """
 
+from jaxformers.text.classifier import Label, TextClassifier
 from jaxformers.text.conversation import Conversation
 from jaxformers.text.embedder import TextEmbedder
 from jaxformers.text.generator import TextGenerator
 from jaxformers.text.stream import TextStream
 
-__all__ = ["Conversation", "TextEmbedder", "TextGenerator", "TextStream"]
+__all__ = [
+    "Conversation",
+    "Label",
+    "TextClassifier",
+    "TextEmbedder",
+    "TextGenerator",
+    "TextStream",
+]

@@ -20,10 +20,12 @@ from jaxformers.one_program import TokenRows, one_program
 from jaxformers.pretrained import from_pretrained
 from jaxformers.text.batches import Model, Reader, Texts, check_length, check_reader
 from jaxformers.text.directory import find, longest, read_tokenizer
-from jaxformers.text.sentence_transformers import describe
+from jaxformers.text.save import write_description
+from jaxformers.text.sentence_transformers import Described, describe
 from jaxformers.text.similarity import SIMILARITIES, compare, to_unit_length
 from jaxformers.text.vectors import Vectors, embed
 from jaxformers.tokenizers.tokenizer import Tokenizer
+from jaxformers.transformer import Transformer
 
 # These prompts may always be named, and are empty if the model has none of that name. A prompt of
 # documents has further names.
@@ -102,7 +104,7 @@ class TextEmbedder:
             )
         self._default_prompt, self._include_prompt = default_prompt, include_prompt
         self._normalize, self._similarity = normalize, similarity
-        self._max_seq_length = max_seq_length
+        self._max_seq_length, self._do_lower_case = max_seq_length, False
         self._width = self._measure()
         self._kept = self._check_dim(truncate_dim, self._width)
 
@@ -139,7 +141,7 @@ class TextEmbedder:
         tokenizer = read_tokenizer(described)
         layers = list(described.layers)
         normalize = layers[-1:] == [unit_length]
-        return cls(
+        embedder = cls(
             model,
             tokenizer,
             pooling=described.pooling or _usual_pooling(described.transformer),
@@ -152,6 +154,8 @@ class TextEmbedder:
             similarity=described.similarity,
             truncate_dim=described.truncate_dim,
         )
+        embedder._do_lower_case = described.do_lower_case
+        return embedder
 
     @property
     def max_seq_length(self) -> int | None:
@@ -244,6 +248,35 @@ class TextEmbedder:
         check_size(batch_size=batch_size)
         length = check_length(max_length, self.max_seq_length)
         return self._reader(batch_size).warm_up(self._compute(0), length)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes a directory that sentence-transformers and `from_pretrained` read.
+
+        Arguments:
+            path: directory, made if it is not there.
+
+        Raises:
+            ValueError: if the model or a layer after the pooling has no form in such files.
+            ImportError: if the `safetensors` package is missing.
+        """
+        self.model.save_pretrained(path)
+        self.tokenizer.save(path)
+        normalizing = (unit_length,) if self._normalize else ()
+        described = Described(
+            Path(path),
+            self.vectors.pooling,
+            self._include_prompt,
+            (*self.vectors.layers, *normalizing),
+            self.max_seq_length,
+            self._do_lower_case,
+            self.prompts,
+            self._default_prompt,
+            self._similarity,
+            self._kept if self._kept < self._width else None,
+        )
+        model = self.model
+        source = model.src_embedding if isinstance(model, Transformer) else model.embedding
+        write_description(described, source.d_model)
 
     def __repr__(self) -> str:
         return (
