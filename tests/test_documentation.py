@@ -35,10 +35,27 @@ def names_of_the_examples() -> dict:
         "x": jnp.ones((2, 5, 16)),
         "tokens": tokens,
         "prompt": tokens,
+        "tokenizer": tokenizer_of_the_examples(),
         "batch": {"tokens": tokens, "targets": tokens},
         "residual": jaxformers.Residual(jaxformers.LayerNorm, 16),
         "feed_forward": jaxformers.FeedForward(16, 32, key=key),
     }
+
+
+@functools.cache
+def tokenizer_of_the_examples():
+    """A tokenizer with a token for each of a few characters, none where the package is missing."""
+    if importlib.util.find_spec("tokenizers") is None:
+        return None
+    import tokenizers
+
+    letters = {x: i for i, x in enumerate('</s> abcdefghijklmnopqrstuvwxyz0123456789-{}[]:,."\\')}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({**letters, "</s>": 60}, []))
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(["</s>"])
+    config = b'{"eos_token": "</s>"}'
+    files = {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": config}
+    return jaxformers.Tokenizer(files)
 
 
 @pytest.mark.parametrize("name", MODULES)

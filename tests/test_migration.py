@@ -81,6 +81,7 @@ def test_every_object_that_can_be_saved_has_a_public_name():
     inside = (
         "axes",
         "checkpoint",
+        "constraints",
         "finetuning",
         "one_program",
         "quantization.rounding",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.generation.loop import prefill, repeat_while
+from jaxformers.generation.loop import NAN, NONE_LEFT, prefill, repeat_while
 from jaxformers.generation.plan import Plan
 from jaxformers.generation.prompts import Source
 
@@ -60,7 +60,7 @@ class BeamState(NamedTuple):
     length: Int[Array, ""]
     hopeful: Bool[Array, " b"]  # whether a running beam could still beat those that have ended
     stuck: Bool[Array, ""]  # whether every candidate of the last step ended
-    failed: Bool[Array, " b"]
+    failed: Int[Array, " b"]
     processing: tuple[Any, ...]  # the states of the processors
     cache: Any
 
@@ -74,8 +74,8 @@ def run_beams(
     real: Bool[Array, "b t"],
     slots: int,
     source: Source | None = None,
-) -> tuple[Hypotheses, Bool[Array, " b"]]:
-    """Returns the ended hypotheses of each row, best first, and which rows failed."""
+) -> tuple[Hypotheses, Int[Array, " b"]]:
+    """Returns the ended hypotheses of each row, best first, and why rows failed."""
     k = beams.num_beams
     read, logits = prefill(model, plan, tokens, real, slots, source)
     start = Hypotheses(
@@ -104,7 +104,7 @@ def run_beams(
         # Rows without hope, such as those that were added to the call, need not be full.
         full = (state.ended.finished.all(-1) | ~state.hopeful).all()
         full = full & (beams.early_stopping is True)
-        return state.hopeful.any() & ~state.stuck & ~full & ~state.failed.any()
+        return state.hopeful.any() & ~state.stuck & ~full & (state.failed == 0).all()
 
     def advance(state: BeamState) -> BeamState:
         flat = state.running.tokens.reshape(-1, slots)
@@ -115,7 +115,8 @@ def run_beams(
 
     state = expand(plan, beams, state, jnp.repeat(logits, k, axis=0))
     state = repeat_while(unfinished, advance, state)
-    return state.ended, state.failed
+    none_left = ~read.done & ~state.ended.finished.any(-1) & (state.failed == 0).all()
+    return state.ended, jnp.where(none_left, NONE_LEFT, state.failed)
 
 
 def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk v"]) -> BeamState:
@@ -143,7 +144,7 @@ def expand(plan: Plan, beams: Beams, state: BeamState, logits: Float[Array, "bk 
         length=length,
         hopeful=state.hopeful & may_improve(plan, beams, running, ended, length),
         stuck=(ends.all(-1) | ~state.hopeful).all(),
-        failed=state.failed | failed,
+        failed=jnp.where(failed, NAN, state.failed),
         processing=jax.tree.map(lambda x: x[rows], processing),
         cache=state.cache.take(rows),
     )
@@ -188,6 +189,8 @@ def rank(
     k = beams.num_beams
     # Candidates beyond the first k are only spare ones to go on with.
     ends = ends & (jnp.arange(ends.shape[1]) < k)
+    # Where few tokens are legal, the rest of the candidates are none.
+    ends = ends & (candidates.scores > OUT / 2)
     new_tokens = (state.length + 1 - plan.start).astype(jnp.float32)
     scores = candidates.scores / new_tokens ** beams.length_penalty[:, None]
     full = state.ended.finished.all(-1, keepdims=True) & (beams.early_stopping is True)

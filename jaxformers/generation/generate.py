@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformers.cache import Cache
 from jaxformers.checks import check_usable, is_known
 from jaxformers.generation.beams import Beams, best_of, run_beams
-from jaxformers.generation.loop import State, run
+from jaxformers.generation.loop import NAN, NONE_LEFT, TOO_FEW, State, run
 from jaxformers.generation.prompts import Prompt, Tokens
 from jaxformers.generation.request import (
     Request,
@@ -130,6 +130,10 @@ def compiling() -> Iterator[list[float]]:
 def search(model: Any, request: Request, beams: Beams, count: int) -> Generation:
     """Runs beam search, and returns the `count` best sequences for each row."""
     ended, failed = run_beams(model, request.plan, beams, *request.arrays)
+    if is_known(failed):  # in NumPy, which compiles nothing
+        finished, reasons = np.asarray(ended.finished), np.asarray(failed)
+        too_few = finished[:, 0] & ~finished[:, count - 1] & (reasons == 0)
+        failed = jax.device_put(np.where(too_few, np.int32(TOO_FEW), reasons))
     best, prompt = best_of(ended, count), request.prompt.repeat(count)
     result = answer(request, prompt, Found(best.tokens, best.log_probs, best.stopped, failed))
     return result._replace(scores=prompt.place(prompt.own(best.scores)))
@@ -141,7 +145,7 @@ class Found(NamedTuple):
     tokens: Int[Array, "b s"]
     log_probs: Float[Array, "b s"]
     done: Bool[Array, " b"]
-    failed: Bool[Array, " r"]
+    failed: Int[Array, " r"]
 
 
 def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation:
@@ -156,15 +160,27 @@ def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation
     )
 
 
-def check_finite(tokens: Int[Array, "b s"], failed: Bool[Array, " r"]) -> Int[Array, "b s"]:
-    """Returns the tokens, or raises where the model gave logits that are not numbers."""
-    message = (
-        "the model's logits are NaN, so that there is nothing to choose from. Look for the cause "
-        "among its weights with jnp.isfinite, or compute in float32."
-    )
+FAILURES = {
+    NAN: "the model's logits are NaN, so that there is nothing to choose from. Look for the cause "
+    "among its weights with jnp.isfinite, or compute in float32.",
+    NONE_LEFT: "no token is left to choose: what constraint allows there, or a processor, other "
+    "options such as bad_words, min_new_tokens, or forced tokens ban. Leave one of "
+    "them out.",
+    TOO_FEW: "there are fewer sequences than num_return_sequences that the constraint allows and "
+    "the beams found. Ask for fewer, or loosen it.",
+}
+
+
+def check_finite(tokens: Int[Array, "b s"], failed: Int[Array, " r"]) -> Int[Array, "b s"]:
+    """Returns the tokens, or raises where there was nothing to choose from."""
     if not is_known(failed):
-        return eqx.error_if(tokens, failed.any(), message)
-    rows = np.flatnonzero(np.asarray(failed)).tolist()
+        for reason, message in FAILURES.items():
+            tokens = eqx.error_if(tokens, (failed == reason).any(), message)
+        return tokens
+    reasons = np.asarray(failed)
+    rows = np.flatnonzero(reasons).tolist()
     if rows:
-        raise FloatingPointError(f"in row {rows[0]} of the batch {message}")
+        reason = int(reasons[rows[0]])
+        kind = FloatingPointError if reason == NAN else ValueError
+        raise kind(f"in row {rows[0]} of the batch {FAILURES[reason]}")
     return tokens

@@ -24,6 +24,10 @@ from jaxformers.generation.prompts import Source
 from jaxformers.masks import AttentionMask, padding_to_positions
 from jaxformers.row_lengths import at_lengths, reread
 
+# Why a row failed: its logits were not numbers, or no token was left to choose. With beams there
+# may be fewer sequences than asked for.
+NAN, NONE_LEFT, TOO_FEW = 1, 2, 3
+
 
 class State(NamedTuple):
     """The state that the loop carries. The cache lacks the last column, which is read next."""
@@ -33,7 +37,7 @@ class State(NamedTuple):
     length: Int[Array, ""]  # columns in use
     first: Int[Array, " b"]  # the first real column of each row
     done: Bool[Array, " b"]
-    failed: Bool[Array, " b"]  # rows whose logits were not numbers
+    failed: Int[Array, " b"]  # 0 of rows that have not, or why
     real: Bool[Array, " b"]  # whether the last column holds a token rather than filling
     processing: tuple[Any, ...]  # the states of the processors before the last column
     cache: Any
@@ -88,7 +92,7 @@ def prefill(
         length=plan.start,
         first=first,
         done=added,
-        failed=none,
+        failed=jnp.zeros(b, jnp.int32),
         real=~none,
         processing=plan.begin(plan.history(row, first, plan.start)),
         cache=cache,
@@ -152,10 +156,11 @@ def to_the_right(
 
 def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
     """Returns the state with one more column; rows that have ended get the filling."""
-    failed = ~state.done & jnp.isnan(logits).any(-1)
-    stopped = state.done | failed
     history = plan.history(state.tokens, state.first, state.length)
-    processing, chosen = plan.choose(state.processing, logits, history)
+    processing, chosen, none_left = plan.choose(state.processing, logits, history)
+    failed = jnp.where(jnp.isnan(logits).any(-1), NAN, NONE_LEFT * none_left.astype(jnp.int32))
+    failed = jnp.where(state.done, state.failed, failed)
+    stopped = state.done | (failed > 0)
     token = jnp.where(stopped, plan.pad_token, chosen)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     log_prob = jnp.where(stopped, 0.0, log_prob)
@@ -169,7 +174,7 @@ def emit(plan: Plan, state: State, logits: Float[Array, "b v"]) -> State:
         log_probs=log_probs,
         length=length,
         done=stopped | plan.ends(processing, plan.history(tokens, state.first, length)),
-        failed=state.failed | failed,
+        failed=failed,
         real=~stopped,
         processing=processing,
     )

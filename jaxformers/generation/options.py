@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from jaxformers.cache import Cache
+from jaxformers.constraints import Constraint
 from jaxformers.generation.processors import Processor
 from jaxformers.generation.sampling import Keys, Numbers
 
@@ -40,6 +41,10 @@ class Options(TypedDict, total=False):
             `real` is True.
         processors: a list of `Processor`s, which change the logits in their order, after all of the
             above. The options above are short forms of some of them.
+        constraint: what the new tokens of a row have to be as text, such as `Regex("[0-9]+",
+            tokenizer)`, or a list of one per row with None for a free row. It comes after all of
+            the above and needs an `end_token`. A row ends only where its text is complete, also
+            with a stop sequence.
         num_beams: how many continuations of each row beam search follows; 1 is no beam search.
         num_return_sequences: how many of them are returned for each row, best first, one below
             the other; default 1.
@@ -80,6 +85,7 @@ class Options(TypedDict, total=False):
     forced_last_token: Numbers | None
     logits_fn: Callable | None
     processors: Sequence[Processor]
+    constraint: Constraint | Sequence[Constraint | None] | None
     num_beams: int
     num_return_sequences: int
     length_penalty: Numbers

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxformers.checks import check_size, is_known
+from jaxformers.generation.constraints import read_constraint
 from jaxformers.generation.processors import History, Processor
 from jaxformers.generation.processors.processor import begin, process, sequences
 from jaxformers.generation.prompts import check_ids, put
@@ -59,12 +60,13 @@ class Plan(eqx.Module):
 
     def choose(
         self, states: tuple[Any, ...], logits: Float[Array, "b v"], history: History
-    ) -> tuple[tuple[Any, ...], Int[Array, " b"]]:
-        """Returns the processors' states, and the next token of each row."""
+    ) -> tuple[tuple[Any, ...], Int[Array, " b"], Bool[Array, " b"]]:
+        """Returns the processors' states, the next token of each row, and where none was left."""
         states, logits = self.warp(states, logits, history)
+        none_left = (logits == -jnp.inf).all(-1)
         if self.keys is None:
-            return states, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return states, draw(logits, self.keys, history.new_count)
+            return states, jnp.argmax(logits, axis=-1).astype(jnp.int32), none_left
+        return states, draw(logits, self.keys, history.new_count), none_left
 
     def ends(self, states: tuple[Any, ...], history: History) -> Bool[Array, " b"]:
         """Returns whether each row's last token ends it.
@@ -144,7 +146,10 @@ def make_plan(
         warper=Warper()
         if key is None
         else Warper(**_rows(SAMPLING, options, batch_size, rows), keep=keep),
-        processors=read_processors(batch_size, vocab_size, end_tokens, options, rows),
+        processors=(
+            *read_processors(batch_size, vocab_size, end_tokens, options, rows),
+            *read_constraint(batch_size, vocab_size, end_tokens, options, rows),
+        ),
         end_tokens=put(end_tokens),
         stop_sequences=None if stops is None else sequences("stop_sequences", stops, vocab_size),
         pad_token=put([*pad, *end_tokens, 0][0]),

@@ -59,7 +59,7 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
             self._state = state = advance_stream((self._model, self._plan), state)
         try:
             check_finite(state.tokens, state.failed)
-        except FloatingPointError:
+        except (FloatingPointError, ValueError):
             self.close()
             raise
         newest = prompt.cut(state.tokens, self._next, self._next + 1)

@@ -5,6 +5,7 @@ list of them, and its options with the names of Hugging Face are short forms of 
 `Processor` says how to write one of your own.
 """
 
+from jaxformers.generation.processors.automaton import Automaton
 from jaxformers.generation.processors.bans import (
     BadWords,
     NoRepeatNgram,
@@ -22,6 +23,7 @@ from jaxformers.generation.processors.processor import History, Processor
 from jaxformers.generation.processors.stop_table import StopTable
 
 __all__ = [
+    "Automaton",
     "BadWords",
     "ForcedFirstToken",
     "ForcedLastToken",

@@ -1,0 +1,9 @@
+"""Constraints on generated text, as automata that run inside the compiled program.
+
+An expression (`expressions`) of a pattern or a schema becomes an automaton over characters
+(`automaton`), over bytes (`utf8`) and over the tokens of a vocabulary (`tables`).
+"""
+
+from jaxformers.constraints.constraint import Choices, Constraint, Regex
+
+__all__ = ["Choices", "Constraint", "Regex"]
