@@ -18,6 +18,7 @@ from jaxformers import (
 )
 from jaxformers.hf.load import with_origin
 from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.text.stop_table import stop_table
 
 tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
@@ -317,3 +318,35 @@ def test_few_programs(text):
             text(["the cat", "x", "was it?"][:n], 9 + n, key=keys[n], temperature=0.3 * n)
         list(text.stream("on a mat", 13, stop=["it"]))
     assert compiled == []
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup": 2}, {"num_beams": 2}], ids=str)
+def test_stop_strings_end_rows_in_the_compiled_loop(text, options):
+    """Without it all rows are written to the end, and only cut afterwards."""
+    free = text(PROMPTS[2], 24, **options)
+    # Bytes that are no character are shown as a sign, which no token writes.
+    stop = [free[i : i + 2] for i in range(5, len(free)) if "\ufffd" not in free[i : i + 2]][5]
+    table = stop_table([stop, "never \x01"], text.tokenizer, V)
+    ids = ids_of(text.tokenizer, PROMPTS[2])[None]
+    new = text.model.generate(ids, 24, processors=[table], pad_token=7, **options)[
+        0, ids.shape[1] :
+    ]
+    new = np.asarray(new).tolist()
+    while new[-1] == 7:
+        new.pop()
+    decoded = [text.tokenizer.decode(ids[0].tolist() + new[:n]) for n in range(len(new) + 1)]
+    begin = len(decoded[0])
+    assert stop not in decoded[-2][begin:]
+    if "num_beams" not in options:  # another beam may win without it
+        assert len(new) < 24 and stop in decoded[-1][begin:]
+
+
+def test_stop_strings_of_tokens_that_are_no_bytes_cut_the_text(tokenizer):
+    """A tokenizer of words writes spaces between them, which no token has."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(V)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text = TextGenerator(lm_of(), tokenizer_of(words))
+    free = text("w1 w2", 8)
+    assert stop_table([" w"], text.tokenizer, V) is None
+    stop = free.split()[3]
+    assert text("w1 w2", 8, stop=stop) == free[: free.find(stop)]

@@ -12,6 +12,7 @@ from jaxformers.checks import check_size, check_usable, is_known
 from jaxformers.generation import checkpoint_settings
 from jaxformers.generation.beams import Beams
 from jaxformers.generation.plan import Plan, make_plan
+from jaxformers.generation.processors import StopTable
 from jaxformers.generation.prompts import (
     Prompt,
     Source,
@@ -103,8 +104,10 @@ def may_be_padded(options: dict[str, Any]) -> bool:
     They may not where they would be seen: by a function or a processor of the user, or in a cache,
     which has the rows of the call. Numbers that are not known are not made longer.
     """
-    seen = "cache", "return_cache", "logits_fn", "processors"
-    if any(options.get(name) for name in seen):
+    own = options.get("processors")
+    if isinstance(own, list | tuple):
+        own = [x for x in own if not isinstance(x, StopTable)]  # which is the same for all rows
+    if own or any(options.get(name) for name in ("cache", "return_cache", "logits_fn")):
         return False
     return all(map(is_known, jax.tree.leaves(options)))
 

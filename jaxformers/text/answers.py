@@ -13,6 +13,7 @@ from jaxformers.generation.warm_up import compile_generate
 from jaxformers.one_program import bucket
 from jaxformers.progress import progress_bar
 from jaxformers.text.call import Call, TextGeneration, read_call
+from jaxformers.text.stop_table import stop_table
 from jaxformers.text.stream import TextStream
 from jaxformers.tokenizers.tokenizer import Tokenizer
 from jaxformers.transformer import Transformer
@@ -56,7 +57,7 @@ def answer(
 
 def generate(model: Any, tokenizer: Tokenizer, call: Call) -> list[list[TextGeneration]]:
     """Returns the texts of each prompt of one batch."""
-    options: dict[str, Any] = {**call.options, "return_scores": True}
+    options: dict[str, Any] = {**with_stops(model, tokenizer, call), "return_scores": True}
     begin = max(map(len, call.rows))
     if isinstance(model, Transformer):
         begin = 1  # the start token
@@ -73,6 +74,14 @@ def generate(model: Any, tokenizer: Tokenizer, call: Call) -> list[list[TextGene
         given = row.text, str(row.finish_reason), row.tokens, kept, score
         texts.append(TextGeneration(*given, len(call.rows[i // times])))
     return [texts[i : i + times] for i in range(0, len(texts), times)]
+
+
+def with_stops(model: Any, tokenizer: Tokenizer, call: Call) -> dict[str, Any]:
+    """Returns the options of a call, by which the compiled loop ends rows with stop strings."""
+    table = stop_table(call.stop, tokenizer, model.vocab_size) if call.stop else None
+    if table is None:
+        return call.options
+    return {**call.options, "processors": [*(call.options.get("processors") or []), table]}
 
 
 def stream(model: Any, tokenizer: Tokenizer, call: Call, is_single: bool) -> TextStream:
