@@ -298,9 +298,12 @@ def test_arguments_that_are_not_for_text(short):
         {"stop": [1]},
         {"num_beam": 2},
         {"temperature": 2.0},
+        {"prompt": ["a", "b", "c"], "batch_size": 2, "key": 3},
+        {"prompt": ["a", "b", "c"], "batch_size": 2, "key": jax.random.split(KEY, 2)},
+        {"prompt": ["a", "b", "c"], "batch_size": 2, "key": KEY, "temperature": [1.0, 2.0]},
     ):
         with pytest.raises(ValueError):
-            short("the cat", **options)
+            short(**{"prompt": "the cat", **options})
     with pytest.raises(ValueError, match="TextEmbedder"):
         TextGenerator(None, short.tokenizer)
     with pytest.raises(ValueError, match="load_tokenizer"):
@@ -309,13 +312,14 @@ def test_arguments_that_are_not_for_text(short):
 
 def test_few_programs(text):
     """After a warm-up nothing is compiled for other lengths, batches, numbers and stop strings."""
-    assert text.warm_up(24, 16, batch_size=3, key=KEY, temperature=0.5) > 0
+    assert text.warm_up(24, 16, batch_size=4, key=KEY, temperature=0.5) > 0
     text.warm_up(24, 16, streams=True)
 
     keys = [jax.random.key(n) for n in range(4)]
     with count_compilations() as compiled:
         for n in (1, 2, 3):
             text(["the cat", "x", "was it?"][:n], 9 + n, key=keys[n], temperature=0.3 * n)
+        text(["the cat", "x", "was it?", "y", "z"] * 2, 9, key=KEY, temperature=0.9, batch_size=4)
         list(text.stream("on a mat", 13, stop=["it"]))
     assert compiled == []
 

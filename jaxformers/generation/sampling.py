@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from jaxformers.checks import check_key, is_known
+from jaxformers.one_program import bucket
 
 # One number, or one per row.
 Numbers = ArrayLike | Sequence[int] | Sequence[float]
@@ -178,16 +179,43 @@ def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[
             f"key must be one key or one per row, {batch_size} of them, got {key.shape[0]}. "
             "Write jax.random.split(key, batch_size)."
         )
-    one = check_key(key[0] if per_row else key, "to sample with, or an array of one per row")
+    is_key = per_row and (raw or jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+    if not is_key:
+        check_key(key, "to sample with, or an array of one per row")
     if raw:
         key = jax.random.wrap_key_data(key)
-    if per_row and one is not None:
-        if rows == batch_size:
-            return key
-        data = np.asarray(jax.random.key_data(key))  # in JAX each batch size would compile
-        data = np.pad(data, ((0, rows - batch_size), (0, 0)), "edge")
-        return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(key))
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if not per_row:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return key if rows == batch_size else _pick(key, [*range(batch_size)], rows)
+
+
+def keys_of(key: Keys, batch_size: int, index: Sequence[int]) -> Key[Array, " b"]:
+    """Returns the keys that `row_keys` gives some rows of a batch.
+
+    Arguments:
+        key: one key, or one per row.
+        batch_size: how many rows the batch has.
+        index: the numbers of the rows, in the order of the result.
+    """
+    if not isinstance(key, jax.Array):
+        check_key(key, "to sample with, or an array of one per row")
+    if key.ndim == (1 if key.dtype == jnp.uint32 else 0):
+        key = jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
+        rows = bucket(len(index), smallest=1)  # as many as a program has
+        padded = [*index, *[index[-1]] * (rows - len(index))]
+        numbers = jax.device_put(np.asarray(padded, np.int32))
+        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        return _pick(folded, range(len(index)))
+    return _pick(row_keys(key, batch_size), index)
+
+
+def _pick(
+    keys: Key[Array, " b"], index: Sequence[int], rows: int | None = None
+) -> Key[Array, " r"]:
+    """Returns some keys, the last of them several times up to `rows`, without compiling."""
+    data = np.asarray(jax.random.key_data(keys))[np.asarray(index)]
+    data = np.pad(data, ((0, (rows or len(data)) - len(data)), (0, 0)), "edge")
+    return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(keys))
 
 
 def per_row(

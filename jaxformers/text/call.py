@@ -8,7 +8,7 @@ import numpy as np
 from jaxformers.checks import check_flag, check_size
 from jaxformers.files.json_file import shorten
 from jaxformers.generation.prompts import check_ids
-from jaxformers.generation.sampling import row_keys
+from jaxformers.generation.sampling import keys_of
 from jaxformers.mistakes import special_of
 from jaxformers.text.row_text import RowText, WholeCharacters
 from jaxformers.tokenizers.tokenizer import Tokenizer
@@ -77,15 +77,20 @@ class Call(NamedTuple):
         index = list(indices)
         if index == list(range(len(self.rows))):
             return self
-        options = dict(self.options)
+        options, count = dict(self.options), len(self.rows)
         for name in PER_ROW:
             value: Any = options.get(name)
-            if isinstance(value, list | tuple):
-                options[name] = [value[i] for i in index]
-            elif np.ndim(value) == 1:
-                options[name] = np.asarray(value)[index]
+            if not isinstance(value, list | tuple) and np.ndim(value) != 1:
+                continue
+            if len(value) != count:
+                raise ValueError(
+                    f"{name} must be one for all prompts, or one for each of the {count}, got "
+                    f"{len(value)}."
+                )
+            rows = value if isinstance(value, list | tuple) else np.asarray(value)
+            options[name] = [rows[i] for i in index]
         if options.get("key") is not None:
-            options["key"] = options["key"][np.array(index)]
+            options["key"] = keys_of(options["key"], count, index)
         return self._replace(
             rows=[self.rows[i] for i in index],
             before=[self.before[i] for i in index],
@@ -140,8 +145,6 @@ def read_call(
     options = dict(options)
     if options.get("end_token") is None and not special_of(model.origin).end_token:
         options["end_token"] = tokenizer.end_token
-    if options.get("key") is not None:
-        options["key"] = row_keys(options["key"], len(rows))
     is_pair = isinstance(model, Transformer)
     if max_new_tokens is None:
         max_new_tokens = default_length(model, 1 if is_pair else max(map(len, rows)))
