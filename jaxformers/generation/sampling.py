@@ -206,7 +206,8 @@ def keys_of(key: Keys, batch_size: int, index: Sequence[int]) -> Key[Array, " b"
         numbers = jax.device_put(np.asarray(padded, np.int32))
         folded = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         return _pick(folded, range(len(index)))
-    return _pick(row_keys(key, batch_size), index)
+    keys: Any = row_keys(key, batch_size)
+    return _pick(keys, index)
 
 
 def _pick(
