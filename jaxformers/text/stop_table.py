@@ -61,8 +61,8 @@ def searcher(strings: Sequence[bytes]) -> tuple[Int[np.ndarray, "s 256"], Bool[n
 
     Example:
         >>> table, complete = searcher([b"ab"])
-        >>> table[table[0, 97], 98], complete
-        (2, array([False, False,  True]))
+        >>> int(table[table[0, 97], 98]), complete.tolist()
+        (2, [False, False, True])
     """
     begun = sorted({x[:n] for x in strings for n in range(len(x) + 1)}, key=len)
     number = {x: i for i, x in enumerate(begun)}
