@@ -1,17 +1,31 @@
 """Constraints in every loop of `generate`: what they allow, and what does not fit."""
 
+import dataclasses
+import functools
+import itertools
+import json
 import re
+from typing import Literal
 
 import jax
 import numpy as np
 import pytest
 
 from jaxformers import (
+    Choices,
+    JSONSchema,
     Regex,
     RotaryPositionalEncoding,
     Tokenizer,
     TransformerLM,
 )
+from jaxformers.constraints.automaton import determine
+from jaxformers.constraints.expressions import normalize
+from jaxformers.constraints.json_schema import read_schema
+from jaxformers.constraints.regex_syntax import PYTHON, parse
+from jaxformers.constraints.tables import make_tables
+from jaxformers.constraints.utf8 import to_bytes
+from jaxformers.constraints.vocabulary import Vocabulary
 
 tokenizers = pytest.importorskip("tokenizers")
 KEY = jax.random.key(5)
@@ -82,3 +96,176 @@ def test_every_loop_gives_texts_of_the_constraint_of_the_row(lm, tokenizer, name
     if "beams" not in name and "draft_length" not in options:
         columns = np.stack(list(lm.stream(PROMPT, 14, **options)), axis=1)
         np.testing.assert_array_equal(columns, tokens[:, 5 : 5 + columns.shape[1]])
+
+
+def random_pattern(random, depth):
+    """A pattern without endless repetition, and the length of its longest text."""
+    kind = random.integers(6) if depth else 0
+    if kind < 2:
+        return str(random.choice(["a", "é", "日", ".", "[aé]", "[éq]"])), 1
+    one, length = random_pattern(random, depth - 1)
+    if kind < 4:
+        other, more = random_pattern(random, depth - 1)
+        return (one + other, length + more) if kind == 2 else (f"(?:{one}|{other})", length + more)
+    least, most = sorted(random.integers(0, 3, 2).tolist())
+    return f"(?:{one}){{{least},{most}}}", length * most
+
+
+LETTERS = "aé日q"
+PIECES = [x.encode() for x in ("a", "é", "日", "aa", "é日")]
+PIECES += [b"\xc3", b"\xa9", b"\xe6\x97", b"\xa5", b"\xa9a", b"\xa5\xc3", b"q"]
+
+
+def test_masks_equal_brute_force():
+    """Every state is compared; tokens may begin and end within a letter, or be missing."""
+    random, patterns = np.random.default_rng(3), 0
+    while patterns < 300:
+        pattern, longest = random_pattern(random, 3)
+        if longest > 5:
+            continue
+        patterns += 1
+        every = ("".join(x) for n in range(6) for x in itertools.product(LETTERS, repeat=n))
+        texts = [x.encode() for x in every if re.fullmatch(pattern, x)]
+        kept = random.random(len(PIECES)) < 0.8
+        tokens = [x if keep else None for x, keep in zip(PIECES, kept, strict=True)]
+        compare_masks(pattern, texts, tokens)
+
+
+def compare_masks(pattern, texts, tokens):
+    @functools.cache
+    def can_be_written(rest):
+        pairs = [(x, rest[len(x) :]) for x in tokens if x and rest.startswith(x)]
+        return not rest or any(can_be_written(after) for _, after in pairs)
+
+    def is_legal(before):
+        return any(x.startswith(before) and can_be_written(x[len(before) :]) for x in texts)
+
+    end, size = len(tokens), len(tokens) + 3
+    automaton = to_bytes(determine(parse(pattern, ASKED)))
+    tables = make_tables(automaton, Vocabulary(tokens), size, {end})
+    if tables is None:
+        assert not is_legal(b""), pattern
+        return
+    waiting = {b"": 0}
+    while waiting:
+        before, state = waiting.popitem()
+        after = tables.next[state, tables.class_of]
+        wanted = [token is not None and is_legal(before + token) for token in tokens]
+        assert ((after >= 0) == [*wanted, before in texts, False, False]).all(), (pattern, before)
+        waiting |= {before + x: after[i] for i, x in enumerate(tokens) if wanted[i]}
+
+
+# The letters of the texts that are tried, so that no others come for ".".
+ASKED = PYTHON._replace(any_character=normalize((ord(x), ord(x)) for x in LETTERS))
+
+SCHEMAS = [
+    {"type": "integer", "minimum": -17, "exclusiveMaximum": 205},
+    {"type": "number", "minimum": -2.5, "maximum": 3},
+    {"type": "string", "minLength": 2, "maxLength": 3},
+    {"type": "string", "pattern": '^["\\\\a-c\n]+$', "maxLength": 4},
+    {"type": "string", "pattern": "[0-9]{3}"},
+    {
+        "properties": {
+            '"\\é': {"type": ["null", "string"]},
+            "b": {},
+            "c": {"const": [1, {"": "\n"}]},
+        }
+    },
+    {"properties": {"a": False, "b": {"type": "boolean"}}, "required": ["b", "z"]},
+    {"items": {"$ref": "#/$defs/x"}, "minItems": 2, "$defs": {"x": {"enum": [1, "1", None]}}},
+    {"anyOf": [{"type": "array", "maxItems": 2}, {"minLength": 3}]},
+    {},
+]
+
+
+def random_text(tables, vocabulary, random):
+    """A text by random legal tokens, and after some of them by those nearest to its end."""
+    columns = tables.next.shape[1]
+    distance = np.where(tables.next[:, 1] >= 0, 0, 10**6)
+    for _ in range(len(distance)):
+        after = np.where(tables.next[:, 2:] >= 0, distance[tables.next[:, 2:]], 10**6)
+        nearer = np.minimum(distance, after.min(1, initial=10**6) + 1)
+        if (nearer == distance).all():
+            break
+        distance = nearer
+    tokens = [np.flatnonzero(tables.class_of == x) for x in range(columns)]
+    state, text = 0, b""
+    while distance[state] or (len(text) < 60 and random.random() < 0.8):
+        legal = [x for x in range(2, columns) if tables.next[state, x] >= 0]
+        if not legal:
+            break
+        if len(text) >= 60:
+            legal = [min(legal, key=lambda x: distance[tables.next[state, x]])]
+        column = random.choice(legal)
+        text, state = (
+            text + vocabulary[int(random.choice(tokens[column]))],
+            tables.next[state, column],
+        )
+    return text.decode()
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=str)
+def test_texts_of_a_schema_are_valid(schema, tokenizer):
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(schema)
+    constraint, random = JSONSchema(json.dumps(schema), tokenizer), np.random.default_rng(2)
+    tables = constraint.tables(tokenizer.vocab_size, frozenset([tokenizer.end_token]))
+    for _ in range(10):
+        validator.validate(json.loads(random_text(tables, constraint.vocabulary, random)))
+
+
+REFUSED = {
+    "keyword format": {"type": "string", "format": "date"},
+    "keyword uniqueItems": {"items": {"uniqueItems": True}},
+    "recursive": {"properties": {"a": {"$ref": "#"}}},
+    "leads nowhere": {"$ref": "#/$defs/b"},
+    "anyOf beside type": {"anyOf": [{}], "type": "string"},
+    "type must be": {"type": "text"},
+    "has \\^ or": {"pattern": "^a|b$"},
+    "look-ahead": {"pattern": "(?=a)b"},
+    "too large": {"maxLength": 10**9},
+    "schema must be": 5,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_not_enforced_is_refused_by_name(message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        JSONSchema(REFUSED[message], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "(a)\\1", "a(?=b)", "a\\b", "a^b", "a*+", "(?m)a", ".*a.{30}"]
+)
+def test_patterns_that_no_automaton_follows_are_refused(pattern, tokenizer):
+    with pytest.raises(ValueError, match="pattern|too large"):
+        Regex(pattern, tokenizer)
+
+
+def test_constraints_that_no_token_can_write(tokenizer):
+    tables = Regex("(?:x[^\\W\\w]|a)b", tokenizer).tables(tokenizer.vocab_size, frozenset())
+    assert len(tables.next) == 3  # nothing follows x
+    with pytest.raises(ValueError, match="no text that the tokens"):
+        Choices(["q"], tokenizer).tables(5, frozenset([1]))
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    name: str | None = None
+
+
+@dataclasses.dataclass
+class Line:
+    points: list[Point]
+    kind: Literal["solid", "dotted"]
+
+
+def test_schemas_of_dataclasses_and_pydantic(tokenizer):
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    point["properties"]["name"] = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    found = read_schema(Line)
+    assert found["properties"]["points"]["items"] == point | {"additionalProperties": False}
+    assert found["required"] == ["points", "kind"]
+    pydantic = pytest.importorskip("pydantic")
+    JSONSchema(pydantic.create_model("Model", a=(int, ...), b=(list[str], [])), tokenizer)

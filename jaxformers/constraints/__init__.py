@@ -5,5 +5,6 @@ An expression (`expressions`) of a pattern or a schema becomes an automaton over
 """
 
 from jaxformers.constraints.constraint import Choices, Constraint, Regex
+from jaxformers.constraints.json_schema import JSONSchema
 
-__all__ = ["Choices", "Constraint", "Regex"]
+__all__ = ["Choices", "Constraint", "JSONSchema", "Regex"]

@@ -42,8 +42,8 @@ def too_large(what: str) -> ValueError:
     """Returns the error for a constraint whose automaton would be too large."""
     return ValueError(
         f"the constraint is too large: {what}. Make bounds such as {{0,1000}} or maxLength "
-        "smaller or leave them out, write [0-9] or [a-z] where \\d or \\w need not be all of "
-        "Unicode, or use a LarkGrammar, which needs no tables."
+        "smaller or leave them out, and write [0-9] or [a-z] where \\d or \\w need not be all "
+        "of Unicode."
     )
 
 
@@ -53,6 +53,7 @@ class Nodes:
     def __init__(self) -> None:
         self.ranges: list[Ranges | None] = [None]  # None reads nothing
         self.next: list[tuple[int, ...]] = [()]  # node 0 is the end of the text
+        self.known: dict[tuple[int, int], int] = {}
 
     def add(self, ranges: Ranges | None, following: tuple[int, ...]) -> int:
         if len(self.next) >= NODES:
@@ -62,7 +63,16 @@ class Nodes:
         return len(self.next) - 1
 
     def build(self, expression: Expression, following: int) -> int:
-        """Adds the nodes of an expression, and returns the first of them."""
+        """Adds the nodes of an expression, and returns the first of them.
+
+        Where the same expression has the same continuation, its nodes are made once.
+        """
+        key = id(expression), following
+        if key not in self.known:
+            self.known[key] = self._build(expression, following)
+        return self.known[key]
+
+    def _build(self, expression: Expression, following: int) -> int:
         if isinstance(expression, Chars):
             return self.add(expression.ranges, (following,))
         if isinstance(expression, Sequence):
@@ -81,9 +91,8 @@ class Nodes:
             for _ in range(most - least):
                 following = self.add(None, (self.build(body, following), end))
         for _ in range(least):
-            before = len(self.next)
-            following = self.build(body, following)
-            if len(self.next) == before:  # many times nothing is nothing
+            before, following = following, self.build(body, following)
+            if following == before:  # many times nothing is nothing
                 break
         return following
 
