@@ -98,6 +98,34 @@ def test_every_loop_gives_texts_of_the_constraint_of_the_row(lm, tokenizer, name
         np.testing.assert_array_equal(columns, tokens[:, 5 : 5 + columns.shape[1]])
 
 
+def test_options_that_leave_nothing_and_what_does_not_fit(lm, tokenizer):
+    end = {"end_token": tokenizer.end_token}
+    yes = Choices(["yes"], tokenizer)
+    with pytest.raises(ValueError, match="in row 0 of the batch no token is left to choose"):
+        lm.generate(PROMPT, 14, constraint=yes, min_new_tokens=9, **end)
+    with pytest.raises(ValueError, match="no token is left to choose"):
+        list(lm.stream(PROMPT, 14, constraint=yes, min_new_tokens=9, **end))
+    with pytest.raises(ValueError, match="Pass end_token="):
+        lm.generate(PROMPT, 14, constraint=yes)
+    with pytest.raises(ValueError, match="one per row, 3 of them"):
+        lm.generate(PROMPT, 14, constraint=[yes], **end)
+    with pytest.raises(ValueError, match="fewer sequences than num_return_sequences"):
+        one = Choices(["q"], tokenizer)  # "yes" is a token, and three
+        lm.generate(PROMPT, 14, constraint=one, num_beams=3, num_return_sequences=2, **end)
+    out = lm.generate(
+        PROMPT, 4, constraint=Regex("a{9}", byte_tokenizer([])), return_scores=True, **end
+    )
+    assert out.finish_reason == ["length"] * 3
+
+
+def test_another_constraint_of_the_size_compiles_nothing(lm, tokenizer):
+    options = {"end_token": tokenizer.end_token, "return_scores": True}
+    lm.generate(PROMPT, 14, constraint=Regex("[0-9]{3}", tokenizer), **options)
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for other in (Choices(["yes", "no"], tokenizer), JSONSchema(schema, tokenizer)):
+        assert lm.generate(PROMPT, 14, constraint=other, **options).compile_seconds == 0
+
+
 def random_pattern(random, depth):
     """A pattern without endless repetition, and the length of its longest text."""
     kind = random.integers(6) if depth else 0
