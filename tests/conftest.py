@@ -119,7 +119,7 @@ def pytest_addoption(parser):
 EXTRAS = {
     **dict.fromkeys(("compressed_tensors", "flax", "jsonschema", "optax", "peft"), "parity"),
     **dict.fromkeys(("pydantic", "sentence_transformers", "torch", "transformers"), "parity"),
-    **dict.fromkeys(("llguidance", "outlines_core"), "constrained"),
+    "llguidance": "constrained",
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
     "gguf": "gguf",
