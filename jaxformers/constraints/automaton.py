@@ -2,8 +2,8 @@
 
 Thompson 1968 makes a nondeterministic automaton of an expression, and the subset construction
 (Rabin and Scott 1959) a deterministic one. Its size may be exponential in that of the expression,
-so both have bounds. Libraries at hand have none: outlines-core 0.2.14 takes seconds for `a[a-z]{20}`
-over single bytes, twice as long for each letter more, and allows no "abc" for `a|abc`.
+so both have bounds. outlines-core 0.2.14 has none: it takes seconds for `a[a-z]{20}` over single
+bytes, twice as long for each letter more, and allows no "abc" for `a|abc`.
 """
 
 from collections.abc import Iterable
