@@ -7,6 +7,7 @@ from test_text_generator import KEY, lm_of, tokenizer_of
 from test_token_text import byte_level, sentencepiece
 
 from jaxformers import RotaryPositionalEncoding, TextGenerator
+from jaxformers.generation import stream as stream_module
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
@@ -147,3 +148,52 @@ def test_turns_of_the_same_sizes_compile_nothing(text):
     with count_compilations() as compiled:
         assert talk() == first
     assert compiled == []
+
+
+def interrupt_at(monkeypatch, count, error=KeyboardInterrupt, lose_state=False):
+    """Lets the computation of one of the next tokens fail, as it does if a user interrupts it."""
+    advance, left = stream_module.advance_stream, [count]
+
+    def interrupted(*arguments):
+        left[0] -= 1
+        if left[0] or lose_state:
+            result = advance(*arguments)
+        if left[0]:
+            return result
+        raise error
+
+    monkeypatch.setattr(stream_module, "advance_stream", interrupted)
+
+
+@pytest.mark.parametrize("lose_state", [False, True])
+def test_an_interrupt_or_an_error_leaves_a_usable_conversation(text, monkeypatch, lose_state):
+    chat = text.conversation()
+    first = chat(TURNS[0], 12)
+    for error in (KeyboardInterrupt, FloatingPointError):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 5, error, lose_state)
+            with pytest.raises(error):
+                chat(TURNS[2], 12)
+        assert len(chat.messages) == 2
+    assert [first, chat(TURNS[1], 12)] == answers_of_chat(text, TURNS[:2])
+    # What a stream has shown before an interrupt is the answer; after an error there is none.
+    for error, count in ((KeyboardInterrupt, 6), (FloatingPointError, 6)):
+        stream = chat.stream(TURNS[2], 12)
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 5, error, lose_state)
+            with pytest.raises(error):
+                list(stream)
+        assert list(stream) == [] and len(chat.messages) == count
+        assert stream.finish_reason is None
+    wanted = text.chat([*chat.messages, {"role": "user", "content": "x"}], 12)
+    assert chat("x", 12) == wanted
+
+
+def test_messages_that_would_be_lost_are_refused(text):
+    one = {"role": "user", "content": "x"}
+    for wrong in (None, 3, one, iter([one])):
+        with pytest.raises(ValueError, match="messages must be a list"):
+            text.conversation(wrong)
+    for wrong in (3, jax.random.split(KEY, 2)):
+        with pytest.raises(ValueError, match="key must be"):
+            text.conversation(key=wrong)("x", 4)

@@ -132,3 +132,12 @@ def test_end_tokens_are_not_shown_and_sequences_are():
 def test_a_stop_string_that_begins_again_within_itself():
     stop = StopStrings(["aab"])
     assert "".join(map(stop.add, "caaab")) + stop.finish() == "ca" and stop.found
+
+
+def test_tokens_without_text_say_nothing_of_how_the_next_word_joins():
+    def decode(ids):  # 0 is a special token, which is left out
+        return " ".join(f"word{i}" for i in ids if i)
+
+    for tokens in ([1, 0, 2], [1, *[0] * 200, 2, 0, 0, 3], [0, 0, 1, 0, 2]):
+        assert "".join(feed(row_of(decode=decode), tokens)) == decode(tokens)
+    assert feed(row_of(before=[1, 0], decode=decode), [0, 2])[:2] == ["", " word2"]

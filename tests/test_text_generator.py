@@ -1,6 +1,7 @@
 """From text to text: generation, chats, conversations, choices and scores."""
 
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -354,3 +355,63 @@ def test_stop_strings_of_tokens_that_are_no_bytes_cut_the_text(tokenizer):
     assert stop_table([" w"], text.tokenizer, V) is None
     stop = free.split()[3]
     assert text("w1 w2", 8, stop=stop) == free[: free.find(stop)]
+
+
+def test_a_score_needs_a_token_before_another(text):
+    assert len(ids_of(text.tokenizer, "the")) == 1
+    for call in (
+        lambda: text.score("a"),
+        lambda: text.score(["the cat", "a"]),
+        lambda: text.score("", given="the cat"),
+        lambda: text.score("he", given="t"),  # both are one token
+    ):
+        with pytest.raises(ValueError, match="token to score"):
+            call()
+    score = text.score("he cat", given="t")
+    assert score == text.score("the cat") and (score.log_probs < 0).all()
+
+
+def test_answers_with_the_same_tokens_are_refused():
+    backend = byte_level()
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    text = TextGenerator(lm_of(), tokenizer_of(backend))
+    with pytest.raises(ValueError, match="same tokens"):
+        text.choose("the", [" Cat", " cat", " mat"])
+
+
+def test_several_threads_share_a_stream(text):
+    with text.stream(PROMPTS[0], 30, key=KEY) as stream:
+        pieces, errors = [], []
+
+        def read():
+            try:
+                pieces.extend(stream)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    whole = text(PROMPTS[0], 30, key=KEY)
+    assert errors == [] and stream.text == whole and sorted("".join(pieces)) == sorted(whole)
+
+
+def test_a_stop_string_that_the_first_token_loses():
+    """Sentencepiece leaves out the space before a text, whose byte the table has seen."""
+    text = TextGenerator(lm_of(), tokenizer_of(sentencepiece(), chat_template=TEMPLATE))
+    space, word = (text.tokenizer.backend.token_to_id(x) for x in ("<0x20>", "\u2581the"))
+    assert None not in (space, word)
+
+    def force(logits, tokens, real):
+        begun = (tokens == space).any(1, keepdims=True)
+        return jnp.where(begun, logits.at[:, word].set(99.0), logits.at[:, space].set(99.0))
+
+    one = [{"role": "user", "content": "x"}]
+    free = text.chat(one, 4, logits_fn=force)
+    assert free == " the the the"
+    got = text.chat(one, 4, logits_fn=force, stop=" ", return_scores=True)
+    streamed = text.chat_stream(one, 4, logits_fn=force, stop=" ")
+    assert "".join(streamed) == got.text == free[: free.find(" ")]
+    assert streamed.tokens == got.tokens

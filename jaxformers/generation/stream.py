@@ -1,6 +1,7 @@
 """`stream` for both shapes of models: the tokens of `generate` one column at a time."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,21 +48,26 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         self._model, self._request, self._given = model, request, cache
         self._plan = dataclasses.replace(request.plan, start=put(start), limit=put(stop))
         self._next, self._stop = start, stop
-        self._count, self._closed = 0, False
+        self._count, self._closed, self._lock = 0, False, threading.Lock()
         self._state: State | None = None
         self._cache: Cache | None = None
 
     def __next__(self) -> Int[Array, "*b"]:
-        if self._closed:
-            raise StopIteration
+        with self._lock:
+            if self._closed:
+                raise StopIteration
+            try:
+                return self._newest()
+            except BaseException:  # an interrupt too: the state may be lost
+                self.close()
+                raise
+
+    def _newest(self) -> Int[Array, "*b"]:
+        """Returns one more column."""
         state, prompt = self._begun(), self._request.prompt
         if self._count:
             self._state = state = advance_stream((self._model, self._plan), state)
-        try:
-            check_finite(state.tokens, state.failed)
-        except (FloatingPointError, ValueError):
-            self.close()
-            raise
+        check_finite(state.tokens, state.failed)
         newest = prompt.cut(state.tokens, self._next, self._next + 1)
         self._count, self._next, self._cache = self._count + 1, self._next + 1, None
         self._closed = bool(state.done.all()) or self._next == self._stop
@@ -76,11 +82,20 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         """The model's memory of the prompt and of all tokens given so far, for a later call.
 
         Reading it costs one call of the model and a copy of the memory.
+
+        Raises:
+            ValueError: if an interrupt came while the memory was given on to the next token.
         """
         if self._cache is None:
-            excess = put(0 if self._count else 1)
-            rows = len(self._request.prompt.tokens)
-            self._cache = hold((self._model, self._plan), self._begun(), excess, rows)
+            state, rows = self._begun(), len(self._request.prompt.tokens)
+            if state.tokens.is_deleted():
+                raise ValueError(
+                    "the stream was interrupted while it computed a token, and its memory is lost. "
+                    "Read the tokens anew."
+                )
+            # The token before the first call, or before an interrupt, has not been given.
+            excess = put(int(state.length) - self._next)
+            self._cache = hold((self._model, self._plan), state, excess, rows)
         return self._cache
 
     @property

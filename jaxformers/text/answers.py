@@ -57,19 +57,31 @@ def answer(
 
 def generate(model: Any, tokenizer: Tokenizer, call: Call) -> list[list[TextGeneration]]:
     """Returns the texts of each prompt of one batch."""
-    options: dict[str, Any] = {**with_stops(model, tokenizer, call), "return_scores": True}
+    texts = read_out(model, tokenizer, call, with_stops(model, tokenizer, call))
+    # Where a tokenizer changes the text of a token, a row may go on after the bytes of a string.
+    return texts or read_out(model, tokenizer, call, call.options)
+
+
+def read_out(
+    model: Any, tokenizer: Tokenizer, call: Call, options: dict[str, Any]
+) -> list[list[TextGeneration]]:
+    """Returns the texts of each prompt; none if the loop ended a row where its text goes on."""
+    options = {**options, "return_scores": True}
     begin = max(map(len, call.rows))
     if isinstance(model, Transformer):
         begin = 1  # the start token
     out = model.generate(call.rows, most_tokens(model, call), **options)
     tokens, log_probs = np.asarray(out.tokens)[:, begin:], np.asarray(out.log_probs)
-    times = len(tokens) // len(call.rows)
+    finished, times = np.asarray(out.finished), len(tokens) // len(call.rows)
     texts = []
     for i, row in enumerate(call.row_texts(model, tokenizer, times)):
         for token in tokens[i].tolist():
             row.add(token)
         row.finish()
         kept = log_probs[i, : len(row.tokens)]
+        # The filling after the end of a row has 0.
+        if call.stop and finished[i] and not row.is_stopped and kept[-1] == 0:
+            return []
         score = float(out.scores[i] if "num_beams" in options else kept.sum())
         given = row.text, str(row.finish_reason), row.tokens, kept, score
         texts.append(TextGeneration(*given, len(call.rows[i // times])))

@@ -1,5 +1,6 @@
 """A conversation, which reads only what is new."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxformers.cache import SPARE, Cache
-from jaxformers.checks import check_size, explain_options
+from jaxformers.checks import check_key, check_size, explain_options
 from jaxformers.files.json_file import shorten
 from jaxformers.generation.options import AllOptions
 from jaxformers.text.call import default_length, encode_rows, read_call, render
@@ -57,7 +58,8 @@ class Conversation:
                 "a conversation needs a model without an encoder, got a Transformer, which reads "
                 "its whole source anew. Call the TextGenerator."
             )
-        if isinstance(messages, str) or not all(isinstance(x, Mapping) for x in messages):
+        is_list = isinstance(messages, list | tuple)
+        if not is_list or not all(isinstance(x, Mapping) for x in messages):
             raise ValueError(
                 'messages must be a list of dicts such as {"role": "system", "content": "..."}, '
                 f"got {shorten(messages)}."
@@ -92,11 +94,17 @@ class Conversation:
 
         Raises:
             ValueError: if the conversation with the message is longer than the model's context;
-                and as for `TextGenerator.chat`. Then it is as it was before.
+                and as for `TextGenerator.chat`. After an error or an interrupt it is as before.
         """
         stream = self.stream(message, max_new_tokens, stop=stop, **options)
-        for _ in stream:
-            pass
+        before = self.messages
+        try:
+            for _ in stream:
+                pass
+        except BaseException:  # an interrupt too
+            stream.close()
+            self.messages = before
+            raise
         return stream.text
 
     @explain_options
@@ -110,8 +118,8 @@ class Conversation:
     ) -> TextStream:
         """Returns the answer in pieces, as it comes.
 
-        Where the stream is closed early, or another turn begins before its end, the answer is what
-        came until then.
+        Where the stream is closed early or interrupted, or another turn begins before its end, the
+        answer is what came until then. After an error the conversation is as it was before.
         """
         if self._open is not None:
             self._open.close()
@@ -134,8 +142,10 @@ class Conversation:
         self._cache = None  # until the end of the turn
 
         def keep(stream: TextStream) -> None:
-            self._open, self._cache = None, columns.cache
+            self._open = None
             self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+            with contextlib.suppress(ValueError):  # what an interrupt has lost is read again
+                self._cache = columns.cache
 
         self._open = TextStream(columns, rows, True, keep)
         return self._open
@@ -150,7 +160,8 @@ class Conversation:
         """Returns the options of a turn; the key of all turns is another one in each."""
         both = {**self._options, **options}
         if options.get("key") is None and both.get("key") is not None:
-            both["key"] = jax.random.fold_in(both["key"], len(self.messages))
+            one = check_key(both["key"], "to sample every turn with")
+            both["key"] = jax.random.fold_in(one, len(self.messages))
         return both
 
     def _room(self, length: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are no character, or none yet
 # A character has at most four bytes: so many tokens that end in none hold bytes that are none.
 LONGEST = 8
+WIDEST = 64  # tokens of a window, where most have no text
 
 
 class WholeCharacters:
@@ -40,9 +41,7 @@ class WholeCharacters:
         certain = text.rstrip(UNKNOWN)
         if len(certain) == len(text):
             piece = text[self._out :]
-            self._ids = self._ids[self._read :]
-            self._read = len(self._ids)
-            self._out = len(self._decode(self._ids))
+            self._move(bool(piece))
         elif len(self._ids) - self._read >= LONGEST:  # only the last bytes can become a character
             end = max(len(certain), len(text) - 3)
             piece, rest = text[self._out : end], len(text) - max(end, self._out)
@@ -52,6 +51,16 @@ class WholeCharacters:
             piece = certain[self._out :]
             self._out += len(piece)
         return piece
+
+    def _move(self, has_grown: bool) -> None:
+        """Moves the window to the tokens whose text is out since the last time."""
+        if has_grown:
+            self._ids = self._ids[self._read :]
+        elif len(self._ids) > WIDEST:
+            self._ids.pop()
+        # Tokens without text, such as special ones, say nothing of how the next word joins.
+        self._read = len(self._ids)
+        self._out = len(self._decode(self._ids))
 
     def finish(self) -> str:
         """Returns the characters that were kept back."""
@@ -134,6 +143,11 @@ class RowText:
     @property
     def is_running(self) -> bool:
         return self.finish_reason is None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has ended the row."""
+        return self._stop.found
 
     def add(self, token: int) -> str:
         """Returns the text that is certain with one more token; nothing after the end."""

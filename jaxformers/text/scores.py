@@ -66,7 +66,15 @@ def score_texts(
     else:
         rows = encode_rows(tokenizer, [a + b for a, b in zip(given, texts, strict=True)])
         pairs = zip(encode_rows(tokenizer, given), rows, strict=True)
-        begins = [common_length(pair) for pair in pairs]
+        # Nothing comes before the first token, and so it has no score.
+        begins = [max(common_length(pair), 1) for pair in pairs]
+    for text, row, begin in zip(texts, rows, begins, strict=True):
+        if begin >= len(row):
+            raise ValueError(
+                f"a text must have a token to score, after one that comes before it, got "
+                f"{shorten(text)}, which is {len(row)} with what is given. Pass a longer text, or "
+                "another one as given=."
+            )
     scores: list[Any] = [None] * len(rows)
     for part in batches(list(map(len, rows))):
         targets = [rows[i] for i in part]
@@ -103,6 +111,11 @@ def choose(
     else:
         source = None
         rows = encode_rows(tokenizer, [prompt + x for x in answers], not is_chat)
+    if len(set(map(tuple, rows))) < len(rows):
+        raise ValueError(
+            f"answers must differ in their tokens, got {shorten(answers)}: this tokenizer writes "
+            "some of them with the same tokens. Leave one of these out."
+        )
     shared = min(common_length(rows), min(map(len, rows)) - 1)
     if shared < 1:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Text that is given out while it is generated."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,13 +14,15 @@ class TextStream(Iterator[Any]):
 
     It yields a string for one prompt, and for a list of prompts a list with a string for each,
     which may be empty. The pieces of a prompt together are the text that the call without streaming
-    returns. `close` ends the generation early, as does the end of a `with` block.
+    returns. `close` ends the generation early, as do the end of a `with` block and an interrupt.
+    Several threads may ask for pieces, each of which goes to one of them.
 
     Arguments:
         columns: the new tokens, an array `(b,)` at a time, of which `close` may be called.
         rows: the text of each row, empty so far.
         is_single: whether there is one prompt, and no list of them.
-        at_end: a function that is called once with the stream, at its end or when it is closed.
+        at_end: a function that is called once with the stream, at its end or when it is closed, but
+            not after an error.
 
     Example:
         >>> from jaxformers.text.row_text import WholeCharacters
@@ -37,7 +40,7 @@ class TextStream(Iterator[Any]):
         at_end: Callable[["TextStream"], None] | None = None,
     ):
         self.columns, self._rows, self._is_single, self._at_end = columns, rows, is_single, at_end
-        self._is_open = True
+        self._is_open, self._lock = True, threading.RLock()
 
     @property
     def text(self) -> Any:
@@ -59,23 +62,32 @@ class TextStream(Iterator[Any]):
         return self._given([row.finish_reason for row in self._rows])
 
     def __next__(self) -> Any:
-        while self._is_open:
-            pieces = self._read()
-            if not any(row.is_running for row in self._rows):
-                self.close()
-            if any(pieces):
-                return self._given(pieces)
-        raise StopIteration
+        with self._lock:
+            while self._is_open:
+                try:
+                    pieces = self._read()
+                except Exception:
+                    self._is_open = False
+                    raise
+                except BaseException:  # an interrupt
+                    self.close()
+                    raise
+                if not any(row.is_running for row in self._rows):
+                    self.close()
+                if any(pieces):
+                    return self._given(pieces)
+            raise StopIteration
 
     def close(self) -> None:
         """Ends the generation. The text so far remains."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        if hasattr(self.columns, "close"):
-            self.columns.close()
-        if self._at_end is not None:
-            self._at_end(self)
+        with self._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            if hasattr(self.columns, "close"):
+                self.columns.close()
+            if self._at_end is not None:
+                self._at_end(self)
 
     def __enter__(self) -> "TextStream":
         return self
