@@ -5,7 +5,7 @@ from jaxformers.adapters import Dora, load_adapter, lora, save_adapter, unload
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checkpoint import Checkpoints, KeepBest, OrbaxCheckpoints, digest, load, save
 from jaxformers.compilation_cache import keep_compiled_programs
-from jaxformers.constraints import Choices, JSONSchema, Regex
+from jaxformers.constraints import Choices, JSONSchema, LarkGrammar, Regex
 from jaxformers.decoder import Cache, Decoder, DecoderLayer
 from jaxformers.embedding import TokenEmbedding, TransformerEmbedding
 from jaxformers.encoder import Encoder, EncoderLayer

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import re
@@ -14,6 +15,7 @@ import pytest
 from jaxformers import (
     Choices,
     JSONSchema,
+    LarkGrammar,
     Regex,
     RotaryPositionalEncoding,
     Tokenizer,
@@ -297,3 +299,97 @@ def test_schemas_of_dataclasses_and_pydantic(tokenizer):
     assert found["required"] == ["points", "kind"]
     pydantic = pytest.importorskip("pydantic")
     JSONSchema(pydantic.create_model("Model", a=(int, ...), b=(list[str], [])), tokenizer)
+
+
+NESTED = 'start: "(" start ")" | "yes" | "no"'
+
+
+def is_nested(text):
+    return re.fullmatch(r"(\(*)(yes|no)(\)*)", text) and text.count("(") == text.count(")")
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_recursive_grammar_in_every_loop(lm, tokenizer, name):
+    pytest.importorskip("llguidance")
+    options = dict(LOOPS[name])
+    if name == "draft":
+        options["draft_model"] = lm
+    grammar, end = LarkGrammar(NESTED, tokenizer), tokenizer.end_token
+    constraints = [grammar, None, Regex(PATTERNS[1], tokenizer)]
+    out = lm.generate(
+        PROMPT, 40, constraint=constraints, end_token=end, return_scores=True, **options
+    )
+    texts, _ = texts_of(tokenizer, out.tokens)
+    assert not out.finished[0] or is_nested(texts[0])
+    assert re.fullmatch(PATTERNS[1], texts[2])
+    one = lm.generate(PROMPT[:1], 3, constraint=grammar, end_token=end, **options)
+    [text], _ = texts_of(tokenizer, one)  # which may be cut in the middle
+    assert re.fullmatch(r"\(*(y|ye|yes|n|no)?\)*", text)
+
+
+def test_recursive_json_and_streams(lm, tokenizer):
+    pytest.importorskip("llguidance")
+    nodes = {"type": "array", "items": {"$ref": "#/$defs/node"}}
+    node = {"type": "object", "properties": {"ab": nodes}, "additionalProperties": False}
+    schema = {"$ref": "#/$defs/node", "$defs": {"node": node}}
+    grammar, end = LarkGrammar.of_json_schema(schema, tokenizer), tokenizer.end_token
+    options = {"constraint": grammar, "end_token": end, **SAMPLED}
+    finished = 0
+    for seed in range(4):
+        options["key"] = jax.random.key(seed)
+        out = lm.generate(PROMPT, 60, **options, return_scores=True)
+        for text, done in zip(texts_of(tokenizer, out.tokens)[0], out.finished, strict=True):
+            finished += bool(done)
+            assert not done or isinstance(json.loads(text), dict)
+        columns = np.stack([*lm.stream(PROMPT, 60, **options)], axis=1)
+        np.testing.assert_array_equal(columns, out.tokens[:, 5 : 5 + columns.shape[1]])
+    assert finished > 5
+
+
+def test_a_stream_keeps_its_grammar(lm, tokenizer):
+    pytest.importorskip("llguidance")
+    options = {"end_token": tokenizer.end_token, "key": KEY}
+    stream = lm.stream(PROMPT[:1], 8, constraint=LarkGrammar(NESTED, tokenizer), **options)
+    gc.collect()
+    assert re.fullmatch(r"\(*(y|ye|yes|n|no)?\)*(</s>)*", tokenizer.decode(np.ravel([*stream])))
+
+
+def test_grammars_that_cannot_be_followed(tokenizer, no_shape_checker):
+    pytest.importorskip("llguidance")
+    for grammar in ("", "start: x", "start: /(?=a)b/", 3, "START: /a/"):
+        with pytest.raises(ValueError, match="grammar"):
+            LarkGrammar(grammar, tokenizer)
+    for schema in ({"not": {}}, "{", {"format": "none"}, {"$ref": "#/nowhere"}, {"x": object()}):
+        with pytest.raises(ValueError, match="of_json_schema"):
+            LarkGrammar.of_json_schema(schema, tokenizer)
+
+
+def test_masks_are_those_of_llguidance():
+    """It forces the tokens of text that has to come; where several texts may come, masks agree."""
+    llguidance = pytest.importorskip("llguidance")
+    random, compared = np.random.default_rng(3), 0
+    for _ in range(60):
+        words = ["".join(random.choice([*LETTERS], random.integers(2, 4))) for _ in range(9)]
+        tokenizer = byte_tokenizer(words)
+        pattern, _ = random_pattern(random, 3)
+        end = tokenizer.end_token
+        ours = Regex(pattern, tokenizer).tables(tokenizer.vocab_size, frozenset([end]))
+        grammar = LarkGrammar.__new__(LarkGrammar)
+        grammar._begin(llguidance.LLMatcher.grammar_from_regex(pattern), tokenizer, pattern)
+        follower = grammar.follower(tokenizer.vocab_size, frozenset([end]))
+        for _ in range(4):
+            state, tokens = 0, []
+            while len(tokens) < 12:
+                legal = ours.next[state][ours.class_of] >= 0
+                theirs = follower.legal(tuple(tokens))
+                assert not (theirs & ~legal).any(), (pattern, tokens)
+                if theirs.sum() > 1:
+                    compared += 1
+                    np.testing.assert_array_equal(legal, theirs, err_msg=f"{pattern} {tokens}")
+                token = int(random.choice(np.flatnonzero(legal)))
+                if token == end:
+                    assert follower.may_end(tuple(tokens))
+                    break
+                state = ours.next[state, ours.class_of[token]]
+                tokens.append(token)
+    assert compared > 100

@@ -6,5 +6,6 @@ An expression (`expressions`) of a pattern or a schema becomes an automaton over
 
 from jaxformers.constraints.constraint import Choices, Constraint, Regex
 from jaxformers.constraints.json_schema import JSONSchema
+from jaxformers.constraints.lark import LarkGrammar
 
-__all__ = ["Choices", "Constraint", "JSONSchema", "Regex"]
+__all__ = ["Choices", "Constraint", "JSONSchema", "LarkGrammar", "Regex"]

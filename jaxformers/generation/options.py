@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from jaxformers.cache import Cache
-from jaxformers.constraints import Constraint
+from jaxformers.constraints import Constraint, LarkGrammar
 from jaxformers.generation.processors import Processor
 from jaxformers.generation.sampling import Keys, Numbers
 
@@ -85,7 +85,7 @@ class Options(TypedDict, total=False):
     forced_last_token: Numbers | None
     logits_fn: Callable | None
     processors: Sequence[Processor]
-    constraint: Constraint | Sequence[Constraint | None] | None
+    constraint: Constraint | LarkGrammar | Sequence[Constraint | LarkGrammar | None] | None
     num_beams: int
     num_return_sequences: int
     length_penalty: Numbers

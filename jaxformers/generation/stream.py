@@ -42,7 +42,8 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         (3, ['length'])
     """
 
-    def __init__(self, model: Any, request: Request, cache: Cache | None):
+    def __init__(self, model: Any, request: Request, cache: Cache | None, constraint: Any = None):
+        self._constraint = constraint  # which the host follows as long as there is a stream
         begin = 0 if cache is None else int(cache.length)
         start, stop = (begin + column for column in (request.start, request.stop))
         self._model, self._request, self._given = model, request, cache
@@ -141,7 +142,8 @@ def stream(
             f"{beyond[0]} is not for streaming, which gives tokens as they come. {advice}"
         )
     request = read_request(model, prompt, max_new_tokens, options, padding_mask, source)
-    return TokenStream(model, request, room_for(options.get("cache"), request.slots))
+    cache = room_for(options.get("cache"), request.slots)
+    return TokenStream(model, request, cache, options.get("constraint"))
 
 
 @eqx.filter_jit

@@ -12,6 +12,7 @@ from jaxformers.generation.processors.bans import (
     SuppressFirstTokens,
     SuppressTokens,
 )
+from jaxformers.generation.processors.followed import Followed
 from jaxformers.generation.processors.forced import ForcedFirstToken, ForcedLastToken, MinNewTokens
 from jaxformers.generation.processors.function import LogitsFunction
 from jaxformers.generation.processors.penalties import (
@@ -25,6 +26,7 @@ from jaxformers.generation.processors.stop_table import StopTable
 __all__ = [
     "Automaton",
     "BadWords",
+    "Followed",
     "ForcedFirstToken",
     "ForcedLastToken",
     "FrequencyPenalty",
