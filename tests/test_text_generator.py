@@ -415,3 +415,14 @@ def test_a_stop_string_that_the_first_token_loses():
     streamed = text.chat_stream(one, 4, logits_fn=force, stop=" ")
     assert "".join(streamed) == got.text == free[: free.find(" ")]
     assert streamed.tokens == got.tokens
+
+
+def test_a_prompt_may_begin_with_the_token_of_padding(tokenizer):
+    """As GPT-2's texts do; it is no padding there, and nobody is warned."""
+    model = with_origin(lm_of(), Origin("{}", special_tokens=SpecialTokens(end_token=(400,))))
+    text = TextGenerator(model, tokenizer)
+    assert tokenizer.end_token == 400
+    got = text(["<|endoftext|>the cat", "x<|endoftext|>", "the cat"], 6)
+    assert got[0] == text("<|endoftext|>the cat", 6) != got[2]
+    with text.stream("<|endoftext|>the cat", 6) as stream:
+        assert "".join(stream) == got[0]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxformers.checks import check_size
 from jaxformers.generation.prompts import read_source
@@ -70,7 +71,8 @@ def read_out(
     begin = max(map(len, call.rows))
     if isinstance(model, Transformer):
         begin = 1  # the start token
-    out = model.generate(call.rows, most_tokens(model, call), **options)
+    tokens, mask = as_tokens(model, call.rows)
+    out = model.generate(tokens, most_tokens(model, call), **mask, **options)
     tokens, log_probs = np.asarray(out.tokens)[:, begin:], np.asarray(out.log_probs)
     finished, times = np.asarray(out.finished), len(tokens) // len(call.rows)
     texts = []
@@ -98,8 +100,25 @@ def with_stops(model: Any, tokenizer: Tokenizer, call: Call) -> dict[str, Any]:
 
 def stream(model: Any, tokenizer: Tokenizer, call: Call, is_single: bool) -> TextStream:
     """Returns the texts of a call as they come."""
-    columns = model.stream(call.rows, most_tokens(model, call), **call.options)
+    tokens, mask = as_tokens(model, call.rows)
+    columns = model.stream(tokens, most_tokens(model, call), **mask, **call.options)
     return TextStream(columns, call.row_texts(model, tokenizer), is_single)
+
+
+def as_tokens(model: Any, rows: list[list[int]]) -> tuple[Int[np.ndarray, "b t"], dict[str, Any]]:
+    """Returns rows padded on the left, and the mask by its name.
+
+    With a mask, a text that begins with the token that is padding elsewhere is taken for a text.
+    """
+    longest = max(map(len, rows))
+    tokens, real = (
+        np.zeros((len(rows), longest), np.int32),
+        np.zeros((len(rows), longest), np.bool_),
+    )
+    for i, row in enumerate(rows):
+        tokens[i, longest - len(row) :], real[i, longest - len(row) :] = row, True
+    name = "src_padding_mask" if isinstance(model, Transformer) else "padding_mask"
+    return tokens, {name: real}
 
 
 def most_tokens(model: Any, call: Call) -> int:

@@ -14,6 +14,7 @@ from jaxformers.cache import SPARE, Cache
 from jaxformers.checks import check_key, check_size, explain_options
 from jaxformers.files.json_file import shorten
 from jaxformers.generation.options import AllOptions
+from jaxformers.text.answers import as_tokens
 from jaxformers.text.call import default_length, encode_rows, read_call, render
 from jaxformers.text.scores import common_length
 from jaxformers.text.stream import TextStream
@@ -135,10 +136,10 @@ class Conversation:
         given = max_new_tokens, stop, self._skip_special_tokens, self._of_turn(options)
         call = read_call(self._model, self._tokenizer, [ids], [[]], *given)
         known, cache = self._continue(ids)
-        new = [ids[known:]]
-        columns = self._model.stream(new, max_new_tokens, cache=cache, **call.options)
+        tokens, mask = as_tokens(self._model, [ids[known:]])
+        columns = self._model.stream(tokens, max_new_tokens, cache=cache, **mask, **call.options)
         rows = call.row_texts(self._model, self._tokenizer)
-        self.tokens_read += len(new[0])
+        self.tokens_read += tokens.size
         self._cache = None  # until the end of the turn
 
         def keep(stream: TextStream) -> None:
