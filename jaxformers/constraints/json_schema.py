@@ -155,7 +155,7 @@ class _Translation:
         if reference in within:
             raise ValueError(
                 f"the schema is recursive by {reference!r:.80}, which no finite automaton can "
-                "follow. Unroll it to a depth."
+                "follow. Unroll it to a depth, or take LarkGrammar.of_json_schema."
             )
         if not isinstance(reference, str) or not re.match("#(/|$)", reference):
             raise ValueError(f"$ref must be within the schema, as #/$defs/x, got {reference!r}.")
