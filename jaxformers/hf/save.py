@@ -319,8 +319,8 @@ def differences(
 def class_names(a: Architecture, family: Family, bare: bool) -> list[str]:
     """Returns the classes that config.json may name for a model, the usual one first.
 
-    A bare model whose config.json says tied has what its output layer needs. And files of bare
-    models may name the class of the whole one.
+    The table of tokens is the output layer of a tied model, so that its file may be one of the bare
+    class. Files of bare models may also name the class of the whole model.
     """
     own, names = class_name(a, family), family.classes
     if a.shape != "encoder" and "base" in names:

@@ -65,7 +65,7 @@ class OutputOptions:
         return options(transform=name, transform_bias=transform.b is not None)
 
     def completed(self) -> "OutputOptions":
-        """Returns the options with the defaults in place of those of a layer that is not there."""
+        """Returns the options; without an output layer they are the defaults."""
         return self if self.present else OutputOptions(present=False)
 
     def pieces(self, norm: NormOptions, init: Initializer) -> Pieces:
@@ -93,9 +93,9 @@ class Tied(NamedTuple):
     A file with two tensors that differ holds a model that is not tied, even if config.json says
     that it is.
 
-    A file of a bare model that lacks what the output layer needs holds a model without one. Bare
-    are a file whose `architectures` names the class without a head, and one whose tensors lack the
-    prefix that they have in files of whole models. If config.json says tied, nothing is missing.
+    A file of a bare model that lacks what the output layer needs holds a model without one. A file
+    is bare if its `architectures` names the class without a head, or if its tensors lack the prefix
+    that they have in files of whole models. If config.json says tied, nothing is missing.
 
     The written entry agrees with the model, because other readers rely on it: transformers 4 drops
     the tensor of the output layer if config.json says that it is tied.

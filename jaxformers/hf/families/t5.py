@@ -168,7 +168,7 @@ T5_ENCODER_WEIGHTS = rules(
     t5_stack("encoder", {"self_attention": 0}, 1),
 )
 
-
+# The entries of config.json that are about the decoder.
 _OF_DECODER = ("num_decoder_layers", "tie_word_embeddings")
 
 
