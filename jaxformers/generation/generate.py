@@ -150,7 +150,7 @@ class Found(NamedTuple):
 
 def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation:
     """Returns the result of a loop in the shape of the user's prompt."""
-    tokens = check_finite(found.tokens, found.failed)
+    tokens = check_failed(found.tokens, found.failed)
     log_probs = prompt.cut(found.log_probs, request.start, request.stop)
     return Generation(
         tokens=prompt.join(tokens, request.start, request.stop),
@@ -163,16 +163,20 @@ def answer(request: Request, prompt: Prompt, found: Found | State) -> Generation
 FAILURES = {
     NAN: "the model's logits are NaN, so that there is nothing to choose from. Look for the cause "
     "among its weights with jnp.isfinite, or compute in float32.",
-    NONE_LEFT: "no token is left to choose: what constraint allows there, or a processor, other "
-    "options such as bad_words, min_new_tokens, or forced tokens ban. Leave one of "
-    "them out.",
-    TOO_FEW: "there are fewer sequences than num_return_sequences that the constraint allows and "
-    "the beams found. Ask for fewer, or loosen it.",
+    NONE_LEFT: "no token is left to choose: options such as bad_words, min_new_tokens or a forced "
+    "token ban all that the constraint or a processor allows. Leave one of them out.",
+    TOO_FEW: "the beams found fewer sequences than num_return_sequences that the constraint "
+    "allows. Ask for fewer, or loosen the constraint.",
 }
 
 
-def check_finite(tokens: Int[Array, "b s"], failed: Int[Array, " r"]) -> Int[Array, "b s"]:
-    """Returns the tokens, or raises where there was nothing to choose from."""
+def check_failed(tokens: Int[Array, "b s"], failed: Int[Array, " r"]) -> Int[Array, "b s"]:
+    """Returns the tokens, or raises if a row failed.
+
+    Arguments:
+        tokens: of a loop.
+        failed: for each row 0, or a key of `FAILURES`.
+    """
     if not is_known(failed):
         for reason, message in FAILURES.items():
             tokens = eqx.error_if(tokens, (failed == reason).any(), message)

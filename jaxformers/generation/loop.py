@@ -37,7 +37,7 @@ class State(NamedTuple):
     length: Int[Array, ""]  # columns in use
     first: Int[Array, " b"]  # the first real column of each row
     done: Bool[Array, " b"]
-    failed: Int[Array, " b"]  # 0 of rows that have not, or why
+    failed: Int[Array, " b"]  # 0, or the reason why the row failed: NAN, NONE_LEFT
     real: Bool[Array, " b"]  # whether the last column holds a token rather than filling
     processing: tuple[Any, ...]  # the states of the processors before the last column
     cache: Any
@@ -195,7 +195,7 @@ def advance(model: Any, plan: Plan, state: State) -> State:
 
 
 def copied(x: Any) -> Any:
-    """Returns arrays of a program as results of their own, also those that are its arguments."""
+    """Returns copies of arrays, which share no memory with the arguments of the program."""
     return jax.tree.map(jnp.copy, x)
 
 

@@ -64,9 +64,15 @@ def _score(
     last = jax.lax.cummax(jnp.where(real, columns, -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
+    return jnp.where(real & (before >= 0), _log_probs_of(model, hidden, tokens), 0.0)
+
+
+def _log_probs_of(
+    model: Any, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Returns the log-probability of each token under the hidden state that predicts it."""
     log_probs = jax.nn.log_softmax(model.logits_of(hidden))
-    log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(real & (before >= 0), log_probs, 0.0)
+    return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 
 def score_continuations(
@@ -115,9 +121,7 @@ def _score_continuations(
     cache = cache.resize(t + u).repeat(n)
     hidden, _ = model.forward(tokens, padding_mask=real, cache=cache)
     hidden = jnp.concatenate([jnp.repeat(last, n, axis=0), hidden[:, :-1]], axis=1)
-    log_probs = jax.nn.log_softmax(model.logits_of(hidden))
-    log_probs = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(real, log_probs, 0.0).sum(-1)
+    return jnp.where(real, _log_probs_of(model, hidden, tokens), 0.0).sum(-1)
 
 
 def perplexity(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxformers.cache import Cache
 from jaxformers.checks import check_usable
-from jaxformers.generation.generate import check_finite
+from jaxformers.generation.generate import check_failed
 from jaxformers.generation.loop import State, advance, copied, emit, feed, prefill
 from jaxformers.generation.plan import Plan
 from jaxformers.generation.prompts import Prompt, Source, Tokens, put
@@ -68,7 +68,7 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
         state, prompt = self._begun(), self._request.prompt
         if self._count:
             self._state = state = advance_stream((self._model, self._plan), state)
-        check_finite(state.tokens, state.failed)
+        check_failed(state.tokens, state.failed)
         newest = prompt.cut(state.tokens, self._next, self._next + 1)
         self._count, self._next, self._cache = self._count + 1, self._next + 1, None
         self._closed = bool(state.done.all()) or self._next == self._stop

@@ -133,9 +133,9 @@ class Processor(eqx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
     def ends(self, state: Any, history: History) -> Bool[Array, " r"] | bool:
-        """Returns whether the last token ends each row, which end tokens do without it.
+        """Returns whether the last token ends each row; end tokens do so in any case.
 
-        `state` is that before the last token. By default no token does.
+        `state` is that before the last token. By default no other token ends a row.
         """
         return False
 

@@ -9,9 +9,10 @@ from jaxformers.generation.processors.processor import History, Processor
 
 
 class StopTable(Processor):
-    """Ends a row whose new tokens complete a text, wherever its tokens begin and end.
+    """Ends a row once its new tokens contain a text, which may begin and end within tokens.
 
-    It changes no logits. `jaxformers.text` makes its table of stop strings and a tokenizer.
+    It changes no logits. `jaxformers.text.stop_table` makes its tables from stop strings and a
+    tokenizer.
 
     Arguments:
         class_of: int32, `(v,)`, the column of each token.
