@@ -75,7 +75,11 @@ class JSONSchema(Constraint):
 
 
 def read_schema(schema: Any) -> Any:
-    """Returns a schema as a dict, or as True or False."""
+    """Returns a schema as a dict, or as True or False.
+
+    Raises:
+        ValueError: if it is of another kind, or holds values that JSON does not have.
+    """
     if hasattr(schema, "model_json_schema"):
         return schema.model_json_schema()
     if dataclasses.is_dataclass(schema) and isinstance(schema, type):
@@ -85,12 +89,12 @@ def read_schema(schema: Any) -> Any:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"schema must be JSON, got {schema!r:.80}: {error}.") from None
     if isinstance(schema, Mapping):
         try:
             return json.loads(json.dumps(dict(schema), allow_nan=False))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"schema must hold values of JSON alone: {error}.") from None
     if isinstance(schema, bool):
         return schema

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from jaxformers.constraints.json_schema import read_schema
 from jaxformers.constraints.vocabulary import Vocabulary, vocabulary_of
 from jaxformers.tokenizers.tokenizer import Tokenizer
 
-# Rows of a batch and beams are at different places of a text; so many places are remembered.
+# A place is the grammar's state after some tokens. The rows of a batch and its beams are at
+# different places, and so many of them are remembered.
 PLACES = 512
 
 
@@ -52,19 +54,18 @@ class LarkGrammar:
     def of_json_schema(cls, schema: Any, tokenizer: Tokenizer) -> "LarkGrammar":
         """Returns the grammar of a JSON Schema, which may be recursive; `{}` is all of JSON.
 
-        It goes by what llguidance makes of the schema, and so do keywords that it does not know.
+        llguidance reads the schema. It refuses the keywords of JSON Schema that it does not
+        enforce, and ignores names that are none.
 
         Arguments:
-            schema: a dict, or JSON as a text.
+            schema: a dict, its JSON, a dataclass, or a model of pydantic.
             tokenizer: of the model.
+
+        Raises:
+            ValueError: if it is no schema, or llguidance refuses it.
+            ImportError: if the package is missing.
         """
-        grammar = cls.__new__(cls)
-        try:
-            text = schema if isinstance(schema, str) else json.dumps(schema)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"of_json_schema takes a dict of plain data or JSON as a text, got other: {error}."
-            ) from None
+        grammar, text = cls.__new__(cls), json.dumps(read_schema(schema))
         made = _llguidance().LLMatcher.grammar_from_json_schema(text)
         grammar._begin(made, tokenizer, f"LarkGrammar.of_json_schema({text!r:.80})")
         return grammar

@@ -9,7 +9,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from collections.abc import Sequence as List
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
@@ -159,7 +158,7 @@ class _Reader:
             raise self.refuse("^ after or $ before other text")
         raise self.refuse("the border of a word, \\b or \\B")
 
-    def members(self, items: List[Any], flags: int) -> Ranges:
+    def members(self, items: list[Any], flags: int) -> Ranges:
         """Returns the characters of a class in brackets."""
         negated = False
         ranges: list[tuple[int, int]] = []
