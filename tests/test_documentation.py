@@ -98,7 +98,13 @@ def test_page(page, no_shape_checker, tmp_path, monkeypatch, capsys):
         examples = [(code, output) for code, output in examples if CHECKPOINT not in code]
     names: dict = {"__name__": page.stem}
     for code, output in examples:
-        exec(compile(code, page.name, "exec"), names)
+        try:
+            exec(compile(code, page.name, "exec"), names)
+        except NameError:
+            if len(examples) == len(shown):
+                raise
+            capsys.readouterr()  # the block needs one that is left out
+            continue
         assert capsys.readouterr().out == output, code
     if len(examples) < len(shown):  # the page runs again where that package is
         pytest.skip(f"could not import '{CHECKPOINT}'")
