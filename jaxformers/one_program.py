@@ -143,6 +143,18 @@ def bucket(size: int, cap: int | None = None, smallest: int = 16) -> int:
     return rounded if cap is None else max(min(rounded, cap), size)
 
 
+def sizes_up_to(size: int, cap: int | None = None, smallest: int = 16) -> list[int]:
+    """Returns all sizes that programs are compiled for, up to that of `size`.
+
+    Arguments are those of `bucket`.
+
+    Example:
+        >>> sizes_up_to(50), sizes_up_to(3, smallest=1)
+        ([16, 24, 32, 48, 64], [1, 2, 3])
+    """
+    return sorted({bucket(n, cap, smallest) for n in range(1, size + 1)})
+
+
 def _pad(x: Array | None, more: list[int], value: Any) -> Any:
     """Returns `x` with so many more entries at the end of its last axes, compiling nothing."""
     if x is None or not any(more):

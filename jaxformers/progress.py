@@ -1,5 +1,6 @@
 """Progress bars of work whose size is known, by tqdm where it is installed."""
 
+import sys
 from typing import Any
 
 from jaxformers.warn import warn_once
@@ -11,12 +12,13 @@ def progress_bar(total: int, unit: str = "B", show: bool | None = None) -> Any:
     Arguments:
         total: the amount of work.
         unit: the unit of `total` and of updates, bytes by default.
-        show: whether the bar is shown. None shows it on a terminal only, and not without tqdm.
+        show: whether the bar is shown. None shows it on a terminal only, and not without tqdm. A
+            process without standard error shows none.
 
     Warns:
         UserWarning: once, if the bar shall be shown and tqdm is missing.
     """
-    if show is False:
+    if show is False or sys.stderr is None:
         return _NoBar()
     try:
         from tqdm import tqdm

@@ -195,6 +195,9 @@ def test_options_that_are_not_valid(embedder, classifier):
     per_token = many[1](*SIZES, classifier=partial(many[0], num_labels=3, pooling="none"), key=KEY)
     refused("classifies each token", TextClassifier, per_token, tokenizer)
     refused("labels must be", TextClassifier, classifier.model, tokenizer, labels=["a", "a", "b"])
+    refused("labels must be", TextClassifier, classifier.model, tokenizer, labels=[1, 2, 3])
+    refused("prompt must be a text", TextClassifier, classifier.model, tokenizer, prompt=3)
+    refused("prompts must be texts", TextEmbedder, model, tokenizer, prompts={"query": 3})
     refused("kind must be one of", TextClassifier, classifier.model, tokenizer, kind="ranking")
 
 

@@ -294,6 +294,7 @@ def test_arguments_that_are_not_for_text(short):
         {"max_new_tokens": MAX},
         {"batch_size": 0},
         {"skip_special_tokens": 1},
+        {"progress": "yes"},
         {"stop": ""},
         {"stop": [""]},
         {"stop": [1]},
@@ -309,6 +310,11 @@ def test_arguments_that_are_not_for_text(short):
         TextGenerator(None, short.tokenizer)
     with pytest.raises(ValueError, match="load_tokenizer"):
         TextGenerator(short.model, None)
+    with pytest.raises(ValueError, match="variables are for messages"):
+        short.choose("the", ["a", "b"], variables={"tools": []})
+    for wrong in ({"num_beam": 2}, {"stop": ""}, {"skip_special_tokens": 1}):
+        with pytest.raises(ValueError):
+            short.conversation(**wrong)
 
 
 def test_few_programs(text):

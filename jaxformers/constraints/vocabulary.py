@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jaxformers.tokenizers.tokenizer import Tokenizer
+from jaxformers.tokenizers.tokenizer import Tokenizer, check_tokenizer
+from jaxformers.tokenizers.training import byte_letters
 
 Step = Callable[[str], str]
 
@@ -49,11 +50,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     Raises:
         ValueError: if it is no `Tokenizer`, or the text of a token depends on those beside it.
     """
-    if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            "tokenizer must be a Tokenizer, as load_tokenizer(path) gives one, got "
-            f"{type(tokenizer).__name__}."
-        )
+    check_tokenizer(tokenizer)
     if tokenizer not in KNOWN:
         KNOWN[tokenizer] = Vocabulary(_read(tokenizer))
     return KNOWN[tokenizer]
@@ -87,9 +84,9 @@ def _decoder(decoder: dict[str, Any] | None) -> Callable[[str], bytes]:
         elif step["type"] == "Strip" and "Fuse" in kinds[:i]:
             continue  # it is about the beginning of a text, and new tokens continue one
         elif step["type"] not in ("ByteFallback", "Fuse"):
-            raise _depends(step["type"])
+            raise _depends(f"has the decoder {step['type']}")
     if not steps:
-        raise _depends("without a type")
+        raise _depends("has no decoder")
     falls_back = "ByteFallback" in kinds
 
     def to_bytes(token: str) -> bytes:
@@ -114,22 +111,15 @@ def _replace(old: str, new: str) -> Step:
     return lambda token: token.replace(old, new)
 
 
-def _depends(kind: str) -> ValueError:
+def _depends(why: str) -> ValueError:
     return ValueError(
-        f"the tokenizer's decoder is {kind}, with which the text of a token depends on the tokens "
-        "beside it. Constraints need one that joins the bytes of tokens, such as ByteLevel, "
-        "Metaspace, or ByteFallback with Fuse; most language models have one of these."
+        f"the tokenizer {why}, so that the text of a token depends on the tokens beside it. "
+        "Constraints need a decoder that joins the bytes of tokens, such as ByteLevel, Metaspace, "
+        "or ByteFallback with Fuse; most language models have one of these."
     )
 
 
-def _byte_table() -> dict[str, int]:
-    """Returns the byte of each character that stands for one (GPT-2's `bytes_to_unicode`)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [x for x in range(256) if x not in shown]
-    return {chr(x): x for x in shown} | {chr(256 + i): x for i, x in enumerate(hidden)}
-
-
-BYTES = _byte_table()
+BYTES = byte_letters()
 
 
 def _byte_level(token: str) -> bytes:

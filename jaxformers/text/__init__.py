@@ -5,10 +5,12 @@ Read `generator` (generation, chat, scores), `conversation` (a chat that keeps i
 of texts) and `classifier` (their classes).
 """
 
+from jaxformers.text.call import TextGeneration
 from jaxformers.text.classifier import Label, TextClassifier
 from jaxformers.text.conversation import Conversation
 from jaxformers.text.embedder import TextEmbedder
 from jaxformers.text.generator import TextGenerator
+from jaxformers.text.scores import TextScore
 from jaxformers.text.stream import TextStream
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Label",
     "TextClassifier",
     "TextEmbedder",
+    "TextGeneration",
     "TextGenerator",
+    "TextScore",
     "TextStream",
 ]

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxformers.checks import check_size
+from jaxformers.checks import check_flag, check_size
 from jaxformers.generation.prompts import read_source
 from jaxformers.generation.targets import begin_target
 from jaxformers.generation.warm_up import compile_generate
-from jaxformers.one_program import bucket
+from jaxformers.one_program import sizes_up_to
 from jaxformers.progress import progress_bar
+from jaxformers.text.batches import longest_first
 from jaxformers.text.call import Call, TextGeneration, read_call
 from jaxformers.text.stop_table import stop_table
 from jaxformers.text.stream import TextStream
+from jaxformers.tokenizers.rows import stack
 from jaxformers.tokenizers.tokenizer import Tokenizer
 from jaxformers.transformer import Transformer
 
@@ -37,10 +39,12 @@ def answer(
         batch_size, progress: as for `TextGenerator.__call__`.
     """
     check_size(batch_size=batch_size)
+    if progress is not None:
+        check_flag(progress=progress)
     found: list[list[TextGeneration]] = [[]] * len(call.rows)
     order = list(range(len(call.rows)))
     if len(order) > batch_size:
-        order.sort(key=lambda i: -len(call.rows[i]))
+        order = longest_first([len(row) for row in call.rows]).tolist()
     elif progress is None:
         progress = False
     with progress_bar(len(order), "text", progress) as bar:
@@ -84,7 +88,7 @@ def read_out(
         # The filling after the end of a row has 0.
         if call.stop and finished[i] and not row.is_stopped and kept[-1] == 0:
             return []
-        score = float(out.scores[i] if "num_beams" in options else kept.sum())
+        score = float(out.scores[i] if options.get("num_beams", 1) > 1 else kept.sum())
         given = row.text, str(row.finish_reason), row.tokens, kept, score
         texts.append(TextGeneration(*given, len(call.rows[i // times])))
     return [texts[i : i + times] for i in range(0, len(texts), times)]
@@ -108,17 +112,11 @@ def stream(model: Any, tokenizer: Tokenizer, call: Call, is_single: bool) -> Tex
 def as_tokens(model: Any, rows: list[list[int]]) -> tuple[Int[np.ndarray, "b t"], dict[str, Any]]:
     """Returns rows padded on the left, and the mask by its name.
 
-    With a mask, a text that begins with the token that is padding elsewhere is taken for a text.
+    The mask is always given, since a text may begin with the token that is padding elsewhere.
     """
-    longest = max(map(len, rows))
-    tokens, real = (
-        np.zeros((len(rows), longest), np.int32),
-        np.zeros((len(rows), longest), np.bool_),
-    )
-    for i, row in enumerate(rows):
-        tokens[i, longest - len(row) :], real[i, longest - len(row) :] = row, True
+    real = stack([[1] * len(row) for row in rows], 0, "left") == 1
     name = "src_padding_mask" if isinstance(model, Transformer) else "padding_mask"
-    return tokens, {name: real}
+    return stack(rows, 0, "left"), {name: real}
 
 
 def most_tokens(model: Any, call: Call) -> int:
@@ -156,13 +154,3 @@ def compile_ahead(
             else:
                 compile_generate(model, rows, max_new_tokens, call.options)
     return time.perf_counter() - begin
-
-
-def sizes_up_to(size: int, limit: int | None = None, smallest: int = 16) -> list[int]:
-    """Returns all sizes that programs are compiled for, up to that of `size`.
-
-    Example:
-        >>> sizes_up_to(50), sizes_up_to(3, smallest=1)
-        ([16, 24, 32, 48, 64], [1, 2, 3])
-    """
-    return sorted({bucket(n, limit, smallest) for n in range(1, size + 1)})

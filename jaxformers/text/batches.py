@@ -1,6 +1,5 @@
 """Lists of texts as batches of a few sizes, so that few programs are compiled for them."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ from jaxtyping import Array, Float, Int
 from jaxformers.checks import check_flag, check_size, check_tokens
 from jaxformers.files.json_file import shorten
 from jaxformers.masks import AttentionMask
-from jaxformers.one_program import TokenRows, bucket
+from jaxformers.one_program import TokenRows, bucket, sizes_up_to
 from jaxformers.progress import progress_bar
-from jaxformers.tokenizers.rows import check_texts
-from jaxformers.tokenizers.tokenizer import Tokenizer
+from jaxformers.tokenizers.rows import check_pairs, check_texts
+from jaxformers.tokenizers.tokenizer import Tokenizer, check_tokenizer
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
@@ -55,19 +54,13 @@ class Texts(NamedTuple):
         if pairs is None:
             return cls(first, None, not isinstance(texts, str))
         second = _listed("pairs", pairs)
-        if isinstance(texts, str) != isinstance(pairs, str) or len(first) != len(second):
-            raise ValueError(
-                f"pairs must be one text to each of texts, got {len(second)} to {len(first)}. "
-                "Pass two strings, or two lists of equal length."
-            )
+        check_pairs(texts, pairs, first, second)
         return cls(first, second, not isinstance(texts, str))
 
-    def longest_first(self) -> Int[np.ndarray, " n"]:
-        """Returns the numbers of the texts, those of the most characters first."""
-        sizes = np.array([len(text) for text in self.first], np.int64)
-        if self.second is not None:
-            sizes += np.array([len(text) for text in self.second], np.int64)
-        return np.argsort(-sizes, kind="stable")
+    def sizes(self) -> list[int]:
+        """Returns the number of characters of each text or pair."""
+        seconds = self.second or [""] * len(self.first)
+        return [len(a) + len(b) for a, b in zip(self.first, seconds, strict=True)]
 
     def encode(self, numbers: Any, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
         """Returns the tokens of the texts with these numbers."""
@@ -101,11 +94,11 @@ class Reader(NamedTuple):
         The order is that of the numbers of characters, and within a few batches that of the numbers
         of tokens. Only those few are tokenized at once. Rows beyond the numbers are padding.
         """
-        order, size = texts.longest_first(), self.batch_size
+        order, size = longest_first(texts.sizes()), self.batch_size
         for start in range(0, len(order), size * AT_ONCE):
             numbers = order[start : start + size * AT_ONCE]
             encoded = texts.encode(numbers, self.tokenizer, self.limit)
-            by_length = np.argsort([-len(ids) for ids, _ in encoded], kind="stable")
+            by_length = longest_first([len(ids) for ids, _ in encoded])
             for begin in range(0, len(numbers), size):
                 part = by_length[begin : begin + size]
                 yield numbers[part], self.rows([encoded[i] for i in part])
@@ -127,7 +120,7 @@ class Reader(NamedTuple):
         """
         if progress is not None:
             check_flag(progress=progress)
-        elif len(texts.first) < LONG or sys.stderr is None:
+        elif len(texts.first) < LONG:
             progress = False
         results = np.zeros((len(texts.first), width), np.float32)
         with progress_bar(len(texts.first), "text", progress) as bar:
@@ -155,9 +148,8 @@ class Reader(NamedTuple):
             max_length: the largest number of tokens in a row.
         """
         begun = time.perf_counter()
-        lengths = {bucket(n, self.limit) for n in range(1, max_length + 1)}
         for count in sorted({self._rows_of(n) for n in range(1, self.batch_size + 1)}):
-            for length in sorted(lengths):
+            for length in sizes_up_to(max_length, self.limit):
                 tokens = np.full((count, length), self._fill, np.int32)
                 jax.block_until_ready(compute(self._as_rows(tokens, tokens * 0, tokens * 0)))
         return time.perf_counter() - begun
@@ -196,6 +188,11 @@ class Reader(NamedTuple):
         return TokenRows(check_tokens(tokens, self._vocab_size), mask, token_types=kinds)
 
 
+def longest_first(lengths: Sequence[int]) -> Int[np.ndarray, " n"]:
+    """Returns the numbers of rows, the longest first; those of one length in their order."""
+    return np.argsort(-np.array(lengths, np.int64), kind="stable")
+
+
 def hidden_states(model: Model, rows: TokenRows) -> Float[Array, "b t d"]:
     """Returns the hidden state of each token, of an encoder-decoder those of its encoder.
 
@@ -215,10 +212,7 @@ def check_reader(model: Any, tokenizer: Any) -> None:
             "model must be a TransformerEncoder, a TransformerLM or a Transformer, got "
             f"{shorten(model)}. from_pretrained(directory) reads model and tokenizer."
         )
-    if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            f"tokenizer must be a Tokenizer, as load_tokenizer returns, got {shorten(tokenizer)}."
-        )
+    check_tokenizer(tokenizer)
 
 
 def check_length(max_length: Any, limit: int | None) -> int:

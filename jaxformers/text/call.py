@@ -15,7 +15,8 @@ from jaxformers.tokenizers.tokenizer import Tokenizer
 from jaxformers.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
-# Tokens of a prompt before the new ones, which say how a first word joins them.
+# So many tokens at the end of a prompt are decoded with the new ones. They decide whether the first
+# new word begins with a space.
 BEFORE = 8
 # Options that may have one number, or one thing, per row.
 PER_ROW = (
@@ -153,17 +154,16 @@ def read_call(
     return Call(rows, before, max_new_tokens, read_stop(stop), skip_special_tokens, options)
 
 
-def default_length(model: Any, prompt_tokens: int, limit: int | None = None) -> int:
+def default_length(model: Any, prompt_tokens: int) -> int:
     """Returns the number of new tokens where none is given: at least 1.
 
     Arguments:
         model: of the generator.
         prompt_tokens: the length of the longest prompt.
-        limit: the length that rows may have, if it is less than the model has positions for.
     """
-    limits = [x for x in (model.max_seq_length, limit) if x is not None]
-    room = min(limits, default=prompt_tokens + DEFAULT_NEW_TOKENS) - prompt_tokens
-    return max(min(DEFAULT_NEW_TOKENS, room), 1)
+    if model.max_seq_length is None:
+        return DEFAULT_NEW_TOKENS
+    return max(min(DEFAULT_NEW_TOKENS, model.max_seq_length - prompt_tokens), 1)
 
 
 def render(tokenizer: Tokenizer, messages: Any, variables: Mapping[str, Any] | None) -> str:

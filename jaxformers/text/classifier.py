@@ -15,7 +15,7 @@ from jaxformers.elsewhere import TEXTS
 from jaxformers.files.json_file import shorten
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.text.batches import Reader, Texts, check_length, check_reader
-from jaxformers.text.directory import find, longest, read_tokenizer
+from jaxformers.text.directory import find_directory, length_limit, read_tokenizer
 from jaxformers.text.sentence_transformers import describe_classifier
 from jaxformers.tokenizers.tokenizer import Tokenizer
 from jaxformers.transformer_encoder import TransformerEncoder
@@ -53,7 +53,7 @@ class TextClassifier:
         tokenizer: makes its tokens.
         labels: the names of the classes; None is those of the checkpoint that the model came from,
             or else LABEL_0, LABEL_1 and so on.
-        kind: "single_label_classification", of which the probabilities add up to 1,
+        kind: "single_label_classification", whose probabilities add up to 1,
             "multi_label_classification", whose classes do not exclude each other, or "regression".
             None is what the checkpoint says, or else the first, or the second for a single class.
         max_seq_length: the largest number of tokens of a text or pair, special tokens included;
@@ -105,6 +105,8 @@ class TextClassifier:
         self.kind = kind
         if max_seq_length is not None:
             check_size(max_seq_length=max_seq_length)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a text, got {shorten(prompt)}.")
         self._max_seq_length, self._prompt = max_seq_length, prompt
 
     @classmethod
@@ -130,11 +132,11 @@ class TextClassifier:
             ValueError: if a file is missing or damaged, or the model is no classifier of texts.
             ImportError: if a package is missing.
         """
-        described = describe_classifier(find(path_or_hub_name))
+        described = describe_classifier(find_directory(path_or_hub_name))
         options: dict[str, Any] = dict(dtype=dtype, sharding=sharding, quantized=quantized)
         model = TransformerEncoder.from_pretrained(described.transformer, **options)
         tokenizer = read_tokenizer(described)
-        limit = max_seq_length or longest(described)
+        limit = length_limit(described) if max_seq_length is None else max_seq_length
         prompt = described.prompts.get(described.default_prompt or "", "")
         return cls(model, tokenizer, max_seq_length=limit, prompt=prompt)
 
@@ -177,8 +179,7 @@ class TextClassifier:
                     f"top_k must be at most the number of classes, {len(self.labels)}, got {top_k}."
                 )
         scores = self.scores(texts, pairs, batch_size, progress=progress)
-        rows = np.atleast_2d(scores) if len(scores) else scores
-        found = [self._best(row, top_k or 1) for row in rows]
+        found = [self._best(row, top_k or 1) for row in np.atleast_2d(scores)]
         answers = found if top_k is not None else [labels[0] for labels in found]
         return answers[0] if isinstance(texts, str) else answers
 
@@ -287,10 +288,11 @@ def _count(model: Any) -> int:
 def _names(labels: Any, config: dict[str, Any], count: int) -> tuple[str, ...]:
     """Returns the names of the classes, given or of config.json."""
     if labels is not None:
-        if isinstance(labels, str) or len(labels) != count or len(set(labels)) != count:
+        is_list = isinstance(labels, list | tuple) and all(isinstance(x, str) for x in labels)
+        if not is_list or len(labels) != count or len(set(labels)) != count:
             raise ValueError(
-                f"labels must be a different name for each of the {count} classes, got "
-                f"{shorten(labels)}."
+                f"labels must be a list of names, a different one for each of the {count} classes, "
+                f"got {shorten(labels)}."
             )
         return tuple(labels)
     given = config.get("id2label")

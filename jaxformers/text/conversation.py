@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxformers.cache import SPARE, Cache
-from jaxformers.checks import check_key, check_size, explain_options
+from jaxformers.checks import check_flag, check_key, check_size, explain_options
 from jaxformers.files.json_file import shorten
 from jaxformers.generation.options import AllOptions
 from jaxformers.text.answers import as_tokens
-from jaxformers.text.call import default_length, encode_rows, read_call, render
+from jaxformers.text.call import default_length, encode_rows, read_call, read_stop, render
 from jaxformers.text.scores import common_length
 from jaxformers.text.stream import TextStream
 from jaxformers.tokenizers.tokenizer import Tokenizer
@@ -26,8 +26,9 @@ class Conversation:
     """A conversation with a model, which remembers what it has read.
 
     Every turn answers all messages so far, as `TextGenerator.chat` does. The keys and values of
-    the earlier turns are kept, so that a turn reads the new message alone. It is made by
-    `TextGenerator.conversation`.
+    the earlier turns are kept, so that a turn reads the new message alone. `messages` holds all
+    messages so far, and `tokens_read` is the number of tokens of messages that the model has read.
+    It is made by `TextGenerator.conversation`.
 
     Arguments:
         model, tokenizer: those of the generator. The tokenizer has a chat template.
@@ -36,7 +37,7 @@ class Conversation:
         options: those of `generate` for every turn. A `key` gives each turn one of its own.
 
     Raises:
-        ValueError: if the model is an encoder-decoder, or the messages are none.
+        ValueError: if the model is an encoder-decoder, or an argument is not of this kind.
 
     Example:
         >>> chat = text.conversation([{"role": "system", "content": "Be brief."}])  # doctest: +SKIP
@@ -68,11 +69,12 @@ class Conversation:
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self._model, self._tokenizer = model, tokenizer
         self._variables, self._options = variables, dict(options or {})
-        self._stop, self._skip_special_tokens = stop, skip_special_tokens
+        check_flag(skip_special_tokens=skip_special_tokens)
+        self._stop, self._skip_special_tokens = read_stop(stop), skip_special_tokens
         self._beginning = list(self.messages)
         self._cache: Cache | None = None
         self._open: TextStream | None = None
-        self.tokens_read = 0  # how many tokens of messages the model has read in all turns
+        self.tokens_read = 0
 
     @explain_options
     def __call__(

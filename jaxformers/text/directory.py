@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from jaxformers.files.hub import has_safetensors, locate
 from jaxformers.files.json_file import read_json
@@ -11,7 +12,7 @@ from jaxformers.tokenizers.files import TOKENIZER_FILES
 from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
-def find(path_or_hub_name: str | os.PathLike) -> Path:
+def find_directory(path_or_hub_name: str | os.PathLike) -> Path:
     """Returns the directory of a model, downloaded if it is on the hub."""
     patterns = [*PATTERNS, *TOKENIZER_FILES, *FILES]
     directory = locate(path_or_hub_name, patterns)
@@ -20,7 +21,7 @@ def find(path_or_hub_name: str | os.PathLike) -> Path:
     return directory
 
 
-def longest(described: Described) -> int | None:
+def length_limit(described: Described) -> int | None:
     """Returns the largest number of tokens of a text that the files name."""
     if described.max_seq_length is not None:
         return described.max_seq_length
@@ -45,3 +46,14 @@ def read_tokenizer(described: Described) -> Tokenizer:
         steps = [normalizers.Lowercase()] + ([] if before is None else [before])
         tokenizer.backend.normalizer = normalizers.Sequence(steps)
     return tokenizer
+
+
+def tokenizer_beside(model: Any, path_or_hub_name: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint; that of an adapter may be the one of its base."""
+    try:
+        return load_tokenizer(path_or_hub_name)
+    except ValueError:
+        base = None if model.origin is None else model.origin.directory
+        if base is None or str(base) == str(path_or_hub_name):
+            raise
+        return load_tokenizer(base)

@@ -19,7 +19,7 @@ from jaxformers.heads import unit_length
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.pretrained import from_pretrained
 from jaxformers.text.batches import Model, Reader, Texts, check_length, check_reader
-from jaxformers.text.directory import find, longest, read_tokenizer
+from jaxformers.text.directory import find_directory, length_limit, read_tokenizer
 from jaxformers.text.save import write_description
 from jaxformers.text.sentence_transformers import Described, describe
 from jaxformers.text.similarity import SIMILARITIES, compare, to_unit_length
@@ -97,6 +97,8 @@ class TextEmbedder:
         self.model, self.tokenizer = model, tokenizer
         self.vectors = Vectors(pooling, layers)
         self.prompts = dict(prompts or {})
+        if not all(isinstance(x, str) for x in self.prompts.values()):
+            raise ValueError(f"prompts must be texts by name, got {shorten(prompts)}.")
         if default_prompt is not None and default_prompt not in self.prompts:
             raise ValueError(
                 f"default_prompt must be one of prompts, {list(self.prompts)}, got "
@@ -135,7 +137,7 @@ class TextEmbedder:
             ValueError: if a file is missing or damaged, or asks for what we do not have.
             ImportError: if a package is missing.
         """
-        described = describe(find(path_or_hub_name))
+        described = describe(find_directory(path_or_hub_name))
         options: dict[str, Any] = dict(dtype=dtype, sharding=sharding, quantized=quantized)
         model = from_pretrained(described.transformer, **options)
         tokenizer = read_tokenizer(described)
@@ -150,7 +152,7 @@ class TextEmbedder:
             prompts=described.prompts,
             default_prompt=described.default_prompt,
             include_prompt=described.include_prompt,
-            max_seq_length=max_seq_length or longest(described),
+            max_seq_length=length_limit(described) if max_seq_length is None else max_seq_length,
             similarity=described.similarity,
             truncate_dim=described.truncate_dim,
         )
@@ -202,15 +204,14 @@ class TextEmbedder:
             ValueError: if texts are not strings, or an option is not valid.
         """
         check_size(batch_size=batch_size)
-        given = Texts.of(texts, prompt=self._prompt(prompt, prompt_name))
+        before = self._prompt(prompt, prompt_name)
+        given = Texts.of(texts, prompt=before)
         kept = self._check_dim(truncate_dim, self._kept)
         if normalize is not None:
             check_flag(normalize=normalize)
-        counted = 0
-        if not self._include_prompt:
-            counted = self._count(self._prompt(prompt, prompt_name))
+        first = 0 if self._include_prompt else self._count(before)
         reader = self._reader(batch_size)
-        vectors = reader.run(given, self._compute(counted), self._width, progress)
+        vectors = reader.run(given, self._compute(first), self._width, progress)
         if self._normalize and normalize is not False:
             vectors = to_unit_length(vectors)
         vectors = vectors[:, :kept]

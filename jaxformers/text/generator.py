@@ -18,10 +18,11 @@ from jaxformers.text.call import (
     render,
 )
 from jaxformers.text.conversation import Conversation
+from jaxformers.text.directory import tokenizer_beside
 from jaxformers.text.scores import TextScore, choose, score_texts
 from jaxformers.text.stream import TextStream
 from jaxformers.tokenizers.rows import check_texts
-from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from jaxformers.tokenizers.tokenizer import Tokenizer, check_tokenizer
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_lm import TransformerLM
 
@@ -38,7 +39,7 @@ class TextGenerator:
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: if they are not of this kind, or the model lacks tokens of the tokenizer.
+        ValueError: if they are not of this kind.
 
     Example:
         >>> import tokenizers
@@ -60,11 +61,7 @@ class TextGenerator:
                 "model must be a TransformerLM or a Transformer, which generate, got a "
                 f"{type(model).__name__}. TextEmbedder and TextClassifier take encoders."
             )
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError(
-                f"tokenizer must be a Tokenizer, got a {type(tokenizer).__name__}. Pass "
-                "load_tokenizer(directory)."
-            )
+        check_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
@@ -197,6 +194,7 @@ class TextGenerator:
         call, is_single = self._read_chat(messages, variables, *given)
         return stream(self.model, self.tokenizer, call, is_single)
 
+    @explain_options
     def conversation(
         self,
         messages: Messages = (),
@@ -216,7 +214,10 @@ class TextGenerator:
         return Conversation(self.model, self.tokenizer, *given)
 
     def choose(
-        self, prompt: str | Messages, answers: Sequence[str], variables: Any = None
+        self,
+        prompt: str | Messages,
+        answers: Sequence[str],
+        variables: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Returns the probability of each of some answers, given that it is one of them.
 
@@ -227,7 +228,7 @@ class TextGenerator:
             prompt: a text, or the messages of a conversation.
             answers: at least two different texts. After a text that ends without a space they
                 usually begin with one.
-            variables: as for `chat`.
+            variables: as for `chat`; None for a text.
 
         Raises:
             ValueError: if an argument is not of this kind, or there is no room for an answer.
@@ -239,6 +240,8 @@ class TextGenerator:
         is_chat = not isinstance(prompt, str)
         if is_chat:
             prompt = render(self.tokenizer, prompt, variables)
+        elif variables is not None:
+            raise ValueError("variables are for messages, got a text as prompt. Leave them out.")
         else:
             check_texts("prompt", prompt)
         if isinstance(answers, str):
@@ -338,14 +341,3 @@ class TextGenerator:
         before = [row[-BEFORE:] if continues else [] for row in rows]
         given = max_new_tokens, stop, skip_special_tokens, options
         return read_call(self.model, self.tokenizer, rows, before, *given), is_single
-
-
-def tokenizer_beside(model: Any, path_or_hub_name: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer of a checkpoint; that of an adapter may be the one of its base."""
-    try:
-        return load_tokenizer(path_or_hub_name)
-    except ValueError:
-        base = None if model.origin is None else model.origin.directory
-        if base is None or str(base) == str(path_or_hub_name):
-            raise
-        return load_tokenizer(base)

@@ -9,9 +9,10 @@ be the beginning of a stop string, is kept back.
 from collections.abc import Callable, Sequence
 
 UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are no character, or none yet
-# A character has at most four bytes: so many tokens that end in none hold bytes that are none.
+# A character has at most four bytes. If so many tokens do not end with a whole one, their bytes are
+# no characters, and there is nothing to wait for.
 LONGEST = 8
-WIDEST = 64  # tokens of a window, where most have no text
+WIDEST = 64  # the most tokens of a window, which grows while they have no text
 
 
 class WholeCharacters:

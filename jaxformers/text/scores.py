@@ -9,16 +9,21 @@ from jaxtyping import Float
 from jaxformers.files.json_file import shorten
 from jaxformers.generation.scoring import score_continuations
 from jaxformers.mistakes import special_of
+from jaxformers.text.batches import longest_first
 from jaxformers.text.call import encode_rows
 from jaxformers.tokenizers.tokenizer import Tokenizer
 from jaxformers.transformer import Transformer
+
+# A batch has at most so many tokens, because the program holds the log-probabilities of the whole
+# vocabulary for each of them.
+MOST_TOKENS = 2048
 
 
 class TextScore(NamedTuple):
     """The log-probability of each token of a text, given all before it.
 
     Arguments:
-        tokens: the ids, those without the ones that are given.
+        tokens: the ids that are scored.
         log_probs: float32, one for each.
     """
 
@@ -34,10 +39,6 @@ class TextScore(NamedTuple):
     def perplexity(self) -> float:
         """The exponential of the mean negative log-probability per token."""
         return float(np.exp(-self.log_probs.mean(dtype=np.float64)))
-
-
-# A batch has at most so many tokens: the log-probabilities of a whole vocabulary belong to each.
-MOST_TOKENS = 2048
 
 
 def score_texts(
@@ -76,7 +77,7 @@ def score_texts(
                 "another one as given=."
             )
     scores: list[Any] = [None] * len(rows)
-    for part in batches(list(map(len, rows))):
+    for part in cut_batches(list(map(len, rows))):
         targets = [rows[i] for i in part]
         inputs = [targets] if sources is None else [[sources[i] for i in part], targets]
         found = np.asarray(model.score(*inputs))
@@ -90,7 +91,7 @@ def score_texts(
 def choose(
     model: Any, tokenizer: Tokenizer, prompt: str, answers: list[str], is_chat: bool = False
 ) -> dict[str, float]:
-    """Returns the probability of each answer, of all that the prompt may be continued with.
+    """Returns the probability of each answer, given that one of them continues the prompt.
 
     Arguments:
         model, tokenizer: of the generator.
@@ -146,10 +147,10 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i, one in enumerate(same) if not one), min(map(len, rows)))
 
 
-def batches(lengths: list[int]) -> list[list[int]]:
-    """Returns the indices of rows in batches of similar length."""
+def cut_batches(lengths: list[int]) -> list[list[int]]:
+    """Returns the indices of rows in batches of similar length, of at most `MOST_TOKENS` each."""
     found: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in longest_first(lengths).tolist():
         longest = lengths[found[-1][0]] if found else 0
         if not found or (len(found[-1]) + 1) * longest > MOST_TOKENS:
             found.append([])

@@ -18,7 +18,8 @@ class TextStream(Iterator[Any]):
     Several threads may ask for pieces, each of which goes to one of them.
 
     Arguments:
-        columns: the new tokens, an array `(b,)` at a time, of which `close` may be called.
+        columns: an iterator of the new tokens, an array `(b,)` at a time. If it has a method
+            `close`, that is called at the end.
         rows: the text of each row, empty so far.
         is_single: whether there is one prompt, and no list of them.
         at_end: a function that is called once with the stream, at its end or when it is closed, but

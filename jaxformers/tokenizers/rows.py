@@ -27,6 +27,20 @@ def check_texts(name: str, texts: Any) -> list[str]:
     return list(listed)
 
 
+def check_pairs(texts: Any, pairs: Any, first: list[str], second: list[str]) -> None:
+    """Raises unless there is one second text for each text.
+
+    Arguments:
+        texts, pairs: as the caller gave them: two texts, or two lists.
+        first, second: the same as lists.
+    """
+    if isinstance(texts, str) != isinstance(pairs, str) or len(first) != len(second):
+        raise ValueError(
+            f"pairs must be one text to each of texts, got {len(second)} to {len(first)}. Pass two "
+            "strings, or two lists of equal length."
+        )
+
+
 def truncate(encoding: Any, max_length: int, side: str) -> tuple[list[int], list[int]]:
     """Returns ids and token types of an encoding, truncated to `max_length` on the given side.
 

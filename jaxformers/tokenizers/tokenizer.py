@@ -23,7 +23,7 @@ from jaxformers.tokenizers.files import (
     read_parts,
 )
 from jaxformers.tokenizers.gguf import read_gguf_tokenizer
-from jaxformers.tokenizers.rows import check_texts, stack, truncate
+from jaxformers.tokenizers.rows import check_pairs, check_texts, stack, truncate
 
 
 def load_tokenizer(path_or_hub_name: str | os.PathLike) -> "Tokenizer":
@@ -193,11 +193,7 @@ class Tokenizer:
         inputs: list[Any] = check_texts("texts", texts)
         if pairs is not None:
             seconds = check_texts("pairs", pairs)
-            if isinstance(texts, str) != isinstance(pairs, str) or len(inputs) != len(seconds):
-                raise ValueError(
-                    f"pairs must be one text to each of texts, got {len(seconds)} to "
-                    f"{len(inputs)}. Pass two strings, or two lists of equal length."
-                )
+            check_pairs(texts, pairs, inputs, seconds)
             inputs = list(zip(inputs, seconds, strict=True))
         encode = self.backend.encode_batch
         encodings = guarded(encode, inputs, add_special_tokens=add_special_tokens)
@@ -342,3 +338,12 @@ class Tokenizer:
         for before, after in self._clean_up:
             text = text.replace(before, after)
         return text
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises `ValueError` unless this is a `Tokenizer`."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"tokenizer must be a Tokenizer, got {shorten(tokenizer)}. Pass "
+            "load_tokenizer(directory)."
+        )

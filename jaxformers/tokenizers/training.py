@@ -76,14 +76,20 @@ def bytes_tokenizer() -> Tokenizer:
         Array([104, 195, 169], dtype=int32)
     """
     package = _package()
-    # The package writes 188 printable bytes as themselves, the others as chr(256), chr(257), ...
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    letters |= {chr(256 + k): byte for k, byte in enumerate(others)}
-    backend = _byte_level(package, package.models.BPE(letters, []))
+    backend = _byte_level(package, package.models.BPE(byte_letters(), []))
     backend.add_special_tokens([END])
     return _with_files(backend, {"eos_token": END})
+
+
+def byte_letters() -> dict[str, int]:
+    """Returns the byte that each character stands for in a byte-level vocabulary.
+
+    188 printable bytes are written as themselves, and the others as chr(256), chr(257) and so on
+    (GPT-2's `bytes_to_unicode`).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(x): x for x in printable} | {chr(256 + i): x for i, x in enumerate(others)}
 
 
 def characters_tokenizer(texts: Iterable[str]) -> Tokenizer:
