@@ -321,6 +321,7 @@ def test_few_programs(text):
     """After a warm-up nothing is compiled for other lengths, batches, numbers and stop strings."""
     assert text.warm_up(24, 16, batch_size=4, key=KEY, temperature=0.5) > 0
     text.warm_up(24, 16, streams=True)
+    text.warm_up(16, 16, stop="mat")
 
     keys = [jax.random.key(n) for n in range(4)]
     with count_compilations() as compiled:
@@ -328,6 +329,7 @@ def test_few_programs(text):
             text(["the cat", "x", "was it?"][:n], 9 + n, key=keys[n], temperature=0.3 * n)
         text(["the cat", "x", "was it?", "y", "z"] * 2, 9, key=KEY, temperature=0.9, batch_size=4)
         list(text.stream("on a mat", 13, stop=["it"]))
+        text("the cat", 12, stop=["it", "was"])
     assert compiled == []
 
 

@@ -1,7 +1,7 @@
 """The texts that a model generates for a call."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,7 @@ def compile_ahead(
     max_new_tokens: int,
     batch_size: int,
     streams: bool,
+    stop: str | Sequence[str] | None,
     options: Mapping[str, Any],
 ) -> float:
     """Compiles the programs of calls, and returns the seconds that it took.
@@ -141,8 +142,9 @@ def compile_ahead(
     for count in sizes_up_to(batch_size, smallest=1):
         for length in sizes_up_to(prompt_tokens, model.max_seq_length):
             rows = [[0] * length] * count
-            given = max_new_tokens, None, True, options
+            given = max_new_tokens, stop, True, options
             call = read_call(model, tokenizer, rows, rows, *given)
+            asked = with_stops(model, tokenizer, call)
             if streams:
                 columns = stream(model, tokenizer, call, False).columns
                 for _ in range(2):  # the first column, and one after it
@@ -150,7 +152,7 @@ def compile_ahead(
             elif isinstance(model, Transformer):
                 source = read_source(model, rows, None)
                 target = begin_target(model, source, None, None, None)
-                compile_generate(model, target, max_new_tokens, call.options, source)
+                compile_generate(model, target, max_new_tokens, asked, source)
             else:
-                compile_generate(model, rows, max_new_tokens, call.options)
+                compile_generate(model, rows, max_new_tokens, asked)
     return time.perf_counter() - begin

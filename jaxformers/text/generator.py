@@ -287,6 +287,7 @@ class TextGenerator:
         *,
         batch_size: int = 1,
         streams: bool = False,
+        stop: str | Sequence[str] | None = None,
         **options: Unpack[AllOptions],
     ) -> float:
         """Compiles what later calls need, and returns the seconds that it took.
@@ -300,6 +301,8 @@ class TextGenerator:
             max_new_tokens: as in the calls to come, 256.
             batch_size: the largest number of prompts at a time, 1.
             streams: whether to compile for `stream` and conversations instead, False.
+            stop: stop strings like those of the calls to come. Calls with any have programs of
+                their own; streams have the same ones with and without.
             **options: those of the calls to come.
         """
         check_size(
@@ -307,7 +310,7 @@ class TextGenerator:
         )
         check_flag(streams=streams)
         sizes = prompt_tokens, max_new_tokens, batch_size
-        return compile_ahead(self.model, self.tokenizer, *sizes, streams, options)
+        return compile_ahead(self.model, self.tokenizer, *sizes, streams, stop, options)
 
     def _read(
         self,
