@@ -203,15 +203,15 @@ def compare(architecture, path, config):
     return f"{worst:.2g} {lost or ''}" if lost or not worst < bound else None
 
 
-def answer(model):
-    """What the torch model says of the tokens."""
+def answer(model, exact=False):
+    """What the torch model says of the tokens, in float32 or, without rounding, in float64."""
     import torch
 
     tokens = {"input_ids": torch.tensor(TOKENS)}
     if model.config.is_encoder_decoder:
         tokens["decoder_input_ids"] = tokens["input_ids"][:, :5]
     with torch.no_grad():
-        first = model.float()(**tokens)[0]
+        first = (model.double() if exact else model.float())(**tokens)[0]
     if type(model).__name__ == "ElectraForPreTraining":
         first = first[..., None]
     head = model.get_output_embeddings()

@@ -32,7 +32,7 @@ from jaxformers.adapters import over_root_rank  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("quick_compilation", "no_shape_checker")
-TOLERANCE = 1e-5
+TOLERANCE, ROUNDINGS = 1e-5, 3
 # The adapters of PEFT: ways to choose modules, ranks and scales, and what is trained beside them.
 ADAPTERS = {
     "gpt2": dict(
@@ -95,12 +95,16 @@ def read_by_peft(name, directory, where):
 def test_an_adapter_of_peft(name, made, tmp_path):
     """The outputs are those of PEFT: adapted, merged, and saved again for PEFT."""
     directory, theirs, ours = made(name), tmp_path / "theirs", tmp_path / "ours"
-    expected = answer(adapted_by_peft(name, directory, ADAPTERS[name], theirs))
+    reference = adapted_by_peft(name, directory, ADAPTERS[name], theirs)
+    expected = answer(reference)
+    # Log-probabilities of -19 have roundings of this size: those of PEFT itself say how large.
+    roundings = ROUNDINGS * np.abs(expected - answer(reference, exact=True)).max()
+    allowed = max(TOLERANCE, roundings)
     model = from_pretrained(directory)
     adapted = load_adapter(model, theirs)
     assert np.abs(outputs(model) - expected).max() > 0.05
     assert np.abs(outputs(adapted) - expected).max() < TOLERANCE
-    assert np.abs(outputs(merge(adapted)) - expected).max() < TOLERANCE
+    assert np.abs(outputs(merge(adapted)) - expected).max() < allowed
     assert_same(unload(adapted), model)
     save_adapter(adapted, ours)
     assert np.abs(read_by_peft(name, directory, ours) - expected).max() < TOLERANCE
