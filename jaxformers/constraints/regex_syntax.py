@@ -38,7 +38,7 @@ LETTERS = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w"}
 
 
 class Dialect(NamedTuple):
-    """What the letters of a pattern mean: the characters of `.`, and of classes such as `\\d`."""
+    """The meaning of the letters of a pattern: the characters of `.` and of such as `\\d`."""
 
     any_character: Ranges
     category: Callable[[str, bool, bool], Ranges]  # name, whether negated, whether in ASCII alone

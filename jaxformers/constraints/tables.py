@@ -17,7 +17,7 @@ ENTRIES = 32_000_000
 
 
 class Tables(NamedTuple):
-    """Where each token leads from each state; the state at the beginning is 0.
+    """The state that each token leads to from each state; the one at the beginning is 0.
 
     Arguments:
         class_of: int32, `(v,)`, the column of each token.

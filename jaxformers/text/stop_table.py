@@ -4,6 +4,7 @@ Aho and Corasick 1975 find several texts in one pass over the bytes: a state is 
 what was read that begins one of them. A token is its bytes one after the other.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -29,6 +30,11 @@ def stop_table(strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) ->
     It is None for a tokenizer whose tokens are no bytes by themselves. Then rows end later, and
     their texts are the same.
     """
+    return _made(tuple(strings), tokenizer, vocab_size)
+
+
+@functools.lru_cache(maxsize=16)  # every batch and every call with the same strings has the same
+def _made(strings: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> StopTable | None:
     try:
         vocabulary = vocabulary_of(tokenizer)
     except ValueError:
