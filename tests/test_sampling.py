@@ -52,6 +52,15 @@ def test_all_of_the_probability_is_every_token(name):
     assert got[0].all() and not got[1, :5][np.argmin(FAR)]
 
 
+def test_all_of_the_probability_after_another_cut_cuts_nothing_more():
+    logits = np.array([[2.0, 1.0, 0.0, -1.0, -200.0]] * 2, np.float32)
+    wanted = warp(logits, top_k=3)
+    assert np.isfinite(wanted).sum() == 6
+    np.testing.assert_array_equal(warp(logits, top_k=3, top_p=1.0), wanted)
+    got = np.isfinite(warp(logits, top_k=[3, 4], top_p=[1.0, 0.5])).sum(axis=-1)
+    np.testing.assert_array_equal(got, [3, 1])
+
+
 def test_a_small_min_p_cuts_what_is_less_probable():
     logits = np.array([[0.0, -60.0, -80.0, -100.0]], np.float32)
     np.testing.assert_array_equal(np.isfinite(warp(logits, min_p=1e-30)), [[1, 1, 0, 0]])

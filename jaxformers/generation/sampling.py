@@ -100,6 +100,7 @@ def cut_top(
     """
     v = logits.shape[-1]
     ascending = jnp.sort(logits, axis=-1)
+    lowest = jnp.full((len(logits), 1), -jnp.inf, logits.dtype)
     if top_k is not None:
         kept = jnp.clip(top_k, keep, v)
         lowest = jnp.take_along_axis(ascending, v - kept[:, None], axis=-1)
@@ -108,7 +109,7 @@ def cut_top(
         below = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - top_p[:, None]
         below &= top_p[:, None] < 1  # tokens whose probability underflows are not cut by 1
         ascending = jnp.where(below & (jnp.arange(v) < v - keep), jnp.inf, ascending)
-        lowest = ascending.min(-1, keepdims=True)
+        lowest = jnp.maximum(lowest, ascending.min(-1, keepdims=True))
     return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
