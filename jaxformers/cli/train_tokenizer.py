@@ -16,6 +16,7 @@ def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "train-tokenizer",
         help="train a byte-level BPE tokenizer",
+        usage="%(prog)s FILE ... [OPTIONS]",
         description="Train a byte-level BPE tokenizer on text files (UTF-8) or JSON lines "
         "(.jsonl), and save it for load_tokenizer and for AutoTokenizer of transformers.",
     )

@@ -63,6 +63,29 @@ def load(
         quantized: as in `jaxformers.from_pretrained`.
     """
     check_flag(quantized=quantized)
+    plan, stored, origin = prepare(path, found, classes, head)
+    arrays = read_arrays(plan, stored, dtype, sharding, quantized)
+    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+
+
+def outline(path: Any, classes: Mapping[str, Any]) -> Any:
+    """Returns the model of a checkpoint with shapes and types in place of its arrays.
+
+    It reads no weights, so that it takes no memory for them.
+    """
+    plan, stored, origin = prepare(path, find_checkpoint(path), classes)
+    shapes = {
+        ours: jax.ShapeDtypeStruct(plan.leaves[ours].shape, stored.dtype(rule.theirs[0]))
+        for rule in plan.rules
+        for ours in rule.ours
+    }
+    return with_origin(jax.tree.map(lambda path: shapes[path], plan.paths), origin)
+
+
+def prepare(
+    path: Any, found: Path, classes: Mapping[str, Any], head: FreshHead | None = None
+) -> tuple[WeightPlan, FileTensors, Origin]:
+    """Returns the plan for the model of a checkpoint, its tensors, and its origin."""
     directory, config, files = open_checkpoint(path, found)
     family = choose_table(family_of(config), config, files, classes) if KEY in config else None
     if family is not None and family.shape not in classes:
@@ -80,9 +103,7 @@ def load(
     stored = FileTensors(family, files)
     config = config if head is None else head.begin(stored, config)
     a, plan = plan_model(config, stored, classes, head)
-    origin = read_origin(directory, config, family, a.vocab_size, stored.bare)
-    arrays = read_arrays(plan, stored, dtype, sharding, quantized)
-    return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
+    return plan, stored, read_origin(directory, config, family, a.vocab_size, stored.bare)
 
 
 def find_checkpoint(path: Any) -> Path:

@@ -1,0 +1,51 @@
+"""The command `python -m jaxformers convert PATH OUT`."""
+
+import argparse
+from pathlib import Path
+
+from jaxformers.cli.help import Help
+
+EXAMPLES = """examples:
+  jaxformers convert SmolLM2-135M.Q4_1.gguf smollm2/              # for transformers
+  jaxformers convert gpt2/ gpt2.safetensors --dtype bfloat16      # one file, for jaxformers.load
+  jaxformers convert llama/ merged/ --adapter lora/               # an adapter merged
+"""
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Adds the command `convert PATH OUT`."""
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint in another format",
+        description="Read a checkpoint (safetensors, pytorch_model.bin, GGUF, or an adapter with "
+        "its base) and write it to OUT: a directory in the format of transformers with the "
+        "tokenizer, or a file .safetensors for jaxformers.load.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument("out", metavar="OUT", help="a directory, or a file .safetensors")
+    parser.add_argument("--dtype", metavar="NAME", help="the type of the weights, as bfloat16")
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter of PEFT, which is merged")
+    parser.set_defaults(run=run_convert)
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from jaxformers.adapters.peft_load import load_adapter
+    from jaxformers.checkpoint.model_file import save
+    from jaxformers.pretrained import from_pretrained
+    from jaxformers.weights import merge
+
+    out = Path(options.out)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"OUT must not be there yet, or be an empty directory, got {out}.")
+    model = from_pretrained(options.path, dtype=options.dtype)
+    if options.adapter is not None:
+        model = load_adapter(model, options.adapter)
+    model = merge(model)
+    if out.suffix == ".safetensors":
+        save(out, model)
+    else:
+        model.save_pretrained(out)
+    print(f"written: {out}")
+    return 0

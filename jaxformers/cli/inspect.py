@@ -1,0 +1,168 @@
+"""The command `python -m jaxformers inspect PATH`."""
+
+import argparse
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from jaxformers.cli.help import Help
+from jaxformers.cli.text_model import to_json
+
+EXAMPLES = """examples:
+  jaxformers inspect SmolLM2-135M
+  jaxformers inspect gpt2.gguf --json
+"""
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    """Adds the command `inspect PATH`."""
+    parser = commands.add_parser(
+        "inspect",
+        help="the sizes of a checkpoint, without reading its weights",
+        description="Print the parameters of a checkpoint by part, the memory of its weights and "
+        "of its cache, and the operations for a token.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from jaxformers.hf.load import outline
+    from jaxformers.transformer import Transformer
+    from jaxformers.transformer_encoder import TransformerEncoder
+    from jaxformers.transformer_lm import TransformerLM
+
+    classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
+    found = sizes(outline(options.path, classes))
+    print(to_json(found) if options.json else "\n".join(table(found)))
+    return 0
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    """Returns the sizes of a model, whose arrays may be shapes alone.
+
+    An operation is an addition or a multiplication; norms, activations and softmax do not count.
+    Of several experts those count that a token goes to.
+    """
+    import jax
+
+    from jaxformers.paths import path_name
+
+    leaves = [
+        (path_name(path), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(model)
+        if hasattr(x, "dtype")
+    ]
+    parts: Counter[str] = Counter()
+    for name, x in leaves:
+        parts[part_of(name)] += math.prod(x.shape)
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "parameters": sum(parts.values()),
+        "parts": dict(parts.most_common()),
+        "bytes": sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves),
+        "dtypes": sorted({str(x.dtype) for _, x in leaves}),
+        "max_seq_length": model.max_seq_length,
+        "trained_length": None if model.origin is None else model.origin.trained_length,
+        "operations_per_token": operations(model),
+    }
+    if hasattr(model, "decoder"):
+        found["operations_per_token_of_context"] = scores(model.decoder)
+        found["cache_bytes_per_token"] = cache_bytes(model)
+    return found
+
+
+def part_of(name: str) -> str:
+    """Returns the part of a model that an array belongs to, all layers together.
+
+    Example:
+        >>> part_of("decoder.layers.3.self_attention.wq"), part_of("output.weight")
+        ('decoder.self_attention', 'output')
+    """
+    name = re.sub(r"\.layers(\.\d+)?", "", name)
+    first, *rest = name.split(".")[:-1]
+    if first in ("decoder", "encoder") and rest:
+        return (
+            f"{first}.norms"
+            if "norm" in rest[0] or rest[0].endswith("_residual")
+            else f"{first}.{rest[0]}"
+        )
+    return first
+
+
+def operations(model: Any) -> int:
+    """Returns the operations of the linear maps for one token."""
+    import jax
+
+    from jaxformers.mixture_of_experts import MixtureOfExperts
+    from jaxformers.paths import path_name
+    from jaxformers.weight_fields import map_weights
+
+    def is_mixture(x: Any) -> bool:
+        return isinstance(x, MixtureOfExperts)
+
+    mixtures = {
+        path_name(path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_mixture)
+        if is_mixture(x)
+    }
+    total = 0
+
+    def count(name: str, weight: Any, axes: Any) -> Any:
+        nonlocal total
+        size = math.prod(weight.shape)
+        mixture = mixtures.get(name.rpartition(".")[0])
+        if mixture is not None and axes.apart:
+            size = size * mixture.top_k // mixture.router.shape[-1]
+        if "embedding" not in name:
+            total += 2 * size
+        return weight
+
+    map_weights(count, model)
+    output = getattr(model, "output", None)
+    if output is not None and output.tied:
+        embedding = model.tgt_embedding if hasattr(model, "tgt_embedding") else model.embedding
+        total += 2 * math.prod(embedding.table.shape)
+    return total
+
+
+def scores(decoder: Any) -> int:
+    """Returns the operations of attention for one token and each token that it attends to."""
+    import jax
+
+    shapes = jax.eval_shape(lambda: decoder.init_cache(1, 1))
+    layers = zip(decoder.layers, shapes.layers, strict=False)
+    return sum(4 * layer.self_attention.num_heads * own.own.keys.shape[-1] for layer, own in layers)
+
+
+def cache_bytes(model: Any) -> int:
+    """Returns the bytes that one more token takes in a cache of a decoder."""
+    import jax
+
+    def size(slots: int) -> int:
+        cache = jax.eval_shape(lambda: model.decoder.init_cache(1, slots))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
+
+    return size(2) - size(1)
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Returns the sizes in lines for a reader."""
+    context = found["max_seq_length"] or found["trained_length"]
+    lines = [
+        f"{found['class']}, {', '.join(found['dtypes'])}",
+        f"{found['parameters']:>16,} parameters, {found['bytes'] / 1e6:,.1f} MB",
+    ]
+    lines += [f"{count:>16,} {name}" for name, count in found["parts"].items()]
+    lines += [f"{found['operations_per_token']:>16,} operations for a token"]
+    if "cache_bytes_per_token" in found:
+        more = found["operations_per_token_of_context"]
+        lines += [
+            f"{more:>16,} more for each token that it attends to",
+            f"{found['cache_bytes_per_token']:>16,} bytes of cache for a token",
+        ]
+    return lines + ([f"{context:>16,} tokens of context"] if context else [])

@@ -1,0 +1,116 @@
+"""The options of the commands that generate, and the model that they name."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint and how it is read."""
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="the type of the weights, such as bfloat16 (default: the file's)",
+    )
+    parser.add_argument(
+        "--quantize", type=int, choices=(8, 4), metavar="BITS", help="weights of 8 or 4 bits"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="the directory of an adapter of PEFT")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of one answer."""
+    for name, kind, metavar, text in GENERATION:
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may come again"
+    )
+    parser.add_argument("--schema", metavar="FILE", help="a JSON Schema that the text keeps to")
+    parser.add_argument("--regex", metavar="PATTERN", help="a pattern that the text matches")
+    parser.add_argument(
+        "--verbose", action="store_true", help="say on standard error how long it took"
+    )
+
+
+GENERATION = (
+    ("max-new-tokens", int, "N", "the most new tokens (default: 256)"),
+    ("temperature", float, "X", "0 takes the likeliest token (default: 0)"),
+    ("top-k", int, "N", "sample from the N likeliest tokens"),
+    ("top-p", float, "X", "sample from the likeliest tokens that hold this probability"),
+    ("repetition-penalty", float, "X", "above 1 discourages tokens that came before"),
+    ("seed", int, "N", "the seed of sampling (default: 0)"),
+)
+
+
+def load_text(options: argparse.Namespace) -> Any:
+    """Returns the `TextGenerator` that the options name."""
+    from jaxformers.adapters.peft_load import load_adapter
+    from jaxformers.compilation_cache import keep_compiled_programs
+    from jaxformers.quantization.quantize import quantize
+    from jaxformers.text.generator import TextGenerator
+
+    begin = time.perf_counter()
+    try:
+        keep_compiled_programs()
+    except ValueError as error:
+        print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
+    text = TextGenerator.from_pretrained(options.path, dtype=options.dtype)
+    if options.adapter is not None:
+        text.model = load_adapter(text.model, options.adapter)
+    if options.quantize is not None:
+        text.model = quantize(text.model, bits=options.quantize)
+    if options.verbose:
+        print(f"loaded in {time.perf_counter() - begin:.2f} s", file=sys.stderr)
+    return text
+
+
+def generation_options(options: argparse.Namespace, text: Any) -> dict[str, Any]:
+    """Returns the arguments of a call of a `TextGenerator`."""
+    import jax
+
+    from jaxformers.constraints.constraint import Regex
+    from jaxformers.constraints.json_schema import JSONSchema
+
+    names = "max_new_tokens", "top_k", "top_p", "repetition_penalty", "stop"
+    given = {name: getattr(options, name) for name in names}
+    found: dict[str, Any] = {name: x for name, x in given.items() if x is not None}
+    samples = (options.temperature or 0) != 0
+    if samples:
+        found |= {"temperature": options.temperature, "key": jax.random.key(options.seed or 0)}
+    elif options.seed is not None:
+        raise ValueError("--seed is for sampling, got temperature 0. Pass --temperature 0.8.")
+    if options.schema is not None and options.regex is not None:
+        raise ValueError("--schema and --regex both say what the text is, got both. Pass one.")
+    if options.schema is not None:
+        found["constraint"] = JSONSchema(Path(options.schema).read_text(), text.tokenizer)
+    if options.regex is not None:
+        found["constraint"] = Regex(options.regex, text.tokenizer)
+    return found
+
+
+class Speed:
+    """The times of an answer, which `--verbose` shows."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.first: float | None = None
+
+    def piece(self) -> None:
+        """Remembers when the first piece of text came."""
+        if self.first is None:
+            self.first = time.perf_counter() - self.begin
+
+    def said(self, tokens: int) -> str:
+        """Returns the times in words."""
+        seconds = time.perf_counter() - self.begin
+        first = seconds if self.first is None else self.first
+        return f"first text after {first:.2f} s, {tokens} tokens in {seconds:.2f} s"
+
+
+def to_json(value: Any) -> str:
+    """Returns one line of JSON."""
+    return json.dumps(value, ensure_ascii=False)
