@@ -1,15 +1,19 @@
 """The command line: `jaxformers COMMAND`, or `python -m jaxformers COMMAND`."""
 
 import argparse
+import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from jaxformers.cli.chat import add_chat
 from jaxformers.cli.convert import add_convert
 from jaxformers.cli.embed import add_embed
 from jaxformers.cli.finetune import add_finetune
 from jaxformers.cli.generate import add_generate
+from jaxformers.cli.help import Help, Parser
 from jaxformers.cli.inspect import add_inspect
 from jaxformers.cli.tokenize import add_tokenize
 from jaxformers.cli.train_tokenizer import add_train_tokenizer
@@ -22,25 +26,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 0; 1 if a check failed or nothing ran; 2 for wrong arguments; 130 after Ctrl-C; 141 if
     whoever reads the output went away.
     """
-    options = make_parser().parse_args(arguments)
-    try:
-        status = options.run(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # What is still to be written at the end of the process would fail in the same way.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line
-        return 1
+    open_streams()
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        try:
+            options = make_parser().parse_args(arguments)
+            status = options.run(options)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            drop_output()
+            return 141
+        except KeyboardInterrupt:
+            return 130
+        except MemoryError as error:
+            return failed(f"the memory does not suffice. {error}")
+        except OSError as error:
+            is_of_file = error.filename is not None and error.strerror is not None
+            return failed(f"{error.filename}: {error.strerror}" if is_of_file else error)
+        except (ImportError, ValueError, FloatingPointError) as error:
+            return failed(error)
+        except RuntimeError as error:
+            if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+                raise  # a mistake of ours, whose place is worth knowing
+            return failed(error)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="jaxformers", description=__doc__)
+    parser = Parser(
+        prog="jaxformers",
+        description="Transformers in JAX: generate text, chat, embed, convert and train. "
+        "jaxformers COMMAND --help shows the options of a command, with examples.",
+        formatter_class=Help,
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in ADD:
         add(commands)
@@ -51,6 +70,37 @@ ADD = (
     *(add_generate, add_chat, add_embed, add_inspect, add_convert),
     *(add_verify, add_tokenize, add_train_tokenizer, add_finetune),
 )
+
+
+def failed(error: Any) -> int:
+    """Says an error in one line. Returns the exit status."""
+    with contextlib.suppress(OSError):  # whatever is left to write may not be written either
+        try:
+            sys.stdout.flush()
+        except OSError:
+            drop_output()
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+    return 1
+
+
+def note(message: Any, *_: Any, **__: Any) -> None:
+    """Says a warning in one line, without the line of code that it came from."""
+    print("note:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def drop_output() -> None:
+    """Sends standard output nowhere, or its rest would fail again at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_streams() -> None:
+    """Opens streams that the process began without, or files would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
+    # A terminal that lacks a character gets a substitute.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

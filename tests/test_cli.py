@@ -1,10 +1,13 @@
 """The commands for texts: what they write, their exit statuses, and errors of one line."""
 
+import codecs
 import io
 import json
 import os
 import re
+import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +23,17 @@ from test_token_text import byte_level
 
 import jaxformers
 from jaxformers import (
+    GatedFeedForward,
     LayerNorm,
+    RMSNorm,
+    RotaryPositionalEncoding,
     TextGenerator,
     TransformerEmbedding,
     TransformerEncoder,
     TransformerLM,
     load,
 )
-from jaxformers.__main__ import ADD, main, make_parser
+from jaxformers.__main__ import ADD, main
 from jaxformers.cli.inspect import sizes
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -47,19 +53,54 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A directory with a small model whose answers do not end by themselves."""
+    directory = tmp_path_factory.mktemp("endless")
+    sizes = {"d_model": 24, "num_heads": 4, "num_layers": 1, "d_ff": 40, "max_seq_length": 9000}
+    pieces = {"norm": RMSNorm, "feed_forward": GatedFeedForward, "use_bias": False}
+    position = RotaryPositionalEncoding()
+    model = TransformerLM(V, **sizes, **pieces, position=position, key=jax.random.key(3))
+    model.save_pretrained(directory)
+    tokenizer_of(byte_level(), chat_template=TEMPLATE).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A directory with a small BERT and its tokenizer."""
+    directory = tmp_path_factory.mktemp("encoder")
+    words = {f"w{i}": i for i in range(40)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    norm = partial(TransformerEmbedding, norm=LayerNorm, num_token_types=2)
+    options = {"learnable_pos": True, "embedding_scale": 1.0, "norm_first": False}
+    sizes = 40, 12, 2, 1, 20, 32
+    model = TransformerEncoder(*sizes, **options, embedding=norm, key=jax.random.key(0))
+    model.save_pretrained(directory)
+    tokenizer_of(backend).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def text(checkpoint):
     return TextGenerator.from_pretrained(checkpoint)
 
 
+@pytest.fixture(autouse=True)
+def programs(tmp_path_factory, monkeypatch):
+    """Programs are kept in a folder of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
+def run(capsys):
     """A function that runs a command, and returns its status and what it wrote."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
 
     def run(*arguments):
         status = main([str(x) for x in arguments])
         return status, *capsys.readouterr()
 
+    run.output = lambda: capsys.readouterr().out
     return run
 
 
@@ -71,7 +112,7 @@ def test_generate(run, checkpoint, text, monkeypatch):
     )
     found = json.loads(out)
     assert status == 0 and found["text"] == wanted and len(found["log_probs"]) == 12
-    assert found["finish_reason"] == "length" and "12 tokens in" in errors
+    assert found["finish_reason"] == "length" and "12 tokens" in errors
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat"))
     assert run("generate", checkpoint, "-", "--max-new-tokens", 12)[1] == wanted + "\n"
     messages = [{"role": "system", "content": "mat"}, {"role": "user", "content": "the cat"}]
@@ -102,28 +143,18 @@ def test_generate_with_a_constraint(run, checkpoint, tmp_path):
     assert both[0] == 1 and "--schema and --regex" in both[2]
 
 
-def test_embed(run, tmp_path):
-    directory = tmp_path / "encoder"
-    words = {f"w{i}": i for i in range(40)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    norm = partial(TransformerEmbedding, norm=LayerNorm, num_token_types=2)
-    options = {"learnable_pos": True, "embedding_scale": 1.0, "norm_first": False}
-    sizes = 40, 12, 2, 1, 20, 32
-    model = TransformerEncoder(*sizes, **options, embedding=norm, key=jax.random.key(0))
-    model.save_pretrained(directory)
-    tokenizer_of(backend).save(directory)
+def test_embed(run, encoder, tmp_path):
     lines = _file(tmp_path, "w1 w2\nw3\n\nw4 w5 w6\n")
-    status, out, _ = run("embed", directory, lines, "--json")
+    status, out, _ = run("embed", encoder, lines, "--json")
     rows = [json.loads(x) for x in out.splitlines()]
     assert status == 0 and [x["text"] for x in rows] == ["w1 w2", "w3", "", "w4 w5 w6"]
-    wanted = jaxformers.TextEmbedder.from_pretrained(directory)([x["text"] for x in rows])
+    wanted = jaxformers.TextEmbedder.from_pretrained(encoder)([x["text"] for x in rows])
     np.testing.assert_allclose([x["vector"] for x in rows], wanted, rtol=1e-5, atol=1e-6)
-    assert run("embed", directory, lines, "--out", tmp_path / "v.npy")[0] == 0
+    assert run("embed", encoder, lines, "--out", tmp_path / "v.npy")[0] == 0
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), wanted, rtol=1e-5, atol=1e-6)
-    plain = run("embed", directory, lines)[1].splitlines()
+    plain = run("embed", encoder, lines)[1].splitlines()
     np.testing.assert_allclose(np.array(plain[0].split(), float), wanted[0], rtol=1e-4, atol=1e-5)
-    assert run("embed", directory, lines, "--out", tmp_path / "v.txt")[0] == 1
+    assert run("embed", encoder, lines, "--out", tmp_path / "v.txt")[0] == 1
 
 
 def test_inspect(run, checkpoint, text):
@@ -180,21 +211,105 @@ def test_errors_are_one_line(run, checkpoint, arguments):
     assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) > 30
 
 
-def test_help_fits_the_terminal_and_its_examples_can_be_read(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    for add in ADD:
-        name = add.__name__.removeprefix("add_").replace("_", "-")
-        with pytest.raises(SystemExit) as end:
-            main([name, "--help"])
-        assert end.value.code == 0
-        text, _, examples = capsys.readouterr().out.partition("\nexamples:")
-        assert max(map(len, text.splitlines())) <= 60, name
-        for line in examples.strip().splitlines():
-            words = shlex.split(line.split("| ")[-1], comments=True)
-            assert words[:2] == ["jaxformers", name] and make_parser().parse_args(words[1:]).run
+def cut(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def writing(name, content):
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+BROKEN = {
+    "cut": (cut, "truncated"),
+    "no-weights": (without("model.safetensors"), "has no model.safetensors"),
+    "no-config": (without("config.json"), "config.json is missing"),
+    "no-tokenizer": (without("tokenizer.json"), "no tokenizer.json"),
+    "bad-json": (writing("config.json", b'{"model_type": '), "not valid JSON"),
+    "not-utf-8": (writing("config.json", b"\xff\xfe"), "not valid JSON"),
+    "unknown-type": (writing("config.json", b'{"model_type": "mamba9"}'), "mamba9"),
+    "no-type": (writing("config.json", b"{}"), "model_type"),
+    "bad-tokenizer": (writing("tokenizer.json", b'{"a": 1}'), "tokenizer.json is broken"),
+    "gguf": (writing("one.gguf", b"GGUF" + bytes(30)), "one.gguf"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_line(run, checkpoint, tmp_path, name):
+    spoil, wanted = BROKEN[name]
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(checkpoint, spoilt)
+    spoil(spoilt)
+    status, out, errors = run("generate", spoilt / "one.gguf" if name == "gguf" else spoilt, "x")
+    assert (status, out, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("error: ") and wanted in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("generat",), ("generate",), ("generate", "a", "b", "--top-k", "x"), ("chat", "a", "--x")],
+    ids=lambda x: "-".join(x) or "nothing",
+)
+def test_wrong_options_are_one_line(capsys, arguments):
     with pytest.raises(SystemExit) as end:
-        main(["generate", "--no-such-option"])
-    assert end.value.code == 2
+        main(arguments)
+    out, errors = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and errors.count("\n") == 1
+    assert errors.startswith("error: ") and errors.endswith(" --help.\n")
+
+
+def help_of(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for name in NAMES:
+        text = help_of(name, capsys)
+        assert max(map(len, text.splitlines())) <= 60, text
+        assert examples_in(text) == examples_in(help_of(name, capsys)) != []
+
+
+NAMES = [add.__name__.removeprefix("add_").replace("_", "-") for add in ADD]
+
+
+def examples_in(text):
+    """The words of each example of a help."""
+    lines = text.partition("\nexamples:\n")[2].replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x != "verify"])
+def test_the_examples_of_the_help_run(name, run, checkpoint, encoder, tmp_path, monkeypatch):
+    """In a folder with small files of these names."""
+    monkeypatch.chdir(tmp_path)
+    model = jaxformers.from_pretrained(checkpoint)
+    jaxformers.save_adapter(jaxformers.lora(model, rank=2, key=jax.random.key(0)), "lora")
+    Path("SmolLM2-135M-Instruct").symlink_to(checkpoint)
+    Path("all-MiniLM-L6-v2").symlink_to(encoder)
+    Path("book.txt").write_text("the cat sat on the mat\n" * 9)
+    Path("sentences.txt").write_text("w1 w2\nw3\n")
+    Path("articles.jsonl").write_text('{"body": "the cat sat on the mat"}\n' * 9)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cat"}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
+    Path("person.json").write_text('{"enum": ["Anna", "Ben"]}')
+    with pytest.raises(SystemExit):
+        run(name, "--help")
+    for words in examples_in(run.output()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat"))
+        if words[0] == "echo":
+            words = words[words.index("|") + 1 :]
+        words = [x.replace("Instruct.Q4_1.gguf", "Instruct") for x in words]
+        assert words[:2] == ["jaxformers", name]
+        status, out, errors = run(*words[1:])
+        assert status == 0, errors
 
 
 def started(*arguments, **options):
@@ -216,35 +331,105 @@ def test_a_reader_that_goes_away(checkpoint):
     assert process.wait(60) == 141 and "Traceback" not in errors
 
 
-def test_a_chat_in_a_terminal(checkpoint, text):
-    """Turns, a paste of several lines, Ctrl-C at the prompt and within an answer, and the end."""
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    process = started("chat", checkpoint, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
-    os.close(theirs)
-    seen = b""
+class Typist:
+    """A chat in a terminal of its own, with somebody who types and reads."""
 
-    def until(*signs):
-        nonlocal seen
-        end = time.monotonic() + 90
-        while not any(sign in seen for sign in signs):
-            assert time.monotonic() < end, seen
-            seen += os.read(ours, 4096)
-        before, seen = seen, b""
-        return before.decode()
+    def __init__(self, *arguments):
+        pty = pytest.importorskip("pty")
+        self.ours, theirs = pty.openpty()
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        self.process = started("chat", *arguments, "--verbose", **streams)
+        os.close(theirs)
+        self.seen = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
-    until(b"> ")
-    for message in ("the cat 日本?", "first line\nsecond line"):
-        os.write(ours, message.encode() + b"\n")
-        assert until(b"\n> ")
-    os.write(ours, b"/reset\n")
-    until(b"> ")
-    os.write(ours, b"on a mat\n")
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)  # within the answer, or at the prompt after it
-    until(b"> ")
-    os.write(ours, b"/exit\n")
-    assert process.wait(60) == 0
-    assert b"Traceback" not in process.stderr.read()
-    process.stderr.close()
-    os.close(ours)
+    def until(self, sign):
+        """Reads until a sign comes, and returns what came before it."""
+        end = time.monotonic() + 300
+        while sign not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.ours], [], [], 1)[0]:
+                self.seen += self.decode(os.read(self.ours, 4096))
+        before, _, self.seen = self.seen.partition(sign)
+        return before
+
+    def type(self, text):
+        data = text.encode()
+        while data:
+            data = data[os.write(self.ours, data[:512]) :]
+
+    def turn(self, message):
+        """Types a message, and returns the tokens of its answer and what was seen of it."""
+        self.type(message + "\n")
+        answer = self.until(" token")
+        self.until("\n> ")
+        return int(answer.split()[-1]), answer
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+    def leave(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
+
+@pytest.fixture
+def type_to():
+    """A function that begins a chat in a terminal."""
+    typists = []
+
+    def begin(*arguments):
+        typists.append(Typist(*arguments))
+        typists[-1].until("\n> ")
+        return typists[-1]
+
+    yield begin
+    for typist in typists:
+        typist.leave()
+
+
+def test_a_chat_in_a_terminal(endless, type_to):
+    """Turns, commands, long and wide pastes, Ctrl-C at the prompt and within an answer, the end."""
+    chat = type_to(endless, "--max-new-tokens", 6)
+    count, answer = chat.turn("the cat 日本 👋🏽 e\u0301?")
+    assert count == 6 and "日本" in answer
+    chat.type("/reset\n")
+    chat.until("\n> ")
+    paste = "\n".join(f"line {i}" for i in range(30))
+    assert chat.turn(paste)[0] == 6  # one message
+    chat.type("half a line")
+    chat.until("line")
+    chat.interrupt()
+    chat.until("\n> ")
+    chat.interrupt()  # nothing has been typed
+    chat.until("\n> ")
+    chat.type("/help\n")
+    assert "half" not in chat.until("Ctrl-C stops")
+    chat.until("\n> ")
+    chat.type("\x04")
+    assert chat.process.wait(60) == 0
+    assert "Traceback" not in chat.seen
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(endless, type_to):
+    chat = type_to(endless, "--max-new-tokens", 8000)
+    chat.type("the\n")
+    chat.until("\r\n")  # the echo
+    while not chat.seen:  # the answer has begun
+        chat.seen += chat.decode(os.read(chat.ours, 1))
+    chat.interrupt()
+    assert int(chat.until(" token").split()[-1]) < 8000
+    chat.until("\n> ")
+    chat.type("/help\n/exit\n")  # typed ahead: each is a command of its own
+    chat.until("Ctrl-C stops")
+    assert chat.process.wait(60) == 0
+    assert "Traceback" not in chat.seen
+
+
+def test_a_line_that_comes_with_ctrl_c_is_not_lost(type_to, endless):
+    chat = type_to(endless, "--max-new-tokens", 2)
+    chat.interrupt()
+    chat.type("/exit\n")
+    assert chat.process.wait(60) == 0

@@ -1,21 +1,22 @@
 """The command `python -m jaxformers chat PATH`."""
 
 import argparse
-import contextlib
-import select
 import sys
+import time
 from typing import Any
 
 from jaxformers.cli.help import Help
+from jaxformers.cli.speed import Speed
+from jaxformers.cli.terminal import Terminal
 from jaxformers.cli.text_model import (
-    Speed,
     add_generation_options,
     add_model_options,
     generation_options,
     load_text,
 )
 
-HELP = "/reset begins anew, /exit or the end of the input ends, Ctrl-C stops an answer"
+COMMANDS = "/reset", "/help", "/exit"
+HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 EXAMPLES = """examples:
   jaxformers chat SmolLM2-135M-Instruct
   jaxformers chat SmolLM2-135M-Instruct --system "Answer in one word." --temperature 0.7
@@ -43,55 +44,51 @@ def run_chat(options: argparse.Namespace) -> int:
     arguments = generation_options(options, text)
     most = arguments.pop("max_new_tokens", None)
     talk = text.conversation(messages, **arguments)
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - with it, the arrow keys edit the line
-        print(HELP, file=sys.stderr)
+    with Terminal(COMMANDS) as terminal:
+        if terminal.is_terminal:
+            print(HELP, file=sys.stderr)
+        return converse(talk, terminal, most, options.verbose)
+
+
+def converse(talk: Any, terminal: Terminal, max_new_tokens: int | None, verbose: bool) -> int:
+    """Answers message after message. Returns the exit status.
+
+    Whoever sits at a terminal reads an error and goes on; without one, an error ends the chat.
+    """
     while True:
         try:
-            message = read_message("> " if is_terminal else "", is_terminal)
+            message = terminal.read("> ")
             if message is None or message.strip() == "/exit":
+                if message is None and terminal.is_terminal:
+                    print(file=sys.stderr)  # the prompt of the shell gets a line of its own
                 return 0
             if message.strip() == "/reset":
                 talk.reset()
             elif message.strip() == "/help":
                 print(HELP, file=sys.stderr)
             elif message.strip():
-                answer(talk, message, most, options.verbose)
-        except KeyboardInterrupt:  # at the prompt, or before the first word of an answer
+                answer(talk, message, terminal, max_new_tokens, verbose)
+        except KeyboardInterrupt:
+            if not terminal.is_terminal:
+                raise
             print(file=sys.stderr)
+        except ValueError as error:
+            if not terminal.is_terminal:
+                raise
+            print(f"error: {error}", file=sys.stderr)
 
 
-def answer(talk: Any, message: str, max_new_tokens: int | None, verbose: bool) -> None:
-    """Writes the answer to a message as it comes; Ctrl-C stops it, and an error is said."""
-    speed = Speed()
-    try:
-        stream = talk.stream(message, max_new_tokens)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return
-    with stream, contextlib.suppress(KeyboardInterrupt):
+def answer(
+    talk: Any, message: str, terminal: Terminal, max_new_tokens: int | None, verbose: bool
+) -> None:
+    """Writes the answer to a message as it comes, until Ctrl-C."""
+    speed = Speed(time.perf_counter())
+    with talk.stream(message, max_new_tokens) as stream:
         for piece in stream:
-            speed.piece()
+            speed.piece(len(stream.tokens))
             print(piece, end="", flush=True)
+            if terminal.asked:
+                break
     print(flush=True)
     if verbose:
         print(speed.said(len(stream.tokens)), file=sys.stderr)
-
-
-def read_message(prompt: str, is_terminal: bool) -> str | None:
-    """Returns the next message, None at the end of the input.
-
-    Lines that are there at once, as after a paste, are one message.
-    """
-    try:
-        lines = [input(prompt)]
-    except EOFError:
-        return None
-    while is_terminal and select.select([sys.stdin], [], [], 0.02)[0]:
-        try:
-            lines.append(input())
-        except EOFError:
-            break
-    return "\n".join(lines)

@@ -6,9 +6,9 @@ from pathlib import Path
 from jaxformers.cli.help import Help
 
 EXAMPLES = """examples:
-  jaxformers convert SmolLM2-135M.Q4_1.gguf smollm2/              # for transformers
-  jaxformers convert gpt2/ gpt2.safetensors --dtype bfloat16      # one file, for jaxformers.load
-  jaxformers convert llama/ merged/ --adapter lora/               # an adapter merged
+  jaxformers convert SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-copy
+  jaxformers convert SmolLM2-135M-Instruct one.safetensors --dtype bfloat16
+  jaxformers convert SmolLM2-135M-Instruct merged --adapter lora
 """
 
 

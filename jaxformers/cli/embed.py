@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from jaxformers.cli.help import Help
-from jaxformers.cli.text_model import to_json
+from jaxformers.cli.text_model import add_model_options, load_as, read_text, to_json
 
 EXAMPLES = """examples:
   jaxformers embed all-MiniLM-L6-v2 sentences.txt --out vectors.npy
@@ -23,9 +22,8 @@ def add_embed(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory or hub name")
+    add_model_options(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="text; - is standard input")
-    parser.add_argument("--dtype", metavar="NAME", help="the type of the weights")
     parser.add_argument("--prompt", metavar="NAME", help="the name of a prompt, such as query")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--json", action="store_true", help="write JSON with text and vector")
@@ -36,17 +34,12 @@ def add_embed(commands: argparse._SubParsersAction) -> None:
 def run_embed(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.text.embedder import TextEmbedder
 
     if options.out is not None and (options.json or not options.out.endswith(".npy")):
         raise ValueError(f"--out is a file of NumPy (.npy) without --json, got {options.out}.")
     texts = [line for name in options.files for line in read_lines(name)]
-    try:
-        keep_compiled_programs()
-    except ValueError as error:
-        print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
-    embedder = TextEmbedder.from_pretrained(options.path, dtype=options.dtype)
+    embedder = load_as(TextEmbedder, options)
     vectors = embedder(texts, batch_size=options.batch_size, prompt_name=options.prompt)
     if options.out is not None:
         np.save(options.out, vectors)
@@ -62,5 +55,4 @@ def run_embed(options: argparse.Namespace) -> int:
 
 def read_lines(name: str) -> list[str]:
     """Returns the lines of a file, or of standard input for -."""
-    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    return text.splitlines()
+    return (sys.stdin.read() if name == "-" else read_text(name)).splitlines()

@@ -5,8 +5,16 @@ import dataclasses
 import sys
 from typing import Any
 
+from jaxformers.cli.help import Help
+from jaxformers.cli.text_model import keep_programs
 
-def add_finetune(commands: "argparse._SubParsersAction") -> None:
+EXAMPLES = """examples:
+  jaxformers finetune SmolLM2-135M-Instruct chats.jsonl --out tuned --lora 8 --steps 20
+  jaxformers finetune SmolLM2-135M-Instruct book.txt --out tuned-book --epochs 3 --dtype bfloat16
+"""
+
+
+def add_finetune(commands: argparse._SubParsersAction) -> None:
     """Adds the command `finetune MODEL FILE --out DIR`."""
     parser = commands.add_parser(
         "finetune",
@@ -16,6 +24,8 @@ def add_finetune(commands: "argparse._SubParsersAction") -> None:
         '{"prompt": ..., "completion": ...}, of which the completion counts; or {"text": ...}. '
         "Any other file is plain text. If the command is stopped, the same command goes on from "
         "there.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint: directory, GGUF or hub name")
     parser.add_argument("data", metavar="FILE", help="the examples")
@@ -53,16 +63,12 @@ FIELDS = {"lora": "rank", "merge": "merged"}  # those with other names than the 
 
 
 def run_finetune(options: argparse.Namespace) -> int:
-    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.finetuning import FineTuning, finetune
 
     given = {FIELDS.get(name, name): x for name, x in vars(options).items() if x is not None}
     known = {field.name for field in dataclasses.fields(FineTuning)}
     settings: dict[str, Any] = {name: x for name, x in given.items() if name in known}
-    try:
-        keep_compiled_programs()
-    except ValueError as error:
-        print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
+    keep_programs()
     result = finetune(FineTuning(**settings), progress=sys.stderr.isatty())
     for line in result.summary:
         print(line)

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from jaxformers.cli.help import Help
+from jaxformers.cli.speed import Speed
 from jaxformers.cli.text_model import (
-    Speed,
     add_generation_options,
     add_model_options,
     generation_options,
@@ -14,10 +14,11 @@ from jaxformers.cli.text_model import (
 )
 
 EXAMPLES = """examples:
-  jaxformers generate SmolLM2-135M "Once upon a time" --max-new-tokens 40
+  jaxformers generate SmolLM2-135M-Instruct "Once upon a time" --max-new-tokens 40
   jaxformers generate SmolLM2-135M-Instruct "Name a color." --chat --temperature 0.8 --seed 1
+  jaxformers generate SmolLM2-135M-Instruct "Name a color." --chat --quantize int8 --adapter lora
   jaxformers generate SmolLM2-135M-Instruct "Anna is 34." --chat --schema person.json --json
-  echo "The capital of France is" | jaxformers generate SmolLM2-135M - --max-new-tokens 8
+  echo "The capital of France is" | jaxformers generate SmolLM2-135M-Instruct - --max-new-tokens 8
 """
 
 
@@ -60,7 +61,7 @@ def run_generate(options: argparse.Namespace) -> int:
     else:
         stream = (text.chat_stream if options.chat else text.stream)(given, **arguments)
         for piece in stream:
-            speed.piece()
+            speed.piece(len(stream.tokens))
             print(piece, end="", flush=True)
         print()
         tokens = len(stream.tokens)

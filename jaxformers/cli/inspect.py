@@ -10,8 +10,8 @@ from jaxformers.cli.help import Help
 from jaxformers.cli.text_model import to_json
 
 EXAMPLES = """examples:
-  jaxformers inspect SmolLM2-135M
-  jaxformers inspect gpt2.gguf --json
+  jaxformers inspect SmolLM2-135M-Instruct
+  jaxformers inspect SmolLM2-135M-Instruct.Q4_1.gguf --json
 """
 
 

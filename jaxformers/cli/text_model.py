@@ -17,9 +17,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the type of the weights, such as bfloat16 (default: the file's)",
     )
     parser.add_argument(
-        "--quantize", type=int, choices=(8, 4), metavar="BITS", help="weights of 8 or 4 bits"
+        "--quantize", choices=list(BITS), help="keep the weights in integers of so many bits"
     )
-    parser.add_argument("--adapter", metavar="DIR", help="the directory of an adapter of PEFT")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="an adapter of PEFT (LoRA) for the checkpoint"
+    )
+
+
+BITS = {"int8": 8, "int4": 4}
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, metavar, text in GENERATION:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     parser.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may come again"
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument("--schema", metavar="FILE", help="a JSON Schema that the text keeps to")
     parser.add_argument("--regex", metavar="PATTERN", help="a pattern that the text matches")
@@ -48,24 +53,37 @@ GENERATION = (
 
 def load_text(options: argparse.Namespace) -> Any:
     """Returns the `TextGenerator` that the options name."""
-    from jaxformers.adapters.peft_load import load_adapter
-    from jaxformers.compilation_cache import keep_compiled_programs
-    from jaxformers.quantization.quantize import quantize
     from jaxformers.text.generator import TextGenerator
 
     begin = time.perf_counter()
+    text = load_as(TextGenerator, options)
+    if options.verbose:
+        print(f"loaded in {time.perf_counter() - begin:.2f} s", file=sys.stderr)
+    return text
+
+
+def load_as(kind: Any, options: argparse.Namespace) -> Any:
+    """Returns what a class reads from a checkpoint, with the options of `add_model_options`."""
+    from jaxformers.adapters.peft_load import load_adapter
+    from jaxformers.quantization.quantize import quantize
+
+    keep_programs()
+    found = kind.from_pretrained(options.path, dtype=options.dtype)
+    if options.adapter is not None:
+        found.model = load_adapter(found.model, options.adapter)
+    if options.quantize is not None:
+        found.model = quantize(found.model, bits=BITS[options.quantize])
+    return found
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, or says why not."""
+    from jaxformers.compilation_cache import keep_compiled_programs
+
     try:
         keep_compiled_programs()
     except ValueError as error:
         print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
-    text = TextGenerator.from_pretrained(options.path, dtype=options.dtype)
-    if options.adapter is not None:
-        text.model = load_adapter(text.model, options.adapter)
-    if options.quantize is not None:
-        text.model = quantize(text.model, bits=options.quantize)
-    if options.verbose:
-        print(f"loaded in {time.perf_counter() - begin:.2f} s", file=sys.stderr)
-    return text
 
 
 def generation_options(options: argparse.Namespace, text: Any) -> dict[str, Any]:
@@ -86,29 +104,21 @@ def generation_options(options: argparse.Namespace, text: Any) -> dict[str, Any]
     if options.schema is not None and options.regex is not None:
         raise ValueError("--schema and --regex both say what the text is, got both. Pass one.")
     if options.schema is not None:
-        found["constraint"] = JSONSchema(Path(options.schema).read_text(), text.tokenizer)
+        try:
+            found["constraint"] = JSONSchema(read_text(options.schema), text.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{options.schema}: {error}") from error
     if options.regex is not None:
         found["constraint"] = Regex(options.regex, text.tokenizer)
     return found
 
 
-class Speed:
-    """The times of an answer, which `--verbose` shows."""
-
-    def __init__(self) -> None:
-        self.begin = time.perf_counter()
-        self.first: float | None = None
-
-    def piece(self) -> None:
-        """Remembers when the first piece of text came."""
-        if self.first is None:
-            self.first = time.perf_counter() - self.begin
-
-    def said(self, tokens: int) -> str:
-        """Returns the times in words."""
-        seconds = time.perf_counter() - self.begin
-        first = seconds if self.first is None else self.first
-        return f"first text after {first:.2f} s, {tokens} tokens in {seconds:.2f} s"
+def read_text(name: str) -> str:
+    """Returns the text in a file."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8: {error}. Convert the file to UTF-8.") from None
 
 
 def to_json(value: Any) -> str:

@@ -4,11 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxformers.cli.help import Help
 from jaxformers.data.tokenize import tokenize
 from jaxformers.files.json_file import read_json
 
+EXAMPLES = """examples:
+  jaxformers tokenize book.txt --out tokens --tokenizer SmolLM2-135M-Instruct
+  jaxformers tokenize articles.jsonl --field body --out bytes --tokenizer bytes --no-end-token
+"""
 
-def add_tokenize(commands: "argparse._SubParsersAction") -> None:
+
+def add_tokenize(commands: argparse._SubParsersAction) -> None:
     """Adds the command `tokenize FILE ... --out DIR --tokenizer DIR`."""
     parser = commands.add_parser(
         "tokenize",
@@ -16,6 +22,8 @@ def add_tokenize(commands: "argparse._SubParsersAction") -> None:
         description="Write the token ids of text files to a directory that "
         "jaxformers.data.open_tokens reads. Each text file (UTF-8) is a document, and so is each "
         "line of a .jsonl file. If the command is stopped, the same command goes on from there.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="a text file")
     parser.add_argument(

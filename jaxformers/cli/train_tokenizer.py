@@ -4,14 +4,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxformers.cli.help import Help
 from jaxformers.data.text_files import check_inputs, texts_of
 from jaxformers.tokenizers.training import END, check_new, save_new, train_bpe
 
 ROLES = ("end", "start", "pad", "mask")  # the roles of special tokens on the command line
 NAMES = {"end": "eos_token", "start": "bos_token", "pad": "pad_token", "mask": "mask_token"}
 
+EXAMPLES = """examples:
+  jaxformers train-tokenizer book.txt --out tokenizer --vocab-size 8000
+  jaxformers train-tokenizer articles.jsonl --field body --out mine --vocab-size 300 \
+      --special-tokens "<|user|>" "<|assistant|>"
+"""
 
-def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
+
+def add_train_tokenizer(commands: argparse._SubParsersAction) -> None:
     """Adds the command `train-tokenizer FILE ... --out DIR --vocab-size N`."""
     parser = commands.add_parser(
         "train-tokenizer",
@@ -19,6 +26,8 @@ def add_train_tokenizer(commands: "argparse._SubParsersAction") -> None:
         usage="%(prog)s FILE ... [OPTIONS]",
         description="Train a byte-level BPE tokenizer on text files (UTF-8) or JSON lines "
         "(.jsonl), and save it for load_tokenizer and for AutoTokenizer of transformers.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="a text file")
     parser.add_argument(

@@ -1,7 +1,14 @@
 """The command `python -m jaxformers verify PATH`."""
 
 import argparse
-import sys
+
+from jaxformers.cli.help import Help
+from jaxformers.cli.text_model import keep_programs, to_json
+
+EXAMPLES = """examples:
+  jaxformers verify SmolLM2-135M-Instruct
+  jaxformers verify SmolLM2-135M-Instruct --no-generation --no-16-bits --json
+"""
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
@@ -13,6 +20,8 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
         "its outputs with and without padding, generated tokens, its outputs with weights of 16 "
         "bits, and the checkpoint after saving it. The exit status is 1 if a difference is larger "
         "than allowed.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     parser.add_argument("path", metavar="PATH", help="the directory of the checkpoint")
     parser.add_argument(
@@ -27,23 +36,24 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
         dest="sixteen_bits",
         help="do not compare with weights of 16 bits",
     )
+    parser.add_argument("--json", action="store_true", help="write a line of JSON per comparison")
     parser.set_defaults(run=run_verify)
 
 
 def run_verify(options: argparse.Namespace) -> int:
     from jaxformers.cli.compare import table, verify
-    from jaxformers.compilation_cache import keep_compiled_programs
 
-    try:
-        note = f"compiled programs are kept in {keep_compiled_programs()}"
-    except ValueError as error:
-        note = f"compiled programs are not kept: {error}"
-    print(note, file=sys.stderr)  # standard output has only the table
+    keep_programs()
     rows = verify(
         options.path,
         seed=options.seed,
         generate=not options.no_generation,
         sixteen_bits=options.sixteen_bits,
     )
-    print(table(rows))
+    if options.json:
+        for row in rows:
+            found = {"name": row.name, "difference": row.difference, "allowed": row.allowed}
+            print(to_json(found | {"passed": row.passed}))
+    else:
+        print(table(rows))
     return int(not all(row.passed for row in rows))
