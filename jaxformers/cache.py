@@ -26,7 +26,8 @@ class LayerCache(NamedTuple):
     """The memory of one decoder layer: its own keys and values, and those of the encoder.
 
     A layer with a sliding window needs no more slots than the window: there the token at position
-    p is in slot `p % slots`, and `positions` says which one is. Without it, slots are the cache's.
+    p is in slot `p % slots`, and `positions` says which one is. So it is in all layers of a cache
+    `by_rows`. Otherwise slots are the cache's.
     """
 
     own: KV
@@ -44,6 +45,9 @@ class Cache(eqx.Module):
     positions depend on how long a row is, `rotated_for` says for which length its keys are rotated.
     `source_positions` are those of an encoder's tokens, -1 for padding; None hides none of them.
 
+    In a cache `by_rows` the sequences share no slots, and `length` is None: the token at position p
+    of a sequence is in slot p, so that each goes on, and begins anew, independently of the others.
+
     Example:
         >>> cache = model.init_cache(batch_size=1, slots=8)
         >>> hidden, cache = model.forward(jnp.array([[1, 2, 3]]), cache=cache)
@@ -55,13 +59,27 @@ class Cache(eqx.Module):
     layers: tuple[LayerCache, ...]
     tokens: Int[Array, "b s"]
     positions: Int[Array, "b s"]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | None
     rotated_for: Int[Array, " b"] | None = None
     source_positions: Int[Array, "b source"] | None = None
 
     @property
     def slots(self) -> int:
         return self.positions.shape[1]
+
+    @property
+    def columns(self) -> Int[Array, ""]:
+        """How many slots are in use.
+
+        Raises:
+            ValueError: if the cache is `by_rows`.
+        """
+        if self.length is None:
+            raise ValueError(
+                "cache must be one whose rows share their slots, got one `by_rows`. That is for "
+                "forward alone. Pass one from init_cache or from an earlier call."
+            )
+        return self.length
 
     @property
     def token_counts(self) -> Int[Array, " b"]:
@@ -79,12 +97,20 @@ class Cache(eqx.Module):
             ValueError: if fewer than t slots are left (JAX would overwrite the last ones).
         """
         t = positions.shape[1]
+        tokens = jnp.zeros_like(positions) if tokens is None else tokens
+        if self.length is None:
+            rows = jnp.arange(positions.shape[0])[:, None]
+            where = jnp.where(positions >= 0, positions, self.slots)
+            kept_tokens, kept_positions = (
+                old.at[rows, where].set(new, mode="drop")
+                for old, new in ((self.tokens, tokens), (self.positions, positions))
+            )
+            return dataclasses.replace(self, tokens=kept_tokens, positions=kept_positions)
         if is_known(self.length) and int(self.length) + t > self.slots:
             raise ValueError(
                 f"the cache has {self.slots} slots, {int(self.length)} of them in use, and cannot "
                 f"take {t} more tokens. Make it with more slots."
             )
-        tokens = jnp.zeros_like(positions) if tokens is None else tokens
         kept_tokens, kept_positions = (
             lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
             for old, new in ((self.tokens, tokens), (self.positions, positions))
@@ -93,9 +119,19 @@ class Cache(eqx.Module):
             self, tokens=kept_tokens, positions=kept_positions, length=self.length + t
         )
 
+    def by_rows(self) -> "Cache":
+        """Returns an empty cache whose sequences have slots of their own, see `Cache`."""
+
+        def apart(layer: LayerCache) -> LayerCache:
+            if layer.positions is not None:
+                return layer
+            return layer._replace(positions=jnp.full_like(self.positions, -1))
+
+        return dataclasses.replace(self, layers=tuple(map(apart, self.layers)), length=None)
+
     def rewind(self, columns: Int[Array, ""]) -> "Cache":
         """Returns the cache without its last `columns` slots (at most `SPARE` real tokens)."""
-        length = self.length - columns
+        length = self.columns - columns
         kept = jnp.where(jnp.arange(self.slots) < length, self.positions, -1)
         shorter = dataclasses.replace(self, positions=kept, length=length)
         return shorter.first_tokens(shorter.token_counts)
@@ -120,11 +156,16 @@ class Cache(eqx.Module):
         more = slots - self.slots
 
         def resize(layer: LayerCache) -> LayerCache:
-            if layer.positions is not None:
-                return layer
-            width = ((0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0))
-            own = (lax.pad(x, jnp.zeros((), x.dtype), width) for x in layer.own)
-            return layer._replace(own=KV(*own))
+            positions = layer.positions
+            if positions is not None and (
+                self.length is not None or positions.shape[1] < self.slots
+            ):
+                return layer  # with a window it has fewer slots in any case
+            pad = (0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0)
+            own = (lax.pad(x, jnp.zeros((), x.dtype), pad) for x in layer.own)
+            if positions is not None:
+                positions = lax.pad(positions, jnp.int32(-1), width)
+            return layer._replace(own=KV(*own), positions=positions)
 
         width = ((0, 0, 0), (0, more, 0))
         return dataclasses.replace(
@@ -169,7 +210,7 @@ class Cache(eqx.Module):
             layers=tuple(map(empty, self.layers)),
             tokens=jnp.zeros(shape, jnp.int32),
             positions=jnp.full(shape, -1, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
+            length=None if self.length is None else jnp.zeros((), jnp.int32),
         )
 
 
@@ -186,9 +227,12 @@ def empty_layer(
 
 
 def remember(
-    cache: LayerCache, kv: KV, mask: AttentionMask, slot: Int[Array, ""] | int
+    cache: LayerCache, kv: KV, mask: AttentionMask, slot: Int[Array, ""] | int | None
 ) -> tuple[LayerCache, KV, AttentionMask]:
-    """Writes `kv` into a layer's cache; returns that, and the keys, values and mask to use."""
+    """Writes `kv` into a layer's cache; returns that, and the keys, values and mask to use.
+
+    `slot` is None for a cache `by_rows`, whose layers have positions of their own.
+    """
     if cache.positions is not None:
         return _roll(cache, cache.positions, kv, mask)
     own = KV(*(_write(old, new, slot) for old, new in zip(cache.own, kv, strict=True)))
@@ -210,7 +254,7 @@ def narrow(state: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _write(
-    old: Float[Array, "b g s h"], new: Float[Array, "b g t h"], slot: Int[Array, ""] | int
+    old: Float[Array, "b g s h"], new: Float[Array, "b g t h"], slot: Any
 ) -> Float[Array, "b g s h"]:
     """Writes `new` into `old` from `slot` on, without axes of size 1 (see `narrow`)."""
     *leading, _, h = (n for i, n in enumerate(old.shape) if i > 1 or n > 1)

@@ -133,7 +133,7 @@ class DecoderLayer(eqx.Module):
         cross_mask: AttentionMask,
         key: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
-        slot: Int[Array, ""] | int = 0,
+        slot: Int[Array, ""] | int | None = 0,
     ) -> tuple[Float[Array, "*b t d"], LayerCache | None]:
         """Returns the stream after this layer, and the cache with the new keys and values.
 
@@ -274,7 +274,7 @@ class Decoder(eqx.Module):
             tokens: the ids that `x` was made from, which the cache keeps.
         """
         mask = mask.biased_by(self.score_bias)
-        slot: Int[Array, ""] | int = 0
+        slot: Int[Array, ""] | int | None = 0
         caches: tuple[LayerCache, ...] | None = None
         if cache is not None:
             slot, caches = cache.length, cache.layers

@@ -85,6 +85,7 @@ def test_every_object_that_can_be_saved_has_a_public_name():
         "finetuning",
         "one_program",
         "quantization.rounding",
+        "serving",
         "text",
         "training",
     )

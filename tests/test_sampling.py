@@ -61,6 +61,22 @@ def test_all_of_the_probability_after_another_cut_cuts_nothing_more():
     np.testing.assert_array_equal(got, [3, 1])
 
 
+NEUTRAL = {"temperature": 1.0, "top_k": 23, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+
+
+@pytest.mark.parametrize("numbers", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.3}], ids=str)
+def test_numbers_that_cut_nothing_leave_the_other_cuts_alone(numbers):
+    logits = np.random.default_rng(3).normal(size=(4, 23)).astype(np.float32)
+    logits[1, 4:] = -np.inf
+    got, alone = warp(logits, **NEUTRAL | numbers), warp(logits, **numbers)
+    np.testing.assert_array_equal(got, alone)
+    assert (np.isfinite(got).sum(-1) < np.isfinite(logits).sum(-1)).any()
+    # In one batch, where some rows are cut and others are not.
+    (name, number), neutral = *numbers.items(), NEUTRAL
+    mixed = warp(logits, **neutral | {name: [number, number, neutral[name], neutral[name]]})
+    np.testing.assert_array_equal(mixed, np.concatenate([alone[:2], logits[2:]]))
+
+
 def test_a_small_min_p_cuts_what_is_less_probable():
     logits = np.array([[0.0, -60.0, -80.0, -100.0]], np.float32)
     np.testing.assert_array_equal(np.isfinite(warp(logits, min_p=1e-30)), [[1, 1, 0, 0]])

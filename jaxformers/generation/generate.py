@@ -184,7 +184,11 @@ def check_failed(tokens: Int[Array, "b s"], failed: Int[Array, " r"]) -> Int[Arr
     reasons = np.asarray(failed)
     rows = np.flatnonzero(reasons).tolist()
     if rows:
-        reason = int(reasons[rows[0]])
-        kind = FloatingPointError if reason == NAN else ValueError
-        raise kind(f"in row {rows[0]} of the batch {FAILURES[reason]}")
+        raise failure(int(reasons[rows[0]]), f"in row {rows[0]} of the batch ")
     return tokens
+
+
+def failure(reason: int, where: str = "") -> Exception:
+    """Returns the error for a key of `FAILURES`; `where` is the beginning of its message."""
+    kind = FloatingPointError if reason == NAN else ValueError
+    return kind(where + FAILURES[reason])

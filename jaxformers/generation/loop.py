@@ -76,7 +76,7 @@ def prefill(
         row = lax.dynamic_update_slice(filling, tokens, (0, 0))
     else:
         row, row_real = append(cache, tokens, real)
-        columns = plan.start - cache.length
+        columns = plan.start - cache.columns
         lengths = lengths + cache.token_counts
         tokens, real = to_the_right(tokens, real, columns, plan.pad_token)
         # The cache itself hides the padding of a source.
@@ -105,7 +105,7 @@ def append(
 ) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
     """Returns a cache's tokens with these after them, in its slots, and which are real."""
     row, row_real = (
-        lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
+        lax.dynamic_update_slice_in_dim(old, new, cache.columns, axis=1)
         for old, new in ((cache.tokens, tokens), (cache.positions >= 0, real))
     )
     return row, row_real
@@ -235,7 +235,7 @@ def run(
         cache: what the rows begin with; the tokens that it holds are no part of the result.
         keep_cache: whether the state has the cache of all tokens; else it has None.
     """
-    begin = None if cache is None else cache.length
+    begin = None if cache is None else cache.columns
     plan = plan if begin is None else plan.after(begin)
     state = emit(plan, *prefill(model, plan, tokens, real, slots, source, cache))
     state = repeat_while(

@@ -213,5 +213,5 @@ def room_for(cache: Cache | None, slots: int) -> Cache | None:
     """Returns the cache with room for `slots` more columns; None stays None."""
     if cache is None:
         return None
-    free = cache.slots - int(cache.length) if is_known(cache.length) else 0
+    free = cache.slots - int(cache.columns) if is_known(cache.columns) else 0
     return cache if free >= slots else cache.resize(bucket(cache.slots + slots - free))

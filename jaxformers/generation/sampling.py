@@ -151,14 +151,16 @@ def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
 
 
 def draw(
-    logits: Float[Array, "b v"], keys: Key[Array, " b"], index: Int[Array, ""]
+    logits: Float[Array, "b v"],
+    keys: Key[Array, " b"],
+    index: Int[Array, ""] | Int[Array, " b"],
 ) -> Int[Array, " b"]:
     """Draws one token per row, row i with its own key for the `index`-th new token.
 
     The noise of a token depends on the row's key and the token's index alone (Gumbel-max), never
     on the batch, on how the loop got there, or on how many tokens a draft proposed.
     """
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

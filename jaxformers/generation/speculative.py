@@ -118,7 +118,7 @@ def run_speculative(
     `count` tokens are guessed at a time. A draft with a memory of its own reads the tokens of the
     cache before those of the prompt.
     """
-    begin = None if cache is None else cache.length
+    begin = None if cache is None else cache.columns
     plan = plan if begin is None else plan.after(begin)
     state = emit(plan, *prefill(model, plan, tokens, real, slots, source, cache))
     prompt = (tokens, real, slots) if cache is None else (*append(cache, tokens, real), cache.slots)

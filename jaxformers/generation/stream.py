@@ -44,7 +44,7 @@ class TokenStream(Iterator[Int[Array, "*b"]]):
 
     def __init__(self, model: Any, request: Request, cache: Cache | None, constraint: Any = None):
         self._constraint = constraint  # which the host follows as long as there is a stream
-        begin = 0 if cache is None else int(cache.length)
+        begin = 0 if cache is None else int(cache.columns)
         start, stop = (begin + column for column in (request.start, request.stop))
         self._model, self._request, self._given = model, request, cache
         self._plan = dataclasses.replace(request.plan, start=put(start), limit=put(stop))

@@ -187,7 +187,7 @@ class Conversation:
         cache = self._cache
         if cache is None:
             return 0, None
-        length = int(cache.length)
+        length = int(cache.columns)
         seen = np.asarray(cache.tokens)[0, :length].tolist()
         # The last token is read in any case, because the first new one follows from it.
         known = min(common_length([seen, ids]), len(ids) - 1)

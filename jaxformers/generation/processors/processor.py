@@ -22,7 +22,7 @@ class History(NamedTuple):
     Arguments:
         tokens: int32, `(r, s)`; the columns from `first` to `length` hold tokens of a row.
         first: `(r,)`, the first column of each row.
-        start: `()`, the column of the first new token.
+        start: `()`, the column of the first new token, or one per row.
         length: `()`, how many columns are in use, which is the column of the next token.
         limit: `()`, one past the last column that a new token may have.
         end_tokens: `(e,)`, the ids that end a row.
@@ -31,7 +31,7 @@ class History(NamedTuple):
 
     tokens: Int[Array, "r s"]
     first: Int[Array, " r"]
-    start: Int[Array, ""]
+    start: Int[Array, ""] | Int[Array, " r"]
     length: Int[Array, ""]
     limit: Int[Array, ""] | None = None
     end_tokens: Int[Array, " e"] | None = None
@@ -46,11 +46,11 @@ class History(NamedTuple):
     @property
     def new(self) -> Bool[Array, "r s"]:
         """Returns which columns hold tokens that this call has generated."""
-        return self.real & (jnp.arange(self.tokens.shape[1]) >= self.start)
+        return self.real & (jnp.arange(self.tokens.shape[1]) >= self.start[..., None])
 
     @property
-    def new_count(self) -> Int[Array, ""]:
-        """How many tokens this call has generated."""
+    def new_count(self) -> Int[Array, ""] | Int[Array, " r"]:
+        """How many tokens this call has generated, in the shape of `start`."""
         return self.length - self.start
 
     @property

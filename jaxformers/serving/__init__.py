@@ -1,0 +1,1 @@
+"""A server with the OpenAI interface, over one decoding engine."""
