@@ -117,9 +117,12 @@ def pytest_addoption(parser):
 
 # Packages that tests need and which extra brings them.
 EXTRAS = {
-    **dict.fromkeys(("compressed_tensors", "flax", "jsonschema", "optax", "peft"), "parity"),
+    **dict.fromkeys(
+        ("compressed_tensors", "flax", "jsonschema", "openai", "optax", "peft"), "parity"
+    ),
     **dict.fromkeys(("pydantic", "sentence_transformers", "torch", "transformers"), "parity"),
     "llguidance": "constrained",
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("huggingface_hub", "jinja2", "safetensors", "tokenizers"), "hf"),
     **dict.fromkeys(("matplotlib", "tqdm"), "train"),
     "gguf": "gguf",

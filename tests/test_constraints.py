@@ -347,6 +347,27 @@ def test_recursive_json_and_streams(lm, tokenizer):
     assert finished > 5
 
 
+def test_tables_are_followed_on_the_host(tokenizer):
+    """As the tables say, in any order of questions, and all is legal after an illegal token."""
+    constraint, ends = Regex(PATTERNS[0], tokenizer), frozenset([tokenizer.end_token])
+    size = tokenizer.vocab_size + 7
+    tables, follower = constraint.tables(size, ends), constraint.follower(size, ends)
+    random, ended = np.random.default_rng(2), 0
+    for _ in range(20):
+        state, tokens = 0, []
+        while len(tokens) < 12:
+            wanted = tables.next[state, tables.class_of] >= 0
+            np.testing.assert_array_equal(follower.legal(tuple(tokens)), wanted)
+            assert not wanted[tokenizer.vocab_size :].any()
+            tokens.append(int(random.choice(np.flatnonzero(wanted))))
+            state = tables.next[state, tables.class_of[tokens[-1]]]
+            ended += tokens[-1] in ends
+    fresh = constraint.follower(size, ends)
+    np.testing.assert_array_equal(fresh.legal(tuple(tokens)), follower.legal(tuple(tokens)))
+    assert ended > 20 and follower.legal((*tokens[:1], 1, 1)).all()
+    assert follower.nbytes == tables.next.nbytes + tables.class_of.nbytes
+
+
 def test_a_stream_keeps_its_grammar(lm, tokenizer):
     pytest.importorskip("llguidance")
     options = {"end_token": tokenizer.end_token, "key": KEY}

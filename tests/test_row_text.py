@@ -141,3 +141,12 @@ def test_tokens_without_text_say_nothing_of_how_the_next_word_joins():
     for tokens in ([1, 0, 2], [1, *[0] * 200, 2, 0, 0, 3], [0, 0, 1, 0, 2]):
         assert "".join(feed(row_of(decode=decode), tokens)) == decode(tokens)
     assert feed(row_of(before=[1, 0], decode=decode), [0, 2])[:2] == ["", " word2"]
+
+
+def test_the_length_counts_what_is_kept_back():
+    row = row_of(stop=["END"])
+    for token in b"the EN":
+        row.add(token)
+    assert (row.text, row.length) == ("the ", 6)
+    row.finish()
+    assert (row.text, row.length) == ("the EN", 6)

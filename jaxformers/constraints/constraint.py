@@ -6,7 +6,7 @@ from typing import Any
 from jaxformers.constraints.automaton import determine
 from jaxformers.constraints.expressions import Expression, alternatives
 from jaxformers.constraints.regex_syntax import parse
-from jaxformers.constraints.tables import Tables, make_tables
+from jaxformers.constraints.tables import TableFollower, Tables, make_tables
 from jaxformers.constraints.utf8 import ByteAutomaton, to_bytes
 from jaxformers.constraints.vocabulary import Vocabulary, vocabulary_of
 from jaxformers.tokenizers.tokenizer import Tokenizer
@@ -50,6 +50,13 @@ class Constraint:
                 )
             self._tables[key] = made
         return self._tables[key]
+
+    def follower(self, vocab_size: int, end_tokens: frozenset[int]) -> TableFollower:
+        """Returns what follows it on the host, token by token.
+
+        Arguments and errors are those of `tables`.
+        """
+        return TableFollower(self.tables(vocab_size, end_tokens))
 
     def __repr__(self) -> str:
         return self.name

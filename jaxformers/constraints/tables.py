@@ -1,10 +1,12 @@
 """The automaton of a constraint over the tokens of a vocabulary, as two tables."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxformers.constraints.automaton import too_large
 from jaxformers.constraints.utf8 import ByteAutomaton, unique_columns
@@ -14,6 +16,8 @@ from jaxformers.constraints.vocabulary import Vocabulary
 ILLEGAL, END = 0, 1
 # The most entries of the tables, of four bytes each.
 ENTRIES = 32_000_000
+# Rows of one constraint are at different places, and so many of them are remembered.
+PLACES = 512
 
 
 class Tables(NamedTuple):
@@ -26,6 +30,46 @@ class Tables(NamedTuple):
 
     class_of: np.ndarray
     next: np.ndarray
+
+
+class TableFollower:
+    """Tables followed on the host, which says what may come after new tokens.
+
+    Arguments:
+        tables: of a constraint.
+    """
+
+    def __init__(self, tables: Tables):
+        self._tables = tables
+        self._places: OrderedDict[tuple[int, ...], int] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the tables."""
+        return sum(x.nbytes for x in self._tables)
+
+    def legal(self, tokens: tuple[int, ...]) -> Bool[np.ndarray, " v"]:
+        """Returns which tokens may come after some; all of them after an illegal one."""
+        state = self._at(tokens)
+        if state < 0:
+            return np.ones(len(self._tables.class_of), np.bool_)
+        return (self._tables.next[state] >= 0)[self._tables.class_of]
+
+    def _at(self, tokens: tuple[int, ...]) -> int:
+        """Returns the state after some tokens, which is one step after a state that is known."""
+        if not tokens:
+            return 0
+        state, new = self._places.get(tokens[:-1]), tokens[-1:]
+        if state is None:
+            state, new = 0, tokens
+        for token in new:
+            state = (
+                int(self._tables.next[state, self._tables.class_of[token]]) if state >= 0 else -1
+            )
+        self._places[tokens] = state
+        if len(self._places) > PLACES:
+            self._places.popitem(last=False)
+        return state
 
 
 def make_tables(

@@ -87,6 +87,11 @@ class StopStrings:
         self._kept = ""
         self.found = False
 
+    @property
+    def kept(self) -> str:
+        """The end of the text so far that may begin a string."""
+        return self._kept
+
     def add(self, piece: str, may_end: bool = True) -> str:
         """Returns the text that no stop string can begin in any more.
 
@@ -144,6 +149,11 @@ class RowText:
     @property
     def is_running(self) -> bool:
         return self.finish_reason is None
+
+    @property
+    def length(self) -> int:
+        """The number of characters so far, those that are kept back for a stop string included."""
+        return len(self.text) + len(self._stop.kept)
 
     @property
     def is_stopped(self) -> bool:

@@ -1,0 +1,154 @@
+"""The command `python -m jaxformers serve PATH`."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxformers.cli.help import Help
+from jaxformers.cli.text_model import add_model_options, load_as
+
+EXAMPLES = """examples:
+  jaxformers serve SmolLM2-135M-Instruct
+  jaxformers serve SmolLM2-135M-Instruct --port 0 --rows 4 --embedder all-MiniLM-L6-v2
+  JAXFORMERS_KEY=secret jaxformers serve all-MiniLM-L6-v2 --host 0.0.0.0
+"""
+KEY = "JAXFORMERS_KEY"
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """Adds the command `serve PATH`."""
+    parser = commands.add_parser(
+        "serve",
+        help="answer the clients of OpenAI's interface",
+        description="Serve a model to clients of OpenAI's interface: chats, completions and "
+        "embeddings. Ctrl-C or SIGTERM lets running answers end; a second one ends at once.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    add_model_options(parser)
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, metavar="N", help="answers at the same time (default: 8)"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="the most tokens of a prompt with its answer"
+    )
+    parser.add_argument(
+        "--waiting", type=int, default=64, metavar="N", help="answers that may wait (default: 64)"
+    )
+    parser.add_argument(
+        "--key", metavar="KEY", help=f"what clients have to send (default: the variable {KEY})"
+    )
+    parser.add_argument("--name", metavar="NAME", help="the name of the model for clients")
+    parser.add_argument("--embedder", metavar="PATH", help="a checkpoint for embeddings")
+    parser.add_argument("--embedder-name", metavar="NAME", help="its name for clients")
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    check_packages()
+    from jaxformers.serving.app import App
+    from jaxformers.serving.server import bind, serve, url_of
+
+    key = os.environ.get(KEY) if options.key is None else options.key
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"--key or {KEY} must be letters and digits without spaces.")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port must be from 0 to 65535, got {options.port}.")
+    with bind(options.host, options.port) as sock:  # before the model is read, which takes longer
+        generator, embedder = load_models(options)
+        app = App(generator, embedder, key)
+        names = ", ".join(x.name for x in (generator, embedder) if x is not None)
+        engine: Any = None if generator is None else generator.engine
+
+        def ready() -> None:
+            print(f"serving {names} at {url_of(sock)}", flush=True)
+
+        serve(app, engine, sock, ready)
+    return 0
+
+
+def check_packages() -> None:
+    """Raises `ImportError` with the line that installs what is missing."""
+    try:
+        import starlette
+        import uvicorn
+
+        del starlette, uvicorn
+    except ImportError as error:
+        raise ImportError(
+            "serve needs the packages starlette and uvicorn: pip install 'jaxformers[serve]'"
+        ) from error
+
+
+def default_name(path: str) -> str:
+    """Returns the name of a checkpoint for clients: of files their own name, else that of the hub.
+
+    Example:
+        >>> default_name("HuggingFaceTB/SmolLM2-135M"), default_name("/")
+        ('HuggingFaceTB/SmolLM2-135M', 'model')
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        return path
+    return os.path.basename(os.path.abspath(found)).removesuffix(".gguf") or "model"
+
+
+def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the `Generator` and the `Embedder` that the options name, one of which may be None.
+
+    The engine of the generator has begun, and all of its programs are compiled.
+    """
+    from jaxformers.serving.embeddings import Embedder
+    from jaxformers.serving.engine import Engine
+    from jaxformers.serving.generator import Generator
+    from jaxformers.text.embedder import TextEmbedder
+
+    found = load_as(GeneratorOrEmbedder, options)
+    name = options.name or default_name(options.path)
+    if isinstance(found, TextEmbedder):
+        if options.embedder is not None:
+            raise ValueError(
+                f"--embedder is for a PATH that generates text, got {options.path}, which gives "
+                "embeddings itself. Leave it out."
+            )
+        return None, Embedder(name, found)
+    embedder = None
+    if options.embedder is not None:
+        other = options.embedder_name or default_name(options.embedder)
+        if other == name:
+            raise ValueError(
+                f"both models would have the name {name}. Pass --name or --embedder-name."
+            )
+        embedder = Embedder(other, TextEmbedder.from_pretrained(options.embedder))
+    engine = Engine(found.model, options.rows, options.context, options.waiting)
+    generator = Generator(name, found, engine, options.waiting)
+    engine.warm_up()
+    engine.start()
+    return generator, embedder
+
+
+class GeneratorOrEmbedder:
+    """What a checkpoint is read as: a `TextGenerator` if it generates, else a `TextEmbedder`."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: Any = None) -> Any:
+        """Returns a checkpoint with its tokenizer."""
+        from jaxformers.pretrained import from_pretrained
+        from jaxformers.text.directory import find_directory, tokenizer_beside
+        from jaxformers.text.embedder import TextEmbedder
+        from jaxformers.text.generator import TextGenerator
+        from jaxformers.text.sentence_transformers import MODULES
+        from jaxformers.transformer_encoder import TransformerEncoder
+
+        is_file = Path(path).expanduser().is_file()
+        if not is_file and (find_directory(path) / MODULES).exists():
+            return TextEmbedder.from_pretrained(path, dtype=dtype)
+        model: Any = from_pretrained(path, dtype=dtype)
+        if isinstance(model, TransformerEncoder):
+            return TextEmbedder.from_pretrained(path, dtype=dtype)
+        return TextGenerator(model, tokenizer_beside(model, path))

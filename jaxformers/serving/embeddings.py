@@ -1,0 +1,126 @@
+"""The route /v1/embeddings."""
+
+import base64
+import threading
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxformers.serving.errors import Refused
+from jaxformers.serving.fields import Fields
+from jaxformers.serving.generator import too_long
+from jaxformers.serving.workers import Workers
+from jaxformers.text.embedder import TextEmbedder
+
+MOST_INPUTS = 2048
+AT_ONCE = 64  # so many texts are read before it is looked whether the client is still there
+WAITING = 64  # the most requests that wait for vectors
+
+
+class Embedder:
+    """A model of vectors behind the server.
+
+    Arguments:
+        name: what clients call it.
+        embedder: the model.
+    """
+
+    def __init__(self, name: str, embedder: TextEmbedder):
+        self.name, self.embedder = name, embedder
+        self._workers = Workers("vectors", 1, WAITING)
+
+    def close(self) -> None:
+        """Ends its thread."""
+        self._workers.close()
+
+    async def embed(self, fields: Fields) -> dict[str, Any]:
+        """Returns the vectors that a request asks for.
+
+        Arguments:
+            fields: of the request, of which the model is known already.
+        """
+        given = _read_inputs(fields)
+        form = fields.choice("encoding_format", ("float", "base64")) or "float"
+        kept = fields.whole("dimensions", None, 1, self.embedder.dimension)
+        fields.string("user", 1024)
+        fields.finish()
+        is_gone = threading.Event()
+        try:
+            vectors, count = await self._workers.run(self._embed, given, kept, is_gone)
+        finally:
+            is_gone.set()  # where it is not needed any more
+        data = [
+            {"object": "embedding", "index": i, "embedding": _write(vector, form)}
+            for i, vector in enumerate(vectors)
+        ]
+        used = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "data": data, "model": self.name, "usage": used}
+
+    def _embed(
+        self, given: list[Any], kept: int | None, is_gone: threading.Event
+    ) -> tuple[Float[np.ndarray, "n d"], int]:
+        """Returns the vectors of texts, and the number of their tokens; in the only thread."""
+        texts = [self._text(i, x) for i, x in enumerate(given)]
+        count, parts = 0, []
+        for begin in range(0, len(texts), AT_ONCE):
+            part = texts[begin : begin + AT_ONCE]
+            count += self._count(part, begin)
+        options: dict[str, Any] = {} if kept is None else {"truncate_dim": kept, "normalize": True}
+        for begin in range(0, len(texts), AT_ONCE):
+            if is_gone.is_set():
+                raise Refused("the client has gone away.", 499)
+            part = texts[begin : begin + AT_ONCE]
+            parts.append(self.embedder(part, progress=False, **options))
+        return np.concatenate(parts), count
+
+    def _text(self, index: int, given: Any) -> str:
+        """Returns an input as text, which token ids are the tokens of."""
+        if isinstance(given, str):
+            return given
+        most = self.embedder.tokenizer.vocab_size
+        if not given or not all(type(x) is int and 0 <= x < most for x in given):
+            raise Refused(
+                f"input[{index}] must have token ids from 0 to {most - 1}.", param="input"
+            )
+        return str(self.embedder.tokenizer.decode(given))
+
+    def _count(self, texts: list[str], begin: int) -> int:
+        """Returns the number of tokens of some texts, none of which may be too long."""
+        limit = self.embedder.max_seq_length
+        try:
+            lengths = [len(ids) for ids, _ in self.embedder.tokenizer.encode_rows(texts)]
+        except ValueError as error:
+            raise Refused(f"input: {error}", param="input") from None
+        for i, length in enumerate(lengths):
+            if limit is not None and length > limit:
+                raise too_long(
+                    f"This model's maximum context length is {limit} tokens. However, "
+                    f"input[{begin + i}] has {length} tokens. Shorten it.",
+                    "input",
+                )
+        return sum(lengths)
+
+
+def _read_inputs(fields: Fields) -> list[Any]:
+    """Returns the inputs, each of which is a text or a list of ids."""
+    given = fields.take("input")
+    wanted = f"a text, a list of token ids, or a list of up to {MOST_INPUTS} of those"
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise fields.wrong("input", wanted, given)
+    if all(type(x) is int for x in given):
+        return [given]
+    if len(given) > MOST_INPUTS or {type(x) for x in given} not in ({str}, {list}):
+        raise fields.wrong("input", wanted, given)
+    if any(x == "" for x in given):
+        raise Refused("input must have no empty text.", param="input")
+    return given
+
+
+def _write(vector: Float[np.ndarray, " d"], form: str) -> Any:
+    """Returns a vector as numbers, or as the bytes of float32 in base64."""
+    if form == "float":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
