@@ -90,6 +90,25 @@ class ScriptedEngine:
             job.end(error)
 
 
+class Log(list):
+    """The lines of a log, for which a test can wait."""
+
+    def __init__(self):
+        super().__init__()
+        self._change = threading.Condition()
+
+    def append(self, line):
+        with self._change:
+            super().append(line)
+            self._change.notify_all()
+
+    def wait_for(self, beginning):
+        """Returns the last line when it begins so."""
+        with self._change:
+            assert self._change.wait_for(lambda: self and self[-1].startswith(beginning), 60), self
+            return self[-1]
+
+
 class Running:
     """A server on a port of this machine."""
 
@@ -126,7 +145,7 @@ class Running:
 @contextlib.contextmanager
 def serving(generator=None, embedder=None, key=None, log=None):
     """Yields a `Running` server, which has ended after the block."""
-    lines = [] if log is None else log
+    lines = Log() if log is None else log
     app = App(generator, embedder, key, lines.append)
     is_ready, engine = threading.Event(), None if generator is None else generator.engine
     sock = bind("127.0.0.1", 0)

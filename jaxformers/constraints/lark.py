@@ -1,8 +1,10 @@
 """Constraints by grammars that need a stack, which `llguidance` follows on the host."""
 
+import copy
 import json
 from collections import OrderedDict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,8 +14,8 @@ from jaxformers.constraints.vocabulary import Vocabulary, vocabulary_of
 from jaxformers.tokenizers.tokenizer import Tokenizer
 
 # A place is the grammar's state after some tokens. The rows of a batch and its beams are at
-# different places, and so many of them are remembered.
-PLACES = 512
+# different places, and so many of them are remembered; of a single row fewer suffice.
+PLACES, PLACES_OF_ONE = 512, 8
 
 
 class LarkGrammar:
@@ -87,8 +89,14 @@ class LarkGrammar:
         """
         key = vocab_size, end_tokens
         if key not in self._followers:
-            tokens = _Tokens(self._tokenizer, self._vocabulary, vocab_size, sorted(end_tokens))
-            self._followers[key] = Follower(self.name, self._grammar, tokens)
+            known = KNOWN.setdefault(self._tokenizer, {})
+            if key not in known:
+                given = self._vocabulary, vocab_size, sorted(end_tokens)
+                package, tokens = _llguidance(), _Tokens(self._tokenizer, *given)
+                wrapped = package.TokenizerWrapper(tokens)
+                made = package.LLTokenizer(wrapped, eos_token=tokens.ends, slices=[])
+                known[key] = tokens, made
+            self._followers[key] = Follower(self.name, self._grammar, *known[key])
         return self._followers[key]
 
     def __repr__(self) -> str:
@@ -112,18 +120,20 @@ class _Tokens:
         return list(self._backend.encode(given, add_special_tokens=False).ids)
 
 
+# What llguidance makes of the tokens of a model, which all grammars share.
+KNOWN: WeakKeyDictionary[Tokenizer, dict[Any, tuple[_Tokens, Any]]] = WeakKeyDictionary()
+
+
 class Follower:
     """A grammar over the tokens of a model, which says what may come after new tokens."""
 
-    def __init__(self, name: str, grammar: str, tokens: _Tokens):
-        package = _llguidance()
+    def __init__(self, name: str, grammar: str, tokens: _Tokens, known: Any):
         self.name, self._ends = name, tokens.ends
         self._illegal = np.array([not x for x in tokens.tokens])
         self._illegal[tokens.ends] = False
-        wrapped = package.TokenizerWrapper(tokens)
-        known = package.LLTokenizer(wrapped, eos_token=tokens.ends, slices=[])
         self._places: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._start = package.LLMatcher(known, grammar, log_level=0)
+        self._most = PLACES
+        self._start = _llguidance().LLMatcher(known, grammar, log_level=0)
         if self._start.is_error():
             raise ValueError(f"{name} cannot be followed: {self._start.get_error():.500}")
 
@@ -137,6 +147,12 @@ class Follower:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         legal = np.unpackbits(bits, bitorder="little", count=count) == 1
         return legal & ~self._illegal
+
+    def of_one_row(self) -> "Follower":
+        """Returns one that remembers places of its own, and only few of them."""
+        follower = copy.copy(self)
+        follower._places, follower._most = OrderedDict(), PLACES_OF_ONE
+        return follower
 
     def may_end(self, tokens: tuple[int, ...]) -> bool:
         """Returns whether the text of some tokens is complete."""
@@ -153,7 +169,7 @@ class Follower:
             if matcher is not None and not matcher.consume_token(tokens[-1]):
                 matcher = None
             self._places[tokens] = matcher
-            if len(self._places) > PLACES:
+            if len(self._places) > self._most:
                 self._places.popitem(last=False)
         return self._places[tokens]
 

@@ -16,8 +16,8 @@ from jaxformers.constraints.vocabulary import Vocabulary
 ILLEGAL, END = 0, 1
 # The most entries of the tables, of four bytes each.
 ENTRIES = 32_000_000
-# Rows of one constraint are at different places, and so many of them are remembered.
-PLACES = 512
+# So many places of a row that is followed on the host are remembered.
+PLACES = 8
 
 
 class Tables(NamedTuple):
@@ -33,7 +33,7 @@ class Tables(NamedTuple):
 
 
 class TableFollower:
-    """Tables followed on the host, which says what may come after new tokens.
+    """Tables followed on the host, which says what may come after the new tokens of a row.
 
     Arguments:
         tables: of a constraint.
@@ -47,6 +47,10 @@ class TableFollower:
     def nbytes(self) -> int:
         """The memory of the tables."""
         return sum(x.nbytes for x in self._tables)
+
+    def of_one_row(self) -> "TableFollower":
+        """Returns one that remembers places of its own."""
+        return TableFollower(self._tables)
 
     def legal(self, tokens: tuple[int, ...]) -> Bool[np.ndarray, " v"]:
         """Returns which tokens may come after some; all of them after an illegal one."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.events import Events
 from jaxformers.serving.fields import Fields
+from jaxformers.serving.formats import Followers
 from jaxformers.serving.generator import Answers, Generator
-from jaxformers.serving.job import Follower
 from jaxformers.serving.options import Options, usage
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 
@@ -80,7 +80,7 @@ def answer(
     prompts: list[Prompt],
     most: int,
     options: Options,
-    follower: Follower | None,
+    format_: Followers | None,
     lists: bool,
     form: Form,
 ) -> Reply:
@@ -89,11 +89,11 @@ def answer(
     Arguments:
         generator: the model.
         prompts, most: what they continue, and the most new tokens of each.
-        options, follower: how tokens are chosen.
+        options, format_: how tokens are chosen.
         lists: whether their log-probabilities are told.
         form: in which they are written.
     """
-    given = prompts, options.n, most, options.sampling, options.stop, follower
+    given = prompts, options.n, most, options.sampling, options.stop, format_
     answers = generator.begin(*given, options.streams, lists)
     return Reply(answers, sum(x.length for x in prompts), options, form)
 

@@ -36,6 +36,7 @@ class Record:
     def __init__(self, method: str, path: str):
         self.method, self.path, self.begin = method, path, time.perf_counter()
         self.status, self.is_complete, self.is_cut = 0, False, False
+        self.is_read = method in ("GET", "HEAD")  # whether the body has been read
         self.prompt_tokens = 0
         self.reply: Reply | None = None
 
@@ -113,7 +114,10 @@ class App:
         except Gone:
             raise
         except (Refused, HTTPException) as error:
-            await refuse(error, scope)(scope, receive, send)
+            response = refuse(error, scope)
+            if not scope["record"].is_read:
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
         except Exception:
             LOG.exception("a request failed")
             if scope["record"].status == 0:
@@ -137,7 +141,7 @@ class App:
                 "Incorrect API key provided. Send the header Authorization: Bearer KEY.",
                 401,
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
+                headers={"WWW-Authenticate": "Bearer"},
             )
 
     async def _health(self, request: Request) -> Response:
@@ -211,6 +215,7 @@ class Post:
         if self._app.is_closing:
             raise closing()
         body = await read_body(Request(scope).headers, receive)
+        scope["record"].is_read = True
         await until_gone(
             self._respond(Fields(body), scope, receive, send), receive, scope["record"]
         )

@@ -33,17 +33,14 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> dict[str, A
         raise Refused(
             f"the content type must be application/json, got {show(kind)}.",
             415,
-            headers={"Connection": "close"},
         )
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refused("the body must not be compressed.", 415, headers={"Connection": "close"})
+        raise Refused("the body must not be compressed.", 415)
     try:
         async with asyncio.timeout(LONGEST):
             data = await _read(receive)
     except TimeoutError:
-        raise Refused(
-            "the body did not come in time.", 408, headers={"Connection": "close"}
-        ) from None
+        raise Refused("the body did not come in time.", 408) from None
     return parse(data)
 
 
@@ -99,7 +96,5 @@ async def _read(receive: Receive) -> bytes:
         if not message.get("more_body", False):
             break
     if size > MOST:
-        raise Refused(
-            f"the body must have at most {MOST} bytes.", 413, headers={"Connection": "close"}
-        )
+        raise Refused(f"the body must have at most {MOST} bytes.", 413)
     return b"".join(parts)

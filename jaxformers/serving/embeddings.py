@@ -16,6 +16,8 @@ from jaxformers.text.embedder import TextEmbedder
 MOST_INPUTS = 2048
 AT_ONCE = 64  # so many texts are read before it is looked whether the client is still there
 WAITING = 64  # the most requests that wait for vectors
+# The most tokens of a text where the model has no limit, and of a batch.
+LONGEST, MOST_TOKENS = 8192, 16384
 
 
 class Embedder:
@@ -62,17 +64,17 @@ class Embedder:
     ) -> tuple[Float[np.ndarray, "n d"], int]:
         """Returns the vectors of texts, and the number of their tokens; in the only thread."""
         texts = [self._text(i, x) for i, x in enumerate(given)]
-        count, parts = 0, []
-        for begin in range(0, len(texts), AT_ONCE):
-            part = texts[begin : begin + AT_ONCE]
-            count += self._count(part, begin)
+        begins, parts = range(0, len(texts), AT_ONCE), []
+        lengths = [x for i in begins for x in self._lengths(texts[i : i + AT_ONCE], i)]
         options: dict[str, Any] = {} if kept is None else {"truncate_dim": kept, "normalize": True}
-        for begin in range(0, len(texts), AT_ONCE):
+        # A power of two, so that there are few programs.
+        size = 1 << (min(32, max(MOST_TOKENS // max(lengths), 1)).bit_length() - 1)
+        for i in begins:
             if is_gone.is_set():
                 raise Refused("the client has gone away.", 499)
-            part = texts[begin : begin + AT_ONCE]
-            parts.append(self.embedder(part, progress=False, **options))
-        return np.concatenate(parts), count
+            part = texts[i : i + AT_ONCE]
+            parts.append(self.embedder(part, size, progress=False, **options))
+        return np.concatenate(parts), sum(lengths)
 
     def _text(self, index: int, given: Any) -> str:
         """Returns an input as text, which token ids are the tokens of."""
@@ -85,21 +87,21 @@ class Embedder:
             )
         return str(self.embedder.tokenizer.decode(given))
 
-    def _count(self, texts: list[str], begin: int) -> int:
-        """Returns the number of tokens of some texts, none of which may be too long."""
-        limit = self.embedder.max_seq_length
+    def _lengths(self, texts: list[str], begin: int) -> list[int]:
+        """Returns the numbers of tokens of some texts, none of which may be too long."""
+        limit = self.embedder.max_seq_length or LONGEST
         try:
             lengths = [len(ids) for ids, _ in self.embedder.tokenizer.encode_rows(texts)]
         except ValueError as error:
             raise Refused(f"input: {error}", param="input") from None
         for i, length in enumerate(lengths):
-            if limit is not None and length > limit:
+            if length > limit:
                 raise too_long(
                     f"This model's maximum context length is {limit} tokens. However, "
                     f"input[{begin + i}] has {length} tokens. Shorten it.",
                     "input",
                 )
-        return sum(lengths)
+        return lengths
 
 
 def _read_inputs(fields: Fields) -> list[Any]:

@@ -5,10 +5,11 @@ from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from jaxformers.constraints.json_schema import JSONSchema
+from jaxformers.constraints.lark import Follower as GrammarFollower
 from jaxformers.constraints.lark import LarkGrammar
+from jaxformers.constraints.tables import TableFollower
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.fields import Fields
-from jaxformers.serving.job import Follower
 from jaxformers.serving.workers import Workers
 from jaxformers.tokenizers.tokenizer import Tokenizer
 
@@ -16,6 +17,9 @@ from jaxformers.tokenizers.tokenizer import Tokenizer
 LONGEST, LARGEST, KEPT = 65_536, 16 * 2**20, 64 * 2**20
 WAITING = 16  # the most schemas that wait to be built
 GRAMMAR_BYTES = 2**20  # about what a grammar takes
+
+
+Followers = TableFollower | GrammarFollower  # `of_one_row` gives one for a row
 
 
 class Format(NamedTuple):
@@ -43,10 +47,10 @@ class Formats:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int]):
         self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, ends
-        self._known: OrderedDict[str, Follower] = OrderedDict()
+        self._known: OrderedDict[str, Followers] = OrderedDict()
         self._workers = Workers("schemas", 1, WAITING)
 
-    async def follower(self, format_: Format | None) -> Follower | None:
+    async def follower(self, format_: Format | None) -> Followers | None:
         """Returns what follows answers of a format; None if they are free.
 
         Raises:
@@ -69,7 +73,7 @@ class Formats:
         """Ends its thread."""
         self._workers.close()
 
-    def _follower(self, format_: Format) -> Follower:
+    def _follower(self, format_: Format) -> Followers:
         """Returns what follows a format; in the only thread for it."""
         key = json.dumps(format_.schema)
         if len(key) > LONGEST:
@@ -82,7 +86,7 @@ class Formats:
             self._known.popitem(last=False)
         return self._known[key]
 
-    def _build(self, schema: Any, is_any: bool) -> Follower:
+    def _build(self, schema: Any, is_any: bool) -> Followers:
         """Returns tables if they are small, and a grammar otherwise."""
         refusal: Exception | None = None
         if not is_any:
@@ -124,5 +128,5 @@ def _read_schema(fields: Fields) -> Format:
     return Format(fields.name("schema"), schema, False)
 
 
-def _size(follower: Follower) -> int:
+def _size(follower: Followers) -> int:
     return getattr(follower, "nbytes", GRAMMAR_BYTES)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxformers.mistakes import special_of
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.followers import CheckpointRules, both
-from jaxformers.serving.formats import Formats
+from jaxformers.serving.formats import Followers, Formats
 from jaxformers.serving.job import Closed, Follower, QueueFull, Sampling
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 from jaxformers.serving.token_text import TokenTexts
@@ -93,11 +93,11 @@ class Generator:
 
         return RowText(WholeCharacters(decode, prompt.before), stop, [[x] for x in self.ends])
 
-    def rules(self, prompt: Prompt, most: int, follower: Follower | None) -> Follower | None:
+    def rules(self, prompt: Prompt, most: int, format_: Followers | None) -> Follower | None:
         """Returns what says which tokens may come in a row."""
         vocab_size = self.engine.vocab_size
         own = CheckpointRules.of(self.special, vocab_size, prompt.ids, most)
-        return both(follower, own)
+        return both(None if format_ is None else format_.of_one_row(), own)
 
     def begin(
         self,
@@ -106,7 +106,7 @@ class Generator:
         most: int,
         sampling: Sampling,
         stop: tuple[str, ...],
-        follower: Follower | None,
+        format_: Followers | None,
         streams: bool,
         lists: bool,
     ) -> "Answers":
@@ -125,7 +125,7 @@ class Generator:
         answers = Answers()
         for index in range(count):
             prompt = prompts[index // times]
-            given = prompt, most, replace(sampling, index=index), self.rules(prompt, most, follower)
+            given = prompt, most, replace(sampling, index=index), self.rules(prompt, most, format_)
             row = self.row(prompt, stop)
             job = TextJob(index, *given, row, self.ends, answers.tell, streams, lists)
             answers.jobs.append(job)

@@ -17,14 +17,16 @@ from jaxformers.serving.app import App
 MOST_CONNECTIONS = 512
 # A connection without a request is closed after one to two of these periods, in seconds.
 PATIENCE = 15.0
+KEPT_ALIVE = 20  # seconds until a connection without a further request is closed
+STALLED = 8  # so many periods in a row may a client leave what is sent to it unread
 LAST_WRITES = 5.0  # seconds for clients to read what remains after the last token
 
 
 class Connection(H11Protocol):
-    """A connection that may not wait for ever for the head of a request."""
+    """A connection that waits for its client, but not for ever."""
 
     _timer: asyncio.TimerHandle | None = None
-    _checks = 0
+    _idle = _stalled = 0  # periods in a row
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -36,9 +38,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _check(self) -> None:
+        """Ends the connection if the head of a request does not come, or nothing is read."""
         is_idle = self.cycle is None or self.cycle.response_complete
-        self._checks = self._checks + 1 if is_idle else 0
-        if self._checks > 1:
+        self._idle = self._idle + 1 if is_idle else 0
+        self._stalled = self._stalled + 1 if self.flow.write_paused else 0
+        if self._idle > 1 or self._stalled > STALLED:
             self.transport.abort()
         else:
             self._timer = self.loop.call_later(PATIENCE, self._check)
@@ -65,6 +69,7 @@ class Server(uvicorn.Server):
             access_log=False,
             limit_concurrency=MOST_CONNECTIONS,
             server_header=False,
+            timeout_keep_alive=KEPT_ALIVE,
             timeout_graceful_shutdown=int(LAST_WRITES),
         )
         super().__init__(config)
