@@ -364,10 +364,10 @@ def make_checkpoint(directory):
 
 
 @contextlib.contextmanager
-def server_of(path, log):
+def server_of(path, log, more=("--waiting", "8")):
     """Yields the process of a server and where it listens."""
     command = [sys.executable, "-m", "jaxformers", "serve", str(path), "--port", "0", "--name", "m"]
-    command += ["--rows", "4", "--waiting", "8", "--context", "160"]
+    command += ["--rows", "4", "--context", "160", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         try:
             line = process.stdout.readline()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import socket
 import struct
 
@@ -15,8 +16,9 @@ from jaxformers import RotaryPositionalEncoding, TextGenerator
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 from serving import Log, ScriptedEngine, serving  # noqa: E402
+from serving_hostile import ATTACKS, Target  # noqa: E402
 
-from jaxformers.serving.body import MOST  # noqa: E402
+from jaxformers.serving import body as body_module  # noqa: E402
 from jaxformers.serving.generator import Generator  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
@@ -264,6 +266,7 @@ WRONG = [
 @pytest.mark.parametrize("case", WRONG, ids=[f"{i}-{x[2]}" for i, x in enumerate(WRONG)])
 def test_wrong_fields_are_named(shared, case):
     fields, wanted, name = case
+    before = list(shared.engine.jobs)
     status, found = chat(shared, **fields)
     error = found["error"]
     assert (status, error["type"]) == (wanted, "invalid_request_error"), found
@@ -271,7 +274,7 @@ def test_wrong_fields_are_named(shared, case):
     assert (
         name.split(".")[0].split("[")[0] in error["message"] or "context length" in error["message"]
     )
-    assert not shared.engine.jobs
+    assert shared.engine.jobs == before
 
 
 @pytest.mark.parametrize(
@@ -297,9 +300,10 @@ def test_wrong_fields_are_named(shared, case):
     ids=lambda x: "-".join(x),
 )
 def test_wrong_completions(shared, fields):
+    before = list(shared.engine.jobs)
     status, found = shared.post(COMPLETIONS, **{"model": "tiny", **fields})
     assert status == 400 and found["error"]["param"] in {*fields, "prompt", "max_tokens"}
-    assert not shared.engine.jobs
+    assert shared.engine.jobs == before
 
 
 def test_too_long_for_the_context(server):
@@ -362,7 +366,7 @@ def test_routes_and_methods(server):
 
 
 def test_large_bodies_are_not_read(server):
-    message = json.dumps({"model": "tiny", "messages": "x" * (MOST + 1)}).encode()
+    message = json.dumps({"model": "tiny", "messages": "x" * (body_module.MOST + 1)}).encode()
     assert server.request("POST", CHAT, message, JSON)[0] == 413
 
     def endless():
@@ -480,6 +484,18 @@ def test_a_second_signal_ends_at_once(server):
         content = answer.read()
         assert b"[DONE]" not in content
     assert server.engine.jobs[0].is_cancelled
+
+
+@pytest.mark.parametrize("number", range(len(dict.fromkeys(ATTACKS))))
+def test_odd_and_broken_requests(shared, monkeypatch, number):
+    """Three of each kind, of which the script sends many."""
+    monkeypatch.setattr(body_module, "PAUSE", 0.2)
+    target = Target(shared.port, "tiny")
+    for seed in range(3):
+        list(dict.fromkeys(ATTACKS))[number](target, random.Random(seed))
+    shared.engine.wait_until_free()
+    assert all(x == "none" or x < 500 for x in target.statuses), target.statuses
+    assert chat(shared)[0] == 200
 
 
 def test_every_field_of_openai_is_known(server):

@@ -1,8 +1,11 @@
 """The official client of OpenAI against the server, with a tiny model and the real engine."""
 
+import asyncio
 import base64
 import json
 import threading
+import time
+import typing
 from functools import partial
 
 import jax
@@ -157,6 +160,40 @@ def test_json_schema(chat, text):
     options = {"key": jax.random.key(3), "temperature": 1.5}
     wanted = text.chat(HELLO, 40, constraint=JSONSchema(SCHEMA, text.tokenizer), **options)
     assert found.message.content == wanted
+
+
+def test_a_model_of_pydantic(client):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Answer(pydantic.BaseModel):
+        a: typing.Literal[1, 22]
+        b: bool
+
+    found = client.chat.completions.parse(
+        model="tiny", messages=HELLO, response_format=Answer, max_tokens=40, seed=4
+    )
+    assert found.choices[0].message.parsed.a in (1, 22)
+
+
+def test_the_asynchronous_client(server, text):
+    """It leaves a stream, whose row is free then."""
+
+    async def talk():
+        url = f"http://127.0.0.1:{server.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
+            given = {"model": "tiny", "prompt": "where", "temperature": 0}
+            stream = await client.completions.create(**given, max_tokens=3000, stream=True)
+            async for chunk in stream:
+                if chunk.choices[0].text:
+                    break
+            await stream.close()
+            several = [client.completions.create(**given, max_tokens=n) for n in (9, 4, 7)]
+            return [x.choices[0].text for x in await asyncio.gather(*several)]
+
+    assert asyncio.run(talk()) == [text("where", n) for n in (9, 4, 7)]
+    end = time.monotonic() + 60
+    while server.engine.counts()["busy"]:
+        assert time.monotonic() < end
 
 
 def test_recursive_schemas_and_any_object(chat):
