@@ -1,12 +1,8 @@
 """The command line: `jaxformers COMMAND`, or `python -m jaxformers COMMAND`."""
 
 import argparse
-import contextlib
-import os
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from jaxformers.cli.chat import add_chat
 from jaxformers.cli.convert import add_convert
@@ -15,6 +11,7 @@ from jaxformers.cli.finetune import add_finetune
 from jaxformers.cli.generate import add_generate
 from jaxformers.cli.help import Help, Parser
 from jaxformers.cli.inspect import add_inspect
+from jaxformers.cli.process import drop_output, failed, process
 from jaxformers.cli.serve import add_serve
 from jaxformers.cli.tokenize import add_tokenize
 from jaxformers.cli.train_tokenizer import add_train_tokenizer
@@ -27,9 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 0; 1 if a check failed or nothing ran; 2 for wrong arguments; 130 after Ctrl-C; 141 if
     whoever reads the output went away.
     """
-    open_streams()
-    with warnings.catch_warnings():
-        warnings.showwarning = note
+    with process():
         try:
             options = make_parser().parse_args(arguments)
             status = options.run(options)
@@ -72,37 +67,6 @@ ADD = (
     add_serve,
     *(add_verify, add_tokenize, add_train_tokenizer, add_finetune),
 )
-
-
-def failed(error: Any) -> int:
-    """Says an error in one line. Returns the exit status."""
-    with contextlib.suppress(OSError):  # whatever is left to write may not be written either
-        try:
-            sys.stdout.flush()
-        except OSError:
-            drop_output()
-        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
-    return 1
-
-
-def note(message: Any, *_: Any, **__: Any) -> None:
-    """Says a warning in one line, without the line of code that it came from."""
-    print("note:", " ".join(str(message).split()), file=sys.stderr)
-
-
-def drop_output() -> None:
-    """Sends standard output nowhere, or its rest would fail again at the end of the process."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def open_streams() -> None:
-    """Opens streams that the process began without, or files would get their numbers."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
-    # A terminal that lacks a character gets a substitute.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands for texts: what they write, their exit statuses, and errors of one line."""
 
+import argparse
 import codecs
 import io
 import json
@@ -56,11 +57,14 @@ def checkpoint(tmp_path_factory):
 def endless(tmp_path_factory):
     """A directory with a small model whose answers do not end by themselves."""
     directory = tmp_path_factory.mktemp("endless")
-    sizes = {"d_model": 24, "num_heads": 4, "num_layers": 1, "d_ff": 40, "max_seq_length": 9000}
+    sizes = {"d_model": 24, "num_heads": 4, "num_layers": 1, "d_ff": 40}
     pieces = {"norm": RMSNorm, "feed_forward": GatedFeedForward, "use_bias": False}
     position = RotaryPositionalEncoding()
     model = TransformerLM(V, **sizes, **pieces, position=position, key=jax.random.key(3))
     model.save_pretrained(directory)
+    config = directory / "config.json"
+    entries = json.loads(config.read_text())
+    config.write_text(json.dumps(entries | {"max_position_embeddings": 9000}))
     tokenizer_of(byte_level(), chat_template=TEMPLATE).save(directory)
     return directory
 
@@ -329,6 +333,42 @@ def test_a_reader_that_goes_away(checkpoint):
     errors = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(60) == 141 and "Traceback" not in errors
+
+
+def test_ctrl_c_ends_a_command(endless):
+    command = "generate", endless, "the", "--max-new-tokens", 8000
+    process = started(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130 and errors == b""
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again(monkeypatch):
+    class Last:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def run(options):
+        Last()
+        time.sleep(300)
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run)
+    monkeypatch.setattr("jaxformers.__main__.make_parser", lambda: parser)
+    assert main([]) == 130
+
+
+def test_streams_that_are_closed(run, checkpoint, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    arguments = str(checkpoint), "--max-new-tokens", "3"
+    statuses = [main(["generate", *arguments, "the"]), main(["chat", *arguments])]
+    streams = sys.stdin, sys.stdout, sys.stderr
+    monkeypatch.undo()
+    for stream in streams:
+        stream.close()
+    assert statuses == [0, 0]
 
 
 class Typist:

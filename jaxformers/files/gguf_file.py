@@ -43,8 +43,8 @@ _PLAIN = {
     "BF16": np.dtype(jnp.bfloat16),
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
 }
-# The bytes that are unpacked at once.
-_STEP = 2**22
+# The bytes that are unpacked at once: what they become fits the cache of a core.
+_STEP = 2**18
 
 
 class GgufTensor(NamedTuple):
@@ -100,7 +100,9 @@ class GgufTensor(NamedTuple):
             # A damaged scale may be infinite. Whoever reads the values checks them.
             with np.errstate(all="ignore"):
                 for i in range(0, len(data), step):
-                    array[i : i + step] = dequantize(data[i : i + step], kind)
+                    # One long row: rows as they are would be unpacked by sixteen, slowly.
+                    unpacked = dequantize(data[i : i + step].reshape(1, -1), kind)
+                    array[i : i + step] = unpacked.reshape(-1, self.shape[-1])
         except NotImplementedError:
             raise ValueError(
                 f"{self.path} has tensors of the type {self.kind}, which the gguf package does not "
@@ -227,7 +229,7 @@ class _Header:
         if kind == _STRING:
             self._check_count(f"strings in {where}", count, MAX_STRINGS - self.strings, least=8)
             self.strings += count
-            return [self._string(where) for _ in range(count)]
+            return self._strings(where, count)
         if kind not in _NUMBERS:
             what = "arrays within an array" if kind == _ARRAY else f"the unknown type {kind}"
             raise self._error(f"{where} has {what}")
@@ -301,6 +303,21 @@ class _Header:
             return text.decode()
         except UnicodeDecodeError as error:
             raise self._error(f"{where} is no text in UTF-8: {error}") from None
+
+    def _strings(self, where: str, count: int) -> list[str]:
+        """Returns strings one after another; a vocabulary has very many."""
+        data, length_of, found = self.data, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            begin = self.at + 8
+            end = begin + length_of(data, self.at)[0] if begin <= self.end else begin
+            if end > self.end:
+                return [self._string(where)]  # which says what is wrong
+            try:
+                found.append(data[begin:end].decode())
+            except UnicodeDecodeError:
+                return [self._string(where)]
+            self.at = end
+        return found
 
     def _numbers(self, kind: str, count: int) -> np.ndarray:
         size = count * np.dtype(kind).itemsize
