@@ -1,7 +1,7 @@
 """The cache, which is a decoder's memory of the tokens it has seen."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -156,21 +156,41 @@ class Cache(eqx.Module):
         more = slots - self.slots
 
         def resize(layer: LayerCache) -> LayerCache:
-            positions = layer.positions
-            if positions is not None and (
-                self.length is not None or positions.shape[1] < self.slots
-            ):
-                return layer  # with a window it has fewer slots in any case
-            pad = (0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0)
-            own = (lax.pad(x, jnp.zeros((), x.dtype), pad) for x in layer.own)
-            if positions is not None:
-                positions = lax.pad(positions, jnp.int32(-1), width)
-            return layer._replace(own=KV(*own), positions=positions)
+            if layer.positions is not None:
+                return layer
+            width = ((0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0))
+            own = (lax.pad(x, jnp.zeros((), x.dtype), width) for x in layer.own)
+            return layer._replace(own=KV(*own))
 
         width = ((0, 0, 0), (0, more, 0))
         return dataclasses.replace(
             self,
             layers=tuple(map(resize, self.layers)),
+            tokens=lax.pad(self.tokens, jnp.int32(0), width),
+            positions=lax.pad(self.positions, jnp.int32(-1), width),
+        )
+
+    def resize_rows(self, slots: int, own_slots: Sequence[int]) -> "Cache":
+        """Returns a cache `by_rows` with another number of slots.
+
+        Arguments:
+            slots: how many tokens a row may have; later ones are lost.
+            own_slots: how many of them each layer keeps.
+        """
+
+        def resize(layer: Any, size: int) -> LayerCache:
+            more = (0, size - layer.own.keys.shape[2], 0)
+            own = (
+                lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), more, (0, 0, 0)))
+                for x in layer.own
+            )
+            positions = lax.pad(layer.positions, jnp.int32(-1), ((0, 0, 0), more))
+            return layer._replace(own=KV(*own), positions=positions)
+
+        width = (0, 0, 0), (0, slots - self.slots, 0)
+        return dataclasses.replace(
+            self,
+            layers=tuple(map(resize, self.layers, own_slots)),
             tokens=lax.pad(self.tokens, jnp.int32(0), width),
             positions=lax.pad(self.positions, jnp.int32(-1), width),
         )

@@ -205,14 +205,30 @@ def test_what_any_row_has_read_of_a_prompt_is_not_read_again(model, monkeypatch)
     assert [job.ids for job in others] == expected
 
 
-def test_a_row_with_a_window_goes_on_but_not_far_back():
-    model = make_lm(position=RotaryPositionalEncoding(), window=5)
-    (prompt,) = prompts([30])
-    server = Engine(model, rows=1)
-    first = Recorded(prompt, 4, GREEDY)
-    jobs = [Recorded([*prompt, 3], 4, GREEDY), Recorded([*prompt[:5], 9], 4, GREEDY)]
-    run(server, [first, *jobs])
-    assert [job.ids for job in jobs] == new_tokens(model, [job.prompt for job in jobs], 4)
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_a_shorter_batch_has_lost_is_read_again(window):
+    model = make_lm(position=RotaryPositionalEncoding(), window=window)
+    (prompt,) = prompts([40])
+    server = Engine(model, rows=3)
+    # The second makes the batch shorter, while the row of the first is free.
+    jobs = [Recorded(x, 3, GREEDY) for x in (prompt, [5, 7], [*prompt, 3])]
+    later = [Recorded(jobs[-1].prompt, 3, GREEDY)]
+    server.start()
+    for job in [*jobs, *later]:
+        server.submit([job])
+        assert job.done.wait(60)
+    server.close()
+    assert jobs[2].ids == later[0].ids == new_tokens(model, [jobs[2].prompt], 3)[0]
+
+
+@pytest.mark.parametrize("window", [5, 16, 40])
+def test_a_row_with_a_window_goes_on_but_not_far_back(window):
+    """With 16 the layers have 32 slots, which is also a size of the batch."""
+    model = make_lm(position=RotaryPositionalEncoding(), window=window)
+    (prompt,) = prompts([37])
+    given = [prompt, [*prompt, 3], [*prompt[:5], 9], prompt, [*prompt[:20], 3]]
+    jobs = run(Engine(model, rows=1), [Recorded(x, 4, GREEDY) for x in given])
+    assert [job.ids for job in jobs] == new_tokens(model, given, 4)
 
 
 def test_jobs_may_be_given_up_at_any_time(model):
@@ -267,6 +283,12 @@ def test_an_error_ends_its_job_alone(model):
         def legal(self, tokens):
             raise RuntimeError("no grammar")
 
+    class Second:
+        def legal(self, tokens):
+            if tokens:
+                raise RuntimeError("no second")
+            return np.ones(V, np.bool_)
+
     def fail(job):
         raise RuntimeError("no reader")
 
@@ -281,7 +303,11 @@ def test_an_error_ends_its_job_alone(model):
         Recorded(given[2], 9, GREEDY, follower=Nothing()),
         Recorded(given[3], 9, GREEDY),
     ]
+    jobs += [Recorded(given[0], 9, Sampling(seed=2**70))]
     run(Engine(model, rows=3), jobs)
+    assert isinstance(jobs.pop().ends[0], OverflowError)
+    (alone,) = run(Engine(model, rows=3), [Recorded(given[0], 9, GREEDY, follower=Second())])
+    assert str(alone.ends[0]) == "no second" and len(alone.ids) == 1
     assert [str(job.ends[0])[:10] for job in jobs] == [
         *("no grammar", "no reader", "no token i"),
         "None",

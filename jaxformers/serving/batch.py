@@ -16,6 +16,7 @@ from jaxformers.serving.job import Sampling
 from jaxformers.serving.rows import (
     Chosen,
     Rows,
+    Rules,
     at_the_right,
     begin,
     insert,
@@ -45,6 +46,8 @@ class Batch:
     def __init__(self, model: Any, count: int, context: int):
         self.model, self.count, self.context = model, count, context
         self.is_pair = isinstance(model, Transformer)
+        windows = [layer.self_attention.window for layer in model.decoder.layers]
+        self._windows = [None if x is None else x + SPARE for x in windows]  # slots of each layer
         self._slots = self._size(1, SLOTS, context)
         self._source_slots = self._size(1, SOURCE_SLOTS, self._source_limit)
         self._rows: Any = None
@@ -89,7 +92,7 @@ class Batch:
     def _resize(self, slots: int, source_slots: int) -> None:
         """Gives all rows another size."""
         self._slots, self._source_slots = slots, source_slots
-        size = slots, source_slots if self.is_pair else None
+        size = slots, self._own_slots, source_slots if self.is_pair else None
         if self._rows is not None:
             self._rows = resize(self._rows, *size)
         if self._alone is not None:
@@ -97,18 +100,30 @@ class Batch:
         if self._read is not None:
             self._read = resize(self._read, *size)
 
+    @property
+    def _own_slots(self) -> tuple[int, ...]:
+        """How many tokens each layer keeps; one with a window uses its slots again and again."""
+        return tuple(self._slots if x is None else min(self._slots, x) for x in self._windows)
+
+    @property
+    def _intact(self) -> int:
+        """The longest rows of which no layer has lost a token."""
+        return min((x for x in self._windows if x is not None), default=self.context)
+
+    def kept(self, memory: list[int]) -> list[int]:
+        """Returns the tokens that a row still has after rows became shorter."""
+        if len(memory) <= self._slots:
+            return memory
+        return memory[: self._slots] if len(memory) <= self._intact else []
+
     def reusable(self, memory: Sequence[int], prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt a row with such a memory has read already."""
         if self._rows is None or self.is_pair or self._rows.cache.rotated_for is not None:
             return 0
         most = min(len(memory), len(prompt) - 1, self._slots)
         same = next((i for i in range(most) if memory[i] != prompt[i]), most)
-        # A window's slots are used again, so that it cannot go back far.
-        layers = self._rows.cache.layers
-        windows = any(
-            x.positions is not None and x.positions.shape[1] < self._slots for x in layers
-        )
-        return 0 if windows and len(memory) - same > SPARE else same
+        is_lost = len(memory) > self._intact and len(memory) - same > SPARE
+        return 0 if is_lost else same
 
     def open(self, source: Sequence[int] | None, place: int, count: int) -> None:
         """Begins to read a prompt.
@@ -152,7 +167,7 @@ class Batch:
         place: int,
         hidden: Float[Array, "1 d"],
         prompt: Sequence[int],
-        sampling: Sampling,
+        rules: Rules,
         bias: Float[np.ndarray, "1 v"] | None,
     ) -> Chosen:
         """Puts the row that has been read into the batch, and returns its first new token.
@@ -160,12 +175,12 @@ class Batch:
         Arguments:
             place: the number of the row.
             hidden: of the last token of its prompt.
-            prompt, sampling: of the job.
+            prompt, rules: of the job.
             bias: what is added to its logits.
         """
         given = at_the_right(prompt, self._slots), put(np.array([len(prompt)]))
         fixed = self.model, hidden, self._bias(bias, 1)
-        row, chosen = begin(fixed, self._read, *given, read_rules(sampling))
+        row, chosen = begin(fixed, self._read, *given, rules)
         self._read = None
         if self._rows is None:
             self._rows = repeat(row, self.count)
@@ -220,7 +235,7 @@ class Batch:
                 self.open([0] if self.is_pair else None, 0, 0)
                 for size in sizes:
                     hidden = self.read([0], size, 1)
-                self.begin(0, hidden, [0], Sampling(), None)
+                self.begin(0, hidden, [0], read_rules(Sampling()), None)
             if self.count > 1:
                 self.step([0, 1], None)
             self.step([0], None)  # at the end, so that a row alone grows, too

@@ -20,7 +20,7 @@ from jaxformers.generation.generate import failure
 from jaxformers.output import check_output
 from jaxformers.serving.batch import Batch
 from jaxformers.serving.job import Closed, Counts, Job, QueueFull, Token
-from jaxformers.serving.rows import Chosen
+from jaxformers.serving.rows import Chosen, read_rules
 from jaxformers.transformer import Transformer
 
 LOG = logging.getLogger(__name__)
@@ -162,8 +162,9 @@ class Engine:
                     if job is not None:
                         job.cancel()
             self._change.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._thread.ident is None:
+            self.start()
+        self._thread.join()
 
     def _check(self, job: Job) -> None:
         """Raises if a job cannot be decoded."""
@@ -204,13 +205,17 @@ class Engine:
         budget = CHUNKS[0]
         while budget > 0 and self._has_prompt():
             budget -= self._read()
-        active = self._active()
-        if active:
-            self._batch.fit(max(len(self._places[i].tokens) for i in active))
-            followed = {i: self._bias(i) for i in active}
-            active = self._active()  # without those whose grammar failed
-            chosen = self._batch.step(active, _stack([followed[i] for i in active]))
-            for row, i in enumerate(active):
+        bias = {}
+        for i in self._active():
+            place = self._places[i]
+            try:
+                bias[i] = self._bias(place.job, place.tokens[len(place.job.prompt) :])
+            except Exception as error:  # of a grammar
+                self._end(i, error)
+        if bias:
+            self._batch.fit(1 + max(len(self._places[i].tokens) for i in bias))
+            chosen = self._batch.step([*bias], _stack([*bias.values()]))
+            for row, i in enumerate(bias):
                 self._deliver(i, chosen, row)
 
     def _active(self) -> list[int]:
@@ -243,17 +248,22 @@ class Engine:
         with self._change:
             if not self._queue:
                 return False
-            job = self._queue.popleft()
-        place = min(free, key=lambda i: self._places[i].last_used)
-        # What any row has read of this prompt already, in use or not, is copied.
-        counts = [self._batch.reusable(x.memory, job.prompt) for x in self._places]
-        best = max(range(len(counts)), key=counts.__getitem__)
-        self._reading = Reading(job, place, counts[best])
+            place = min(free, key=lambda i: self._places[i].last_used)
+            self._reading = Reading(self._queue.popleft(), place, 0)
+        self._open(*self._reading)
+        return True
+
+    def _open(self, job: Job, place: int, read: int) -> None:
+        """Begins to read a prompt; what any row has read of it already is copied."""
         lengths = [len(self._places[i].tokens) for i in self._active()]
         source = 1 if job.source is None else len(job.source)
-        self._batch.fit(max(*lengths, len(job.prompt), 1), source, shrink=True)
+        self._batch.fit(1 + max(*lengths, len(job.prompt), 1), source, shrink=True)
+        kept = [x if x.job else x._replace(tokens=self._batch.kept(x.tokens)) for x in self._places]
+        self._places = kept
+        counts = [self._batch.reusable(x.memory, job.prompt) for x in kept]
+        best = max(range(len(counts)), key=counts.__getitem__)
         self._batch.open(job.source, best, counts[best])
-        return True
+        self._reading = Reading(job, place, counts[best])
 
     def _read(self) -> int:
         """Reads a chunk of the prompt, and begins the row with the last; returns its size."""
@@ -269,29 +279,25 @@ class Engine:
 
     def _begin(self, job: Job, place: int, hidden: Any) -> None:
         """Puts a job whose prompt has been read into its row, and gives it its first token."""
-        self._places[place] = Place(job, list(job.prompt))
-        bias = self._bias(place)
-        if self._places[place].job is None:
+        try:
+            rules, bias = read_rules(job.sampling), self._bias(job, ())
+        except Exception as error:  # such as a seed that is too large
             self._batch.give_up()
+            _tell_end(job, error)
             return
-        chosen = self._batch.begin(place, hidden, job.prompt, job.sampling, _stack([bias]))
+        self._places[place] = Place(job, list(job.prompt))
+        chosen = self._batch.begin(place, hidden, job.prompt, rules, _stack([bias]))
         self._deliver(place, chosen, 0)
 
-    def _bias(self, i: int) -> Float[np.ndarray, " v"] | None:
-        """Returns what is added to the logits of a row; an error there ends its job."""
-        place = self._places[i]
-        job = place.job
+    def _bias(self, job: Job, new: Sequence[int]) -> Float[np.ndarray, " v"] | None:
+        """Returns what is added to the logits of a job after its new tokens; None is nothing."""
         if job.follower is None and not job.sampling.logit_bias:
             return None
         bias = np.zeros(self.vocab_size, np.float32)
         for token, number in job.sampling.logit_bias.items():
             bias[token] = number
-        try:
-            if job.follower is not None:
-                new = tuple(place.tokens[len(job.prompt) :])
-                bias[~job.follower.legal(new)] = -np.inf
-        except Exception as error:
-            self._end(i, error)
+        if job.follower is not None:
+            bias[~job.follower.legal(tuple(new))] = -np.inf
         return bias
 
     def _deliver(self, i: int, chosen: Chosen, row: int) -> None:

@@ -255,13 +255,18 @@ def take(rows: Rows, place: Int[Array, ""], count: Int[Array, ""]) -> Rows:
 
 
 @eqx.filter_jit
-def resize(rows: Rows, slots: int, source_slots: int | None) -> Rows:
-    """Returns the rows with room for so many tokens; those beyond are no longer there."""
-    more = slots - rows.tokens.shape[1]
-    cache = resize_source(rows.cache.resize(slots), source_slots)
-    return rows._replace(
-        tokens=lax.pad(rows.tokens, jnp.int32(0), ((0, 0, 0), (more, 0, 0))), cache=cache
-    )
+def resize(rows: Rows, slots: int, own_slots: tuple[int, ...], source_slots: int | None) -> Rows:
+    """Returns the rows with room for so many tokens; those beyond are no longer there.
+
+    Arguments:
+        rows: those in use must not be longer.
+        slots: the most tokens of a row.
+        own_slots: how many of them each layer keeps.
+        source_slots: the most tokens of an encoder; None where there is none.
+    """
+    width = (0, 0, 0), (slots - rows.tokens.shape[1], 0, 0)
+    cache = resize_source(rows.cache.resize_rows(slots, own_slots), source_slots)
+    return rows._replace(tokens=lax.pad(rows.tokens, jnp.int32(0), width), cache=cache)
 
 
 def resize_source(cache: Cache, slots: int | None) -> Cache:
