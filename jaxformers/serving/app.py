@@ -19,10 +19,10 @@ from jaxformers.serving.body import Gone, Receive, read_body
 from jaxformers.serving.chat import complete_chat
 from jaxformers.serving.completions import complete
 from jaxformers.serving.embeddings import Embedder
-from jaxformers.serving.errors import Refused, error_body, show
+from jaxformers.serving.errors import Refused, closing, show
 from jaxformers.serving.events import to_json
 from jaxformers.serving.fields import Fields
-from jaxformers.serving.generator import Generator, closing
+from jaxformers.serving.generator import Generator
 
 LOG = logging.getLogger(__name__)
 Send = Callable[[Any], Awaitable[None]]
@@ -121,7 +121,7 @@ class App:
         except Exception:
             LOG.exception("a request failed")
             if scope["record"].status == 0:
-                await write(error_body("the server failed."), 500)(scope, receive, send)
+                await refuse(Refused("the server failed.", 500), scope)(scope, receive, send)
             else:
                 raise
 

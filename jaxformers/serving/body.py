@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from jaxformers.files.json_file import parse_json
-from jaxformers.serving.errors import Refused, show
+from jaxformers.serving.errors import Refused, one_line, show
 
 Receive = Callable[[], Awaitable[Any]]
 # The most bytes of a body. So many more are thrown away before the connection is closed, so that
@@ -58,7 +58,7 @@ def parse(data: bytes) -> dict[str, Any]:
         if SURROGATE.search(data):
             _check_text(body)
     except ValueError as error:
-        raise Refused(" ".join(str(error).split())[:400]) from None
+        raise Refused(one_line(error)) from None
     return body
 
 

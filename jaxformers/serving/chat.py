@@ -8,10 +8,11 @@ from jaxformers.serving.answering import Form, Reply, answer, one_of, stamp
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.fields import Fields
 from jaxformers.serving.formats import read_format
-from jaxformers.serving.generator import USUAL_CHAT, Generator
+from jaxformers.serving.generator import Generator
 from jaxformers.serving.job import MOST_TOP
 from jaxformers.serving.options import MOST_NUMBER, read_options
 from jaxformers.serving.text_job import Piece, TextJob
+from jaxformers.text.call import DEFAULT_NEW_TOKENS
 
 ROLES = ("system", "developer", "user", "assistant")
 MOST_MESSAGES = 4096
@@ -45,7 +46,7 @@ async def complete_chat(generator: Generator, fields: Fields) -> Reply:
     fields.finish()
     follower = await generator.formats.follower(format_)
     prompts = [await generator.read_messages(messages)]
-    new = generator.most_new(prompts, most, USUAL_CHAT, ("messages", name))
+    new = generator.most_new(prompts, most, DEFAULT_NEW_TOKENS, ("messages", name))
     options = options._replace(sampling=replace(options.sampling, top=top))
     form = ChatForm(generator, lists, options.tells_usage)
     return answer(generator, prompts, new, options, follower, lists, form)

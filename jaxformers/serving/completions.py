@@ -7,12 +7,13 @@ from typing import Any
 from jaxformers.serving.answering import Form, Reply, answer, stamp
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.fields import Fields
-from jaxformers.serving.generator import USUAL_COMPLETION, Generator
+from jaxformers.serving.generator import Generator
 from jaxformers.serving.options import MOST_NUMBER, read_options
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 
 MOST_PROMPTS = 128
 MOST_LOG_PROBS = 5
+NEW_TOKENS = 16  # the most of an answer where a request says nothing, as OpenAI's
 
 
 async def complete(generator: Generator, fields: Fields) -> Reply:
@@ -45,7 +46,7 @@ async def complete(generator: Generator, fields: Fields) -> Reply:
     given = _read_prompts(fields)
     fields.finish()
     prompts = [await _read(generator, one) for one in given]
-    new = generator.most_new(prompts, most, USUAL_COMPLETION, ("prompt", "max_tokens"))
+    new = generator.most_new(prompts, most, NEW_TOKENS, ("prompt", "max_tokens"))
     options = options._replace(sampling=replace(options.sampling, top=top or 0))
     begins = [x.text if echoes else "" for x in prompts for _ in range(options.n)]
     form = CompletionForm(generator, begins, top is not None, options.tells_usage)

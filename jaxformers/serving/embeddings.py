@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxformers.serving.errors import Refused
+from jaxformers.serving.errors import Refused, one_line, too_long
 from jaxformers.serving.fields import Fields
-from jaxformers.serving.generator import too_long
 from jaxformers.serving.workers import Workers
 from jaxformers.text.embedder import TextEmbedder
 
@@ -93,7 +92,7 @@ class Embedder:
         try:
             lengths = [len(ids) for ids, _ in self.embedder.tokenizer.encode_rows(texts)]
         except ValueError as error:
-            raise Refused(f"input: {error}", param="input") from None
+            raise Refused(f"input: {one_line(error)}", param="input") from None
         for i, length in enumerate(lengths):
             if length > limit:
                 raise too_long(

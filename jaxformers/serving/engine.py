@@ -19,12 +19,12 @@ from jaxformers.checks import check_size, check_usable
 from jaxformers.generation.generate import failure
 from jaxformers.output import check_output
 from jaxformers.serving.batch import Batch
-from jaxformers.serving.job import Closed, Counts, Job, QueueFull, Token
+from jaxformers.serving.job import Closed, Job, QueueFull, Token
 from jaxformers.serving.rows import Chosen, read_rules
 from jaxformers.transformer import Transformer
 
 LOG = logging.getLogger(__name__)
-# The most tokens of a row, where neither the model nor the user says fewer.
+# The most tokens of a row, where neither the model nor the user sets a limit.
 LONGEST = 4096
 # Prompts are read in chunks of these sizes, which are those that programs are compiled for. Between
 # two steps of the other rows no more than the largest is read.
@@ -70,7 +70,7 @@ class Engine:
         model: a `TransformerLM` or a `Transformer`.
         rows: the most requests that are decoded at a time, 8.
         context: the most tokens of a row, its prompt and new ones together; None is the model's
-            limit, and at most `LONGEST`.
+            limit, but at most `LONGEST`.
         waiting: the most jobs that wait for a row, 64.
 
     Raises:
@@ -116,11 +116,9 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
-    def warm_up(self) -> float:
-        """Compiles all programs, and returns the seconds that it took; before `start`."""
-        begun = time.perf_counter()
+    def warm_up(self) -> None:
+        """Compiles all programs; before `start`."""
         self._batch.warm_up(CHUNKS)
-        return time.perf_counter() - begun
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes some jobs, all or none.
@@ -141,7 +139,7 @@ class Engine:
             self._queue.extend(jobs)
             self._change.notify_all()
 
-    def counts(self) -> Counts:
+    def counts(self) -> dict[str, int]:
         """Returns the number of rows, of those in use and of the jobs that wait."""
         busy = sum(place.job is not None for place in self._places)
         busy += self._reading is not None

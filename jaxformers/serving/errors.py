@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# The most characters of what a client sent that an error repeats.
-SHOWN = 80
+# The most characters that an error repeats: of what a client sent, and of another error.
+SHOWN, SAID = 80, 600
+QUOTES = "'\""
 
 
 class Refused(Exception):
@@ -16,6 +17,10 @@ class Refused(Exception):
         param: the name of the field that is wrong.
         code: a word for programs.
         headers: of the answer.
+
+    Example:
+        >>> Refused("n must be at least 1, got 0.", param="n").body["error"]["type"]
+        'invalid_request_error'
     """
 
     def __init__(
@@ -33,21 +38,35 @@ class Refused(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        return error_body(self.message, self.status, self.param, self.code)
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        found = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": found}
 
 
-def error_body(
-    message: str, status: int = 500, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Returns an error in OpenAI's form.
+def too_long(message: str, param: str) -> Refused:
+    """Returns the error that there is no room for what a request asks."""
+    return Refused(message, param=param, code="context_length_exceeded")
 
-    Example:
-        >>> error_body("n must be at least 1, got 0.", 400, "n")["error"]["type"]
-        'invalid_request_error'
-    """
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    kind = "rate_limit_error" if status == 429 else kind
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+def busy(why: str) -> Refused:
+    """Returns the error that a client should come again."""
+    return Refused(
+        f"{why}. Try again in a moment.",
+        429,
+        code="rate_limit_exceeded",
+        headers={"Retry-After": "1"},
+    )
+
+
+def closing() -> Refused:
+    """Returns the error of a server that is about to end."""
+    return Refused("the server is about to end and takes no more requests.", 503)
+
+
+def one_line(error: BaseException) -> str:
+    """Returns what an error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:SAID]
 
 
 def show(value: Any) -> str:
@@ -63,6 +82,3 @@ def show(value: Any) -> str:
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     text = ascii(value[: SHOWN + 1]) if isinstance(value, str) else str(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]}...{text[-1] * (text[0] in QUOTES)}"
-
-
-QUOTES = "'\""

@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from jaxformers.serving.errors import Refused, error_body
+from jaxformers.serving.errors import Refused
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -32,7 +32,7 @@ class Events:
                 await send(_body(to_json(event)))
             await send(_body(b"[DONE]"))
         except Refused as error:
-            await send(_body(to_json(error_body(error.message, error.status, None, error.code))))
+            await send(_body(to_json(error.body)))
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -8,7 +8,7 @@ from jaxformers.constraints.json_schema import JSONSchema
 from jaxformers.constraints.lark import Follower as GrammarFollower
 from jaxformers.constraints.lark import LarkGrammar
 from jaxformers.constraints.tables import TableFollower
-from jaxformers.serving.errors import Refused
+from jaxformers.serving.errors import Refused, one_line
 from jaxformers.serving.fields import Fields
 from jaxformers.serving.workers import Workers
 from jaxformers.tokenizers.tokenizer import Tokenizer
@@ -66,8 +66,7 @@ class Formats:
         try:
             return await self._workers.run(self._follower, format_)
         except (ValueError, ImportError, RecursionError) as error:
-            said = " ".join(str(error).split())[:600]
-            raise Refused(f"{name} cannot be followed: {said}", param=name) from None
+            raise Refused(f"{name} cannot be followed: {one_line(error)}", param=name) from None
 
     def close(self) -> None:
         """Ends its thread."""

@@ -1,18 +1,19 @@
 """A generative model behind the server: prompts, limits and rows."""
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 from jaxformers.mistakes import special_of
-from jaxformers.serving.errors import Refused
+from jaxformers.serving.errors import Refused, busy, closing, one_line, too_long
 from jaxformers.serving.followers import CheckpointRules, both
 from jaxformers.serving.formats import Followers, Formats
 from jaxformers.serving.job import Closed, Follower, QueueFull, Sampling
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 from jaxformers.serving.token_text import TokenTexts
-from jaxformers.serving.workers import Workers, busy
-from jaxformers.text.call import BEFORE, DEFAULT_NEW_TOKENS, encode_rows, render
+from jaxformers.serving.workers import Workers
+from jaxformers.text.call import BEFORE, encode_rows, render
 from jaxformers.text.generator import TextGenerator
 from jaxformers.text.row_text import RowText, WholeCharacters
 from jaxformers.text.scores import start_of
@@ -136,14 +137,14 @@ class Generator:
         except Closed:
             raise closing() from None
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise Refused(one_line(error)) from None
         return answers
 
     def _encode(self, text: str, adds_special: bool, param: str) -> Prompt:
         try:
             [ids] = encode_rows(self.text.tokenizer, [text], adds_special)
         except ValueError as error:
-            raise Refused(f"{param}: {error}", param=param) from None
+            raise Refused(f"{param}: {one_line(error)}", param=param) from None
         if self._start is not None:
             return Prompt([self._start], [], ids, text)
         return Prompt(ids, ids[-BEFORE:], None, text)
@@ -152,7 +153,7 @@ class Generator:
         try:
             text = render(self.text.tokenizer, messages, None)
         except ValueError as error:
-            raise Refused(str(error)[:600], param="messages") from None
+            raise Refused(one_line(error), param="messages") from None
         return self._encode(text, False, "messages")._replace(before=[])
 
     def _of_ids(self, ids: list[int]) -> Prompt:
@@ -191,10 +192,8 @@ class Answers:
 
     def tell(self, piece: Piece) -> None:
         """Takes a piece; the engine calls it in its thread."""
-        try:
+        with contextlib.suppress(RuntimeError):  # where the loop has ended, and nobody waits
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
-        except RuntimeError:  # the loop has ended, and nobody waits
-            pass
 
     async def pieces(self) -> Any:
         """Yields the pieces of all answers as they come, and the last one of each.
@@ -206,7 +205,7 @@ class Answers:
         while running:
             piece = await self._queue.get()
             if piece.error is not None:
-                raise Refused(f"the answer failed: {str(piece.error)[:300]}", 500) from piece.error
+                raise Refused(f"the answer failed: {one_line(piece.error)}", 500) from piece.error
             if piece.is_last and self.jobs[piece.answer].is_cancelled:
                 raise closing()
             running -= piece.is_last
@@ -226,16 +225,3 @@ class Answers:
     def new_tokens(self) -> int:
         """The number of new tokens of all answers so far."""
         return sum(len(job.row.tokens) for job in self.jobs)
-
-
-def too_long(message: str, param: str) -> Refused:
-    """Returns the error that there is no room for what a request asks."""
-    return Refused(message, param=param, code="context_length_exceeded")
-
-
-def closing() -> Refused:
-    """Returns the error of a server that is about to end."""
-    return Refused("the server is about to end and takes no more requests.", 503)
-
-
-USUAL_CHAT, USUAL_COMPLETION = DEFAULT_NEW_TOKENS, 16

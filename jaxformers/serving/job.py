@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -108,7 +108,3 @@ class QueueFull(Exception):
 
 class Closed(Exception):
     """The engine takes no more jobs, since it is about to end."""
-
-
-Jobs = Sequence[Job]
-Counts = dict[str, Any]

@@ -47,8 +47,8 @@ class Rules(NamedTuple):
         return cuts & ~self.is_greedy
 
     @property
-    def penalises(self) -> Bool[Array, " r"]:
-        """Whether tokens that each row has already are penalised."""
+    def penalizes(self) -> Bool[Array, " r"]:
+        """Whether tokens that each row has already are penalized."""
         penalties = (self.frequency_penalty != 0) | (self.presence_penalty != 0)
         return penalties | (self.repetition_penalty != 1)
 
@@ -190,7 +190,7 @@ def choose(
     log_probs = jax.nn.log_softmax(logits)
     history = History(rows.tokens, slots - rows.length, slots - rows.new_count, jnp.asarray(slots))
     scores = bias + lax.cond(
-        rules.penalises.any(), lambda: penalise(rules, logits, history), lambda: logits
+        rules.penalizes.any(), lambda: penalize(rules, logits, history), lambda: logits
     )
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     token = lax.cond(
@@ -217,7 +217,7 @@ def choose(
     return after, chosen
 
 
-def penalise(rules: Rules, logits: Float[Array, "r v"], history: History) -> Float[Array, "r v"]:
+def penalize(rules: Rules, logits: Float[Array, "r v"], history: History) -> Float[Array, "r v"]:
     """Returns the logits after the penalties, in the order of `generate`."""
     for processor in (
         RepetitionPenalty(rules.repetition_penalty),

@@ -1,11 +1,12 @@
 """Threads for work that would hold up the event loop, of which only so much may wait."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from jaxformers.serving.errors import Refused
+from jaxformers.serving.errors import busy
 
 
 class Workers:
@@ -33,14 +34,12 @@ class Workers:
         loop = asyncio.get_running_loop()
         future: Future[Any] = self._threads.submit(function, *arguments)
 
-        def count_down(_: Any) -> None:
+        def count_down() -> None:
             self._count -= 1
 
         def ended(_: Any) -> None:  # in the thread, also where nobody waits for the result
-            try:
-                loop.call_soon_threadsafe(count_down, None)
-            except RuntimeError:  # the loop has ended
-                pass
+            with contextlib.suppress(RuntimeError):  # where the loop has ended
+                loop.call_soon_threadsafe(count_down)
 
         future.add_done_callback(ended)
         return await asyncio.wrap_future(future)
@@ -48,13 +47,3 @@ class Workers:
     def close(self) -> None:
         """Ends the threads after what they are doing."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def busy(why: str) -> Refused:
-    """Returns the error that a client should come again."""
-    return Refused(
-        f"{why}. Try again in a moment.",
-        429,
-        code="rate_limit_exceeded",
-        headers={"Retry-After": "1"},
-    )
