@@ -1,10 +1,12 @@
 """The server's side of HTTP, with an engine that follows a script."""
 
+import asyncio
 import contextlib
 import json
 import random
 import socket
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -182,6 +184,10 @@ def test_sampling_is_what_the_request_says(server):
     assert written.startswith("[system]Be brief.") and "[user]a\nb" in written
 
 
+def format_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 # What is wrong, the status, and the field or a word of the message.
 WRONG = [
     ({"n": 0}, 400, "n"),
@@ -222,6 +228,13 @@ WRONG = [
     ({"store": True}, 400, "store"),
     ({"service_tier": "priority"}, 400, "service_tier"),
     ({"modalities": ["audio"]}, 400, "modalities"),
+    ({"metadata": {"a": 1}}, 400, "metadata"),
+    ({"metadata": {str(i): "x" for i in range(17)}}, 400, "metadata"),
+    (
+        {"response_format": format_of({"enum": ["x" * 70_000]})},
+        400,
+        "response_format.json_schema.schema",
+    ),
     ({"reasoning_effort": "high"}, 400, "reasoning_effort"),
     ({"no_such_field": 1}, 400, "no_such_field"),
     ({"model": "other"}, 404, "model"),
@@ -471,6 +484,37 @@ def test_running_answers_end_after_a_signal(server):
         assert answer.read().endswith(b"data: [DONE]\n\n")
     server.engine._thread.join(60)
     assert not server.engine._thread.is_alive()
+
+
+class SlowEmbedder:
+    """Gives a vector when it is told to."""
+
+    name = "slow"
+
+    def __init__(self):
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    async def embed(self, fields):
+        self.has_begun.set()
+        assert await asyncio.to_thread(self.may_end.wait, 60)
+        return {"data": [], "usage": {"prompt_tokens": 3}}
+
+    def close(self):
+        pass
+
+
+def test_running_embeddings_end_after_a_signal():
+    embedder = SlowEmbedder()
+    with serving(embedder=embedder) as server, contextlib.closing(server.connect()) as client:
+        client.request("POST", "/v1/embeddings", json.dumps({"model": "slow", "input": "a"}), JSON)
+        assert embedder.has_begun.wait(60)
+        server.server.handle_exit(15, None)
+        while json.loads(server.request("GET", "/health")[2])["status"] == "ok":
+            pass
+        assert not server.server.should_exit
+        embedder.may_end.set()
+        answer = client.getresponse()
+        assert answer.status == 200 and json.loads(answer.read())["data"] == []
 
 
 def test_a_second_signal_ends_at_once(server):

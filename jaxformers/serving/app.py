@@ -20,7 +20,7 @@ from jaxformers.serving.chat import complete_chat
 from jaxformers.serving.completions import complete
 from jaxformers.serving.embeddings import Embedder
 from jaxformers.serving.errors import Refused, closing, show
-from jaxformers.serving.events import to_json
+from jaxformers.serving.events import Events, to_json
 from jaxformers.serving.fields import Fields
 from jaxformers.serving.generator import Generator
 
@@ -73,6 +73,7 @@ class App:
         self._key, self._log = key, log or write_line
         self._created = int(time.time())
         self.is_closing = False
+        self.working = 0  # requests whose answer is being computed, but for the rest of streams
         self._routes = Router(
             [
                 Route(HEALTH, self._health, methods=["GET"]),
@@ -221,14 +222,21 @@ class Post:
         )
 
     async def _respond(self, fields: Fields, scope: Any, receive: Receive, send: Send) -> None:
-        result, record = await self._handle(fields), scope["record"]
+        record = scope["record"]
+        self._app.working += 1
+        try:
+            response = await self._compute(fields, record)
+        finally:
+            self._app.working -= 1
+        await response(scope, receive, send)
+
+    async def _compute(self, fields: Fields, record: Record) -> Response | Events:
+        result = await self._handle(fields)
         if not isinstance(result, Reply):
             record.prompt_tokens = result["usage"]["prompt_tokens"]
-            await write(result)(scope, receive, send)
-            return
+            return write(result)
         record.reply, record.prompt_tokens = result, result.prompt_tokens
-        response = result.events() if result.options.streams else write(await result.whole())
-        await response(scope, receive, send)
+        return result.events() if result.options.streams else write(await result.whole())
 
 
 async def until_gone(work: Coroutine[Any, Any, None], receive: Receive, record: Record) -> None:

@@ -38,7 +38,6 @@ async def complete_chat(generator: Generator, fields: Fields) -> Reply:
     """
     options = read_options(fields, generator.engine.vocab_size)
     fields.accept(REFUSED)
-    fields.group("metadata")
     messages = read_messages(fields)
     name, most = one_of(fields, "max_completion_tokens", "max_tokens", MOST_NUMBER)
     lists, top = _read_log_probs(fields)

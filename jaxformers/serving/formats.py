@@ -64,7 +64,11 @@ class Formats:
                 "this model has no token that ends a text, which formats need.", param=name
             )
         try:
-            return await self._workers.run(self._follower, format_)
+            key = json.dumps(format_.schema)
+            if len(key) > LONGEST:
+                raise ValueError(f"the schema must have at most {LONGEST} characters as JSON.")
+            key += str(format_.is_any)
+            return await self._workers.run(self._follower, key, format_)
         except (ValueError, ImportError, RecursionError) as error:
             raise Refused(f"{name} cannot be followed: {one_line(error)}", param=name) from None
 
@@ -72,12 +76,8 @@ class Formats:
         """Ends its thread."""
         self._workers.close()
 
-    def _follower(self, format_: Format) -> Followers:
+    def _follower(self, key: str, format_: Format) -> Followers:
         """Returns what follows a format; in the only thread for it."""
-        key = json.dumps(format_.schema)
-        if len(key) > LONGEST:
-            raise ValueError(f"the schema must have at most {LONGEST} characters as JSON.")
-        key += str(format_.is_any)
         if key not in self._known:
             self._known[key] = self._build(format_.schema, format_.is_any)
         self._known.move_to_end(key)

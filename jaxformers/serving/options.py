@@ -10,6 +10,7 @@ from jaxformers.serving.job import Sampling
 MOST_STOPS, LONGEST_STOP = 4, 256
 MOST_BIASES = 1024
 MOST_CHOICES = 128
+MOST_METADATA, LONGEST_METADATA = 16, 512
 MOST_NUMBER = 2**31 - 1
 # Fields that say nothing about the answer, with the values that are accepted.
 HARMLESS: dict[str, Any] = {"store": (False,), "service_tier": ("auto", "default")}
@@ -43,6 +44,7 @@ def read_options(fields: Fields, vocab_size: int) -> Options:
     fields.accept(HARMLESS)
     for name in NOTES:
         fields.string(name, 1024)
+    _check_metadata(fields)
     streams = fields.flag("stream")
     return Options(
         fields.whole("n", 1, 1, MOST_CHOICES),
@@ -51,6 +53,16 @@ def read_options(fields: Fields, vocab_size: int) -> Options:
         streams,
         _read_stream_options(fields, streams),
     )
+
+
+def _check_metadata(fields: Fields) -> None:
+    """Raises unless the metadata are a few short texts, which nobody reads here."""
+    given = fields.take("metadata")
+    is_object = given is None or (isinstance(given, dict) and len(given) <= MOST_METADATA)
+    texts = [x for pair in (given or {}).items() for x in pair] if is_object else [None]
+    if not all(isinstance(x, str) and len(x) <= LONGEST_METADATA for x in texts):
+        wanted = f"up to {MOST_METADATA} texts of up to {LONGEST_METADATA} characters by name"
+        raise fields.wrong("metadata", wanted, given)
 
 
 def _read_sampling(fields: Fields, vocab_size: int) -> Sampling:

@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         done = self._close_engine(at_once=False)
-        while done.is_alive():
+        while done.is_alive() or self._app.working:
             await asyncio.sleep(0.05)
         self.should_exit = True
 
