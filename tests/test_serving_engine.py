@@ -361,7 +361,7 @@ def test_closing_at_once_gives_all_up(model):
 
 def test_after_the_warm_up_nothing_is_compiled(model, compiled):
     server = Engine(model, rows=3, context=50)
-    server.warm_up()
+    server.warm_up(longest=50)
     compiled()
     jobs = [
         Recorded(p, n, GREEDY)

@@ -41,6 +41,13 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "--waiting", type=int, default=64, metavar="N", help="answers that may wait (default: 64)"
     )
     parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=512,
+        metavar="N",
+        help="compile for rows of up to N tokens at the start (default: 512)",
+    )
+    parser.add_argument(
         "--key", metavar="KEY", help=f"what clients have to send (default: the variable {KEY})"
     )
     parser.add_argument("--name", metavar="NAME", help="the name of the model for clients")
@@ -101,7 +108,7 @@ def default_name(path: str) -> str:
 def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
     """Returns the `Generator` and the `Embedder` that the options name, one of which may be None.
 
-    The engine of the generator has begun, and all of its programs are compiled.
+    The engine of the generator has begun.
     """
     from jaxformers.serving.embeddings import Embedder
     from jaxformers.serving.engine import Engine
@@ -127,7 +134,7 @@ def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
         embedder = Embedder(other, TextEmbedder.from_pretrained(options.embedder))
     engine = Engine(found.model, options.rows, options.context, options.waiting)
     generator = Generator(name, found, engine, options.waiting)
-    engine.warm_up()
+    engine.warm_up(options.warm_up)
     engine.start()
     return generator, embedder
 

@@ -226,22 +226,20 @@ class Batch:
             self._rows = insert((row, put(place)), self._rows)
             self._alone = None
 
-    def warm_up(self, sizes: Sequence[int]) -> None:
-        """Compiles the programs of all sizes, those of a prompt's chunks included."""
-        slots = SLOTS
-        while True:
+    def warm_up(self, chunks: Sequence[int], longest: int) -> None:
+        """Compiles the programs for rows of up to so many tokens, and for the chunks of prompts."""
+        slots = 0
+        while slots < longest:
+            slots = self._size(slots + 1, SLOTS, self.context)
             self.fit(slots)
             for _ in range(2):  # the second row begins as a copy of the first
                 self.open([0] if self.is_pair else None, 0, 0)
-                for size in sizes:
+                for size in chunks:
                     hidden = self.read([0], size, 1)
                 self.begin(0, hidden, [0], read_rules(Sampling()), None)
             if self.count > 1:
                 self.step([0, 1], None)
             self.step([0], None)  # at the end, so that a row alone grows, too
-            if slots >= self.context:
-                break
-            slots *= 2
         self.fit(1, shrink=True)
         self.clear()
 

@@ -28,7 +28,7 @@ LOG = logging.getLogger(__name__)
 LONGEST = 4096
 # Prompts are read in chunks of these sizes, which are those that programs are compiled for. Between
 # two steps of the other rows no more than the largest is read.
-CHUNKS = 256, 64, 16
+CHUNKS = 256, 32
 
 
 class Place(NamedTuple):
@@ -116,9 +116,15 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
-    def warm_up(self) -> None:
-        """Compiles all programs; before `start`."""
-        self._batch.warm_up(CHUNKS)
+    def warm_up(self, longest: int = 512) -> None:
+        """Compiles programs; before `start`.
+
+        Arguments:
+            longest: rows of up to so many tokens compile nothing afterwards, 512. A longer one
+                compiles when it comes, for which all others wait.
+        """
+        check_size(longest=longest)
+        self._batch.warm_up(CHUNKS, min(longest, self.context))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes some jobs, all or none.
@@ -267,7 +273,8 @@ class Engine:
         """Reads a chunk of the prompt, and begins the row with the last; returns its size."""
         job, place, read = self._reading
         rest = job.prompt[read:]
-        size = next((x for x in CHUNKS if x <= 2 * len(rest)), CHUNKS[-1])
+        # Filling is read as well, so that a large chunk has to be full for the most part.
+        size = next((x for x in CHUNKS if 3 * x <= 4 * len(rest)), CHUNKS[-1])
         hidden = self._batch.read(rest[:size], size, len(job.prompt))
         self._reading = self._reading._replace(read=read + len(rest[:size]))
         if len(rest) <= size:
