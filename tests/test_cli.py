@@ -28,6 +28,7 @@ from jaxformers import (
     LayerNorm,
     RMSNorm,
     RotaryPositionalEncoding,
+    TextEmbedder,
     TextGenerator,
     TransformerEmbedding,
     TransformerEncoder,
@@ -131,6 +132,44 @@ def test_generate(run, checkpoint, text, monkeypatch):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.fixture(scope="module")
+def adapter(text, tmp_path_factory):
+    """A directory with an adapter that changes what the model says."""
+    model = jaxformers.lora(text.model, rank=2, key=jax.random.key(0))
+    directory = tmp_path_factory.mktemp("adapter")
+    jaxformers.save_adapter(_shifted(model), directory)
+    return directory
+
+
+def _shifted(model):
+    """An adapter begins without a change; this one makes some."""
+    return jax.tree.map(lambda x: x + 0.3 if x.ndim == 2 and 2 in x.shape else x, model)
+
+
+def test_the_options_of_the_weights(run, checkpoint, text, adapter):
+    plain = run("generate", checkpoint, "the cat", "--max-new-tokens", 12)[1]
+    models = {
+        ("--quantize", "int4"): jaxformers.quantize(text.model, bits=4),
+        ("--dtype", "bfloat16"): jaxformers.from_pretrained(checkpoint, dtype="bfloat16"),
+        ("--adapter", adapter): jaxformers.load_adapter(text.model, adapter),
+    }
+    for options, model in models.items():
+        wanted = "".join(TextGenerator(model, text.tokenizer).stream("the cat", 12))
+        found = run("generate", checkpoint, "the cat", "--max-new-tokens", 12, *options)
+        assert found[:2] == (0, wanted + "\n"), options
+        assert found[1] != plain or "bfloat16" in options, options
+
+
+def test_a_chat_with_few_bits_an_adapter_and_a_schema(
+    run, checkpoint, adapter, tmp_path, monkeypatch
+):
+    schema = _file(tmp_path, '{"enum": ["yes", "no"]}')
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n/reset\nthe\n"))
+    options = "--quantize", "int8", "--adapter", adapter, "--schema", schema
+    status, out, _ = run("chat", checkpoint, *options)
+    assert status == 0 and [json.loads(x) in ("yes", "no") for x in out.splitlines()] == [True] * 2
+
+
 def _file(directory, content):
     path = directory / "file"
     path.write_text(content)
@@ -152,10 +191,15 @@ def test_embed(run, encoder, tmp_path):
     status, out, _ = run("embed", encoder, lines, "--json")
     rows = [json.loads(x) for x in out.splitlines()]
     assert status == 0 and [x["text"] for x in rows] == ["w1 w2", "w3", "", "w4 w5 w6"]
-    wanted = jaxformers.TextEmbedder.from_pretrained(encoder)([x["text"] for x in rows])
+    wanted = TextEmbedder.from_pretrained(encoder)([x["text"] for x in rows])
     np.testing.assert_allclose([x["vector"] for x in rows], wanted, rtol=1e-5, atol=1e-6)
     assert run("embed", encoder, lines, "--out", tmp_path / "v.npy")[0] == 0
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), wanted, rtol=1e-5, atol=1e-6)
+    small = run("embed", encoder, lines, "--quantize", "int8", "--json")[1].splitlines()
+    model = TextEmbedder.from_pretrained(encoder)
+    model.model = jaxformers.quantize(model.model)
+    vectors = model([x["text"] for x in rows])
+    np.testing.assert_allclose([json.loads(x)["vector"] for x in small], vectors, rtol=1e-5)
     plain = run("embed", encoder, lines)[1].splitlines()
     np.testing.assert_allclose(np.array(plain[0].split(), float), wanted[0], rtol=1e-4, atol=1e-5)
     assert run("embed", encoder, lines, "--out", tmp_path / "v.txt")[0] == 1
