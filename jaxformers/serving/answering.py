@@ -1,63 +1,70 @@
-"""From a request that is read to its answer, whole or as events."""
+"""From a request that is read to its answers, whole or as events."""
 
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxformers.serving.errors import Refused
 from jaxformers.serving.events import Events
-from jaxformers.serving.fields import Fields
-from jaxformers.serving.formats import Followers
-from jaxformers.serving.generator import Answers, Generator
-from jaxformers.serving.options import Options, usage
+from jaxformers.serving.formats import FormatFollower
+from jaxformers.serving.generator import Generator
+from jaxformers.serving.options import Options
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 
 
 class Form:
-    """The JSON in which answers are written."""
+    """The JSON of one answer, a choice as OpenAI calls it; a route has one of its own."""
 
-    def whole(self, jobs: list[TextJob], usage: dict[str, int]) -> dict[str, Any]:
-        """Returns all answers, which have ended."""
+    prefix: str  # of the ids of its replies
+    names: tuple[str, str]  # of the objects: of a whole reply, and of an event
+
+    def whole(self, job: TextJob) -> dict[str, Any]:
+        """Returns an answer that has ended."""
         raise NotImplementedError
 
     def begin(self, job: TextJob) -> dict[str, Any] | None:
-        """Returns the first event of an answer, if there is one before its text."""
+        """Returns what comes before the text of an answer; None is nothing."""
         raise NotImplementedError
 
     def piece(self, piece: Piece, job: TextJob) -> Iterator[dict[str, Any]]:
-        """Yields the events of a piece of an answer."""
-        raise NotImplementedError
-
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """Returns the event that tells the number of tokens."""
+        """Yields a piece of an answer, in an event for each dict."""
         raise NotImplementedError
 
 
-class Reply(NamedTuple):
-    """The answers to a request, which the engine has begun.
+class Reply:
+    """The answers to the prompts of a request, which the engine begins at once.
 
     Arguments:
-        answers: their jobs.
-        prompt_tokens: how many tokens the prompts have.
+        generator: the model.
+        prompts: of the request.
+        most: the most new tokens of each answer.
         options: of the request.
-        form: in which they are written.
+        form: in which answers are written.
+        follower: of the format of answers; None if they are free.
+
+    Raises:
+        Refused: as `Generator.begin`.
     """
 
-    answers: Answers
-    prompt_tokens: int
-    options: Options
-    form: Form
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """The numbers of tokens so far."""
-        return usage(self.prompt_tokens, self.answers.new_tokens)
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: list[Prompt],
+        most: int,
+        options: Options,
+        form: Form,
+        follower: FormatFollower | None = None,
+    ):
+        self.answers = generator.begin(prompts, most, options, follower)
+        self.prompt_tokens = sum(prompt.length for prompt in prompts)
+        self.options, self._form, self._model = options, form, generator.name
+        self._id, self._created = f"{form.prefix}{secrets.token_hex(12)}", int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answers when they have ended."""
         await self.answers.wait()
-        return self.form.whole(self.answers.jobs, self.usage)
+        choices = [self._form.whole(job) for job in self.answers.jobs]
+        return self._object(self._form.names[0], choices) | {"usage": self._usage()}
 
     def events(self) -> Events:
         """Returns the answers as events."""
@@ -65,48 +72,27 @@ class Reply(NamedTuple):
 
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
         for job in self.answers.jobs:
-            event = self.form.begin(job)
-            if event is not None:
-                yield event
+            choice = self._form.begin(job)
+            if choice is not None:
+                yield self._event([choice])
         async for piece in self.answers.pieces():
-            for event in self.form.piece(piece, self.answers.jobs[piece.answer]):
-                yield event
+            for choice in self._form.piece(piece, self.answers.jobs[piece.answer]):
+                yield self._event([choice])
         if self.options.tells_usage:
-            yield self.form.usage(self.usage)
+            yield self._event([], self._usage())
 
+    def _event(
+        self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Returns an event; all have the field `usage` if the last one tells it."""
+        told = {"usage": usage} if self.options.tells_usage else {}
+        return self._object(self._form.names[1], choices) | told
 
-def answer(
-    generator: Generator,
-    prompts: list[Prompt],
-    most: int,
-    options: Options,
-    format_: Followers | None,
-    lists: bool,
-    form: Form,
-) -> Reply:
-    """Returns the answers to prompts, which the engine begins.
+    def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self._id, "object": name, "created": self._created, "model": self._model}
+        return head | {"choices": choices}
 
-    Arguments:
-        generator: the model.
-        prompts, most: what they continue, and the most new tokens of each.
-        options, format_: how tokens are chosen.
-        lists: whether their log-probabilities are told.
-        form: in which they are written.
-    """
-    given = prompts, options.n, most, options.sampling, options.stop, format_
-    answers = generator.begin(*given, options.streams, lists)
-    return Reply(answers, sum(x.length for x in prompts), options, form)
-
-
-def stamp(prefix: str, model: str) -> dict[str, Any]:
-    """Returns the fields that every answer begins with."""
-    number = secrets.token_hex(12)
-    return {"id": f"{prefix}{number}", "object": "", "created": int(time.time()), "model": model}
-
-
-def one_of(fields: Fields, name: str, other: str, most: int) -> tuple[str, int | None]:
-    """Returns the number that one of two fields holds, with its name."""
-    first, second = (fields.whole(x, None, 1, most) for x in (name, other))
-    if first is not None and second is not None:
-        raise Refused(f"{name} and {other} say the same, got both. Pass one.", param=other)
-    return (other, second) if first is None else (name, first)
+    def _usage(self) -> dict[str, int]:
+        """Returns the numbers of tokens so far."""
+        prompt, new = self.prompt_tokens, self.answers.new_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

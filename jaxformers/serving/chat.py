@@ -1,10 +1,9 @@
 """The route /v1/chat/completions."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from jaxformers.serving.answering import Form, Reply, answer, one_of, stamp
+from jaxformers.serving.answering import Form, Reply
 from jaxformers.serving.errors import Refused
 from jaxformers.serving.fields import Fields
 from jaxformers.serving.formats import read_format
@@ -12,6 +11,7 @@ from jaxformers.serving.generator import Generator
 from jaxformers.serving.job import MOST_TOP
 from jaxformers.serving.options import MOST_NUMBER, read_options
 from jaxformers.serving.text_job import Piece, TextJob
+from jaxformers.serving.token_text import TokenTexts
 from jaxformers.text.call import DEFAULT_NEW_TOKENS
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -36,19 +36,17 @@ async def complete_chat(generator: Generator, fields: Fields) -> Reply:
         generator: the model.
         fields: of the request, of which the model is known already.
     """
-    options = read_options(fields, generator.engine.vocab_size)
+    options = read_options(fields, generator.engine.vocab_size, _read_top(fields))
     fields.accept(REFUSED)
     messages = read_messages(fields)
-    name, most = one_of(fields, "max_completion_tokens", "max_tokens", MOST_NUMBER)
-    lists, top = _read_log_probs(fields)
+    name, most = _read_most(fields)
     format_ = read_format(fields)
     fields.finish()
     follower = await generator.formats.follower(format_)
     prompts = [await generator.read_messages(messages)]
     new = generator.most_new(prompts, most, DEFAULT_NEW_TOKENS, ("messages", name))
-    options = options._replace(sampling=replace(options.sampling, top=top))
-    form = ChatForm(generator, lists, options.tells_usage)
-    return answer(generator, prompts, new, options, follower, lists, form)
+    form = ChatForm(generator.token_texts, options.lists)
+    return Reply(generator, prompts, new, options, form, follower)
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -95,60 +93,52 @@ def _read_content(message: Fields) -> str:
     return "\n".join(texts)
 
 
-def _read_log_probs(fields: Fields) -> tuple[bool, int]:
-    """Returns whether log-probabilities are asked for, and of how many alternatives."""
+def _read_most(fields: Fields) -> tuple[str, int | None]:
+    """Returns the most new tokens, and the name of the field that says it; None is the usual."""
+    name, older = "max_completion_tokens", "max_tokens"
+    most, other = (fields.whole(x, None, 1, MOST_NUMBER) for x in (name, older))
+    if most is not None and other is not None:
+        raise Refused(f"{name} and {older} say the same, got both. Pass one.", param=older)
+    return (older, other) if most is None else (name, most)
+
+
+def _read_top(fields: Fields) -> int | None:
+    """Returns of how many alternatives log-probabilities are asked for; None is of no token."""
     lists, top = fields.flag("logprobs"), fields.whole("top_logprobs", None, 0, MOST_TOP)
     if top is not None and not lists:
         raise Refused("top_logprobs needs logprobs = true.", param="top_logprobs")
-    return lists, top or 0
+    return top or 0 if lists else None
 
 
 class ChatForm(Form):
     """The form of chat completions.
 
     Arguments:
-        generator: the model.
+        texts: of the tokens.
         lists: whether log-probabilities are told.
-        tells_usage: whether the last event tells the number of tokens.
     """
 
-    def __init__(self, generator: Generator, lists: bool, tells_usage: bool):
-        self._texts, self._lists, self._tells_usage = generator.token_texts, lists, tells_usage
-        self._stamp = stamp("chatcmpl-", generator.name)
+    prefix, names = "chatcmpl-", ("chat.completion", "chat.completion.chunk")
 
-    def whole(self, jobs: list[TextJob], usage: dict[str, int]) -> dict[str, Any]:
-        choices = [
-            {
-                "index": job.index,
-                "message": {"role": "assistant", "content": job.row.text, "refusal": None},
-                "logprobs": self._log_probs(job.listed),
-                "finish_reason": job.row.finish_reason,
-            }
-            for job in jobs
-        ]
-        head = self._stamp | {"object": "chat.completion"}
-        return head | {"choices": choices, "usage": usage}
+    def __init__(self, texts: TokenTexts, lists: bool):
+        self._texts, self._lists = texts, lists
+
+    def whole(self, job: TextJob) -> dict[str, Any]:
+        message = {"role": "assistant", "content": job.row.text, "refusal": None}
+        return self._choice(job, "message", message, job.listed, job.row.finish_reason)
 
     def begin(self, job: TextJob) -> dict[str, Any]:
-        return self._chunk(job.index, {"role": "assistant", "content": ""}, None, None)
+        return self._choice(job, "delta", {"role": "assistant", "content": ""})
 
     def piece(self, piece: Piece, job: TextJob) -> Iterator[dict[str, Any]]:
-        listed = self._log_probs(piece.listed)
         if piece.text or piece.listed:
-            yield self._chunk(job.index, {"content": piece.text}, listed, None)
+            yield self._choice(job, "delta", {"content": piece.text}, piece.listed)
         if piece.is_last:
-            yield self._chunk(job.index, {}, None, job.row.finish_reason)
+            yield self._choice(job, "delta", {}, None, job.row.finish_reason)
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._event([], usage)
-
-    def _log_probs(self, listed: Any) -> Any:
-        return {"content": self._texts.chat(listed), "refusal": None} if self._lists else None
-
-    def _chunk(self, index: int, delta: Any, log_probs: Any, reason: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
-        return self._event([choice], None)
-
-    def _event(self, choices: list[Any], usage: Any) -> dict[str, Any]:
-        head = self._stamp | {"object": "chat.completion.chunk", "choices": choices}
-        return head | ({"usage": usage} if self._tells_usage else {})
+    def _choice(
+        self, job: TextJob, name: str, content: Any, listed: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        tells = self._lists and listed is not None
+        told = {"content": self._texts.chat(listed), "refusal": None} if tells else None
+        return {"index": job.index, name: content, "logprobs": told, "finish_reason": reason}

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxformers.serving.errors import Refused, one_line, too_long
-from jaxformers.serving.fields import Fields
+from jaxformers.serving.fields import Fields, check_ids
 from jaxformers.serving.workers import Workers
 from jaxformers.text.embedder import TextEmbedder
 
@@ -41,7 +41,9 @@ class Embedder:
         Arguments:
             fields: of the request, of which the model is known already.
         """
-        given = _read_inputs(fields)
+        given = fields.inputs("input", MOST_INPUTS)
+        if "" in given:
+            raise Refused("input must have no empty text. Leave it out.", param="input")
         form = fields.choice("encoding_format", ("float", "base64")) or "float"
         kept = fields.whole("dimensions", None, 1, self.embedder.dimension)
         fields.string("user", 1024)
@@ -79,11 +81,7 @@ class Embedder:
         """Returns an input as text, which token ids are the tokens of."""
         if isinstance(given, str):
             return given
-        most = self.embedder.tokenizer.vocab_size
-        if not given or not all(type(x) is int and 0 <= x < most for x in given):
-            raise Refused(
-                f"input[{index}] must have token ids from 0 to {most - 1}.", param="input"
-            )
+        check_ids(given, self.embedder.tokenizer.vocab_size, f"input[{index}]", "input")
         return str(self.embedder.tokenizer.decode(given))
 
     def _lengths(self, texts: list[str], begin: int) -> list[int]:
@@ -101,23 +99,6 @@ class Embedder:
                     "input",
                 )
         return lengths
-
-
-def _read_inputs(fields: Fields) -> list[Any]:
-    """Returns the inputs, each of which is a text or a list of ids."""
-    given = fields.take("input")
-    wanted = f"a text, a list of token ids, or a list of up to {MOST_INPUTS} of those"
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, list) or not given:
-        raise fields.wrong("input", wanted, given)
-    if all(type(x) is int for x in given):
-        return [given]
-    if len(given) > MOST_INPUTS or {type(x) for x in given} not in ({str}, {list}):
-        raise fields.wrong("input", wanted, given)
-    if any(x == "" for x in given):
-        raise Refused("input must have no empty text.", param="input")
-    return given
 
 
 def _write(vector: Float[np.ndarray, " d"], form: str) -> Any:

@@ -50,10 +50,10 @@ class Fields:
         if not isinstance(value, str):
             raise self.wrong(name, "a string", value)
         if most is not None and len(value) > most:
-            wanted = f"a string of at most {most} characters"
+            full = self.name(name)
             raise Refused(
-                f"{self.name(name)} must be {wanted}, got {len(value)} characters.",
-                param=self.name(name),
+                f"{full} must be a string of at most {most} characters, got {len(value)}.",
+                param=full,
             )
         return value
 
@@ -92,6 +92,19 @@ class Fields:
             raise self.wrong(name, f"one of {', '.join(options)}", value)
         return value
 
+    def inputs(self, name: str, most: int) -> list[Any]:
+        """Returns one to `most` inputs, each of which is a text or a list, of token ids perhaps."""
+        given = self.take(name)
+        listed = [given] if isinstance(given, str) else given
+        if isinstance(listed, list) and 0 < len(listed):
+            kinds = {type(x) for x in listed}
+            if kinds == {int}:
+                return [listed]
+            if len(listed) <= most and kinds in ({str}, {list}):
+                return listed
+        wanted = f"a text, a list of token ids, or a list of up to {most} of those"
+        raise self.wrong(name, wanted, given)
+
     def group(self, name: str, required: bool = False) -> "Fields | None":
         """Returns the fields of an object within this one, None if it is not there."""
         value = self.take(name)
@@ -99,7 +112,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.wrong(name, "an object", value)
-        return Fields(value, f"{self._where}{name}.")
+        return Fields(value, f"{self.name(name)}.")
 
     def accept(self, allowed: Mapping[str, Collection[Any]]) -> None:
         """Accepts fields with values that change nothing; every other value of them is refused.
@@ -131,3 +144,20 @@ class Fields:
                 param=full[:80],
                 code="unknown_parameter",
             )
+
+
+def check_ids(ids: list[Any], vocab_size: int, where: str, param: str) -> None:
+    """Raises unless a list has token ids of a model, at least one.
+
+    Arguments:
+        ids: what a client sent.
+        vocab_size: of the model.
+        where: the place of the list in the body.
+        param: the name of the field.
+    """
+    wrong = next((show(x) for x in ids if type(x) is not int or not 0 <= x < vocab_size), None)
+    if wrong is not None or not ids:
+        got = "an empty list" if wrong is None else wrong
+        raise Refused(
+            f"{where} must have token ids from 0 to {vocab_size - 1}, got {got}.", param=param
+        )

@@ -17,9 +17,7 @@ from jaxformers.tokenizers.tokenizer import Tokenizer
 LONGEST, LARGEST, KEPT = 65_536, 16 * 2**20, 64 * 2**20
 WAITING = 16  # the most schemas that wait to be built
 GRAMMAR_BYTES = 2**20  # about what a grammar takes
-
-
-Followers = TableFollower | GrammarFollower  # `of_one_row` gives one for a row
+FormatFollower = TableFollower | GrammarFollower  # `of_one_row` gives one for a row
 
 
 class Format(NamedTuple):
@@ -47,10 +45,10 @@ class Formats:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int]):
         self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, ends
-        self._known: OrderedDict[str, Followers] = OrderedDict()
+        self._known: OrderedDict[str, FormatFollower] = OrderedDict()
         self._workers = Workers("schemas", 1, WAITING)
 
-    async def follower(self, format_: Format | None) -> Followers | None:
+    async def follower(self, format_: Format | None) -> FormatFollower | None:
         """Returns what follows answers of a format; None if they are free.
 
         Raises:
@@ -76,7 +74,7 @@ class Formats:
         """Ends its thread."""
         self._workers.close()
 
-    def _follower(self, key: str, format_: Format) -> Followers:
+    def _follower(self, key: str, format_: Format) -> FormatFollower:
         """Returns what follows a format; in the only thread for it."""
         if key not in self._known:
             self._known[key] = self._build(format_.schema, format_.is_any)
@@ -85,7 +83,7 @@ class Formats:
             self._known.popitem(last=False)
         return self._known[key]
 
-    def _build(self, schema: Any, is_any: bool) -> Followers:
+    def _build(self, schema: Any, is_any: bool) -> FormatFollower:
         """Returns tables if they are small, and a grammar otherwise."""
         refusal: Exception | None = None
         if not is_any:
@@ -127,5 +125,5 @@ def _read_schema(fields: Fields) -> Format:
     return Format(fields.name("schema"), schema, False)
 
 
-def _size(follower: Followers) -> int:
+def _size(follower: FormatFollower) -> int:
     return getattr(follower, "nbytes", GRAMMAR_BYTES)

@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from typing import Any
 
 from jaxformers.mistakes import special_of
 from jaxformers.serving.errors import Refused, busy, closing, one_line, too_long
+from jaxformers.serving.fields import check_ids
 from jaxformers.serving.followers import CheckpointRules, both
-from jaxformers.serving.formats import Followers, Formats
-from jaxformers.serving.job import Closed, Follower, QueueFull, Sampling
+from jaxformers.serving.formats import FormatFollower, Formats
+from jaxformers.serving.job import Closed, Follower, QueueFull
+from jaxformers.serving.options import Options
 from jaxformers.serving.text_job import Piece, Prompt, TextJob
 from jaxformers.serving.token_text import TokenTexts
 from jaxformers.serving.workers import Workers
@@ -50,10 +51,10 @@ class Generator:
         self._workers.close()
         self.formats.close()
 
-    async def read_text(self, text: str, param: str) -> Prompt:
+    async def read_text(self, text: str) -> Prompt:
         """Returns a text as a prompt."""
-        self._check_characters(len(text), param)
-        return await self._workers.run(self._encode, text, True, param)
+        self._check_characters(len(text), "prompt")
+        return await self._workers.run(self._encode, text, True, "prompt")
 
     async def read_messages(self, messages: list[dict[str, Any]]) -> Prompt:
         """Returns a conversation as a prompt, by the chat template."""
@@ -61,12 +62,10 @@ class Generator:
         self._check_characters(characters, "messages")
         return await self._workers.run(self._render, messages)
 
-    async def read_ids(self, ids: list[Any], param: str) -> Prompt:
+    async def read_ids(self, ids: list[Any]) -> Prompt:
         """Returns token ids as a prompt."""
-        most = self.engine.vocab_size
-        if not ids or not all(type(x) is int and 0 <= x < most for x in ids):
-            raise Refused(f"{param} must have token ids from 0 to {most - 1}.", param=param)
-        self._check_length(len(ids), 1, param)
+        check_ids(ids, self.engine.vocab_size, "prompt", "prompt")
+        self._check_prompt(len(ids), "prompt")
         return await self._workers.run(self._of_ids, ids)
 
     def most_new(
@@ -81,7 +80,7 @@ class Generator:
             names: of the fields with the prompts and with the number.
         """
         longest = max(len(x.ids) for x in prompts)
-        self._check_length(max(x.length for x in prompts), 0 if self.is_pair else 1, names[0])
+        self._check_prompt(max(x.length for x in prompts), names[0])
         self._check_length(longest, asked or 1, names[1])
         return asked or min(usual, self.engine.context - longest)
 
@@ -94,42 +93,39 @@ class Generator:
 
         return RowText(WholeCharacters(decode, prompt.before), stop, [[x] for x in self.ends])
 
-    def rules(self, prompt: Prompt, most: int, format_: Followers | None) -> Follower | None:
+    def rules(self, prompt: Prompt, most: int, format_: FormatFollower | None) -> Follower | None:
         """Returns what says which tokens may come in a row."""
         vocab_size = self.engine.vocab_size
         own = CheckpointRules.of(self.special, vocab_size, prompt.ids, most)
         return both(None if format_ is None else format_.of_one_row(), own)
 
     def begin(
-        self,
-        prompts: list[Prompt],
-        times: int,
-        most: int,
-        sampling: Sampling,
-        stop: tuple[str, ...],
-        format_: Followers | None,
-        streams: bool,
-        lists: bool,
+        self, prompts: list[Prompt], most: int, options: Options, format_: FormatFollower | None
     ) -> "Answers":
-        """Returns the answers to prompts, `times` to each, which the engine begins.
+        """Returns the answers to prompts, `options.n` to each, which the engine begins.
+
+        Arguments:
+            prompts: of a request.
+            most: the most new tokens of each answer.
+            options: of the request.
+            format_: what follows the format of answers; None if they are free.
 
         Raises:
             Refused: if too many wait, or the server is about to end.
         """
-        count = len(prompts) * times
+        count = len(prompts) * options.n
         if count > self.most_jobs:
             raise Refused(
-                f"a request may ask for at most {self.most_jobs} answers, got {count}: n for each "
-                "prompt.",
+                f"a request may ask for at most {self.most_jobs} answers, n for each prompt, got "
+                f"{count}. Ask for fewer.",
                 param="n",
             )
         answers = Answers()
         for index in range(count):
-            prompt = prompts[index // times]
-            given = prompt, most, replace(sampling, index=index), self.rules(prompt, most, format_)
-            row = self.row(prompt, stop)
-            job = TextJob(index, *given, row, self.ends, answers.tell, streams, lists)
-            answers.jobs.append(job)
+            prompt = prompts[index // options.n]
+            rules, row = self.rules(prompt, most, format_), self.row(prompt, options.stop)
+            given = index, prompt, most, options, rules
+            answers.jobs.append(TextJob(*given, row, self.ends, answers.tell))
         try:
             self.engine.submit(answers.jobs)
         except QueueFull:
@@ -145,9 +141,7 @@ class Generator:
             [ids] = encode_rows(self.text.tokenizer, [text], adds_special)
         except ValueError as error:
             raise Refused(f"{param}: {one_line(error)}", param=param) from None
-        if self._start is not None:
-            return Prompt([self._start], [], ids, text)
-        return Prompt(ids, ids[-BEFORE:], None, text)
+        return self._prompt(ids, text)
 
     def _render(self, messages: list[dict[str, Any]]) -> Prompt:
         try:
@@ -157,7 +151,10 @@ class Generator:
         return self._encode(text, False, "messages")._replace(before=[])
 
     def _of_ids(self, ids: list[int]) -> Prompt:
-        text = str(self.text.tokenizer.decode(ids))
+        return self._prompt(ids, str(self.text.tokenizer.decode(ids)))
+
+    def _prompt(self, ids: list[int], text: str) -> Prompt:
+        """Returns a prompt for the decoder, or for the encoder if there is one."""
         if self._start is not None:
             return Prompt([self._start], [], ids, text)
         return Prompt(ids, ids[-BEFORE:], None, text)
@@ -170,6 +167,10 @@ class Generator:
                 f"maximum context length is {self.engine.context} tokens, got {count}.",
                 param,
             )
+
+    def _check_prompt(self, length: int, param: str) -> None:
+        """Raises if a prompt leaves no room for a token, or a source is too long."""
+        self._check_length(length, 0 if self.is_pair else 1, param)
 
     def _check_length(self, prompt: int, new: int, param: str) -> None:
         context = self.engine.context

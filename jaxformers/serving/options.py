@@ -24,6 +24,7 @@ class Options(NamedTuple):
         n: the number of answers to each prompt.
         sampling: how tokens are chosen.
         stop: the strings that end an answer.
+        lists: whether the log-probabilities of tokens are told.
         streams: whether the answers come as events.
         tells_usage: whether the last event tells the number of tokens.
     """
@@ -31,12 +32,18 @@ class Options(NamedTuple):
     n: int
     sampling: Sampling
     stop: tuple[str, ...]
+    lists: bool
     streams: bool
     tells_usage: bool
 
 
-def read_options(fields: Fields, vocab_size: int) -> Options:
+def read_options(fields: Fields, vocab_size: int, top: int | None) -> Options:
     """Returns the common fields of a request.
+
+    Arguments:
+        fields: of the request.
+        vocab_size: of the model.
+        top: of so many of the likeliest tokens log-probabilities are told; None tells none at all.
 
     Raises:
         Refused: if one of them is not what it must be.
@@ -48,8 +55,9 @@ def read_options(fields: Fields, vocab_size: int) -> Options:
     streams = fields.flag("stream")
     return Options(
         fields.whole("n", 1, 1, MOST_CHOICES),
-        _read_sampling(fields, vocab_size),
+        _read_sampling(fields, vocab_size, top or 0),
         _read_stop(fields),
+        top is not None,
         streams,
         _read_stream_options(fields, streams),
     )
@@ -65,7 +73,7 @@ def _check_metadata(fields: Fields) -> None:
         raise fields.wrong("metadata", wanted, given)
 
 
-def _read_sampling(fields: Fields, vocab_size: int) -> Sampling:
+def _read_sampling(fields: Fields, vocab_size: int, top: int) -> Sampling:
     temperature = fields.number("temperature", 1.0, 0.0, 2.0)
     top_p = fields.number("top_p", 1.0, 0.0, 1.0)
     seed = fields.whole("seed", None, 0, MOST_NUMBER)
@@ -79,6 +87,7 @@ def _read_sampling(fields: Fields, vocab_size: int) -> Sampling:
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
         seed=secrets.randbelow(MOST_NUMBER) if seed is None else seed,
         logit_bias=_read_bias(fields, vocab_size),
+        top=top,
     )
 
 
@@ -122,12 +131,3 @@ def _read_stream_options(fields: Fields, streams: bool) -> bool:
     tells = group.flag("include_usage")
     group.finish()
     return tells
-
-
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Returns the numbers of tokens in OpenAI's form."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": new_tokens,
-        "total_tokens": prompt_tokens + new_tokens,
-    }

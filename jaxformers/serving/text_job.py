@@ -1,9 +1,11 @@
 """A job of the engine whose tokens become text."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
-from jaxformers.serving.job import Follower, Job, Sampling, Token
+from jaxformers.serving.job import Follower, Job, Token
+from jaxformers.serving.options import Options
 from jaxformers.serving.token_text import Listed
 from jaxformers.text.row_text import RowText
 
@@ -53,13 +55,12 @@ class TextJob(Job):
     Arguments:
         index: of the answer among those of its request.
         prompt: what it continues.
-        max_new_tokens, sampling, follower: as of `Job`.
+        max_new_tokens, follower: as of `Job`.
+        options: of the request.
         row: the text, empty so far.
         ends: the tokens that end it and are no part of it.
-        tell: hears of each piece if `streams`, and of the last one in any case. It is called in
-            the thread of the engine.
-        streams: whether pieces are told as they come.
-        lists: whether tokens are kept for their log-probabilities.
+        tell: hears of each piece if answers come as events, and of the last one in any case. It
+            is called in the thread of the engine.
     """
 
     def __init__(
@@ -67,18 +68,17 @@ class TextJob(Job):
         index: int,
         prompt: Prompt,
         max_new_tokens: int,
-        sampling: Sampling,
+        options: Options,
         follower: Follower | None,
         row: RowText,
         ends: frozenset[int],
         tell: Callable[[Piece], None],
-        streams: bool,
-        lists: bool,
     ):
+        sampling = replace(options.sampling, index=index)
         super().__init__(prompt.ids, max_new_tokens, sampling, prompt.source, follower)
         self.index, self.begin, self.row = index, prompt, row
         self.listed: list[Listed] = []
-        self._ends, self._tell, self._streams, self._lists = ends, tell, streams, lists
+        self._ends, self._tell, self._options = ends, tell, options
         self._waiting: list[Listed] = []  # tokens whose text is kept back
         self._unsent = ""
         self._failure: Exception | None = None
@@ -93,9 +93,9 @@ class TextJob(Job):
             self._failure = error
             return False
         is_end = not self.row.is_running and not self.row.is_stopped and token.id in self._ends
-        if self._lists and not is_end:
+        if self._options.lists and not is_end:
             self._waiting.append(Listed(token, offset))
-        if self._streams and self.row.is_running:
+        if self._options.streams and self.row.is_running:
             self._send(piece)
         else:
             self._unsent = piece
