@@ -9,7 +9,7 @@ from jaxformers.cli.convert import add_convert
 from jaxformers.cli.embed import add_embed
 from jaxformers.cli.finetune import add_finetune
 from jaxformers.cli.generate import add_generate
-from jaxformers.cli.help import Help, Parser
+from jaxformers.cli.help import Parser
 from jaxformers.cli.inspect import add_inspect
 from jaxformers.cli.process import drop_output, failed, process
 from jaxformers.cli.serve import add_serve
@@ -54,7 +54,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="jaxformers",
         description="Transformers in JAX: generate text, chat, embed, convert and train. "
         "jaxformers COMMAND --help shows the options of a command, with examples.",
-        formatter_class=Help,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in ADD:

@@ -147,9 +147,9 @@ def serving(generator=None, embedder=None, key=None, log=None):
     """Yields a `Running` server, which has ended after the block."""
     lines = Log() if log is None else log
     app = App(generator, embedder, key, lines.append)
-    is_ready, engine = threading.Event(), None if generator is None else generator.engine
+    is_ready = threading.Event()
     sock = bind("127.0.0.1", 0)
-    server = Server(app, engine, is_ready.set)
+    server = Server(app, is_ready.set)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     try:
@@ -160,5 +160,5 @@ def serving(generator=None, embedder=None, key=None, log=None):
         thread.join(60)
         sock.close()
         app.close()
-        if engine is not None:
-            engine.close(at_once=True)
+        if app.engine is not None:
+            app.engine.close(at_once=True)

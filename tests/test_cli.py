@@ -37,6 +37,7 @@ from jaxformers import (
 )
 from jaxformers.__main__ import ADD, main
 from jaxformers.cli.inspect import sizes
+from jaxformers.cli.text_model import first_messages
 
 tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
@@ -174,6 +175,11 @@ def _file(directory, content):
     path = directory / "file"
     path.write_text(content)
     return path
+
+
+def test_a_message_of_the_system_may_be_empty():
+    """Some templates write one of their own where there is none."""
+    assert first_messages(argparse.Namespace(system="")) == [{"role": "system", "content": ""}]
 
 
 def test_generate_with_a_constraint(run, checkpoint, tmp_path):

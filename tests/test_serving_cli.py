@@ -22,15 +22,15 @@ pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
 
 @pytest.fixture
 def served(monkeypatch):
-    """The app and the engine of each server that a command begins, all of which end at once."""
+    """The app of each server that a command begins, all of which end at once."""
     found = []
 
-    def serve(app, engine, sock, ready):
-        found.append((app, engine))
+    def serve(app, sock, ready):
+        found.append(app)
         ready()
         app.close()
-        if engine is not None:
-            engine.close()
+        if app.engine is not None:
+            app.engine.close()
 
     monkeypatch.setattr(server, "serve", serve)
     return found
@@ -47,13 +47,13 @@ def test_the_examples_of_the_help(run, checkpoint, encoder, served, tmp_path, mo
         assert words[:2] == ["jaxformers", "serve"]
         status, out, errors = run(*words[1:], "--port", 0)
         assert status == 0 and re.fullmatch(r"serving .* at http://[\d.]+:\d+/v1\n", out), errors
-    (chats, _), (both, _), (vectors, engine) = served
+    chats, both, vectors = served
     assert [x._names() for x in (chats, both, vectors)] == [
         ["SmolLM2-135M-Instruct"],
         ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"],
         ["all-MiniLM-L6-v2"],
     ]
-    assert engine is None and chats._key is None and vectors._key == "secret"
+    assert vectors.engine is None and chats._key is None and vectors._key == "secret"
 
 
 def test_options(run, checkpoint, encoder, served):  # noqa: F811
@@ -61,7 +61,8 @@ def test_options(run, checkpoint, encoder, served):  # noqa: F811
     names = "--name", "a", "--embedder-name", "b", "--embedder", encoder, "--quantize", "int8"
     assert run("serve", checkpoint, *more, *names, "--host", "::1")[0] in (0, 1)  # without IPv6 1
     assert run("serve", checkpoint, *more, *names)[1].startswith("serving a, b at http://127")
-    app, engine = served[-1]
+    app = served[-1]
+    engine = app.engine
     assert engine.counts()["rows"] == 3 and engine.waiting == 5 and engine.context == 50
     assert app._key == "k" and app._names() == ["a", "b"]
 
@@ -78,6 +79,10 @@ def test_errors_are_one_line(run, checkpoint, encoder, served, monkeypatch):  # 
             ((checkpoint, "--rows", 0), "rows"),
             ((checkpoint, "--embedder", checkpoint, "--name", checkpoint.name), "--name"),
             ((encoder, "--embedder", encoder), "--embedder"),
+            ((encoder, "--rows", 4), "--rows"),
+            ((encoder, "--warm-up", 9), "--warm-up"),
+            ((checkpoint, "--warm-up", 0), "warm_up"),
+            ((checkpoint, "--embedder-name", "b"), "--embedder-name"),
             (("nowhere",), "nowhere"),
         ]
         for arguments, word in cases:

@@ -1,16 +1,16 @@
-"""The command `python -m jaxformers chat PATH`."""
+"""The command `jaxformers chat PATH`."""
 
 import argparse
 import sys
 import time
 from typing import Any
 
-from jaxformers.cli.help import Help
 from jaxformers.cli.speed import Speed
 from jaxformers.cli.terminal import Terminal
 from jaxformers.cli.text_model import (
     add_generation_options,
     add_model_options,
+    first_messages,
     generation_options,
     load_text,
 )
@@ -30,17 +30,15 @@ def add_chat(commands: argparse._SubParsersAction) -> None:
         help="talk to a model",
         description=f"Talk to a model, which remembers the conversation. {HELP}.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     add_model_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the first message, of the system")
     add_generation_options(parser)
     parser.set_defaults(run=run_chat)
 
 
 def run_chat(options: argparse.Namespace) -> int:
     text = load_text(options)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages = first_messages(options)
     arguments = generation_options(options, text)
     most = arguments.pop("max_new_tokens", None)
     talk = text.conversation(messages, **arguments)

@@ -1,9 +1,9 @@
-"""The command `python -m jaxformers convert PATH OUT`."""
+"""The command `jaxformers convert PATH OUT`."""
 
 import argparse
 from pathlib import Path
 
-from jaxformers.cli.help import Help
+from jaxformers.cli.text_model import CHECKPOINT, DTYPE
 
 EXAMPLES = """examples:
   jaxformers convert SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-copy
@@ -21,11 +21,10 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "its base) and write it to OUT: a directory in the format of transformers with the "
         "tokenizer, or a file .safetensors for jaxformers.load.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument("path", metavar="PATH", help=CHECKPOINT)
     parser.add_argument("out", metavar="OUT", help="a directory, or a file .safetensors")
-    parser.add_argument("--dtype", metavar="NAME", help="the type of the weights, as bfloat16")
+    parser.add_argument("--dtype", metavar="NAME", help=DTYPE)
     parser.add_argument("--adapter", metavar="DIR", help="an adapter of PEFT, which is merged")
     parser.set_defaults(run=run_convert)
 

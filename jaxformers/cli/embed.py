@@ -1,9 +1,8 @@
-"""The command `python -m jaxformers embed PATH FILE ...`."""
+"""The command `jaxformers embed PATH FILE ...`."""
 
 import argparse
 import sys
 
-from jaxformers.cli.help import Help
 from jaxformers.cli.text_model import add_model_options, load_as, read_text, to_json
 
 EXAMPLES = """examples:
@@ -20,7 +19,6 @@ def add_embed(commands: argparse._SubParsersAction) -> None:
         description="Write a vector for each line of the files: numbers with spaces between them, "
         "a line of JSON, or with --out the rows of a file of NumPy.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     add_model_options(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="text; - is standard input")

@@ -1,12 +1,11 @@
-"""The command `python -m jaxformers finetune MODEL FILE --out DIR`."""
+"""The command `jaxformers finetune MODEL FILE --out DIR`."""
 
 import argparse
 import dataclasses
 import sys
 from typing import Any
 
-from jaxformers.cli.help import Help
-from jaxformers.cli.text_model import keep_programs
+from jaxformers.cli.text_model import CHECKPOINT, DTYPE, keep_programs
 
 EXAMPLES = """examples:
   jaxformers finetune SmolLM2-135M-Instruct chats.jsonl --out tuned --lora 8 --steps 20
@@ -25,9 +24,8 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
         "Any other file is plain text. If the command is stopped, the same command goes on from "
         "there.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument("model", metavar="MODEL", help=CHECKPOINT)
     parser.add_argument("data", metavar="FILE", help="the examples")
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory of the results")
     for name, kind, text in OPTIONS:
@@ -56,7 +54,7 @@ OPTIONS = (
     ("eval-every", int, "the number of steps between evaluations (default: 100)"),
     ("save-every", int, "the number of steps between checkpoints (default: 100)"),
     ("seed", int, "the seed of all that is drawn (default: 0)"),
-    ("dtype", str, "the type of the weights, such as bfloat16 (default: the file's)"),
+    ("dtype", str, DTYPE),
 )
 METAVARS = {int: "N", float: "X", str: "NAME"}
 FIELDS = {"lora": "rank", "merge": "merged"}  # those with other names than the options

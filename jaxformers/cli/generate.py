@@ -1,13 +1,13 @@
-"""The command `python -m jaxformers generate PATH PROMPT`."""
+"""The command `jaxformers generate PATH PROMPT`."""
 
 import argparse
 import sys
 
-from jaxformers.cli.help import Help
 from jaxformers.cli.speed import Speed
 from jaxformers.cli.text_model import (
     add_generation_options,
     add_model_options,
+    first_messages,
     generation_options,
     load_text,
     to_json,
@@ -29,14 +29,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         help="continue a text, or answer it",
         description="Write the text that continues PROMPT to standard output, as it comes.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     add_model_options(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="a text; - is standard input")
     parser.add_argument(
         "--chat", action="store_true", help="answer PROMPT as the message of a user"
     )
-    parser.add_argument("--system", metavar="TEXT", help="with --chat, the message of the system")
     parser.add_argument(
         "--json", action="store_true", help="write one JSON object with text, tokens and more"
     )
@@ -50,7 +48,7 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     text = load_text(options)
     arguments, speed = generation_options(options, text), Speed()
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages = first_messages(options)
     messages.append({"role": "user", "content": prompt})
     call, given = (text.chat, messages) if options.chat else (text, prompt)
     if options.json:

@@ -1,7 +1,7 @@
-"""The form of the help of a command."""
+"""The form of the help and of the errors of a command."""
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 CONTINUED = " \\"
 
@@ -17,7 +17,10 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser with `Help`, whose errors are one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}. See {self.prog} --help.\n")

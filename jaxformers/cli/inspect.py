@@ -1,4 +1,4 @@
-"""The command `python -m jaxformers inspect PATH`."""
+"""The command `jaxformers inspect PATH`."""
 
 import argparse
 import math
@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from jaxformers.cli.help import Help
-from jaxformers.cli.text_model import to_json
+from jaxformers.cli.text_model import CHECKPOINT, to_json
 
 EXAMPLES = """examples:
   jaxformers inspect SmolLM2-135M-Instruct
@@ -23,9 +22,8 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         description="Print the parameters of a checkpoint by part, the memory of its weights and "
         "of its cache, and the operations for a token.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
+    parser.add_argument("path", metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     parser.set_defaults(run=run_inspect)
 

@@ -1,11 +1,10 @@
-"""The command `python -m jaxformers serve PATH`."""
+"""The command `jaxformers serve PATH`."""
 
 import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-from jaxformers.cli.help import Help
 from jaxformers.cli.text_model import add_model_options, load_as
 
 EXAMPLES = """examples:
@@ -14,6 +13,7 @@ EXAMPLES = """examples:
   JAXFORMERS_KEY=secret jaxformers serve all-MiniLM-L6-v2 --host 0.0.0.0
 """
 KEY = "JAXFORMERS_KEY"
+SIZES = "rows", "context", "waiting"  # of the engine, which has defaults for them
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -24,7 +24,6 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         description="Serve a model to clients of OpenAI's interface: chats, completions and "
         "embeddings. Ctrl-C or SIGTERM lets running answers end; a second one ends at once.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1")
@@ -32,18 +31,17 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
     )
     parser.add_argument(
-        "--rows", type=int, default=8, metavar="N", help="answers at the same time (default: 8)"
+        "--rows", type=int, metavar="N", help="answers at the same time (default: 8)"
     )
     parser.add_argument(
         "--context", type=int, metavar="N", help="the most tokens of a prompt with its answer"
     )
     parser.add_argument(
-        "--waiting", type=int, default=64, metavar="N", help="answers that may wait (default: 64)"
+        "--waiting", type=int, metavar="N", help="answers that may wait (default: 64)"
     )
     parser.add_argument(
         "--warm-up",
         type=int,
-        default=512,
         metavar="N",
         help="compile for rows of up to N tokens at the start (default: 512)",
     )
@@ -63,19 +61,20 @@ def run_serve(options: argparse.Namespace) -> int:
 
     key = os.environ.get(KEY) if options.key is None else options.key
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"--key or {KEY} must be letters and digits without spaces.")
+        raise ValueError(f"--key or {KEY} must be characters of ASCII without spaces.")
+    if options.embedder is None and options.embedder_name is not None:
+        raise ValueError("--embedder-name names an --embedder, got none. Pass --name for PATH.")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, got {options.port}.")
     with bind(options.host, options.port) as sock:  # before the model is read, which takes longer
         generator, embedder = load_models(options)
         app = App(generator, embedder, key)
         names = ", ".join(x.name for x in (generator, embedder) if x is not None)
-        engine: Any = None if generator is None else generator.engine
 
         def ready() -> None:
             print(f"serving {names} at {url_of(sock)}", flush=True)
 
-        serve(app, engine, sock, ready)
+        serve(app, sock, ready)
     return 0
 
 
@@ -118,11 +117,12 @@ def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
     found = load_as(GeneratorOrEmbedder, options)
     name = options.name or default_name(options.path)
     if isinstance(found, TextEmbedder):
-        if options.embedder is not None:
-            raise ValueError(
-                f"--embedder is for a PATH that generates text, got {options.path}, which gives "
-                "embeddings itself. Leave it out."
-            )
+        for option in ("embedder", *SIZES, "warm_up"):
+            if getattr(options, option) is not None:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} is for a PATH that generates text, got "
+                    f"{options.path}, which gives embeddings alone. Leave it out."
+                )
         return None, Embedder(name, found)
     embedder = None
     if options.embedder is not None:
@@ -132,9 +132,10 @@ def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
                 f"both models would have the name {name}. Pass --name or --embedder-name."
             )
         embedder = Embedder(other, TextEmbedder.from_pretrained(options.embedder))
-    engine = Engine(found.model, options.rows, options.context, options.waiting)
-    generator = Generator(name, found, engine, options.waiting)
-    engine.warm_up(options.warm_up)
+    sizes = {x: getattr(options, x) for x in SIZES if getattr(options, x) is not None}
+    engine = Engine(found.model, **sizes)
+    generator = Generator(name, found, engine, engine.waiting)
+    engine.warm_up(*([] if options.warm_up is None else [options.warm_up]))
     engine.start()
     return generator, embedder
 

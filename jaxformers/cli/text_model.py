@@ -7,15 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+CHECKPOINT = "a checkpoint: directory, GGUF or hub name"
+DTYPE = "the type of the weights, such as bfloat16 (default: the file's)"
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint and how it is read."""
-    parser.add_argument("path", metavar="PATH", help="a checkpoint: directory, GGUF or hub name")
-    parser.add_argument(
-        "--dtype",
-        metavar="NAME",
-        help="the type of the weights, such as bfloat16 (default: the file's)",
-    )
+    parser.add_argument("path", metavar="PATH", help=CHECKPOINT)
+    parser.add_argument("--dtype", metavar="NAME", help=DTYPE)
     parser.add_argument(
         "--quantize", choices=list(BITS), help="keep the weights in integers of so many bits"
     )
@@ -42,6 +41,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 
 GENERATION = (
+    ("system", str, "TEXT", "the message of the system, which begins a chat"),
     ("max-new-tokens", int, "N", "the most new tokens (default: 256)"),
     ("temperature", float, "X", "0 takes the likeliest token (default: 0)"),
     ("top-k", int, "N", "sample from the N likeliest tokens"),
@@ -49,6 +49,11 @@ GENERATION = (
     ("repetition-penalty", float, "X", "above 1 discourages tokens that came before"),
     ("seed", int, "N", "the seed of sampling (default: 0)"),
 )
+
+
+def first_messages(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Returns the message of the system, if there is one."""
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
 
 
 def load_text(options: argparse.Namespace) -> Any:

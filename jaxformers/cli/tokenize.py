@@ -1,10 +1,9 @@
-"""The command `python -m jaxformers tokenize FILE ... --out DIR --tokenizer NAME`."""
+"""The command `jaxformers tokenize FILE ... --out DIR --tokenizer NAME`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from jaxformers.cli.help import Help
 from jaxformers.data.tokenize import tokenize
 from jaxformers.files.json_file import read_json
 
@@ -23,7 +22,6 @@ def add_tokenize(commands: argparse._SubParsersAction) -> None:
         "jaxformers.data.open_tokens reads. Each text file (UTF-8) is a document, and so is each "
         "line of a .jsonl file. If the command is stopped, the same command goes on from there.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="a text file")
     parser.add_argument(

@@ -1,10 +1,9 @@
-"""The command `python -m jaxformers train-tokenizer FILE ... --out DIR --vocab-size N`."""
+"""The command `jaxformers train-tokenizer FILE ... --out DIR --vocab-size N`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from jaxformers.cli.help import Help
 from jaxformers.data.text_files import check_inputs, texts_of
 from jaxformers.tokenizers.training import END, check_new, save_new, train_bpe
 
@@ -27,7 +26,6 @@ def add_train_tokenizer(commands: argparse._SubParsersAction) -> None:
         description="Train a byte-level BPE tokenizer on text files (UTF-8) or JSON lines "
         "(.jsonl), and save it for load_tokenizer and for AutoTokenizer of transformers.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="a text file")
     parser.add_argument(

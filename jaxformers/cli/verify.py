@@ -1,8 +1,7 @@
-"""The command `python -m jaxformers verify PATH`."""
+"""The command `jaxformers verify PATH`."""
 
 import argparse
 
-from jaxformers.cli.help import Help
 from jaxformers.cli.text_model import keep_programs, to_json
 
 EXAMPLES = """examples:
@@ -21,7 +20,6 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
         "bits, and the checkpoint after saving it. The exit status is 1 if a difference is larger "
         "than allowed.",
         epilog=EXAMPLES,
-        formatter_class=Help,
     )
     parser.add_argument("path", metavar="PATH", help="the directory of the checkpoint")
     parser.add_argument(

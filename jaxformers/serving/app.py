@@ -126,8 +126,13 @@ class App:
             else:
                 raise
 
+    @property
+    def engine(self) -> Any:
+        """The engine that decodes, None without a generator."""
+        return None if self._generator is None else self._generator.engine
+
     def close(self) -> None:
-        """Ends the threads of the models."""
+        """Ends the threads of the models, but for that of the engine."""
         for part in (self._generator, self._embedder):
             if part is not None:
                 part.close()
@@ -146,7 +151,7 @@ class App:
             )
 
     async def _health(self, request: Request) -> Response:
-        counts = {} if self._generator is None else self._generator.engine.counts()
+        counts = {} if self.engine is None else self.engine.counts()
         status = "closing" if self.is_closing else "ok"
         return write({"status": status} | counts, 503 if self.is_closing else 200)
 

@@ -123,7 +123,7 @@ class Engine:
             longest: rows of up to so many tokens compile nothing afterwards, 512. A longer one
                 compiles when it comes, for which all others wait.
         """
-        check_size(longest=longest)
+        check_size(warm_up=longest)
         self._batch.warm_up(CHUNKS, min(longest, self.context))
 
     def submit(self, jobs: Sequence[Job]) -> None:

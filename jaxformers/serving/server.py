@@ -19,7 +19,7 @@ MOST_CONNECTIONS = 512
 PATIENCE = 15.0
 KEPT_ALIVE = 20  # seconds until a connection without a further request is closed
 STALLED = 8  # so many periods in a row may a client leave what is sent to it unread
-LAST_WRITES = 5.0  # seconds for clients to read what remains after the last token
+LAST_WRITES = 5  # seconds for clients to read what remains after the last token
 
 
 class Connection(H11Protocol):
@@ -55,11 +55,10 @@ class Server(uvicorn.Server):
 
     Arguments:
         app: what it serves.
-        engine: whose jobs have to end; None for none.
         ready: is called when it takes requests.
     """
 
-    def __init__(self, app: App, engine: Any, ready: Callable[[], None]):
+    def __init__(self, app: App, ready: Callable[[], None]):
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -70,11 +69,11 @@ class Server(uvicorn.Server):
             limit_concurrency=MOST_CONNECTIONS,
             server_header=False,
             timeout_keep_alive=KEPT_ALIVE,
-            timeout_graceful_shutdown=int(LAST_WRITES),
+            timeout_graceful_shutdown=LAST_WRITES,
         )
         super().__init__(config)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        self._app, self._engine, self._ready = app, engine, ready
+        self._app, self._ready = app, ready
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -107,8 +106,8 @@ class Server(uvicorn.Server):
         """Closes the engine in a thread, which it returns."""
 
         def close() -> None:
-            if self._engine is not None:
-                self._engine.close(at_once=at_once)
+            if self._app.engine is not None:
+                self._app.engine.close(at_once=at_once)
 
         thread = threading.Thread(target=close, daemon=True)
         thread.start()
@@ -145,20 +144,20 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-def serve(app: App, engine: Any, sock: socket.socket, ready: Callable[[], None]) -> None:
+def serve(app: App, sock: socket.socket, ready: Callable[[], None]) -> None:
     """Serves until a signal ends it, and closes the engine, the app and the socket.
 
     Arguments:
-        app, engine: what is served; the engine has been started.
+        app: what is served; its engine has been started.
         sock: where.
         ready: is called when requests are taken.
     """
-    server = Server(app, engine, ready)
+    server = Server(app, ready)
     try:
         with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
             server.run([sock])
     finally:
         sock.close()
         app.close()
-        if engine is not None:
-            engine.close(at_once=True)
+        if app.engine is not None:
+            app.engine.close(at_once=True)
