@@ -151,43 +151,29 @@ class Cache(eqx.Module):
         )
         return dataclasses.replace(self, layers=layers, positions=forget(self.positions))
 
-    def resize(self, slots: int) -> "Cache":
-        """Returns the cache with `slots` slots: more, or fewer if those are not in use."""
-        more = slots - self.slots
+    def resize(self, slots: int, own_slots: Sequence[int] | None = None) -> "Cache":
+        """Returns the cache with `slots` slots: more, or fewer if those are not in use.
 
-        def resize(layer: LayerCache) -> LayerCache:
-            if layer.positions is not None:
+        Arguments:
+            slots: of the cache, whose layers with fewer keep theirs.
+            own_slots: how many each layer has instead, in a cache `by_rows`.
+        """
+        if own_slots is None:
+            known = (layer.positions for layer in self.layers)
+            own_slots = [slots if x is None else x.shape[1] for x in known]
+
+        def resize(layer: LayerCache, size: int) -> LayerCache:
+            more = size - layer.own.keys.shape[2]
+            if more == 0:
                 return layer
             width = ((0, 0, 0), (0, 0, 0), (0, more, 0), (0, 0, 0))
             own = (lax.pad(x, jnp.zeros((), x.dtype), width) for x in layer.own)
-            return layer._replace(own=KV(*own))
-
-        width = ((0, 0, 0), (0, more, 0))
-        return dataclasses.replace(
-            self,
-            layers=tuple(map(resize, self.layers)),
-            tokens=lax.pad(self.tokens, jnp.int32(0), width),
-            positions=lax.pad(self.positions, jnp.int32(-1), width),
-        )
-
-    def resize_rows(self, slots: int, own_slots: Sequence[int]) -> "Cache":
-        """Returns a cache `by_rows` with another number of slots.
-
-        Arguments:
-            slots: how many tokens a row may have; later ones are lost.
-            own_slots: how many of them each layer keeps.
-        """
-
-        def resize(layer: Any, size: int) -> LayerCache:
-            more = (0, size - layer.own.keys.shape[2], 0)
-            own = (
-                lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), more, (0, 0, 0)))
-                for x in layer.own
-            )
-            positions = lax.pad(layer.positions, jnp.int32(-1), ((0, 0, 0), more))
+            positions = layer.positions
+            if positions is not None:
+                positions = lax.pad(positions, jnp.int32(-1), (width[0], width[2]))
             return layer._replace(own=KV(*own), positions=positions)
 
-        width = (0, 0, 0), (0, slots - self.slots, 0)
+        width = ((0, 0, 0), (0, slots - self.slots, 0))
         return dataclasses.replace(
             self,
             layers=tuple(map(resize, self.layers, own_slots)),

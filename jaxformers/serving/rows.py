@@ -265,7 +265,7 @@ def resize(rows: Rows, slots: int, own_slots: tuple[int, ...], source_slots: int
         source_slots: the most tokens of an encoder; None where there is none.
     """
     width = (0, 0, 0), (slots - rows.tokens.shape[1], 0, 0)
-    cache = resize_source(rows.cache.resize_rows(slots, own_slots), source_slots)
+    cache = resize_source(rows.cache.resize(slots, own_slots), source_slots)
     return rows._replace(tokens=lax.pad(rows.tokens, jnp.int32(0), width), cache=cache)
 
 
