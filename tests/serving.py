@@ -9,6 +9,8 @@ from jaxformers.serving.app import App
 from jaxformers.serving.job import Closed, QueueFull, Token
 from jaxformers.serving.server import Server, bind
 
+JSON = {"Content-Type": "application/json"}
+
 
 class ScriptedEngine:
     """An engine whose tokens are those of a script, and which waits at a gate before each of them.
@@ -125,19 +127,24 @@ class Running:
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
 
+    @contextlib.contextmanager
+    def answer(self, path, **fields):
+        """Yields the answer to a request with these fields, which is not read yet."""
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("POST", path, json.dumps(fields), JSON)
+            yield connection.getresponse()
+
     def post(self, path, **fields):
         """Returns the status of a request with these fields, and what it holds as JSON."""
-        headers = {"Content-Type": "application/json"}
-        status, _, content = self.request("POST", path, json.dumps(fields), headers)
-        return status, json.loads(content)
+        with self.answer(path, **fields) as answer:
+            return answer.status, json.loads(answer.read())
 
     def events(self, path, **fields):
         """Returns the events of a stream."""
-        headers = {"Content-Type": "application/json"}
-        body = json.dumps({"stream": True, **fields})
-        status, _, content = self.request("POST", path, body, headers)
-        assert status == 200, content
-        lines = content.decode().split("\n\n")
+        with self.answer(path, stream=True, **fields) as answer:
+            content = answer.read().decode()
+            assert answer.status == 200, content
+        lines = content.split("\n\n")
         assert lines.pop() == "" and all(x.startswith("data: ") for x in lines)
         return [x.removeprefix("data: ") for x in lines]
 

@@ -380,17 +380,28 @@ def server_of(path, log, more=("--waiting", "8")):
                 process.kill()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+def read_options(text, **numbers):
+    """Returns the options of a script, whose help begins as `text`."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--path", help="a checkpoint (default: a tiny random one)")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def checkpoint_of(options):
+    """Yields the checkpoint of the options, and a folder for a while."""
     with tempfile.TemporaryDirectory() as directory:
-        path = options.path or directory
         if options.path is None:
             make_checkpoint(Path(directory))
-        log_path = Path(directory) / "log"
+        yield options.path or directory, Path(directory)
+
+
+def main():
+    options = read_options(__doc__, requests=1000, seed=0)
+    with checkpoint_of(options) as (path, directory):
+        log_path = directory / "log"
         with log_path.open("w") as log, server_of(path, log) as (process, target):
             check(process, target, options)
         text = log_path.read_text()

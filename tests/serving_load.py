@@ -8,23 +8,21 @@ for its prompt alone. The status is 1 if one differs or is lost, if a row stays 
 memory grows.
 """
 
-import argparse
 import contextlib
 import http.client
 import json
 import random
 import statistics
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 from serving_hostile import (
     COMPLETIONS,
     LEVEL,
     SECONDS,
-    make_checkpoint,
+    checkpoint_of,
     memory_of,
+    read_options,
     server_of,
     wait_until_free,
 )
@@ -111,18 +109,10 @@ def texts_of(path, seed, most):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--path", help="a checkpoint (default: a tiny random one)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        path = options.path or directory
-        if options.path is None:
-            make_checkpoint(Path(directory))
+    options = read_options(__doc__, requests=1000, clients=32, seed=0)
+    with checkpoint_of(options) as (path, directory):
         wanted = texts_of(path, options.seed, 30)
-        with (Path(directory) / "log").open("w") as log:
+        with (directory / "log").open("w") as log:
             with server_of(path, log, ("--waiting", str(options.clients))) as (process, target):
                 check(process, target, wanted, options)
 

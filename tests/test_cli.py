@@ -71,19 +71,25 @@ def endless(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A directory with a small BERT and its tokenizer."""
-    directory = tmp_path_factory.mktemp("encoder")
+def encoder_of(max_seq_length):
+    """A small BERT, and its tokenizer of words."""
     words = {f"w{i}": i for i in range(40)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     norm = partial(TransformerEmbedding, norm=LayerNorm, num_token_types=2)
     options = {"learnable_pos": True, "embedding_scale": 1.0, "norm_first": False}
-    sizes = 40, 12, 2, 1, 20, 32
+    sizes = 40, 12, 2, 1, 20, max_seq_length
     model = TransformerEncoder(*sizes, **options, embedding=norm, key=jax.random.key(0))
+    return model, tokenizer_of(backend)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A directory with a small BERT and its tokenizer."""
+    directory = tmp_path_factory.mktemp("encoder")
+    model, tokenizer = encoder_of(32)
     model.save_pretrained(directory)
-    tokenizer_of(backend).save(directory)
+    tokenizer.save(directory)
     return directory
 
 

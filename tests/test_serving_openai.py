@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
 import typing
@@ -11,18 +12,16 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from test_cli import encoder_of
 from test_text_generator import TEMPLATE, V, lm_of, tokenizer_of
 from test_token_text import byte_level
 
 from jaxformers import (
     JSONSchema,
-    LayerNorm,
     RotaryPositionalEncoding,
     TextEmbedder,
     TextGenerator,
     Transformer,
-    TransformerEmbedding,
-    TransformerEncoder,
 )
 from jaxformers.hf.load import with_origin
 from jaxformers.origin import Origin, SpecialTokens
@@ -49,14 +48,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def embedder():
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"w{i}": i for i in range(40)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    norm = partial(TransformerEmbedding, norm=LayerNorm, num_token_types=2)
-    options = {"learnable_pos": True, "embedding_scale": 1.0, "embedding": norm}
-    model = TransformerEncoder(40, 12, 2, 1, 20, 9, **options, key=jax.random.key(0))
-    return TextEmbedder(model, tokenizer_of(backend))
+    return TextEmbedder(*encoder_of(9))
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +261,13 @@ def test_wrong_embeddings(client, fields):
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(**{"model": "vectors", **fields})
     assert caught.value.body["param"] in fields
+
+
+def test_every_field_of_embeddings_is_known(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="vectors", input="w1", extra_body={"zzz": 1})
+    known = re.findall(r"\w+", caught.value.body["message"])
+    assert set(openai.types.EmbeddingCreateParams.__annotations__) <= set(known)
 
 
 def test_errors(client, chat):

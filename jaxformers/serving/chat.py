@@ -56,10 +56,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
         raise fields.wrong("messages", f"a list of 1 to {MOST_MESSAGES} messages", given)
     messages = []
     for i, one in enumerate(given):
-        where = f"messages[{i}]"
-        if not isinstance(one, dict):
-            raise Refused(f"{where} must be an object with a role and a content.", param=where)
-        message = Fields(one, f"{where}.")
+        message = fields.part(one, f"messages[{i}]", "an object with a role and a content")
         role = message.choice("role", ROLES, required=True)
         content = _read_content(message)
         message.accept(OF_MESSAGES)
@@ -77,16 +74,11 @@ def _read_content(message: Fields) -> str:
         raise message.wrong("content", "a text, or a list of parts with text", given)
     texts = []
     for i, one in enumerate(given):
-        where = f"{message.name('content')}[{i}]"
-        if not isinstance(one, dict):
-            raise Refused(f'{where} must be {{"type": "text", "text": ...}}.', param=where)
-        part = Fields(one, f"{where}.")
-        if part.take("type") != "text":
-            raise Refused(
-                f"{where}.type must be text: this server reads no pictures, sounds or files.",
-                param=f"{where}.type",
-                code="unsupported_parameter",
-            )
+        part = message.part(one, f"content[{i}]", 'an object {"type": "text", "text": ...}')
+        kind = part.take("type")
+        if kind != "text":
+            wanted = "text, since this server reads no pictures, sounds or files"
+            raise part.wrong("type", wanted, kind, "unsupported_parameter")
         texts.append(str(part.string("text", required=True)))
         part.accept({"prompt_cache_breakpoint": ()})
         part.finish()

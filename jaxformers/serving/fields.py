@@ -108,10 +108,12 @@ class Fields:
     def group(self, name: str, required: bool = False) -> "Fields | None":
         """Returns the fields of an object within this one, None if it is not there."""
         value = self.take(name)
-        if value is None and not required:
-            return None
+        return None if value is None and not required else self.part(value, name, "an object")
+
+    def part(self, value: Any, name: str, wanted: str) -> "Fields":
+        """Returns the fields of a value within this object, which must be an object as well."""
         if not isinstance(value, dict):
-            raise self.wrong(name, "an object", value)
+            raise self.wrong(name, wanted, value)
         return Fields(value, f"{self.name(name)}.")
 
     def accept(self, allowed: Mapping[str, Collection[Any]]) -> None:
