@@ -33,6 +33,8 @@ from serving import serving  # noqa: E402
 
 from jaxformers.serving.embeddings import Embedder  # noqa: E402
 from jaxformers.serving.engine import Engine  # noqa: E402
+from jaxformers.serving.errors import Refused  # noqa: E402
+from jaxformers.serving.fields import Fields  # noqa: E402
 from jaxformers.serving.generator import Generator  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
@@ -261,6 +263,20 @@ def test_wrong_embeddings(client, fields):
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(**{"model": "vectors", **fields})
     assert caught.value.body["param"] in fields
+
+
+def test_a_default_prompt_is_counted():
+    prompts = {"document": "w1 w2 w3 "}
+    model = TextEmbedder(*encoder_of(9), prompts=prompts, default_prompt="document")
+    embedder = Embedder("vectors", model)
+    try:
+        found = asyncio.run(embedder.embed(Fields({"input": "w4 w5"})))
+        assert found["usage"]["prompt_tokens"] == 5
+        np.testing.assert_allclose(found["data"][0]["embedding"], model("w4 w5"), rtol=1e-5)
+        with pytest.raises(Refused, match="has 10 tokens"):
+            asyncio.run(embedder.embed(Fields({"input": "w4 " * 7})))
+    finally:
+        embedder.close()
 
 
 def test_every_field_of_embeddings_is_known(client):

@@ -287,9 +287,10 @@ def refuse(error: Refused | HTTPException, scope: Any) -> Response:
     """Returns the response of a request that is refused."""
     if isinstance(error, HTTPException):
         said = show(f"{scope['method']} {scope['path']}")
-        message = f"This server has no {said}."
+        message = f"This server has no route {said}. Those of OpenAI begin with /v1."
         if error.status_code == 405:
-            message = f"This route has another method than that of {said}."
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"This route does not take {said}. Use {allowed}."
         error = Refused(message, error.status_code, code="unknown_url", headers=error.headers)
     response = write(error.body, error.status)
     response.headers.update(error.headers)

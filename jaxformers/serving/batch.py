@@ -49,7 +49,7 @@ class Batch:
         windows = [layer.self_attention.window for layer in model.decoder.layers]
         self._windows = [None if x is None else x + SPARE for x in windows]  # slots of each layer
         self._slots = self._size(1, SLOTS, context)
-        self._source_slots = self._size(1, SOURCE_SLOTS, self._source_limit)
+        self._source_slots = self._size(1, SOURCE_SLOTS, self.source_limit)
         self._rows: Any = None
         # The only row in use: its number, and its state, which is newer than that in the batch.
         self._alone: Any = None
@@ -57,7 +57,8 @@ class Batch:
         self._no_bias: dict[int, Array] = {}
 
     @property
-    def _source_limit(self) -> int | None:
+    def source_limit(self) -> int | None:
+        """The most tokens that the encoder has positions for; None if no limit, or no encoder."""
         return self.model.src_embedding.max_seq_length if self.is_pair else None
 
     @staticmethod
@@ -80,7 +81,7 @@ class Batch:
                 must not be longer.
         """
         slots = self._size(length, SLOTS, self.context)
-        source = self._size(source_length, SOURCE_SLOTS, self._source_limit)
+        source = self._size(source_length, SOURCE_SLOTS, self.source_limit)
         # From size to next size, since each pair of sizes is a program.
         while self._slots < slots:
             self._resize(self._size(self._slots + 1, SLOTS, self.context), self._source_slots)
@@ -130,7 +131,8 @@ class Batch:
 
         Arguments:
             source: the tokens of the encoder, if the model has one.
-            place, count: the row that the first `count` tokens of the prompt are copied from.
+            place: a row that has read the first `count` tokens of the prompt, which are copied.
+            count: how many these are; with 0 the row begins anew.
         """
         if source is not None or self._rows is None:
             self._read = self._new(source or [0])

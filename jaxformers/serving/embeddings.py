@@ -52,7 +52,7 @@ class Embedder:
         try:
             vectors, count = await self._workers.run(self._embed, given, kept, is_gone)
         finally:
-            is_gone.set()  # where it is not needed any more
+            is_gone.set()  # the vectors are there, or nobody waits for them
         data = [
             {"object": "embedding", "index": i, "embedding": _write(vector, form)}
             for i, vector in enumerate(vectors)
@@ -85,10 +85,15 @@ class Embedder:
         return str(self.embedder.tokenizer.decode(given))
 
     def _lengths(self, texts: list[str], begin: int) -> list[int]:
-        """Returns the numbers of tokens of some texts, none of which may be too long."""
+        """Returns the numbers of tokens of some texts, none of which may be too long.
+
+        Those of the model's default prompt count too, since they are read with each text.
+        """
         limit = self.embedder.max_seq_length or LONGEST
+        prompt = self.embedder.prompts.get(self.embedder.default_prompt or "", "")
+        given = [prompt + text for text in texts]
         try:
-            lengths = [len(ids) for ids, _ in self.embedder.tokenizer.encode_rows(texts)]
+            lengths = [len(ids) for ids, _ in self.embedder.tokenizer.encode_rows(given)]
         except ValueError as error:
             raise Refused(f"input: {one_line(error)}", param="input") from None
         for i, length in enumerate(lengths):

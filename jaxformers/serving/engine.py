@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxformers.checks import check_size, check_usable
+from jaxformers.files.json_file import shorten
 from jaxformers.generation.generate import failure
 from jaxformers.output import check_output
 from jaxformers.serving.batch import Batch
 from jaxformers.serving.job import Closed, Job, QueueFull, Token
 from jaxformers.serving.rows import Chosen, read_rules
-from jaxformers.transformer import Transformer
 
 LOG = logging.getLogger(__name__)
 # The most tokens of a row, where neither the model nor the user sets a limit.
@@ -54,7 +54,8 @@ class Reading(NamedTuple):
     """A job whose prompt is being read.
 
     Arguments:
-        job, place: of the row.
+        job: whose it is.
+        place: the number of the row that it gets.
         read: how many tokens of the prompt are in it.
     """
 
@@ -104,7 +105,7 @@ class Engine:
             )
         self.context, self.waiting = context, waiting
         self.vocab_size: int = model.vocab_size
-        self._model, self._batch = model, Batch(model, rows, context)
+        self._batch = Batch(model, rows, context)
         self._places = [Place() for _ in range(rows)]
         self._queue: deque[Job] = deque()
         self._reading: Any = None
@@ -178,12 +179,12 @@ class Engine:
                 f"a prompt and its new tokens must be at least one token each and at most "
                 f"{self.context} together, got {len(job.prompt)} and {job.max_new_tokens}."
             )
-        is_pair = isinstance(self._model, Transformer)
-        if (job.source is not None) != is_pair or (is_pair and not job.source):
+        if not job.source if self._batch.is_pair else job.source is not None:
             raise ValueError(
-                "source must be the ids that the encoder reads, exactly where the model has one."
+                "source must be at least one id for an encoder-decoder, and None for other models, "
+                f"got {shorten(job.source)}."
             )
-        limit = self._model.src_embedding.max_seq_length if is_pair else None
+        limit = self._batch.source_limit
         if limit is not None and job.source is not None and len(job.source) > limit:
             raise ValueError(
                 f"source must be at most the {limit} tokens that the encoder has positions for, "
@@ -254,10 +255,10 @@ class Engine:
                 return False
             place = min(free, key=lambda i: self._places[i].last_used)
             self._reading = Reading(self._queue.popleft(), place, 0)
-        self._open(*self._reading)
+        self._open(self._reading.job)
         return True
 
-    def _open(self, job: Job, place: int, read: int) -> None:
+    def _open(self, job: Job) -> None:
         """Begins to read a prompt; what any row has read of it already is copied."""
         lengths = [len(self._places[i].tokens) for i in self._active()]
         source = 1 if job.source is None else len(job.source)
@@ -267,7 +268,7 @@ class Engine:
         counts = [self._batch.reusable(x.memory, job.prompt) for x in kept]
         best = max(range(len(counts)), key=counts.__getitem__)
         self._batch.open(job.source, best, counts[best])
-        self._reading = Reading(job, place, counts[best])
+        self._reading = self._reading._replace(read=counts[best])
 
     def _read(self) -> int:
         """Reads a chunk of the prompt, and begins the row with the last; returns its size."""

@@ -13,14 +13,14 @@ class Workers:
     """A few threads, and a bounded number of calls that wait for them.
 
     Arguments:
-        name: of the threads.
+        name: of what they make.
         threads: how many.
         waiting: the most calls that run or wait.
     """
 
     def __init__(self, name: str, threads: int, waiting: int):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._most, self._count = waiting, 0
+        self._name, self._most, self._count = name, waiting, 0
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Returns what a function returns in one of the threads.
@@ -29,7 +29,7 @@ class Workers:
             Refused: if too many calls wait.
         """
         if self._count >= self._most:
-            raise busy("too many requests are being read")
+            raise busy(f"too many requests wait for {self._name}")
         self._count += 1
         loop = asyncio.get_running_loop()
         future: Future[Any] = self._threads.submit(function, *arguments)

@@ -165,6 +165,11 @@ class TextEmbedder:
         return self._reader(1).limit
 
     @property
+    def default_prompt(self) -> str | None:
+        """The name of the prompt that is used if a call names none."""
+        return self._default_prompt
+
+    @property
     def dimension(self) -> int:
         """The number of features of a vector."""
         return self._kept
