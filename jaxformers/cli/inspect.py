@@ -69,7 +69,7 @@ def sizes(model: Any) -> dict[str, Any]:
         "operations_per_token": operations(model),
     }
     if hasattr(model, "decoder"):
-        found["operations_per_token_of_context"] = scores(model.decoder)
+        found["operations_per_token_of_context"] = attention_operations(model.decoder)
         found["cache_bytes_per_token"] = cache_bytes(model)
     return found
 
@@ -84,11 +84,8 @@ def part_of(name: str) -> str:
     name = re.sub(r"\.layers(\.\d+)?", "", name)
     first, *rest = name.split(".")[:-1]
     if first in ("decoder", "encoder") and rest:
-        return (
-            f"{first}.norms"
-            if "norm" in rest[0] or rest[0].endswith("_residual")
-            else f"{first}.{rest[0]}"
-        )
+        is_norm = "norm" in rest[0] or rest[0].endswith("_residual")
+        return f"{first}.norms" if is_norm else f"{first}.{rest[0]}"
     return first
 
 
@@ -128,7 +125,7 @@ def operations(model: Any) -> int:
     return total
 
 
-def scores(decoder: Any) -> int:
+def attention_operations(decoder: Any) -> int:
     """Returns the operations of attention for one token and each token that it attends to."""
     import jax
 

@@ -149,7 +149,7 @@ class Follower:
         return legal & ~self._illegal
 
     def of_one_row(self) -> "Follower":
-        """Returns one that remembers places of its own, and only few of them."""
+        """Returns a follower for one row, which remembers a few places of its own."""
         follower = copy.copy(self)
         follower._places, follower._most = OrderedDict(), PLACES_OF_ONE
         return follower

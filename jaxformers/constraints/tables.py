@@ -49,7 +49,7 @@ class TableFollower:
         return sum(x.nbytes for x in self._tables)
 
     def of_one_row(self) -> "TableFollower":
-        """Returns one that remembers places of its own."""
+        """Returns a follower for one row, which remembers places of its own."""
         return TableFollower(self._tables)
 
     def legal(self, tokens: tuple[int, ...]) -> Bool[np.ndarray, " v"]:

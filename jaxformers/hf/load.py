@@ -63,7 +63,7 @@ def load(
         quantized: as in `jaxformers.from_pretrained`.
     """
     check_flag(quantized=quantized)
-    plan, stored, origin = prepare(path, found, classes, head)
+    plan, stored, origin = plan_checkpoint(path, found, classes, head)
     arrays = read_arrays(plan, stored, dtype, sharding, quantized)
     return with_origin(jax.tree.map(lambda path: arrays[path], plan.paths), origin)
 
@@ -71,9 +71,9 @@ def load(
 def outline(path: Any, classes: Mapping[str, Any]) -> Any:
     """Returns the model of a checkpoint with shapes and types in place of its arrays.
 
-    It reads no weights, so that it takes no memory for them.
+    No weights are read. Arguments are those of `load`.
     """
-    plan, stored, origin = prepare(path, find_checkpoint(path), classes)
+    plan, stored, origin = plan_checkpoint(path, find_checkpoint(path), classes)
     shapes = {
         ours: jax.ShapeDtypeStruct(plan.leaves[ours].shape, stored.dtype(rule.theirs[0]))
         for rule in plan.rules
@@ -82,10 +82,10 @@ def outline(path: Any, classes: Mapping[str, Any]) -> Any:
     return with_origin(jax.tree.map(lambda path: shapes[path], plan.paths), origin)
 
 
-def prepare(
+def plan_checkpoint(
     path: Any, found: Path, classes: Mapping[str, Any], head: FreshHead | None = None
 ) -> tuple[WeightPlan, FileTensors, Origin]:
-    """Returns the plan for the model of a checkpoint, its tensors, and its origin."""
+    """Returns the plan for the model of a checkpoint, its tensors, and its origin; see `load`."""
     directory, config, files = open_checkpoint(path, found)
     family = choose_table(family_of(config), config, files, classes) if KEY in config else None
     if family is not None and family.shape not in classes:

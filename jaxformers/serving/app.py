@@ -210,7 +210,7 @@ class Post:
     """A route whose requests have a JSON object.
 
     Arguments:
-        app: of which it is a part.
+        app: that the route belongs to.
         handle: a function from the fields to a `Reply`, or to what is written as JSON.
     """
 

@@ -13,7 +13,7 @@ from jaxformers.serving.workers import Workers
 from jaxformers.text.embedder import TextEmbedder
 
 MOST_INPUTS = 2048
-AT_ONCE = 64  # so many texts are read before it is looked whether the client is still there
+AT_ONCE = 64  # so many texts are read before a look whether the client is still there
 WAITING = 64  # the most requests that wait for vectors
 # The most tokens of a text where the model has no limit, and of a batch.
 LONGEST, MOST_TOKENS = 8192, 16384
