@@ -48,7 +48,7 @@ def test_the_examples_of_the_help(run, checkpoint, encoder, served, tmp_path, mo
         status, out, errors = run(*words[1:], "--port", 0)
         assert status == 0 and re.fullmatch(r"serving .* at http://[\d.]+:\d+/v1\n", out), errors
     chats, both, vectors = served
-    assert [x._names() for x in (chats, both, vectors)] == [
+    assert [x.names for x in (chats, both, vectors)] == [
         ["SmolLM2-135M-Instruct"],
         ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"],
         ["all-MiniLM-L6-v2"],
@@ -64,7 +64,7 @@ def test_options(run, checkpoint, encoder, served):  # noqa: F811
     app = served[-1]
     engine = app.engine
     assert engine.counts()["rows"] == 3 and engine.waiting == 5 and engine.context == 50
-    assert app._key == "k" and app._names() == ["a", "b"]
+    assert app._key == "k" and app.names == ["a", "b"]
 
 
 def test_errors_are_one_line(run, checkpoint, encoder, served, monkeypatch):  # noqa: F811

@@ -164,7 +164,7 @@ def test_completions(server, text):
     assert texts[0] == "x" and ANSWER.startswith("".join(texts[1:]))
 
 
-def test_sampling_is_what_the_request_says(server):
+def test_sampling_is_what_the_request_says(server, text):
     numbers = {"temperature": 0.5, "top_p": 0.25, "frequency_penalty": -1, "presence_penalty": 0.5}
     more = {"seed": 7, "top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5}
     status, _ = chat(server, **numbers, **more, logit_bias={"3": -100, "11": 2.5})
@@ -181,7 +181,7 @@ def test_sampling_is_what_the_request_says(server):
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
     assert chat(server, messages=roles)[0] == 200
-    written = server.engine.jobs[-1].begin.text
+    written = text.tokenizer.decode(server.engine.jobs[-1].prompt, skip_special_tokens=False)
     assert written.startswith("[system]Be brief.") and "[user]a\nb" in written
 
 

@@ -67,12 +67,10 @@ def run_serve(options: argparse.Namespace) -> int:
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to 65535, got {options.port}.")
     with bind(options.host, options.port) as sock:  # before the model is read, which takes longer
-        generator, embedder = load_models(options)
-        app = App(generator, embedder, key)
-        names = ", ".join(x.name for x in (generator, embedder) if x is not None)
+        app = App(*load_models(options), key)
 
         def ready() -> None:
-            print(f"serving {names} at {url_of(sock)}", flush=True)
+            print(f"serving {', '.join(app.names)} at {url_of(sock)}", flush=True)
 
         serve(app, sock, ready)
     return 0

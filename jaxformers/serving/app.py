@@ -127,6 +127,11 @@ class App:
                 raise
 
     @property
+    def names(self) -> list[str]:
+        """The names of the models."""
+        return [x.name for x in (self._generator, self._embedder) if x is not None]
+
+    @property
     def engine(self) -> Any:
         """The engine that decodes, None without a generator."""
         return None if self._generator is None else self._generator.engine
@@ -156,12 +161,12 @@ class App:
         return write({"status": status} | counts, 503 if self.is_closing else 200)
 
     async def _models(self, request: Request) -> Response:
-        return write({"object": "list", "data": [self._describe(x) for x in self._names()]})
+        return write({"object": "list", "data": [self._describe(x) for x in self.names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self._names():
-            raise unknown_model(name, self._names())
+        if name not in self.names:
+            raise unknown_model(name, self.names)
         return write(self._describe(name))
 
     async def _chat(self, fields: Fields) -> Reply:
@@ -195,12 +200,9 @@ class App:
 
     def _read_model(self, fields: Fields) -> str:
         name = fields.string("model", 1024, required=True)
-        if name not in self._names():
-            raise unknown_model(name, self._names())
+        if name not in self.names:
+            raise unknown_model(name, self.names)
         return str(name)
-
-    def _names(self) -> list[str]:
-        return [x.name for x in (self._generator, self._embedder) if x is not None]
 
     def _describe(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "jaxformers"}

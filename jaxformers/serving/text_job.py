@@ -76,7 +76,7 @@ class TextJob(Job):
     ):
         sampling = replace(options.sampling, index=index)
         super().__init__(prompt.ids, max_new_tokens, sampling, prompt.source, follower)
-        self.index, self.begin, self.row = index, prompt, row
+        self.index, self.row = index, row
         self.listed: list[Listed] = []
         self._ends, self._tell, self._options = ends, tell, options
         self._waiting: list[Listed] = []  # tokens whose text is kept back
