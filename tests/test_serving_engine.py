@@ -21,6 +21,7 @@ from jaxformers import (
 from jaxformers.serving import batch, engine
 from jaxformers.serving.engine import Engine
 from jaxformers.serving.job import Closed, Job, QueueFull, Sampling
+from jaxformers.serving.rows import read_rules
 
 V, D, N, D_FF, MAX = 37, 24, 4, 40, 60
 GREEDY = Sampling(temperature=0.0)
@@ -231,6 +232,20 @@ def test_a_row_with_a_window_goes_on_but_not_far_back(window):
     assert [job.ids for job in jobs] == new_tokens(model, given, 4)
 
 
+def test_a_copy_of_the_end_of_a_row_has_no_beginning(monkeypatch):
+    """Its layers with windows lack what the row had forgotten, short as the copy is."""
+    monkeypatch.setattr(batch, "SLOTS", 32)
+    model = make_lm(position=RotaryPositionalEncoding(), window=3)
+    (prompt,) = prompts([24])
+    # The second begins with 15 tokens of the first, which has 30 and keeps the last 19.
+    given = (prompt, 7), (prompt[:16], 1), ([*prompt[:9], 8], 4)
+    jobs = [Recorded(p, n, GREEDY) for p, n in given]
+    run(Engine(model, rows=1), jobs)
+    for job in jobs:
+        scores = np.asarray(model.score(jnp.array([*job.prompt, *job.ids])))[len(job.prompt) :]
+        np.testing.assert_allclose(job.log_probs, scores, atol=1e-5)
+
+
 def test_jobs_may_be_given_up_at_any_time(model):
     server = Engine(model, rows=3)
     given = prompts([3, 3, 40, 3, 7])
@@ -270,9 +285,12 @@ def test_what_cannot_be_decoded_is_refused(model):
             server.submit([Recorded([1], 1, GREEDY), Recorded(prompt, new, GREEDY)])
     with pytest.raises(ValueError, match="source"):
         server.submit([Recorded([1], 1, GREEDY, source=[3])])
-    with pytest.raises(ValueError, match="context must be at most the 60 positions"):
+    with pytest.raises(ValueError, match="at most the 60 positions of the model, got 61"):
         Engine(make_lm(learnable_pos=True), context=61)
-    for sizes in ({"rows": 0}, {"context": 0}, {"waiting": 0}):
+    for ids in ([1, V], [-1]):
+        with pytest.raises(ValueError, match=f"from 0 to {V - 1}, the tokens of the model, got"):
+            server.submit([Recorded(ids, 1, GREEDY)])
+    for sizes in ({"rows": 0}, {"context": 0}, {"context": 1}, {"waiting": 0}):
         with pytest.raises(ValueError, match="must be"):
             Engine(model, **sizes)
     assert server.counts()["waiting"] == 0
@@ -319,6 +337,32 @@ def test_logits_that_are_no_numbers_are_an_error(model):
     broken = eqx.tree_at(lambda x: x.output.b, model, model.output.b.at[3].set(jnp.nan))
     (job,) = run(Engine(broken, rows=3), [Recorded([1, 2], 5, GREEDY)])
     assert isinstance(job.ends[0], FloatingPointError) and not job.ids
+
+
+def test_a_row_of_nan_spoils_no_later_one(model):
+    """Neither where its memory was, nor beside it."""
+    broken = eqx.tree_at(
+        lambda x: x.embedding.token_embedding.weight,
+        model,
+        model.embedding.token_embedding.weight.at[3].set(jnp.nan),
+    )
+    given = [[5, 3, 9], *prompts([6, 2, 9, 4], seed=1)]
+    given[1:] = [[x + (x == 3) for x in row] for row in given[1:]]
+    forbidden = Sampling(temperature=0.0, logit_bias={3: -1e9})
+    jobs = run(Engine(broken, rows=2), [Recorded(p, 7, forbidden) for p in given])
+    assert isinstance(jobs[0].ends[0], FloatingPointError)
+    alone = run(Engine(model, rows=2), [Recorded(p, 7, forbidden) for p in given[1:]])
+    assert [job.ids for job in jobs[1:]] == [job.ids for job in alone]
+    assert [job.ends for job in jobs[1:]] == [[None]] * 4
+
+
+def test_rows_that_are_not_in_use_ask_for_nothing():
+    asks = Sampling(top_k=5, top=2, frequency_penalty=1.0, presence_penalty=0.5)
+    rules = read_rules(asks)._replace(repetition_penalty=jnp.array([1.5]))
+    used, unused = (rules.of(jnp.array([x])) for x in (True, False))
+    assert used.cuts.all() and used.penalizes.all() and used.wants_top.all()
+    assert not (unused.cuts.any() or unused.penalizes.any() or unused.wants_top.any())
+    assert unused.is_greedy.all() and not used.is_greedy.any()
 
 
 def test_a_failed_step_ends_what_has_begun_and_nothing_else(model, monkeypatch, caplog):

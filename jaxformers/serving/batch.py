@@ -111,19 +111,24 @@ class Batch:
         """The longest rows of which no layer has lost a token."""
         return min((x for x in self._windows if x is not None), default=self.context)
 
-    def kept(self, memory: list[int]) -> list[int]:
-        """Returns the tokens that a row still has after rows became shorter."""
+    def kept(self, memory: list[int], longest: int) -> list[int]:
+        """Returns the tokens that a row still has after rows became shorter.
+
+        Arguments:
+            memory: its tokens.
+            longest: the most tokens that it or the row that it was copied from has had.
+        """
         if len(memory) <= self._slots:
             return memory
-        return memory[: self._slots] if len(memory) <= self._intact else []
+        return memory[: self._slots] if longest <= self._intact else []
 
-    def reusable(self, memory: Sequence[int], prompt: Sequence[int]) -> int:
-        """Returns how many tokens of a prompt a row with such a memory has read already."""
+    def reusable(self, memory: Sequence[int], longest: int, prompt: Sequence[int]) -> int:
+        """Returns how many tokens of a prompt a row has read already; see `kept`."""
         if self._rows is None or self.is_pair or self._rows.cache.rotated_for is not None:
             return 0
         most = min(len(memory), len(prompt) - 1, self._slots)
         same = next((i for i in range(most) if memory[i] != prompt[i]), most)
-        is_lost = len(memory) > self._intact and len(memory) - same > SPARE
+        is_lost = longest > self._intact and longest - same > SPARE
         return 0 if is_lost else same
 
     def open(self, source: Sequence[int] | None, place: int, count: int) -> None:

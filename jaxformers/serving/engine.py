@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxformers.checks import check_size, check_usable
-from jaxformers.files.json_file import shorten
 from jaxformers.generation.generate import failure
 from jaxformers.output import check_output
 from jaxformers.serving.batch import Batch
 from jaxformers.serving.job import Closed, Job, QueueFull, Token
+from jaxformers.serving.job_checks import check_job
 from jaxformers.serving.rows import Chosen, read_rules
 
 LOG = logging.getLogger(__name__)
@@ -38,16 +38,23 @@ class Place(NamedTuple):
         job: the `Job` that it belongs to; None if it is free.
         tokens: the prompt and the new tokens.
         last_used: when it became free.
+        copied: the most tokens that the row had which its first ones were copied from.
     """
 
     job: Any = None
     tokens: list[int] = []
     last_used: float = 0.0
+    copied: int = 0
 
     @property
     def memory(self) -> list[int]:
         """The tokens in the row's cache, which lacks the last one of a row in use."""
         return self.tokens if self.job is None else self.tokens[:-1]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the row's cache has had, by which layers with windows forget."""
+        return max(self.copied, len(self.tokens))
 
 
 class Reading(NamedTuple):
@@ -57,11 +64,13 @@ class Reading(NamedTuple):
         job: whose it is.
         place: the number of the row that it gets.
         read: how many tokens of the prompt are in it.
+        copied: as of `Place`.
     """
 
     job: Job
     place: int
-    read: int
+    read: int = 0
+    copied: int = 0
 
 
 class Engine:
@@ -99,9 +108,10 @@ class Engine:
         if context is None:
             context = LONGEST if limit is None else min(limit, LONGEST)
         check_size(context=context)
-        if limit is not None and context > limit:
+        if context < 2 or (limit is not None and context > limit):
+            most = "" if limit is None else f" and at most the {limit} positions of the model"
             raise ValueError(
-                f"context must be at most the {limit} positions of the model, got {context}."
+                f"context must be at least 2, a token and a new one,{most}, got {context}."
             )
         self.context, self.waiting = context, waiting
         self.vocab_size: int = model.vocab_size
@@ -110,7 +120,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._reading: Any = None
         self._change = threading.Condition()
-        self._is_closed = False
+        self._is_closed = self._gives_up = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
@@ -133,10 +143,11 @@ class Engine:
         Raises:
             QueueFull: if more would wait than may.
             Closed: after `close`.
-            ValueError: if a job has no prompt, or is longer than the context.
+            ValueError: if a job has no prompt, tokens that the model does not have, or is longer
+                than the context.
         """
         for job in jobs:
-            self._check(job)
+            check_job(job, self._batch.model, self.context)
         with self._change:
             if self._is_closed:
                 raise Closed("the engine takes no more jobs.")
@@ -159,7 +170,7 @@ class Engine:
             at_once: whether they are given up.
         """
         with self._change:
-            self._is_closed = True
+            self._is_closed, self._gives_up = True, self._gives_up or at_once
             if at_once:
                 running = [place.job for place in self._places]
                 reading = None if self._reading is None else self._reading.job
@@ -170,26 +181,6 @@ class Engine:
         if self._thread.ident is None:
             self.start()
         self._thread.join()
-
-    def _check(self, job: Job) -> None:
-        """Raises if a job cannot be decoded."""
-        total = len(job.prompt) + job.max_new_tokens
-        if not job.prompt or job.max_new_tokens < 1 or total > self.context:
-            raise ValueError(
-                f"a prompt and its new tokens must be at least one token each and at most "
-                f"{self.context} together, got {len(job.prompt)} and {job.max_new_tokens}."
-            )
-        if not job.source if self._batch.is_pair else job.source is not None:
-            raise ValueError(
-                "source must be at least one id for an encoder-decoder, and None for other models, "
-                f"got {shorten(job.source)}."
-            )
-        limit = self._batch.source_limit
-        if limit is not None and job.source is not None and len(job.source) > limit:
-            raise ValueError(
-                f"source must be at most the {limit} tokens that the encoder has positions for, "
-                f"got {len(job.source)}."
-            )
 
     def _run(self) -> None:
         """Takes turns as long as there is something to do, then waits."""
@@ -254,7 +245,7 @@ class Engine:
             if not self._queue:
                 return False
             place = min(free, key=lambda i: self._places[i].last_used)
-            self._reading = Reading(self._queue.popleft(), place, 0)
+            self._reading = Reading(self._queue.popleft(), place)
         self._open(self._reading.job)
         return True
 
@@ -263,16 +254,18 @@ class Engine:
         lengths = [len(self._places[i].tokens) for i in self._active()]
         source = 1 if job.source is None else len(job.source)
         self._batch.fit(1 + max(*lengths, len(job.prompt), 1), source, shrink=True)
-        kept = [x if x.job else x._replace(tokens=self._batch.kept(x.tokens)) for x in self._places]
-        self._places = kept
-        counts = [self._batch.reusable(x.memory, job.prompt) for x in kept]
+        for i, x in enumerate(self._places):
+            if x.job is None:
+                self._places[i] = x._replace(tokens=self._batch.kept(x.tokens, x.longest))
+        counts = [self._batch.reusable(x.memory, x.longest, job.prompt) for x in self._places]
         best = max(range(len(counts)), key=counts.__getitem__)
         self._batch.open(job.source, best, counts[best])
-        self._reading = self._reading._replace(read=counts[best])
+        copied = self._places[best].longest if counts[best] else 0
+        self._reading = self._reading._replace(read=counts[best], copied=copied)
 
     def _read(self) -> int:
         """Reads a chunk of the prompt, and begins the row with the last; returns its size."""
-        job, place, read = self._reading
+        job, place, read, copied = self._reading
         rest = job.prompt[read:]
         # Filling is read as well, so that a large chunk has to be full for the most part.
         size = next((x for x in CHUNKS if 3 * x <= 4 * len(rest)), CHUNKS[-1])
@@ -280,10 +273,10 @@ class Engine:
         self._reading = self._reading._replace(read=read + len(rest[:size]))
         if len(rest) <= size:
             self._reading = None
-            self._begin(job, place, hidden)
+            self._begin(job, place, copied, hidden)
         return size
 
-    def _begin(self, job: Job, place: int, hidden: Any) -> None:
+    def _begin(self, job: Job, place: int, copied: int, hidden: Any) -> None:
         """Puts a job whose prompt has been read into its row, and gives it its first token."""
         try:
             rules, bias = read_rules(job.sampling), self._bias(job, ())
@@ -291,7 +284,9 @@ class Engine:
             self._batch.give_up()
             _tell_end(job, error)
             return
-        self._places[place] = Place(job, list(job.prompt))
+        self._places[place] = Place(job, list(job.prompt), copied=copied)
+        if self._gives_up:  # `close` may have looked for the job while it was in neither place
+            job.cancel()
         chosen = self._batch.begin(place, hidden, job.prompt, rules, _stack([bias]))
         self._deliver(place, chosen, 0)
 
@@ -328,7 +323,7 @@ class Engine:
     def _end(self, i: int, error: BaseException | None = None) -> None:
         """Frees a row, and tells its job."""
         place = self._places[i]
-        self._places[i] = Place(None, place.memory, time.monotonic())
+        self._places[i] = Place(None, place.memory, time.monotonic(), place.longest)
         _tell_end(place.job, error)
 
     def _fail(self, error: BaseException) -> None:

@@ -64,7 +64,9 @@ class Generator:
 
     async def read_ids(self, ids: list[Any]) -> Prompt:
         """Returns token ids as a prompt."""
-        check_ids(ids, self.engine.vocab_size, "prompt", "prompt")
+        model: Any = self.text.model
+        most = model.src_vocab_size if self.is_pair else self.engine.vocab_size
+        check_ids(ids, most, "prompt", "prompt")
         self._check_prompt(len(ids), "prompt")
         return await self._workers.run(self._of_ids, ids)
 

@@ -52,6 +52,16 @@ class Rules(NamedTuple):
         penalties = (self.frequency_penalty != 0) | (self.presence_penalty != 0)
         return penalties | (self.repetition_penalty != 1)
 
+    def of(self, live: Bool[Array, " r"]) -> "Rules":
+        """Returns the rules with which the rows that are not in use ask for nothing."""
+        return self._replace(
+            is_greedy=self.is_greedy | ~live,
+            wants_top=self.wants_top & live,
+            repetition_penalty=jnp.where(live, self.repetition_penalty, 1.0),
+            frequency_penalty=jnp.where(live, self.frequency_penalty, 0.0),
+            presence_penalty=jnp.where(live, self.presence_penalty, 0.0),
+        )
+
 
 class Rows(NamedTuple):
     """The state of some rows. Their last tokens are read in the next step, and not in the cache.
@@ -160,7 +170,7 @@ def begin(
     """
     model, hidden, bias = fixed
     row = Rows(tokens, length, jnp.zeros_like(length), rules, row.cache)
-    return choose(row, model.logits_of(hidden), bias)
+    return choose(row, model.logits_of(hidden), bias, jnp.ones(1, jnp.bool_))
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -175,17 +185,17 @@ def step(
     """
     model, live, bias = fixed
     hidden, cache = model.forward(rows.tokens[:, -1:], padding_mask=live[:, None], cache=rows.cache)
-    return choose(rows._replace(cache=cache), model.logits_of(hidden)[:, 0], bias)
+    return choose(rows._replace(cache=cache), model.logits_of(hidden)[:, 0], bias, live)
 
 
 def choose(
-    rows: Rows, logits: Float[Array, "r v"], bias: Float[Array, "r v"]
+    rows: Rows, logits: Float[Array, "r v"], bias: Float[Array, "r v"], live: Bool[Array, " r"]
 ) -> tuple[Rows, Chosen]:
     """Returns the rows with one more token each.
 
-    What only some requests ask for is computed only where a row asks for it.
+    What only some requests ask for is computed only where a row in use asks for it.
     """
-    rules, slots = rows.rules, rows.tokens.shape[1]
+    rules, slots = rows.rules.of(live), rows.tokens.shape[1]
     logits = logits.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
     history = History(rows.tokens, slots - rows.length, slots - rows.new_count, jnp.asarray(slots))
@@ -249,9 +259,20 @@ def insert(fixed: tuple[Rows, Int[Array, ""]], rows: Rows) -> Rows:
 
 @eqx.filter_jit
 def take(rows: Rows, place: Int[Array, ""], count: Int[Array, ""]) -> Rows:
-    """Returns one of the rows, with the memory of its first `count` tokens."""
+    """Returns one of the rows, with the memory of its first `count` tokens.
+
+    The rest of it is zeros: a NaN would spread even from where no token is.
+    """
     row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, place, 1, axis=0), rows)
-    return row._replace(cache=row.cache.first_tokens(count[None]))
+    cache = row.cache.first_tokens(count[None])
+
+    def clean(layer: Any) -> LayerCache:
+        used = (layer.positions >= 0)[:, None, :, None]
+        return layer._replace(own=jax.tree.map(lambda x: jnp.where(used, x, 0), layer.own))
+
+    return row._replace(
+        cache=eqx.tree_at(lambda x: x.layers, cache, tuple(map(clean, cache.layers)))
+    )
 
 
 @eqx.filter_jit
