@@ -16,6 +16,7 @@ from test_cli import checkpoint, encoder, examples_in, help_of, run, started  # 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 from jaxformers.serving import server  # noqa: E402
+from jaxformers.serving.app import App  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
 
@@ -119,3 +120,15 @@ def test_a_server_of_its_own(checkpoint, sign):  # noqa: F811
     assert re.fullmatch(
         r"POST /v1/completions 200 \d+ prompt tokens, \d new tokens, [\d.]+ s\n", errors.decode()
     )
+
+
+def test_a_second_server_on_a_port_is_refused_also_after_both_have_bound_it():
+    with server.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        try:
+            second = server.bind("127.0.0.1", port)
+        except OSError:  # a system that refuses it already here
+            return
+        first.listen()
+        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 cannot be listened on"):
+            server.serve(App(None, None), second, pytest.fail)

@@ -132,10 +132,15 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise OSError(
-            f"port {port} of {host} cannot be listened on: {error.strerror}. Pass another --port."
-        ) from None
+        raise taken(host, port, error) from None
     return sock
+
+
+def taken(host: str, port: int, error: OSError) -> OSError:
+    """Returns the error that a port cannot be listened on."""
+    return OSError(
+        f"port {port} of {host} cannot be listened on: {error.strerror}. Pass another --port."
+    )
 
 
 def url_of(sock: socket.socket) -> str:
@@ -151,9 +156,17 @@ def serve(app: App, sock: socket.socket, ready: Callable[[], None]) -> None:
         app: what is served; its engine has been started.
         sock: where.
         ready: is called when requests are taken.
+
+    Raises:
+        OSError: if another server listens there, which may have begun after `bind`.
     """
     server = Server(app, ready)
     try:
+        try:
+            sock.listen()  # the event loop of uvloop does not tell that this fails
+        except OSError as error:
+            host, port = sock.getsockname()[:2]
+            raise taken(host, port, error) from None
         with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
             server.run([sock])
     finally:
