@@ -680,6 +680,14 @@ def test_a_path_is_not_looked_up(path, monkeypatch, tmp_path):
         locate(path, ["*"])
 
 
+@pytest.mark.parametrize("path", ["no.gguf", "./no.gguf", "a/b/no.gguf", "/no/thing/no.gguf"])
+def test_a_missing_gguf_file_is_not_looked_up(path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("a look-up"))
+    with pytest.raises(ValueError, match="there is no file .*no.gguf'.*hf download"):
+        locate(path, ["*"])
+
+
 def test_a_missing_path_object_is_not_looked_up(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("a look-up"))

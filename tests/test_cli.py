@@ -346,14 +346,25 @@ def examples_in(text):
     return [shlex.split(line) for line in lines]
 
 
+def link_examples(checkpoint, encoder):
+    """Gives checkpoints the names that they have in the examples, here and on the hub."""
+    places = {
+        "SmolLM2-135M-Instruct": checkpoint,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": checkpoint,
+        "sentence-transformers/all-MiniLM-L6-v2": encoder,
+    }
+    for name, place in places.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(place)
+
+
 @pytest.mark.parametrize("name", [x for x in NAMES if x not in ("verify", "serve")])
 def test_the_examples_of_the_help_run(name, run, checkpoint, encoder, tmp_path, monkeypatch):
     """In a folder with small files of these names."""
     monkeypatch.chdir(tmp_path)
     model = jaxformers.from_pretrained(checkpoint)
     jaxformers.save_adapter(jaxformers.lora(model, rank=2, key=jax.random.key(0)), "lora")
-    Path("SmolLM2-135M-Instruct").symlink_to(checkpoint)
-    Path("all-MiniLM-L6-v2").symlink_to(encoder)
+    link_examples(checkpoint, encoder)
     Path("book.txt").write_text("the cat sat on the mat\n" * 9)
     Path("sentences.txt").write_text("w1 w2\nw3\n")
     Path("articles.jsonl").write_text('{"body": "the cat sat on the mat"}\n' * 9)
@@ -503,6 +514,9 @@ def test_a_chat_in_a_terminal(endless, type_to):
     chat.until("\n> ")
     chat.type("/help\n")
     assert "half" not in chat.until("Ctrl-C stops")
+    chat.until("\n> ")
+    chat.type("/quit\n")  # no message for the model
+    chat.until("there is no command /quit: /reset begins anew")
     chat.until("\n> ")
     chat.type("\x04")
     assert chat.process.wait(60) == 0

@@ -8,10 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_cli import checkpoint, encoder, examples_in, help_of, run, started  # noqa: F401
+from test_cli import checkpoint, encoder, examples_in, help_of, link_examples, run, started  # noqa: F401
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -39,8 +38,7 @@ def served(monkeypatch):
 
 def test_the_examples_of_the_help(run, checkpoint, encoder, served, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    Path("SmolLM2-135M-Instruct").symlink_to(checkpoint)
-    Path("all-MiniLM-L6-v2").symlink_to(encoder)
+    link_examples(checkpoint, encoder)
     examples = examples_in(help_of("serve", capsys))
     for words in examples:
         if words[0].startswith("JAXFORMERS_KEY="):

@@ -320,6 +320,23 @@ def test_wrong_completions(shared, fields):
     assert shared.engine.jobs == before
 
 
+@pytest.mark.parametrize(
+    "path, fields, advice",
+    [
+        (CHAT, {"tools": [{}]}, "a list of 1. Leave it out, or pass []."),
+        (CHAT, {"reasoning_effort": "low"}, "'low'. Leave it out, or pass \"none\"."),
+        (CHAT, {"parallel_tool_calls": 1}, "1. Leave it out, or pass true or false."),
+        (CHAT, {"audio": "a"}, "'a'. Leave it out."),
+        (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "'b'. Leave it out, or pass \"\"."),
+    ],
+    ids=["tools", "effort", "parallel", "audio", "suffix"],
+)
+def test_what_is_refused_by_name_says_what_to_pass(shared, path, fields, advice):
+    messages = {} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "a"}]}
+    status, found = shared.post(path, **{"model": "tiny", **messages, **fields})
+    assert status == 400 and found["error"]["message"].endswith("this server, got " + advice)
+
+
 def test_too_long_for_the_context(server):
     status, found = chat(server, max_tokens=95)
     assert status == 400 and found["error"]["code"] == "context_length_exceeded"
@@ -359,7 +376,8 @@ def test_routes_and_methods(server):
     status, found = server.post("/v1/nothing", model="tiny")
     assert status == 404 and found["error"]["code"] == "unknown_url"
     status, headers, content = server.request("GET", CHAT)
-    assert status == 405 and headers["Allow"] == "POST" and json.loads(content)["error"]
+    said = json.loads(content)["error"]["message"]
+    assert status == 405 and headers["Allow"] == "POST" and said.endswith(" Use POST.")
     assert server.request("POST", "/v1/models", b"{}", JSON)[0] == 405
     for kind in ({}, {"Content-Type": "text/plain"}):
         status, _, content = server.request("POST", CHAT, b'{"model": "tiny"}', kind)

@@ -1,6 +1,7 @@
 """The command `jaxformers chat PATH`."""
 
 import argparse
+import re
 import sys
 import time
 from typing import Any
@@ -18,8 +19,9 @@ from jaxformers.cli.text_model import (
 COMMANDS = "/reset", "/help", "/exit"
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 EXAMPLES = """examples:
-  jaxformers chat SmolLM2-135M-Instruct
-  jaxformers chat SmolLM2-135M-Instruct --system "Answer in one word." --temperature 0.7
+  jaxformers chat HuggingFaceTB/SmolLM2-135M-Instruct
+  jaxformers chat HuggingFaceTB/SmolLM2-135M-Instruct --system "Answer in one word." \
+--temperature 0.7
 """
 
 
@@ -64,6 +66,8 @@ def converse(talk: Any, terminal: Terminal, max_new_tokens: int | None, verbose:
                 talk.reset()
             elif message.strip() == "/help":
                 print(HELP, file=sys.stderr)
+            elif terminal.is_terminal and re.fullmatch(r"/[a-z?]+", message.strip()):
+                print(f"there is no command {message.strip()}: {HELP}", file=sys.stderr)
             elif message.strip():
                 answer(talk, message, terminal, max_new_tokens, verbose)
         except KeyboardInterrupt:

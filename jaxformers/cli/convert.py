@@ -7,8 +7,8 @@ from jaxformers.cli.text_model import CHECKPOINT, DTYPE
 
 EXAMPLES = """examples:
   jaxformers convert SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-copy
-  jaxformers convert SmolLM2-135M-Instruct one.safetensors --dtype bfloat16
-  jaxformers convert SmolLM2-135M-Instruct merged --adapter lora
+  jaxformers convert HuggingFaceTB/SmolLM2-135M-Instruct one.safetensors --dtype bfloat16
+  jaxformers convert HuggingFaceTB/SmolLM2-135M-Instruct merged --adapter lora
 """
 
 

@@ -6,8 +6,8 @@ import sys
 from jaxformers.cli.text_model import add_model_options, load_as, read_text, to_json
 
 EXAMPLES = """examples:
-  jaxformers embed all-MiniLM-L6-v2 sentences.txt --out vectors.npy
-  echo "A cat sleeps." | jaxformers embed all-MiniLM-L6-v2 - --json
+  jaxformers embed sentence-transformers/all-MiniLM-L6-v2 sentences.txt --out vectors.npy
+  echo "A cat sleeps." | jaxformers embed sentence-transformers/all-MiniLM-L6-v2 - --json
 """
 
 

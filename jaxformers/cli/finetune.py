@@ -8,8 +8,10 @@ from typing import Any
 from jaxformers.cli.text_model import CHECKPOINT, DTYPE, keep_programs
 
 EXAMPLES = """examples:
-  jaxformers finetune SmolLM2-135M-Instruct chats.jsonl --out tuned --lora 8 --steps 20
-  jaxformers finetune SmolLM2-135M-Instruct book.txt --out tuned-book --epochs 3 --dtype bfloat16
+  jaxformers finetune HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl --out tuned --lora 8 \
+--steps 20
+  jaxformers finetune HuggingFaceTB/SmolLM2-135M-Instruct book.txt --out tuned-book --epochs 3 \
+--dtype bfloat16
 """
 
 

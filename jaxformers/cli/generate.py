@@ -14,11 +14,15 @@ from jaxformers.cli.text_model import (
 )
 
 EXAMPLES = """examples:
-  jaxformers generate SmolLM2-135M-Instruct "Once upon a time" --max-new-tokens 40
-  jaxformers generate SmolLM2-135M-Instruct "Name a color." --chat --temperature 0.8 --seed 1
-  jaxformers generate SmolLM2-135M-Instruct "Name a color." --chat --quantize int8 --adapter lora
-  jaxformers generate SmolLM2-135M-Instruct "Anna is 34." --chat --schema person.json --json
-  echo "The capital of France is" | jaxformers generate SmolLM2-135M-Instruct - --max-new-tokens 8
+  jaxformers generate HuggingFaceTB/SmolLM2-135M-Instruct "Once upon a time" --max-new-tokens 40
+  jaxformers generate HuggingFaceTB/SmolLM2-135M-Instruct "Name a color." --chat \
+--temperature 0.8 --seed 1
+  jaxformers generate HuggingFaceTB/SmolLM2-135M-Instruct "Name a color." --chat --quantize int8 \
+--adapter lora
+  jaxformers generate HuggingFaceTB/SmolLM2-135M-Instruct "Anna is 34." --chat \
+--schema person.json --json
+  echo "The capital of France is" | jaxformers generate HuggingFaceTB/SmolLM2-135M-Instruct - \
+--max-new-tokens 8
 """
 
 

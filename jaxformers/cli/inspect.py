@@ -9,7 +9,7 @@ from typing import Any
 from jaxformers.cli.text_model import CHECKPOINT, to_json
 
 EXAMPLES = """examples:
-  jaxformers inspect SmolLM2-135M-Instruct
+  jaxformers inspect HuggingFaceTB/SmolLM2-135M-Instruct
   jaxformers inspect SmolLM2-135M-Instruct.Q4_1.gguf --json
 """
 

@@ -8,11 +8,13 @@ from typing import Any
 from jaxformers.cli.text_model import add_model_options, load_as
 
 EXAMPLES = """examples:
-  jaxformers serve SmolLM2-135M-Instruct
-  jaxformers serve SmolLM2-135M-Instruct --port 0 --rows 4 --embedder all-MiniLM-L6-v2
-  JAXFORMERS_KEY=secret jaxformers serve all-MiniLM-L6-v2 --host 0.0.0.0
+  jaxformers serve HuggingFaceTB/SmolLM2-135M-Instruct
+  jaxformers serve HuggingFaceTB/SmolLM2-135M-Instruct --port 0 --rows 4 \
+--embedder sentence-transformers/all-MiniLM-L6-v2
+  JAXFORMERS_KEY=secret jaxformers serve sentence-transformers/all-MiniLM-L6-v2 --host 0.0.0.0
 """
 KEY = "JAXFORMERS_KEY"
+CONTEXT = "the most tokens of a prompt with its answer (default: the model's, up to 4096)"
 SIZES = "rows", "context", "waiting"  # of the engine, which has defaults for them
 
 
@@ -33,9 +35,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--rows", type=int, metavar="N", help="answers at the same time (default: 8)"
     )
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="the most tokens of a prompt with its answer"
-    )
+    parser.add_argument("--context", type=int, metavar="N", help=CONTEXT)
     parser.add_argument(
         "--waiting", type=int, metavar="N", help="answers that may wait (default: 64)"
     )

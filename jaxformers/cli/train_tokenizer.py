@@ -13,7 +13,7 @@ NAMES = {"end": "eos_token", "start": "bos_token", "pad": "pad_token", "mask": "
 EXAMPLES = """examples:
   jaxformers train-tokenizer book.txt --out tokenizer --vocab-size 8000
   jaxformers train-tokenizer articles.jsonl --field body --out mine --vocab-size 300 \
-      --special-tokens "<|user|>" "<|assistant|>"
+--special-tokens "<|user|>" "<|assistant|>"
 """
 
 

@@ -73,6 +73,11 @@ def locate(path_or_hub_name: str | os.PathLike, patterns: Sequence[str]) -> Path
     if os.path.isfile(path):
         hint = f" {describe_file(path)}".rstrip()
         raise ValueError(f"{path} is a file. Pass the directory in which config.json lies.{hint}")
+    if path.suffix == ".gguf" and len(path.parts) != 2:
+        raise ValueError(
+            f"there is no file {shorten(os.fspath(path))} (as seen from {Path.cwd()}). A file on "
+            "the hub is fetched with `hf download owner/name file.gguf --local-dir .`."
+        )
     if not (isinstance(path_or_hub_name, str) and _HUB_NAME.fullmatch(path_or_hub_name)):
         raise ValueError(
             f"there is no directory {shorten(os.fspath(path))} (as seen from {Path.cwd()}). Pass "

@@ -31,7 +31,8 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> dict[str, A
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(
-            f"the content type must be application/json, got {show(kind)}.",
+            f"the body must be JSON, got {show(kind)}. Send the header Content-Type: "
+            "application/json.",
             415,
         )
     if headers.get("content-encoding", "identity").lower() != "identity":

@@ -1,5 +1,6 @@
 """A reader of JSON objects whose errors name the field."""
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -126,11 +127,12 @@ class Fields:
             value = self.take(name)
             if value is None or any(type(x) is type(value) and x == value for x in values):
                 continue
-            listed = ", ".join(show(x) if not isinstance(x, str) else x for x in values)
+            listed = " or ".join(json.dumps(x) for x in values)
             full = self.name(name)
-            advice = f"Only {listed} may be given" if values else "Leave it out"
+            besides = f", or pass {listed}" if values else ""
             raise Refused(
-                f"{full} is not supported by this server, got {show(value)}. {advice}.",
+                f"{full} is not supported by this server, got {show(value)}. "
+                f"Leave it out{besides}.",
                 param=full,
                 code="unsupported_parameter",
             )

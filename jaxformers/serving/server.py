@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -139,7 +140,8 @@ def bind(host: str, port: int) -> socket.socket:
 def taken(host: str, port: int, error: OSError) -> OSError:
     """Returns the error that a port cannot be listened on."""
     return OSError(
-        f"port {port} of {host} cannot be listened on: {error.strerror}. Pass another --port."
+        f"port {port} of {host} cannot be listened on: {error.strerror}. Pass another "
+        f"{'--host' if error.errno == errno.EADDRNOTAVAIL else '--port'}."
     )
 
 
