@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from jaxformers.cli.chat import add_chat
 from jaxformers.cli.convert import add_convert
@@ -54,6 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="jaxformers",
         description="Transformers in JAX: generate text, chat, embed, convert and train. "
         "jaxformers COMMAND --help shows the options of a command, with examples.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"jaxformers {version('jaxformers')}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in ADD:

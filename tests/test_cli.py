@@ -543,3 +543,9 @@ def test_a_line_that_comes_with_ctrl_c_is_not_lost(type_to, endless):
     chat.interrupt()
     chat.type("/exit\n")
     assert chat.process.wait(60) == 0
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("jaxformers ")
