@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.axes import Stacked
 from jaxformers.checks import check_key
 from jaxformers.layers import split_key
+from jaxformers.sharding.constraints import divide_rows, gather, gathers
+from jaxformers.sharding.mesh import traced_mesh
 from jaxformers.sites import LAYER_SITES, site
 
 Model = TypeVar("Model")
@@ -87,12 +89,48 @@ class Rematerialization(eqx.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
 
         def rematerialized(*inputs):
-            # Arrays that the step closes over, such as an encoder's output, have gradients as well.
-            closed = eqx.filter_closure_convert(step, *inputs)
-            again = eqx.filter_checkpoint(closed, policy=policy, prevent_cse=False)
+            again = _checkpointed(step, policy, inputs)
+            if traced_mesh(inputs[1]) is not None:  # what is late on one device is a barrier here
+                return again(*inputs)
             return _recomputed_late((again, inputs))
 
         return rematerialized
+
+
+def _checkpointed(step: Callable, policy: Callable, inputs: tuple) -> Callable:
+    # Arrays that the step closes over, such as an encoder's output, have gradients as well.
+    closed = eqx.filter_closure_convert(step, *inputs)
+    return eqx.filter_checkpoint(closed, policy=policy, prevent_cse=False)
+
+
+# What makes another form of a weight out of it, none of which the gradient shall keep.
+_FORMS = "sharding_constraint", "reshape", "transpose", "convert_element_type", "name"
+
+
+def _on_mesh(step: Callable, again: bool) -> Callable:
+    """Returns a step, as in `run_layers`, for layers on a mesh; on one device it is the same.
+
+    Arguments:
+        step: the step.
+        again: whether the gradient gathers the weights of a layer again. Otherwise the gathered
+            weights of all layers would be kept, which is the memory that "fsdp" shall save.
+    """
+
+    def on_mesh(layer, x, key, cache):
+        if traced_mesh(x) is None:
+            return step(layer, x, key, cache)
+        return step(gather(layer), divide_rows(x), key, cache)
+
+    def gathered_again(*inputs):
+        if not gathers(inputs[1]):
+            return on_mesh(*inputs)
+
+        def policy(primitive, *_, **__):
+            return primitive.name not in _FORMS
+
+        return _checkpointed(on_mesh, policy, inputs)(*inputs)
+
+    return gathered_again if again else on_mesh
 
 
 @eqx.filter_custom_vjp
@@ -133,7 +171,7 @@ def _materialized(x: Array) -> Array:
     program would grow with the square of the depth. XLA does not repeat a division in this way. So
     `x` is divided by a number that is always one, which XLA cannot know.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or traced_mesh(x) is not None:
         return x
     return x / lax.stop_gradient(jnp.maximum(_unknown(x), 1))
 
@@ -161,8 +199,10 @@ def run_layers(
         caches: one cache per layer; None is no cache.
         rematerialization: the policy for the gradient; None keeps every activation.
     """
-    if rematerialization is not None and caches is None:
-        step = rematerialization(step)
+    if caches is None:
+        scanned = isinstance(layers, ScannedLayers)
+        step = _on_mesh(step, again=scanned and rematerialization is None)
+        step = step if rematerialization is None else rematerialization(step)
     # A scan would copy all caches at every token.
     if isinstance(layers, ScannedLayers) and caches is None:
         return layers.scan(step, x, key), None

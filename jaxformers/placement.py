@@ -1,5 +1,6 @@
 """The devices that hold an array which is read from a file."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,6 +45,34 @@ def put(path: str, x: np.ndarray, sharding: Any) -> jax.Array:
         return jax.device_put(x, place).block_until_ready()
     except ValueError as error:
         raise _misfit(path, shape, error) from error
+
+
+def put_parts(
+    path: str,
+    x: np.ndarray,
+    dtype: Any,
+    sharding: Callable[[str, Any], Any],
+    prepare: Callable[[np.ndarray], np.ndarray],
+) -> jax.Array:
+    """Returns an array whose devices have each read their own part of it, and no other.
+
+    Arguments:
+        path: of the array in the model.
+        x: a view of the array in its file.
+        dtype: the type that `prepare` gives.
+        sharding: the function from path and shape to a `NamedSharding`.
+        prepare: function that checks a part and casts it.
+    """
+    shape = jax.ShapeDtypeStruct(x.shape, dtype)
+    known: dict[str, np.ndarray] = {}  # devices with the same part share it
+
+    def read(part: tuple[slice, ...]) -> np.ndarray:
+        key = repr(part)
+        if key not in known:
+            known[key] = prepare(np.array(x[part]))
+        return known[key]
+
+    return jax.make_array_from_callback(x.shape, place_of(path, shape, sharding), read)
 
 
 def _misfit(path: str, shape: jax.ShapeDtypeStruct, error: ValueError) -> ValueError:

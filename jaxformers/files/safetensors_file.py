@@ -78,6 +78,12 @@ class Stored(NamedTuple):
         """Returns the values of the tensor, in memory from `allocate`."""
         return read_tensor(self)
 
+    def view(self) -> np.ndarray:
+        """Returns the values without reading them: what is used of them is read then."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.begin, self.shape)
+
 
 class Unsaved(NamedTuple):
     """A tensor to be written, with a function that makes it just before it is written."""

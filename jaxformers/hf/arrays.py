@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,10 @@ from jaxformers.hf.layouts import Rule, to_ours
 from jaxformers.hf.plan import WeightPlan
 from jaxformers.hf.quantized_layout import quantized_fields
 from jaxformers.hf.tensors import FileTensors
-from jaxformers.placement import put
+from jaxformers.placement import put, put_parts
 from jaxformers.precision import check_float_dtype
 from jaxformers.quantization.quantized import Quantized
+from jaxformers.sharding.rules import Places
 
 
 def read_arrays(
@@ -34,7 +36,8 @@ def read_arrays(
             stay quantized.
     """
     if isinstance(sharding, Mesh):
-        raise ValueError("sharding must be a Sharding, got a Mesh: pass NamedSharding(mesh, spec).")
+        model = jax.tree.map(lambda path: plan.leaves[path], plan.paths)
+        sharding = Places(model, sharding)
     names = [name for rule in plan.rules for name in rule.theirs]
     dtype = read_dtype(dtype, {stored.dtype(name) for name in names})
     arrays: dict[str, jax.Array | Quantized] = {}
@@ -68,7 +71,11 @@ def keep(
     if fields is None:
         return None
     weights = {}
-    for path, own in zip(rule.ours, fields, strict=True):
+    for path, axes, own in zip(rule.ours, rule.axes, fields, strict=True):
+        if isinstance(sharding, Places):
+            outline = eqx.filter_eval_shape(lambda own: Quantized(**own), own)
+            for name, of_field in outline.field_axes(axes).items():
+                sharding.add(f"{path}.{name}", of_field)
         placed: dict[str, Any] = {
             name: put(f"{path}.{name}", x, sharding) if isinstance(x, np.ndarray) else x
             for name, x in own.items()
@@ -80,11 +87,22 @@ def keep(
 def unpack(
     rule: Rule, plan: WeightPlan, stored: FileTensors, dtype: Any, sharding: Any
 ) -> dict[str, jax.Array]:
-    """Returns the arrays that tensors hold."""
+    """Returns the arrays that tensors hold.
+
+    On a mesh, each device's part is read alone.
+    """
+    shapes, name = [plan.leaves[path].shape for path in rule.ours], rule.theirs[0]
+    if isinstance(sharding, Places):
+        views = to_ours(rule, [stored.view(name) for name in rule.theirs], shapes)
+
+        def finite(part: np.ndarray) -> np.ndarray:
+            return cast(name, check_finite(name, part), dtype)
+
+        pairs = zip(rule.ours, views, strict=True)
+        return {path: put_parts(path, x, dtype, sharding, finite) for path, x in pairs}
     tensors = [check_finite(name, stored.read(name)) for name in rule.theirs]
-    made = to_ours(rule, tensors, [plan.leaves[path].shape for path in rule.ours])
-    pairs = zip(rule.ours, made, strict=True)
-    return {path: put(path, cast(rule.theirs[0], x, dtype), sharding) for path, x in pairs}
+    pairs = zip(rule.ours, to_ours(rule, tensors, shapes), strict=True)
+    return {path: put(path, cast(name, x, dtype), sharding) for path, x in pairs}
 
 
 def read_dtype(dtype: Any, stored: set[Any]) -> Any:

@@ -72,6 +72,15 @@ class FileTensors:
         made = self.made.get(name)
         return self._find(name).read() if made is None else made
 
+    def view(self, name: str) -> np.ndarray:
+        """Returns a tensor of which only the parts that are used are read, where that is possible.
+
+        Tensors of other formats than safetensors are read as a whole.
+        """
+        made = self.made.get(name)
+        tensor = self._find(name)
+        return made if made is not None else getattr(tensor, "view", tensor.read)()
+
     def parts(self, name: str) -> QuantizedMatrix | None:
         """Returns the parts of a quantized tensor whose layout `Quantized` has, else None."""
         parts = getattr(self._find(name), "parts", None)

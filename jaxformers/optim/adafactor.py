@@ -106,11 +106,10 @@ class Adafactor(LeafwiseOptimizer):
         For a vector they are zeros for each squared gradient.
         """
         layout = self.layout(path, p)
-        apart, rows, columns = layout.sizes(p.shape)
+        zeros = layout.matrices(jnp.zeros_like(p, jnp.float32))  # on the devices of the leaf
         if layout.inputs == 0:
-            return {"squares": jnp.zeros((apart, rows, columns), jnp.float32)}
-        shapes = {"rows": (apart, rows), "columns": (apart, columns)}
-        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+            return {"squares": zeros}
+        return {"rows": zeros.sum(-1), "columns": zeros.sum(-2)}
 
     def direction(
         self,

@@ -65,7 +65,7 @@ class AdamW(LeafwiseOptimizer):
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
         """Returns zeros for the means of gradients and of squared gradients."""
-        return {name: jnp.zeros(p.shape, jnp.float32) for name in ("mu", "nu")}
+        return {name: jnp.zeros_like(p, jnp.float32) for name in ("mu", "nu")}
 
     def direction(
         self,

@@ -13,6 +13,8 @@ from jaxformers.checks import check_rate, check_usable, is_known
 from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.optimizer import Model, Optimizer, as_optimizer
 from jaxformers.precision import widened
+from jaxformers.sharding.mesh import mesh_in
+from jaxformers.sharding.spread import replicate
 
 
 class AveragedState(eqx.Module):
@@ -65,7 +67,7 @@ class Averaged(Optimizer):
         check_usable(model=model)
         trained = eqx.filter(model, self.trains(model))
         average = jax.tree.map(lambda p: jnp.array(widened(p), copy=True), trained)
-        step = jnp.zeros((), jnp.int32)
+        step = replicate(jnp.zeros((), jnp.int32), mesh_in(model))
         return AveragedState(step=step, average=average, inner=self.optimizer.init(model))
 
     @compiled

@@ -16,6 +16,8 @@ from jaxformers.optim.compiled import check_fit, check_state, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer
 from jaxformers.precision import widened
+from jaxformers.sharding.mesh import mesh_in
+from jaxformers.sharding.spread import lie_like, replicate
 from jaxformers.trainability import trainable
 
 Moments = dict[str, Array]
@@ -104,13 +106,21 @@ class LeafwiseOptimizer(Optimizer):
         """
 
     def init(self, model: PyTree) -> State:
-        """Returns the state before the first update, with moments for each array to train."""
+        """Returns the state before the first update, with moments for each array to train.
+
+        Moments lie on the devices of their leaf, and are divided over them like the leaf.
+        """
         trained = eqx.filter(model, trainable(model))
         # Each leaf has its own buffers: a function that donates the state must not get one twice.
         moments = jax.tree_util.tree_map_with_path(
-            lambda path, p: self.moments(leaf_path(trained, path), p), trained
+            lambda path, p: {
+                name: lie_like(x, p)
+                for name, x in self.moments(leaf_path(trained, path), p).items()
+            },
+            trained,
         )
-        return State(step=jnp.zeros((), jnp.int32), moments=moments)
+        step = replicate(jnp.zeros((), jnp.int32), mesh_in(trained))
+        return State(step=step, moments=moments)
 
     @compiled
     def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, State]:

@@ -51,7 +51,7 @@ class Lion(LeafwiseOptimizer):
 
     def moments(self, path: str, p: Float[Array, "..."]) -> Moments:
         """Returns zeros for the mean of gradients."""
-        return {"mu": jnp.zeros(p.shape, jnp.float32)}
+        return {"mu": jnp.zeros_like(p, jnp.float32)}
 
     def direction(
         self,

@@ -138,7 +138,7 @@ class OrthogonalMomentum(LeafwiseOptimizer):
                 f"Muon is for matrices, got {path} of shape {p.shape}, which the layout says is a "
                 "vector. Leave it to another optimizer: Groups([(is_hidden_matrix, ...)], rest)."
             )
-        return {"momentum": jnp.zeros(p.shape, jnp.float32)}
+        return {"momentum": jnp.zeros_like(p, jnp.float32)}
 
     def direction(
         self,

@@ -5,17 +5,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxformers.sharding.spread import shard_batch
 from jaxformers.training.interrupt import Stopped
 from jaxformers.training.objectives import Batch, Loss, check_ids
 
 
-def prepared(batch: Any, name: str, loss: Loss, model: Any) -> dict[str, Any]:
-    """Returns a batch of any loader as arrays on the device, after a check of its ids."""
+def prepared(
+    batch: Any, name: str, loss: Loss, model: Any, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Returns a batch of any loader as arrays on the device or mesh, after a check of its ids."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
     check_ids(loss, model, arrays)
+    if mesh is not None:
+        return shard_batch(arrays, mesh)
     return jax.device_put(arrays, may_alias=False)  # a loader may overwrite its arrays
 
 

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import Model, Optimizer
+from jaxformers.sharding.constraints import gather
+from jaxformers.sharding.spread import Places, lie_at
 from jaxformers.precision import cast_floating, check_float_dtype, widened_beside
 from jaxformers.trainability import has_adapters
 from jaxformers.training.objectives import Batch, Loss
@@ -31,7 +33,12 @@ class Gradients(eqx.Module):
         self.compute_dtype = None if compute_dtype is None else _check_compute_dtype(compute_dtype)
 
     def __call__(
-        self, optimizer: Optimizer, model: Model, batch: Batch, key: PRNGKeyArray
+        self,
+        optimizer: Optimizer,
+        model: Model,
+        batch: Batch,
+        key: PRNGKeyArray,
+        places: Places = None,
     ) -> tuple[Float[Array, ""], Model]:
         trained, frozen = eqx.partition(model, optimizer.trains(model))
         if self.compute_dtype is None and not has_adapters(model):
@@ -42,10 +49,12 @@ class Gradients(eqx.Module):
             model = eqx.combine(trained, frozen)
             if self.compute_dtype is not None:
                 model = cast_floating(model, self.compute_dtype)
+            model = model if places is None else gather(model, outside_layers=True)
             return _check_loss(self.loss(model, batch, key))
 
         if self.accumulate == 1:
-            return value_and_grad(trained, batch, key)
+            value, grads = value_and_grad(trained, batch, key)
+            return value, lie_at(grads, places)
 
         def add(sums, part):
             weight = jnp.asarray(self.count(part[0]), jnp.float32)
@@ -54,9 +63,11 @@ class Gradients(eqx.Module):
             new = jax.tree.map(
                 lambda x: jnp.where(weight == 0, 0, weight * x.astype(jnp.float32)), new
             )
-            return jax.tree.map(jnp.add, sums, new), None
+            sums = jax.tree.map(jnp.add, sums, new)
+            return (sums[0], lie_at(sums[1], places), sums[2]), None
 
         shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+        shapes = lie_at(shapes, places)
         parts = _split_rows(batch, self.accumulate), jax.random.split(key, self.accumulate)
         sums, _ = jax.lax.scan(add, (jnp.zeros(()), shapes, jnp.zeros(())), parts)
         *means, weight = sums

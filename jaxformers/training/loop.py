@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.experimental import multihost_utils
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import as_optimizer
+from jaxformers.sharding.spread import shard
 from jaxformers.training.batches import Feed, in_order, prepared
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
@@ -45,6 +47,7 @@ def fit(
     compute_dtype: Any = None,
     accumulate: int = 1,
     count: Callable[[Batch], Any] = count_targets,
+    mesh: Mesh | None = None,
 ) -> Training:
     """Trains a model from the beginning, or from the newest checkpoint of the same run.
 
@@ -97,6 +100,10 @@ def fit(
             step whose loss or gradients are not finite ends the training with an error.
         compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where the
             trained weights are float32.
+        mesh: devices over which the model and the batches are spread, `make_mesh(fsdp=8)` of
+            `jaxformers.sharding`. None, the default, leaves the model where it is; a model that
+            `shard` has spread stays so, and its batches come from `shard_batch`. A checkpoint of
+            another mesh is continued on this one.
 
     A resumed run must have the same shapes of weights, kind of optimizer and key as its checkpoint.
     Other settings, such as the data and the learning rate, may change. They apply from there on.
@@ -133,6 +140,7 @@ def fit(
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
     _check_first(eval_batches, eval_loss, model)
+    model = model if mesh is None else shard(model, mesh)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # its memory is free if the caller does not hold it either
     done = int(training.step)
@@ -147,7 +155,7 @@ def fit(
             feed = Feed(
                 batches,
                 done,
-                lambda batch, name: prepared(batch, name, loss, run.training.model),
+                lambda batch, name: prepared(batch, name, loss, run.training.model, mesh),
                 interrupt.fetch,
             )
             try:

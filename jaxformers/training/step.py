@@ -15,6 +15,7 @@ from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.optim.compiled import own_arrays
 from jaxformers.precision import is_narrow, noticed
+from jaxformers.sharding.spread import Places, lie_at, mesh_in, places_of, replicate
 from jaxformers.training.batches import as_dict
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
@@ -97,20 +98,23 @@ def train_step(
     owner = getattr(optimizer, "transformation", optimizer)
     with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
         trained, rest = _parts(model, trained_parts(model, optimizer))
-        kept = gradients, optimizer, batch, key, rest
+        state, key = replicate((state, key), mesh_in(model))
+        places = places_of(model), places_of((trained, state))
+        kept = gradients, optimizer, batch, key, rest, places
         trained, state, value = _donating(_train_step, kept, trained, state)
         return trained if rest is None else eqx.combine(trained, rest), state, value
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept, model, state):
-    gradients, optimizer, batch, key, rest = kept
+    gradients, optimizer, batch, key, rest, places = kept
     model = model if rest is None else eqx.combine(model, rest)
-    value, grads = gradients(optimizer, model, batch, key)
+    value, grads = gradients(optimizer, model, batch, key, places[0])
     new = _update(optimizer, grads, state, model, value)
     # The norm of the gradients is not checked: all gradients would have to be in memory for that.
     model, state = _new_if(jnp.isfinite(value), new, (model, state))
-    return model if rest is None else _changed(model, rest), state, value
+    model = model if rest is None else _changed(model, rest)
+    return *lie_at((model, state), places[1]), value
 
 
 def _update(
@@ -263,7 +267,7 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
     _shared.update({id(x): x for x in jax.tree.leaves(rest) if isinstance(x, jax.Array)})
     model = eqx.combine(trained, rest)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return Training(
+    training = Training(
         model=model,
         optimizer_state=own_arrays(optimizer.init(model)),
         key=check_key(key).copy(),
@@ -271,6 +275,7 @@ def begin(model: Model, optimizer: Optimizer, bad_steps: BadSteps, key: PRNGKeyA
         skipped=skipped,
         guard=bad_steps.start(),
     )
+    return replicate(training, mesh_in(model))
 
 
 def trained_parts(model: PyTree, optimizer: Optimizer) -> PyTree[bool] | None:
@@ -290,7 +295,8 @@ def one_step(
 ) -> tuple[Training, dict[str, Array]]:
     """Returns the state after one more step, and its figures. Frozen arrays are not copied."""
     trained, rest = _parts(training.model, trains)
-    kept = gradients, optimizer, bad_steps, batch, rest
+    places = places_of(training.model), places_of((trained, training.optimizer_state))
+    kept = gradients, optimizer, bad_steps, batch, rest, places
     training, metrics = advance(kept, dataclasses.replace(training, model=trained))
     if rest is None:
         return training, metrics
@@ -306,11 +312,11 @@ def _parts(model: Model, trains: PyTree[bool] | None) -> tuple[Model, Model | No
 @eqx.filter_jit(donate="all-except-first")
 def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]]:
     """Returns the state after one more step, and the figures of the step."""
-    gradients, optimizer, bad_steps, batch, rest = kept
+    gradients, optimizer, bad_steps, batch, rest, places = kept
     model = training.model if rest is None else eqx.combine(training.model, rest)
     old = model, training.optimizer_state
     key = jax.random.fold_in(training.key, training.step)
-    value, grads = gradients(optimizer, old[0], batch, key)
+    value, grads = gradients(optimizer, old[0], batch, key, places[0])
     norm = global_norm(grads)
     good, guard = bad_steps.judge(training.guard, value, norm)
     metrics = {"loss": value, "gradient_norm": norm, "tokens": jnp.asarray(gradients.count(batch))}
@@ -322,5 +328,6 @@ def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
     model = model if rest is None else _changed(model, rest)
+    model, state = lie_at((model, state), places[1])
     training = Training(model, state, training.key, step, skipped, guard)
     return training, metrics | {"skipped": training.skipped, "failed": guard.failed}

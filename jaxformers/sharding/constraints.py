@@ -1,0 +1,75 @@
+"""Constraints inside a program, which keep XLA from moving more than it must.
+
+Without them the values are the same on every mesh, and fifteen times as many bytes are moved: XLA
+copies the activations of the whole batch to every device to multiply them by divided weights. Two
+constraints suffice. The residual stream is divided by rows. A layer's weights are gathered over
+"fsdp" inside the step of the layer, so that few layers are whole at a time. Both are for calls
+without a cache: while tokens are decoded, gathering the few activations costs less.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from jaxformers.axes import Axes, axes_of
+from jaxformers.paths import path_name
+from jaxformers.sharding.mesh import FSDP, sizes_of, traced_mesh
+from jaxformers.sharding.rules import mesh_axes
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+def divide_rows(x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
+    """Returns the residual stream, divided over the mesh by rows and positions.
+
+    An axis that cannot be divided is left to XLA, and so is a stream without rows.
+    """
+    mesh = traced_mesh(x)
+    if mesh is None or x.ndim != 3:
+        return x
+    sizes, parts = sizes_of(mesh), []
+    for name, size in zip("bt", x.shape, strict=False):
+        over = tuple(axis for axis in mesh_axes(name) if axis in sizes)
+        number = 1
+        for axis in over:
+            number *= sizes[axis]
+        parts.append(PartitionSpec.UNCONSTRAINED if size % number else over or None)
+    return _constrain(x, mesh, [*parts, None])
+
+
+def gather(tree: Tree, outside_layers: bool = False) -> Tree:
+    """Returns a part of a model whose weights are whole over "fsdp", where they are computed with.
+
+    Arguments:
+        tree: a layer, or a model.
+        outside_layers: whether the layers of the model's stacks stay as they are, which gather
+            their weights one after another; False.
+    """
+
+    def whole(path: tuple, axes: Axes | None, x: Any) -> Any:
+        mesh = None if axes is None or not axes.inputs else traced_mesh(x)
+        if mesh is None or FSDP not in sizes_of(mesh):
+            return x
+        if outside_layers and "layers" in path_name(path).split("."):
+            return x
+        divided = [FSDP in mesh_axes(name) for name in axes.names]
+        if not any(divided):
+            return x
+        free = PartitionSpec.UNCONSTRAINED  # over "tensor", as the rules say
+        return _constrain(x, mesh, [None if own else free for own in divided])
+
+    return jax.tree_util.tree_map_with_path(
+        whole, axes_of(tree), tree, is_leaf=lambda x: x is None or isinstance(x, Axes)
+    )
+
+
+def gathers(x: Any) -> bool:
+    """Returns whether `x` lies on a mesh that divides weights over "fsdp"."""
+    mesh = traced_mesh(x)
+    return mesh is not None and FSDP in sizes_of(mesh)
+
+
+def _constrain(x: Any, mesh: Any, parts: list[Any]) -> Any:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))

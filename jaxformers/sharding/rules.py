@@ -1,0 +1,157 @@
+"""The rules that say over which axes of a mesh an array of a model is spread.
+
+They rest on the names of axes that `axes_of` reads from annotations. One table serves all models;
+whoever wants another passes `rules=RULES | {...}`.
+"""
+
+from collections.abc import Mapping
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxformers.axes import Axes, axes_of
+from jaxformers.paths import path_name
+from jaxformers.sharding.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR, as_auto, sizes_of
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# The mesh axes of each letter; letters that are not here stay whole on every device. The letters
+# are explained in `attention.py`.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "b": (DATA, FSDP),
+    "t": SEQUENCE,
+    "d": FSDP,
+    "m": FSDP,
+    "i": FSDP,
+    "n": TENSOR,
+    "g": TENSOR,
+    "f": TENSOR,
+    "v": TENSOR,
+}
+
+
+class Misfit(NamedTuple):
+    """An axis of an array that cannot be divided over the devices."""
+
+    path: str
+    name: str
+    size: int
+    over: tuple[str, ...]
+
+
+def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedSharding]:
+    """Returns how each array of a model lies on a mesh.
+
+    Arguments:
+        model: a model, or such a tree with `jax.ShapeDtypeStruct` in place of arrays.
+        mesh: from `make_mesh`, or any mesh whose axes have the names that the rules use.
+        rules: the mesh axes, one or several or None, of each axis letter of the arrays. A mesh
+            axis is used once in an array, by the first letter that asks for it. Biases, gains and
+            other vectors are not divided over "fsdp", since they are small.
+
+    Returns:
+        The model's tree with a `NamedSharding` in place of each array and None in place of other
+        leaves.
+
+    Raises:
+        ValueError: if an axis of an array cannot be divided. The error names the array, the axis
+            and its size, and a mesh that works.
+
+    Example:
+        >>> mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+        >>> layout(model, mesh).decoder.layers[0].self_attention.wq.spec
+        PartitionSpec('fsdp',)
+    """
+    mesh = as_auto(mesh)
+    sizes, divided, misfits = sizes_of(mesh), [], []
+
+    def lay(path: tuple, axes: Axes | None, x: Any) -> NamedSharding | None:
+        if axes is None:
+            return None
+        spec = spec_of(axes, sizes, rules)
+        for name, size, over in zip(axes.names, x.shape, spec, strict=False):
+            if over is not None:
+                over = (over,) if isinstance(over, str) else over
+                divided.append((size, over))
+                if size % prod(sizes[axis] for axis in over):
+                    misfits.append(Misfit(path_name(path), name, size, over))
+        return NamedSharding(mesh, spec)
+
+    places = jax.tree_util.tree_map_with_path(
+        lay, axes_of(model), model, is_leaf=lambda x: x is None or isinstance(x, Axes)
+    )
+    if misfits:
+        raise ValueError(_explain(misfits[0], divided, mesh))
+    return places
+
+
+class Places:
+    """The places of a model's arrays by path, as `sharding=` of loaders takes them.
+
+    Arguments:
+        model: the model with shapes in place of its arrays.
+        mesh: from `make_mesh`.
+
+    Raises:
+        ValueError: as `layout` does, before anything is read.
+    """
+
+    def __init__(self, model: PyTree, mesh: Mesh):
+        self.mesh = as_auto(mesh)
+        places = jax.tree_util.tree_leaves_with_path(layout(model, self.mesh))
+        self._known = {path_name(path): place for path, place in places}
+
+    def __call__(self, path: str, shape: Any) -> NamedSharding:
+        return self._known[path]
+
+    def add(self, path: str, axes: Axes) -> None:
+        """Adds the place of an array with these axes, such as the scale of a quantized weight."""
+        self._known[path] = NamedSharding(self.mesh, spec_of(axes, sizes_of(self.mesh)))
+
+
+def spec_of(axes: Axes, sizes: Mapping[str, int], rules: Rules = RULES) -> PartitionSpec:
+    """Returns how an array with these axes lies on a mesh with axes of these sizes.
+
+    Example:
+        >>> from jaxformers.axes import read_axes
+        >>> spec_of(read_axes(("d", "n", "h")), {"fsdp": 4, "tensor": 2})
+        PartitionSpec('fsdp', 'tensor')
+    """
+    free = [axis for axis in sizes if axes.inputs or axis != FSDP]
+    parts: list[Any] = []
+    for name in axes.names:
+        over = tuple(axis for axis in mesh_axes(name, rules) if axis in free)
+        free = [axis for axis in free if axis not in over]
+        parts.append(over if len(over) > 1 else over[0] if over else None)
+    while parts and parts[-1] is None:  # as XLA writes them, so that equal layouts are equal
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def mesh_axes(name: str, rules: Rules = RULES) -> tuple[str, ...]:
+    """Returns the mesh axes of an axis letter; "d/2", two numbers in a byte, is as "d"."""
+    over = rules.get(name.partition("/")[0])
+    return () if over is None else (over,) if isinstance(over, str) else tuple(over)
+
+
+def _explain(misfit: Misfit, divided: list[tuple[int, tuple[str, ...]]], mesh: Mesh) -> str:
+    """Returns the text of the error for an axis that does not divide, with a mesh that works."""
+    path, name, size, over = misfit
+    asked = dict(mesh.shape)
+    # Each mesh axis shrinks to what divides all sizes; the devices that become free go to "data".
+    fits = {
+        axis: gcd(n, *(size for size, used in divided if axis in used)) for axis, n in asked.items()
+    }
+    if DATA in fits:
+        fits[DATA] = asked[DATA]
+        fits[DATA] *= prod(asked.values()) // prod(fits.values())
+    text = ", ".join(f"{axis}={n}" for axis, n in fits.items() if n > 1)
+    call = f"make_mesh({text})" if set(fits) <= set(AXES) else f"a mesh of {text}"
+    spread = " x ".join(f"{axis}={asked[axis]}" for axis in over)
+    return (
+        f"{path} has {size} along its axis {name!r}, which cannot be divided over {spread}. Use "
+        f"{call}, or keep this axis whole on every device: rules=RULES | {{{name!r}: None}}."
+    )

@@ -1,0 +1,181 @@
+"""Placement of models, batches and states on a mesh."""
+
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxformers.axes import Axes
+from jaxformers.checks import is_known
+from jaxformers.paths import path_name
+from jaxformers.sharding.mesh import as_auto, mesh_in, sizes_of
+from jaxformers.sharding.rules import RULES, Rules, layout, mesh_axes, spec_of
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+def shard(model: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """Returns a copy of a model whose arrays are spread over a mesh.
+
+    All else follows: `optimizer.init` gives moments that lie like their weights, `train_step` and
+    `fit` keep the layout, `generate` decodes with it. The arrays of the given model stay as they
+    are; none is shared with the copy.
+
+    Divided over "fsdp", a model needs little memory only if its layers are scanned: call
+    `scan_layers` first. XLA gathers the weights of separate layers early, all at once, which takes
+    about twice the memory of the parameters in addition.
+
+    Arguments:
+        model: a model, such as `TransformerLM`, also with adapters or quantized weights.
+        mesh: from `make_mesh`.
+        rules: see `layout`.
+
+    Raises:
+        ValueError: as `layout` does.
+
+    Example:
+        >>> mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+        >>> spread = shard(model, mesh)
+        >>> len(spread.output.w.devices())
+        2
+    """
+    known: dict[int, jax.Array] = {}
+
+    def put(where: NamedSharding | None, x: Any) -> Any:
+        if where is None:
+            return x
+        if id(x) not in known:  # an array that a model has twice stays one array
+            known[id(x)] = place(x, where)
+        return known[id(x)]
+
+    places = layout(model, mesh, rules)
+    return jax.tree.map(put, places, model, is_leaf=lambda x: x is None)
+
+
+def shard_batch(batch: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """Returns a batch whose rows are divided over the devices of a mesh.
+
+    The first axis of each array is rows, divided over "data" and "fsdp"; the second is positions,
+    divided over "sequence". Numbers are copied to every device.
+
+    Arguments:
+        batch: any pytree of arrays, of NumPy or JAX. With several hosts each passes rows of its
+            own.
+        mesh: from `make_mesh`.
+        rules: see `layout`; only the letters "b" and "t" matter here.
+
+    Raises:
+        ValueError: if rows or positions cannot be divided.
+
+    Example:
+        >>> mesh = make_mesh(data=2, devices=jax.devices()[:2])
+        >>> shard_batch({"tokens": np.ones((4, 6), np.int32)}, mesh)["tokens"].sharding.spec
+        PartitionSpec('data',)
+    """
+    mesh = as_auto(mesh)
+    sizes, hosts = sizes_of(mesh), jax.process_count()
+
+    def put(path: tuple, x: Any) -> Any:
+        if not hasattr(x, "shape") and not isinstance(x, bool | int | float):
+            return x
+        shape = np.shape(x)
+        spec = row_spec(len(shape), sizes, rules)
+        for i, over in enumerate(spec):
+            over = (over,) if isinstance(over, str) else over or ()
+            parts = int(np.prod([sizes[axis] for axis in over]))
+            if shape[i] * (hosts if i == 0 else 1) % parts:
+                what = "rows" if i == 0 else "positions"
+                text = " x ".join(f"{axis}={sizes[axis]}" for axis in over)
+                raise ValueError(
+                    f"{path_name(path) or 'the batch'} {shape} has {shape[i]} {what}, which cannot "
+                    f"be divided over {text}. Pass a multiple of {parts}."
+                )
+        where = NamedSharding(mesh, spec)
+        if hosts > 1 and not (isinstance(x, jax.Array) and x.sharding == where):
+            return jax.make_array_from_process_local_data(where, np.asarray(x))
+        return place(x, where)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def row_spec(ndim: int, sizes: dict[str, int], rules: Rules = RULES) -> PartitionSpec:
+    """Returns how an array of a batch lies, whose first axes are rows and positions."""
+    return spec_of(Axes(("b", "t")[:ndim], ("input",) * min(ndim, 2)), sizes, rules)
+
+
+def place(x: Any, where: NamedSharding) -> jax.Array:
+    """Returns a copy of an array at its place, of which every host has at least its own parts."""
+    if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        shared = isinstance(x, jax.Array) and x.sharding.device_set & where.device_set
+        placed = jax.device_put(x, where, may_alias=False)
+        # A device that has a part already keeps it: a step that overwrites it would destroy `x`.
+        return placed.copy() if shared else placed
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
+
+
+def lie_like(moment: Any, weight: Any) -> Any:
+    """Returns a moment that lies on the devices of its weight: as the weight if it has its shape.
+
+    One of another shape is copied to each of these devices.
+    """
+    mesh = mesh_in([weight])
+    if mesh is None or not isinstance(moment, jax.Array) or mesh_in([moment]) is not None:
+        return moment
+    same = moment.shape == weight.shape
+    return place(moment, weight.sharding if same else NamedSharding(mesh, PartitionSpec()))
+
+
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Returns a tree whose arrays on one device are copied to all devices of a mesh.
+
+    These are the numbers beside the weights, such as counts of steps and keys. Without that the
+    second step would find them at another place than the first, and be compiled again.
+    """
+    if mesh is None:
+        return tree
+
+    def put(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or not is_known(x) or len(x.sharding.device_set) > 1:
+            return x
+        where = NamedSharding(mesh, PartitionSpec())
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(x), where)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return place(x, where)
+
+    return jax.tree.map(put, tree)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+Places = tuple[Any, ...] | None
+
+
+def places_of(tree: PyTree) -> Places:
+    """Returns where the arrays of a tree lie, or None if none of them is spread over devices."""
+    if mesh_in(tree) is None:
+        return None
+    leaves = jax.tree.leaves(tree, is_leaf=_is_none)
+    return tuple(x.sharding if isinstance(x, jax.Array) and is_known(x) else None for x in leaves)
+
+
+def lie_at(tree: Tree, places: Places) -> Tree:
+    """Returns a traced tree whose arrays lie at these places; None changes nothing.
+
+    The result of a step lies like its input in this way, so that the next step is the same program.
+    """
+    if places is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
+    leaves = [
+        jax.lax.with_sharding_constraint(x, where)
+        if isinstance(x, jax.Array) and isinstance(where, NamedSharding)
+        else x
+        for x, where in zip(leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
