@@ -1,6 +1,6 @@
 """Transformer models for JAX as Equinox modules."""
 
-from jaxformers import data
+from jaxformers import data, sharding
 from jaxformers.adapters import Dora, load_adapter, lora, save_adapter, unload
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.checkpoint import Checkpoints, KeepBest, OrbaxCheckpoints, digest, load, save

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import PRNGKeyArray
 
 from jaxformers.adapters.checkpoint import load_checkpoint
@@ -18,7 +18,7 @@ def from_pretrained(
     path_or_hub_name: str | os.PathLike,
     *,
     dtype: Any = None,
-    sharding: Sharding | Callable | None = None,
+    sharding: Mesh | Sharding | Callable | None = None,
     quantized: bool = False,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
@@ -48,7 +48,9 @@ def from_pretrained(
             which needs the `huggingface_hub` package; or a GGUF file, or a directory with one.
         dtype: type of the weights, such as `jnp.bfloat16`; None is that of the file, and float32
             for blocks of GGUF.
-        sharding: where the arrays go: a `jax.sharding.Sharding` for all, or a function
+        sharding: where the arrays go: a mesh of `jaxformers.sharding.make_mesh`, on which they lie
+            as `layout` says, and of a safetensors file each host reads only the parts of its
+            devices; a `jax.sharding.Sharding` for all; or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq"; None is the default device.
         quantized: whether weights that the file has as integers of eight or four bits stay so, as

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from jaxformers.checkpoint.construction import Decoder
 from jaxformers.checkpoint.directory import leaves_of, step_path, steps_in
 from jaxformers.checkpoint.model_file import check_path, read_array, read_description, read_object
 from jaxformers.checkpoint.orbax_model import has_orbax_checkpoints, read_orbax_model
-from jaxformers.checkpoint.trained_model import Wanted, build_model
+from jaxformers.checkpoint.trained_model import Wanted, build_model, placer
 from jaxformers.checkpoint.training_state import HostKey
 from jaxformers.checks import check_flag
 from jaxformers.files.found import describe_untrained
@@ -24,7 +24,7 @@ def load(
     path: str | os.PathLike,
     *,
     known: Iterable[Any] = (),
-    sharding: Sharding | Callable | None = None,
+    sharding: Mesh | Sharding | Callable | None = None,
     averaged: bool = True,
 ) -> Any:
     """Returns the model in a file of `save`, or the newest model of a training.
@@ -41,7 +41,8 @@ def load(
         path: the file, or the directory.
         known: further classes and functions that the file may name, such as
             `[MyNorm, my_activation]`.
-        sharding: placement of JAX arrays: a `jax.sharding.Sharding` for all, or a function
+        sharding: placement of JAX arrays: a mesh of `jaxformers.sharding.make_mesh`, on which they
+            lie as `layout` says; a `jax.sharding.Sharding` for all; or a function
             `(path, jax.ShapeDtypeStruct) -> Sharding` with paths such as
             "decoder.layers.0.self_attention.wq". None is the default device.
         averaged: which weights to load if the optimizer of a training keeps an average of them
@@ -121,10 +122,11 @@ class _Saved:
     def dtype_of(self, path: str) -> Any:
         return self._find(path).dtype
 
-    def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+    def fetch(self, wanted: Mapping[str, Wanted], model: Any) -> dict[str, Any]:
         """Returns the arrays by their path in the model."""
+        sharding = placer(self._sharding, model, lambda x: self._find(x.path))
         return {
-            name: read_array(name, self._find(x.path), x.kind, self._sharding, x.dtype)
+            name: read_array(name, self._find(x.path), x.kind, sharding, x.dtype)
             for name, x in wanted.items()
         }
 

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxformers.checkpoint.construction import Decoder, Encoder
 from jaxformers.checks import check_usable
@@ -28,7 +29,9 @@ from jaxformers.files.safetensors_file import (
     read_tensor,
     write_sealed_file,
 )
+from jaxformers.paths import path_name
 from jaxformers.placement import put
+from jaxformers.sharding.rules import Places
 
 _FORMAT = "jaxformers 1"
 
@@ -144,8 +147,6 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
     """Returns the object in a file of `write_object`; arguments and errors are those of `load`."""
     tensors, described, _ = read_description(path)
     used: set[str] = set()
-    if isinstance(sharding, Mesh):
-        sharding = _places(tensors, described, known, sharding)
 
     def read(name: str, kind: str) -> Any:
         if name not in tensors:
@@ -154,6 +155,8 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
         return read_array(name, tensors[name], kind, sharding)
 
     try:
+        if isinstance(sharding, Mesh):
+            sharding = _places(tensors, described, known, sharding)
         made = Decoder(read, known).decode(described)
         surplus = sorted(tensors.keys() - used)
         if surplus:
@@ -166,20 +169,22 @@ def read_object(path: Path, known: Iterable[Any] = (), sharding: Any = None) -> 
 def _places(
     tensors: Mapping[str, Stored], described: Any, known: Iterable[Any], mesh: Mesh
 ) -> Callable[[str, Any], Any]:
-    """Returns the places of tensors by their names in the file, from the model's layout."""
-    names: dict[int, str] = {}
+    """Returns the function from the name of a tensor to its place in the layout of the model."""
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
-    def outline(name: str, kind: str) -> Any:
+    def outline(name: str, kind: str) -> jax.ShapeDtypeStruct:
         stored = tensors.get(name)
-        shape = (0, ()) if stored is None else (stored.shape, stored.dtype)
-        x = jax.ShapeDtypeStruct(shape[0] if stored else (), stored.dtype if stored else np.float32)
-        names[id(x)] = name
-        return x
+        if stored is None:
+            raise ValueError(f"the tensor {shorten(name)} is missing")
+        return shapes.setdefault(name, jax.ShapeDtypeStruct(stored.shape, stored.dtype))
 
     model = Decoder(outline, known).decode(described)
-    places = layout(model, mesh)
-    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(places), strict=False)
-    return {}
+    names = {id(shape): name for name, shape in shapes.items()}
+    places = Places(model, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    found = {names[id(x)]: places(path_name(path), x) for path, x in leaves if id(x) in names}
+    # An array that is no leaf, in a static field, lies on every device.
+    return lambda name, shape: found.get(name, NamedSharding(places.mesh, PartitionSpec()))
 
 
 def read_description(path: Path) -> tuple[dict[str, Stored], Any, str | None]:

@@ -16,7 +16,7 @@ from jaxformers.checkpoint.orbax_directory import (
     shape_of,
     target,
 )
-from jaxformers.checkpoint.trained_model import Wanted, build_model
+from jaxformers.checkpoint.trained_model import Wanted, build_model, placer
 from jaxformers.placement import place_of, put
 
 
@@ -68,8 +68,9 @@ class _Saved:
     def dtype_of(self, path: str) -> Any:
         return shape_of(self._described[path]).dtype
 
-    def fetch(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+    def fetch(self, wanted: Mapping[str, Wanted], model: Any) -> dict[str, Any]:
         """Returns the arrays by their path in the model."""
+        self._sharding = placer(self._sharding, model, self._shape)
         shapes = {name: self._shape(x) for name, x in wanted.items()}
         places = {name: self._place(name, x, shapes[name]) for name, x in wanted.items()}
         targets = {

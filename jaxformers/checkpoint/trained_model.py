@@ -8,6 +8,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxformers.checkpoint.construction import Decoder, Encoder, kind_of
@@ -17,6 +18,7 @@ from jaxformers.optim.averaged import AveragedState, kept_average
 from jaxformers.optim.leafwise import State
 from jaxformers.optim.optimizer import Optimizer
 from jaxformers.paths import path_name
+from jaxformers.sharding.rules import Places
 
 _HOW = (
     "Build the model, the optimizer and the key as that training did. For what fit saved, pass "
@@ -83,7 +85,7 @@ def build_model(
     known: Iterable[Any],
     averaged: bool,
     dtype_of: Callable[[str], Any],
-    fetch: Callable[[Mapping[str, Wanted]], Mapping[str, Any]],
+    fetch: Callable[[Mapping[str, Wanted], Any], Mapping[str, Any]],
 ) -> Any:
     """Returns the model that a text of `describe_model` describes.
 
@@ -91,7 +93,8 @@ def build_model(
         text: the description. None if the checkpoint is from a version without descriptions.
         known, averaged: the arguments of `load`.
         dtype_of: function from the path of an array in the state to its dtype.
-        fetch: function from the wanted arrays, by their path in the model, to the arrays.
+        fetch: function from the wanted arrays, by their path in the model, and the model with them
+            in place of its arrays, to the arrays.
 
     Raises:
         ValueError: if the model is not described, or names an unknown object.
@@ -111,9 +114,29 @@ def build_model(
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     wanted = {path_name(keys): x for keys, x in leaves if isinstance(x, Wanted)}
     first = {x: path for path, x in reversed(wanted.items())}  # each array is fetched once
-    found = fetch({path: x for x, path in first.items()})
+    found = fetch({path: x for x, path in first.items()}, model)
     made = [found[first[x]] if isinstance(x, Wanted) else x for _, x in leaves]
     return jax.tree.unflatten(structure, made)
+
+
+def placer(sharding: Any, model: Any, shape_of: Callable[[Wanted], Any]) -> Any:
+    """Returns `sharding=` of `load` as it is, and for a mesh the function that lays out the model.
+
+    Arguments:
+        sharding: what was passed.
+        model: the model with `Wanted` in place of its arrays.
+        shape_of: function to an object with the shape and dtype of an array.
+    """
+    if not isinstance(sharding, Mesh):
+        return sharding
+
+    def outline(x: Any) -> Any:
+        if not isinstance(x, Wanted):
+            return x
+        found = shape_of(x)
+        return jax.ShapeDtypeStruct(found.shape, found.dtype)
+
+    return Places(jax.tree.map(outline, model), sharding)
 
 
 def _averaged(dtype_of: Callable[[str], Any], x: Any, mean: Any) -> Any:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import PRNGKeyArray
 
 from jaxformers.adapters.checkpoint import load_checkpoint
@@ -24,7 +24,7 @@ def loads(shape: str) -> Any:
         path_or_hub_name: str | os.PathLike,
         *,
         dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
+        sharding: Mesh | Sharding | Callable | None = None,
         quantized: bool = False,
     ) -> Any:
         """Returns the model of a Hugging Face checkpoint; see `jaxformers.from_pretrained`.
@@ -45,7 +45,7 @@ def loads_encoder() -> Any:
         path_or_hub_name: str | os.PathLike,
         *,
         dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
+        sharding: Mesh | Sharding | Callable | None = None,
         quantized: bool = False,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | Sequence[str] | None = None,

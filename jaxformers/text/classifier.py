@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_size, explain_options
@@ -116,7 +116,7 @@ class TextClassifier:
         path_or_hub_name: str | os.PathLike,
         *,
         dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
+        sharding: Mesh | Sharding | Callable | None = None,
         quantized: bool = False,
         max_seq_length: int | None = None,
     ) -> "TextClassifier":

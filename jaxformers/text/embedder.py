@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import ArrayLike, Float
 
 from jaxformers.checks import check_choice, check_flag, check_size, explain_options
@@ -117,7 +117,7 @@ class TextEmbedder:
         path_or_hub_name: str | os.PathLike,
         *,
         dtype: Any = None,
-        sharding: Sharding | Callable | None = None,
+        sharding: Mesh | Sharding | Callable | None = None,
         quantized: bool = False,
         max_seq_length: int | None = None,
     ) -> "TextEmbedder":
