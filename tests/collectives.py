@@ -47,9 +47,10 @@ def collectives(text):
             if kind == "while":
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                 often = times * int(trips[1]) if trips else times
-            for inner in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-, %]+)", line):
-                for one in inner.replace("%", "").split(","):
-                    yield from walk(one.strip(), often)
+            called = r"(?:body|calls|to_apply|branch_computations)=\{?([%\w.\-]+(?:, %[\w.\-]+)*)"
+            for inner in re.findall(called, line):
+                for one in inner.replace("%", "").split(", "):
+                    yield from walk(one, often)
 
     return list(walk(entry, 1))
 

@@ -7,6 +7,7 @@ constraints suffice. The residual stream is divided by rows. A layer's weights a
 without a cache: while tokens are decoded, gathering the few activations costs less.
 """
 
+from math import prod
 from typing import Any, TypeVar
 
 import jax
@@ -32,9 +33,7 @@ def divide_rows(x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
     sizes, parts = sizes_of(mesh), []
     for name, size in zip("bt", x.shape, strict=False):
         over = tuple(axis for axis in mesh_axes(name) if axis in sizes)
-        number = 1
-        for axis in over:
-            number *= sizes[axis]
+        number = prod(sizes[axis] for axis in over)
         parts.append(PartitionSpec.UNCONSTRAINED if size % number else over or None)
     return _constrain(x, mesh, [*parts, None])
 
@@ -49,8 +48,7 @@ def gather(tree: Tree, outside_layers: bool = False) -> Tree:
     """
 
     def whole(path: tuple, axes: Axes | None, x: Any) -> Any:
-        mesh = None if axes is None or not axes.inputs else traced_mesh(x)
-        if mesh is None or FSDP not in sizes_of(mesh):
+        if axes is None or not axes.inputs or not gathers(x):
             return x
         if outside_layers and "layers" in path_name(path).split("."):
             return x
@@ -58,7 +56,7 @@ def gather(tree: Tree, outside_layers: bool = False) -> Tree:
         if not any(divided):
             return x
         free = PartitionSpec.UNCONSTRAINED  # over "tensor", as the rules say
-        return _constrain(x, mesh, [None if own else free for own in divided])
+        return _constrain(x, traced_mesh(x), [None if own else free for own in divided])
 
     return jax.tree_util.tree_map_with_path(
         whole, axes_of(tree), tree, is_leaf=lambda x: x is None or isinstance(x, Axes)

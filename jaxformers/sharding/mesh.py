@@ -1,9 +1,9 @@
 """Meshes of devices, and the mesh that an array lies on.
 
 Everything here uses Auto axes: XLA partitions a program from the layouts of its inputs and from a
-few constraints inside it. The mesh is a part of an array's type, `jax.typeof(x).sharding.mesh`, also
-while a program is traced. So no mesh is kept in a global or in a context, and on one device nothing
-happens at all.
+few constraints inside it. The mesh is a part of an array's type, `jax.typeof(x).sharding.mesh`,
+also while a program is traced. So no mesh is kept in a global or in a context, and on one device
+nothing happens at all.
 """
 
 from math import prod
@@ -81,7 +81,7 @@ def as_auto(mesh: Any) -> Mesh:
 
 
 def check_context() -> None:
-    """Raises an error if an Explicit mesh is set, under which no array on an Auto mesh is usable."""
+    """Raises an error if an Explicit mesh is set, under which Auto meshes cannot be used."""
     context = jax.sharding.get_abstract_mesh()
     if any(kind == AxisType.Explicit for kind in context.axis_types):
         raise ValueError(
@@ -112,7 +112,8 @@ def mesh_in(tree: PyTree) -> Mesh | None:
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
             where = x.sharding
-            if isinstance(where, NamedSharding) and where.mesh.size > 1:
-                check_context()
-                return where.mesh
+            if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+                if where.mesh.size > 1:
+                    check_context()
+                    return where.mesh
     return None

@@ -11,7 +11,7 @@ from jaxformers.axes import Axes
 from jaxformers.checks import is_known
 from jaxformers.paths import path_name
 from jaxformers.sharding.mesh import as_auto, mesh_in, sizes_of
-from jaxformers.sharding.rules import RULES, Rules, layout, mesh_axes, spec_of
+from jaxformers.sharding.rules import RULES, Rules, layout, spec_of
 
 Tree = TypeVar("Tree", bound=PyTree)
 

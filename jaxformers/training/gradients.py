@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import Model, Optimizer
+from jaxformers.precision import cast_floating, check_float_dtype, widened_beside
 from jaxformers.sharding.constraints import gather
 from jaxformers.sharding.spread import Places, lie_at
-from jaxformers.precision import cast_floating, check_float_dtype, widened_beside
 from jaxformers.trainability import has_adapters
 from jaxformers.training.objectives import Batch, Loss
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size

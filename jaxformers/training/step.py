@@ -15,7 +15,7 @@ from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.optim.compiled import own_arrays
 from jaxformers.precision import is_narrow, noticed
-from jaxformers.sharding.spread import Places, lie_at, mesh_in, places_of, replicate
+from jaxformers.sharding.spread import lie_at, mesh_in, places_of, replicate
 from jaxformers.training.batches import as_dict
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
