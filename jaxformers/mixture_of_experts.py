@@ -16,6 +16,7 @@ from jaxformers.activations import silu
 from jaxformers.checks import check_flag, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import GatedFeedForward, as_module, split_key
+from jaxformers.sharding.constraints import by_rows
 from jaxformers.sites import site
 from jaxformers.weights import Weight, contract
 
@@ -113,6 +114,9 @@ class MixtureOfExperts(eqx.Module):
     # Compiled here, since outside of a `jit` each call would compile the loop over blocks anew.
     @eqx.filter_jit
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return by_rows(MixtureOfExperts._apply, self, x)
+
+    def _apply(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         rows = x.reshape(-1, x.shape[-1])
         weights, experts = self.route(rows)
         outputs = self._through_experts(rows, experts).astype(jnp.float32)

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 GROUPS = [
     ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
     ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
-    ("traffic", "memory", "steps", "optimizers"),
+    ("traffic", "memory", "experts", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory"),
 ]
 

@@ -7,9 +7,11 @@ constraints suffice. The residual stream is divided by rows. A layer's weights a
 without a cache: while tokens are decoded, gathering the few activations costs less.
 """
 
+from collections.abc import Callable
 from math import prod
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
@@ -47,6 +49,9 @@ def gather(tree: Tree, outside_layers: bool = False) -> Tree:
             their weights one after another; False.
     """
 
+    if not any(map(gathers, jax.tree.leaves(tree))):
+        return tree
+
     def whole(path: tuple, axes: Axes | None, x: Any) -> Any:
         if axes is None or not axes.inputs or not gathers(x):
             return x
@@ -61,6 +66,36 @@ def gather(tree: Tree, outside_layers: bool = False) -> Tree:
     return jax.tree_util.tree_map_with_path(
         whole, axes_of(tree), tree, is_leaf=lambda x: x is None or isinstance(x, Axes)
     )
+
+
+def by_rows(function: Callable, module: Tree, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
+    """Returns `function(module, x)`, for which devices with other rows exchange nothing.
+
+    It is for functions that treat each token alone but sort them, where XLA would bring all tokens
+    together on every device. Each device then sorts its own rows. That needs whole weights. So the
+    single tokens of a decoding loop, which would have them gathered in each turn, go without.
+    """
+    mesh = traced_mesh(x)
+    if mesh is None or x.ndim != 3 or x.shape[1] == 1:
+        return function(module, x)
+    over = tuple(axis for axis in mesh_axes("b") if axis in sizes_of(mesh))
+    if not over or x.shape[0] % prod(mesh.shape[axis] for axis in over):
+        return function(module, x)
+    arrays, rest = eqx.partition(module, eqx.is_array)
+    rows = PartitionSpec(over)
+
+    def run(arrays: Any, x: Array) -> Array:
+        # Said here, once, or each turn of a loop would add up its gradients over all devices.
+        arrays = jax.lax.pcast(arrays, over, to="varying")
+        return function(eqx.combine(arrays, rest), x)
+
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows),
+        out_specs=rows,
+        axis_names=set(over),
+    )(arrays, x)
 
 
 def gathers(x: Any) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from jaxformers.checks import check_callable, check_usable
 from jaxformers.precision import widened_beside
 from jaxformers.trainability import has_adapters, trainable
+from jaxformers.sharding.constraints import gather
 from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets, measure
@@ -112,4 +113,5 @@ def _value(functions, model, batch):
     loss, count = functions
     if not has_adapters(model):
         model = widened_beside(model, eqx.filter(model, trainable(model)))
+    model = gather(model, outside_layers=True)
     return *measure(loss, model, batch), jnp.asarray(count(batch))

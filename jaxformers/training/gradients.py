@@ -49,8 +49,7 @@ class Gradients(eqx.Module):
             model = eqx.combine(trained, frozen)
             if self.compute_dtype is not None:
                 model = cast_floating(model, self.compute_dtype)
-            model = model if places is None else gather(model, outside_layers=True)
-            return _check_loss(self.loss(model, batch, key))
+            return _check_loss(self.loss(gather(model, outside_layers=True), batch, key))
 
         if self.accumulate == 1:
             value, grads = value_and_grad(trained, batch, key)

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import as_optimizer
+from jaxformers.sharding.mesh import as_auto, mesh_in
 from jaxformers.sharding.spread import shard
 from jaxformers.training.batches import Feed, in_order, prepared
 from jaxformers.training.interrupt import Interrupt
@@ -101,9 +102,9 @@ def fit(
         compute_dtype, accumulate, count: as for `train_step`; None computes in float32 where the
             trained weights are float32.
         mesh: devices over which the model and the batches are spread, `make_mesh(fsdp=8)` of
-            `jaxformers.sharding`. None, the default, leaves the model where it is; a model that
-            `shard` has spread stays so, and its batches come from `shard_batch`. A checkpoint of
-            another mesh is continued on this one.
+            `jaxformers.sharding`. A model that `shard` has spread over this mesh stays as it is.
+            None, the default, leaves model and batches where they are. A checkpoint of another
+            mesh is continued on this one.
 
     A resumed run must have the same shapes of weights, kind of optimizer and key as its checkpoint.
     Other settings, such as the data and the learning rate, may change. They apply from there on.
@@ -140,7 +141,8 @@ def fit(
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
     _check_first(eval_batches, eval_loss, model)
-    model = model if mesh is None else shard(model, mesh)
+    if mesh is not None and mesh_in(model) != as_auto(mesh):
+        model = shard(model, mesh)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # its memory is free if the caller does not hold it either
     done = int(training.step)
