@@ -14,6 +14,7 @@ from jaxformers.checks import check_choice
 from jaxformers.kernels.blockwise import BLOCK, blockwise_attention
 from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import AttentionFunction, check_inputs, dot_product_attention
+from jaxformers.kernels.ring import can_travel, ring_attention
 from jaxformers.masks import AttentionMask, Mask, as_mask
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def fast_attention(
     """
     mask = as_mask(mask)
     check_inputs(q, k, v)
+    if can_travel(q, k, dropout):
+        return ring_attention(q, k, v, mask, softcap=softcap)
     choice = choose_attention(q, k, v, mask, softcap=softcap, dropout=dropout)
     logger.debug("%s queries, %s keys: %s", q.shape, k.shape, choice)
     kernel = partial(choice.kernel, mask=mask, softcap=softcap, dropout=dropout)

@@ -107,6 +107,12 @@ def traced_mesh(x: Any) -> Any:
     return mesh
 
 
+def divides_positions(x: Any) -> bool:
+    """Returns whether a traced array lies on a mesh that divides the positions of rows."""
+    mesh = traced_mesh(x)
+    return mesh is not None and SEQUENCE in sizes_of(mesh)
+
+
 def mesh_in(tree: PyTree) -> Mesh | None:
     """Returns the mesh of the first array in a tree that is spread over devices, else None."""
     for x in jax.tree.leaves(tree):

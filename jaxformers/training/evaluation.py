@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 from jaxformers.checks import check_callable, check_usable
 from jaxformers.precision import widened_beside
-from jaxformers.trainability import has_adapters, trainable
 from jaxformers.sharding.constraints import gather
+from jaxformers.trainability import has_adapters, trainable
 from jaxformers.training.batches import in_order, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets, measure
