@@ -122,21 +122,22 @@ def contract(
         (2, 10, 4, 8)
     """
     kept = x.ndim - inputs
-    rows, size = prod(x.shape[:kept]), prod(x.shape[kept:])
-    if divides_positions(x) and not isinstance(w, WeightObject):
-        # Flat, rows of batch and positions that are both divided would be gathered.
-        y = x.reshape(*x.shape[:kept], size) @ w.reshape(size, -1)
-        y = y if bias is None else add(y, bias.reshape(-1))
-        return y.reshape(*x.shape[:kept], *w.shape[inputs:])
-    # On three-dimensional activations XLA's CPU backend transposes copies of them before each
-    # gradient of a weight, which costs a third of a training step. On flat ones it does not.
-    y = _product(x.reshape(rows, size), w, prod(w.shape[:inputs]))
+    shape = x.shape[:kept]
+    rows, size = prod(shape), prod(x.shape[kept:])
     vector: Any = bias  # an array, or `Replaced` in place of one
+    if divides_positions(x) and not isinstance(w, WeightObject):
+        # Flat, rows and positions that are both divided over devices would be gathered.
+        x = x.reshape(*x.shape[:kept], size)
+    else:
+        # On three-dimensional activations XLA's CPU backend transposes copies of them before each
+        # gradient of a weight, which costs a third of a training step. On flat ones it does not.
+        x = x.reshape(rows, size)
+    y = _product(x, w, size)
     y = y if bias is None else add(y, vector.reshape(-1))
-    return y.reshape(*x.shape[:kept], *w.shape[inputs:])
+    return y.reshape(*shape, *w.shape[inputs:])
 
 
-def _product(x: Float[Array, "r i"], w: Weight, size: int) -> Float[Array, "r o"]:
+def _product(x: Float[Array, "*r i"], w: Weight, size: int) -> Float[Array, "*r o"]:
     """Returns the product of rows with a weight that has `size` inputs in all."""
     return w.product(x) if isinstance(w, WeightObject) else x @ w.reshape(size, -1)
 

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 GROUPS = [
     ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
     ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
+    ("sequence_llama", "sequence_translation", "sequence_masked", "ring"),
     ("traffic", "memory", "experts", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory"),
 ]
