@@ -142,7 +142,7 @@ def test_the_memory_of_every_array_is_used_again(getkey, compute_dtype):
     model, optimizer = language_model(getkey(), tie_embeddings=True), AdamW(1e-2)
     state = optimizer.init(model)
     gradients = Gradients(language_model_loss, compute_dtype, 1, count_targets)
-    kept = gradients, optimizer, text_batch(), getkey(), None
+    kept = gradients, optimizer, text_batch(), getkey(), None, (None, None)
     program = _train_step.lower(kept, model, state).compile().compiled.as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", program)
     inputs = re.findall(r"\((\d+), \{\}, \S+-alias\)", aliases[1])

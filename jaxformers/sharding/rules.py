@@ -61,9 +61,10 @@ def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedShard
             and its size, and a mesh that works.
 
     Example:
+        >>> from jaxformers.sharding import make_mesh
         >>> mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
-        >>> layout(model, mesh).decoder.layers[0].self_attention.wq.spec
-        PartitionSpec('fsdp',)
+        >>> tuple(layout(model, mesh).decoder.layers[0].self_attention.wq.spec)
+        ('fsdp',)
     """
     mesh = as_auto(mesh)
     sizes, divided, misfits = sizes_of(mesh), [], []
@@ -117,8 +118,8 @@ def spec_of(axes: Axes, sizes: Mapping[str, int], rules: Rules = RULES) -> Parti
 
     Example:
         >>> from jaxformers.axes import read_axes
-        >>> spec_of(read_axes(("d", "n", "h")), {"fsdp": 4, "tensor": 2})
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(spec_of(read_axes(("d", "n", "h")), {"fsdp": 4, "tensor": 2}))
+        ('fsdp', 'tensor')
     """
     free = [axis for axis in sizes if axes.inputs or axis != FSDP]
     parts: list[Any] = []

@@ -36,6 +36,7 @@ def shard(model: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
         ValueError: as `layout` does.
 
     Example:
+        >>> from jaxformers.sharding import make_mesh
         >>> mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
         >>> spread = shard(model, mesh)
         >>> len(spread.output.w.devices())
@@ -70,9 +71,11 @@ def shard_batch(batch: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
         ValueError: if rows or positions cannot be divided.
 
     Example:
+        >>> from jaxformers.sharding import make_mesh
         >>> mesh = make_mesh(data=2, devices=jax.devices()[:2])
-        >>> shard_batch({"tokens": np.ones((4, 6), np.int32)}, mesh)["tokens"].sharding.spec
-        PartitionSpec('data',)
+        >>> batch = shard_batch({"tokens": np.ones((4, 6), np.int32)}, mesh)
+        >>> tuple(batch["tokens"].sharding.spec)
+        ('data',)
     """
     mesh = as_auto(mesh)
     sizes, hosts = sizes_of(mesh), jax.process_count()
