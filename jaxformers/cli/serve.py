@@ -134,7 +134,8 @@ def load_models(options: argparse.Namespace) -> tuple[Any, Any]:
     sizes = {x: getattr(options, x) for x in SIZES if getattr(options, x) is not None}
     engine = Engine(found.model, **sizes)
     generator = Generator(name, found, engine, engine.waiting)
-    print("compiling, which takes longer for the first time", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():  # someone waits for it
+        print("compiling, which takes longer for the first time", file=sys.stderr, flush=True)
     engine.warm_up(*([] if options.warm_up is None else [options.warm_up]))
     engine.start()
     return generator, embedder
