@@ -132,7 +132,7 @@ def contract(
         # On three-dimensional activations XLA's CPU backend transposes copies of them before each
         # gradient of a weight, which costs a third of a training step. On flat ones it does not.
         x = x.reshape(rows, size)
-    y = _product(x, w, size)
+    y = _product(x, w, prod(w.shape[:inputs]))
     y = y if bias is None else add(y, vector.reshape(-1))
     return y.reshape(*shape, *w.shape[inputs:])
 

@@ -68,7 +68,7 @@ def gather(tree: Tree, outside_layers: bool = False) -> Tree:
     )
 
 
-def by_rows(function: Callable, module: Tree, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
+def by_rows(function: Callable, module: Tree, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Returns `function(module, x)`, for which devices with other rows exchange nothing.
 
     It is for functions that treat each token alone but sort them, where XLA would bring all tokens
