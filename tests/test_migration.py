@@ -86,6 +86,7 @@ def test_every_object_that_can_be_saved_has_a_public_name():
         "one_program",
         "quantization.rounding",
         "serving",
+        "sharding",
         "text",
         "training",
     )
