@@ -50,7 +50,7 @@ ARGUMENTS = table(
     accumulate="accumulation accumulation_steps accum_steps grad_accum grad_accum_steps "
     "gradient_accumulation gradient_accumulation_steps accumulate_grad_batches microbatches",
     count="count_fn weight weight_fn num_items_in_batch",
-    mesh="devices num_devices n_devices device_mesh sharding shardings fsdp strategy",
+    mesh="device_mesh sharding shardings fsdp strategy",
 )
 
 # The arrays of a batch.
