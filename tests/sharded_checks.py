@@ -52,6 +52,7 @@ from jaxformers import (
 )
 from jaxformers.optim.optimizer import as_optimizer
 from jaxformers.sharding import layout, make_mesh, shard, shard_batch
+from jaxformers.sharding.mesh import mesh_in
 from jaxformers.sharding.spread import places_of, replicate
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.objectives import count_targets
@@ -141,7 +142,7 @@ def value_and_gradients(gradients, optimizer, model, batch, places):
 def gradients_of(model, loss, batch, **options):
     gradients = Gradients(loss, None, options.get("accumulate", 1), count_targets)
     optimizer = as_optimizer(AdamW(1e-3))
-    return value_and_gradients(gradients, optimizer, model, batch, places_of(model))
+    return value_and_gradients(gradients, optimizer, model, batch, places_of(mesh_in(model), model))
 
 
 def arrays(tree):
@@ -176,7 +177,7 @@ def step_program(model, mesh, batch, loss=language_model_loss):
     model = shard(model, mesh)
     state = optimizer.init(model)
     gradients = Gradients(loss, None, 1, count_targets)
-    places = places_of(model), places_of((model, state))
+    places = places_of(mesh, model), places_of(mesh, (model, state))
     kept = gradients, optimizer, shard_batch(batch, mesh), replicate(KEY, mesh), None, places
     size = sum(x.nbytes for x in arrays(model))
     return _train_step.lower(kept, model, state).compile().compiled, size

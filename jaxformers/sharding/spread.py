@@ -159,9 +159,9 @@ def _is_none(x: Any) -> bool:
 Places = tuple[Any, ...] | None
 
 
-def places_of(tree: PyTree) -> Places:
-    """Returns where the arrays of a tree lie, or None if none of them is spread over devices."""
-    if mesh_in(tree) is None:
+def places_of(mesh: Mesh | None, tree: PyTree) -> Places:
+    """Returns where the arrays of a tree lie, or None if there is no mesh."""
+    if mesh is None:
         return None
     leaves = jax.tree.leaves(tree, is_leaf=_is_none)
     return tuple(x.sharding if isinstance(x, jax.Array) and is_known(x) else None for x in leaves)

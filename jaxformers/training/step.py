@@ -15,7 +15,8 @@ from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
 from jaxformers.optim.compiled import own_arrays
 from jaxformers.precision import is_narrow, noticed
-from jaxformers.sharding.spread import lie_at, mesh_in, places_of, replicate
+from jaxformers.sharding.mesh import mesh_in
+from jaxformers.sharding.spread import lie_at, places_of, replicate
 from jaxformers.training.batches import as_dict
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.names import explain_arguments
@@ -98,8 +99,9 @@ def train_step(
     owner = getattr(optimizer, "transformation", optimizer)
     with noticed(owner, model, lambda: eqx.filter(model, optimizer.trains(model))):
         trained, rest = _parts(model, trained_parts(model, optimizer))
-        state, key = replicate((state, key), mesh_in(model))
-        places = places_of(model), places_of((trained, state))
+        mesh = mesh_in(model)
+        state, key = replicate((state, key), mesh)
+        places = places_of(mesh, model), places_of(mesh, (trained, state))
         kept = gradients, optimizer, batch, key, rest, places
         trained, state, value = _donating(_train_step, kept, trained, state)
         return trained if rest is None else eqx.combine(trained, rest), state, value
@@ -295,7 +297,9 @@ def one_step(
 ) -> tuple[Training, dict[str, Array]]:
     """Returns the state after one more step, and its figures. Frozen arrays are not copied."""
     trained, rest = _parts(training.model, trains)
-    places = places_of(training.model), places_of((trained, training.optimizer_state))
+    mesh = mesh_in(training.model)
+    state = training.optimizer_state
+    places = places_of(mesh, training.model), places_of(mesh, (trained, state))
     kept = gradients, optimizer, bad_steps, batch, rest, places
     training, metrics = advance(kept, dataclasses.replace(training, model=trained))
     if rest is None:
