@@ -115,6 +115,20 @@ def test_what_is_no_mesh(model, no_shape_checker):
         shard(model, "fsdp")
 
 
+def test_a_mesh_with_other_names(model):
+    """It needs rules; without them all its devices would do the same."""
+    other = jax.make_mesh((2,), ("mine",), (jax.sharding.AxisType.Auto,))
+    for spread in (shard, layout):
+        with pytest.raises(ValueError, match=r"2 devices along its axis 'mine', .* Use make_mesh"):
+            spread(model, other)
+    with pytest.raises(ValueError, match=r"such as rules=RULES \| {'b': 'mine'}"):
+        shard_batch({"tokens": np.ones((4, 6))}, other)
+    rules = RULES | {"d": "mine", "b": "mine"}
+    table = layout(model, other, rules).embedding.token_embedding.weight
+    assert tuple(table.spec) == (None, "mine")
+    assert tuple(shard_batch(np.ones((4, 6)), other, rules).sharding.spec) == ("mine",)
+
+
 def test_explicit_meshes(model):
     """One that is passed works; under one that is set the error says what to do."""
     explicit = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Explicit,))

@@ -58,7 +58,8 @@ def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedShard
 
     Raises:
         ValueError: if an axis of an array cannot be divided. The error names the array, the axis
-            and its size, and a mesh that works.
+            and its size, and a mesh that works. Also if no rule divides anything over an axis of
+            the mesh.
 
     Example:
         >>> from jaxformers.sharding import make_mesh
@@ -67,6 +68,7 @@ def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedShard
         ('fsdp',)
     """
     mesh = as_auto(mesh)
+    check_names(mesh, rules)
     sizes, divided, misfits = sizes_of(mesh), [], []
 
     def lay(path: tuple, axes: Axes | None, x: Any) -> NamedSharding | None:
@@ -130,6 +132,22 @@ def spec_of(axes: Axes, sizes: Mapping[str, int], rules: Rules = RULES) -> Parti
     while parts and parts[-1] is None:  # as XLA writes them, so that equal layouts are equal
         parts.pop()
     return PartitionSpec(*parts)
+
+
+def check_names(mesh: Mesh, rules: Rules) -> None:
+    """Raises an error if a mesh has an axis that no rule names, whose devices would all do the same.
+
+    Example:
+        >>> check_names(jax.make_mesh((1,), ("x",)), RULES)  # one device has nothing to divide
+    """
+    named = {axis for name in rules for axis in mesh_axes(name, rules)}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in named:
+            raise ValueError(
+                f"the mesh has {size} devices along its axis {axis!r}, over which no rule divides "
+                f"anything; the rules name {', '.join(sorted(named))}. Use make_mesh, or a rule "
+                f"for it, such as rules=RULES | {{'b': {axis!r}}}."
+            )
 
 
 def mesh_axes(name: str, rules: Rules = RULES) -> tuple[str, ...]:

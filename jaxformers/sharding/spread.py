@@ -11,7 +11,7 @@ from jaxformers.axes import Axes
 from jaxformers.checks import is_known
 from jaxformers.paths import path_name
 from jaxformers.sharding.mesh import as_auto, mesh_in, sizes_of
-from jaxformers.sharding.rules import RULES, Rules, layout, spec_of
+from jaxformers.sharding.rules import RULES, Rules, check_names, layout, spec_of
 
 Tree = TypeVar("Tree", bound=PyTree)
 
@@ -78,6 +78,7 @@ def shard_batch(batch: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
         ('data',)
     """
     mesh = as_auto(mesh)
+    check_names(mesh, rules)
     sizes, hosts = sizes_of(mesh), jax.process_count()
 
     def put(path: tuple, x: Any) -> Any:
