@@ -124,8 +124,8 @@ def test_a_mesh_with_other_names(model):
     with pytest.raises(ValueError, match=r"such as rules=RULES \| {'b': 'mine'}"):
         shard_batch({"tokens": np.ones((4, 6))}, other)
     rules = RULES | {"d": "mine", "b": "mine"}
-    table = layout(model, other, rules).embedding.token_embedding.weight
-    assert tuple(table.spec) == (None, "mine")
+    wq = layout(model, other, rules).decoder.layers[0].self_attention.wq
+    assert tuple(wq.spec) == ("mine",)
     assert tuple(shard_batch(np.ones((4, 6)), other, rules).sharding.spec) == ("mine",)
 
 
