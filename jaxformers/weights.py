@@ -69,8 +69,11 @@ class WeightObject(ABC):
         """Returns one of several weights: those of expert `i`, for example."""
 
     @abstractmethod
-    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
-        """Returns `x w`, where w is this weight as a matrix `(i, o)`."""
+    def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
+        """Returns `x w`, where w is this weight as a matrix `(i, o)`.
+
+        Activations are rows `(r, i)`. They are `(b, t, i)` on a mesh that divides positions.
+        """
 
     @abstractmethod
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
@@ -125,7 +128,7 @@ def contract(
     shape = x.shape[:kept]
     rows, size = prod(shape), prod(x.shape[kept:])
     vector: Any = bias  # an array, or `Replaced` in place of one
-    if divides_positions(x) and not isinstance(w, WeightObject):
+    if divides_positions(x):
         # Flat, rows and positions that are both divided over devices would be gathered.
         x = x.reshape(*x.shape[:kept], size)
     else:
@@ -284,7 +287,7 @@ class LowRank(eqx.Module, WeightObject):
             raise ValueError(f"a weight of shape {self.shape} is one weight: there is no [{i}].")
         return LowRank(self.base[i], self.a[i], self.b[i], self.scale, self.name)
 
-    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+    def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         a, b = self.a.reshape(x.shape[-1], self.rank), self.b.reshape(self.rank, -1)
         # Factors of float32 beside activations of 16 bits multiply in float32.
         wide = x if x.dtype.itemsize > a.dtype.itemsize else x.astype(a.dtype)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from functools import partial
+from unittest.mock import patch
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
@@ -50,10 +51,14 @@ from jaxformers import (
     sequence_to_sequence_loss,
     train_step,
 )
+from jaxformers.kernels.flash import _visible
+from jaxformers.kernels.ring import blocks_of
+from jaxformers.masks import AttentionMask
 from jaxformers.optim.optimizer import as_optimizer
-from jaxformers.sharding import layout, make_mesh, shard, shard_batch
+from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
 from jaxformers.sharding.mesh import mesh_in
 from jaxformers.sharding.spread import places_of, replicate
+from jaxformers.training import losses
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.objectives import count_targets
 from jaxformers.training.step import _train_step
@@ -153,12 +158,17 @@ def distance(a, b):
     return max(abs(x - y).max() for x, y in zip(arrays(a), arrays(b), strict=True))
 
 
-def check_gradients(name, meshes=tuple(MESHES)):
-    model, loss, batch = case(name)
+def check_gradients(name, meshes=tuple(MESHES), **options):
+    compare(*case(name), meshes, **options)
+
+
+def compare(model, loss, batch, meshes, rules=RULES, order=lambda batch, mesh: batch):
+    """Compares the loss and its gradients with those of one device."""
     value, expected = gradients_of(model, loss, batch)
     assert max(abs(x).max() for x in arrays(expected)) > 1e-3
     for mesh in meshes:
-        spread, placed = shard(model, mesh_of(mesh)), shard_batch(batch, mesh_of(mesh))
+        spread = shard(model, mesh_of(mesh), rules)
+        placed = shard_batch(order(batch, mesh_of(mesh)), mesh_of(mesh), rules)
         got, found = gradients_of(spread, loss, placed)
         assert abs(got - value) < 1e-5, (mesh, got, value)
         assert distance(found, expected) < 1e-5, (mesh, distance(found, expected))
@@ -242,13 +252,55 @@ def check_experts():
 
 def check_ring():
     """No device has the activations of all positions: weights alone are gathered."""
-    model, batch = decoder(dropout=0.0, **LLAMA), text(16, 64)
-    for mesh in SEQUENCES:
-        program, size = step_program(model, mesh_of(mesh), batch)
+    model, batch = decoder(**LLAMA), text(16, 64)
+    size = sum(x.nbytes for x in arrays(model))
+    adapted = lora(quantize(model, 8), 4, key=KEY)
+    limits = {"positions": 0.01, "everything": 0.6}
+    ways = [("positions", model, 1024), ("everything", model, 1024)]
+    ways += [("positions", adapted, 1024), ("positions", model, 64)]
+    for mesh, model, chunk in ways:
+        loss = partial(language_model_loss)  # another one, which is traced anew
+        with patch.multiple(losses, CHUNK_ROWS=chunk, CHUNK_LOGITS={"cpu": chunk * V}):
+            program, _ = step_program(model, mesh_of(mesh), batch, loss)
         traffic = moved(program.as_text())
-        limit = {"positions": 0.01, "everything": 0.6}[mesh] * size
-        assert traffic["all-gather"] < limit, (mesh, traffic, size)
+        assert traffic["all-gather"] < limits[mesh] * size, (mesh, chunk, traffic, size)
+        assert traffic["all-to-all"] == 0
         assert traffic["collective-permute"] > 0
+
+
+def blocks_seen(positions, devices):
+    """How many blocks of scores each device of a ring computes."""
+    parts = jnp.asarray(positions).reshape(devices, -1)
+    length = parts.shape[1]
+    sizes = blocks_of(length, length, (4, 4))
+
+    @jax.jit
+    def seen(q, k):
+        mask = AttentionMask(True, q_positions=q, k_positions=k)
+        first, last = _visible(mask, length, length, sizes)
+        return jnp.maximum(last - first, 0).sum()
+
+    return [sum(int(seen(q, k)) for k in parts) for q in parts]
+
+
+def check_zigzag():
+    """Zigzag order divides the work evenly and changes no value."""
+    mesh = mesh_of("positions")
+    batch = {"tokens": np.zeros((1, 64), np.int32)}
+    assert blocks_seen(np.arange(64), 4) == [10, 26, 42, 58]
+    assert blocks_seen(zigzag(batch, mesh)["positions"], 4) == [34] * 4
+    batch = text(t=16)
+    lengths = np.arange(B) % 9 + 8
+    padded = batch | {"padding_mask": np.arange(16) < lengths[:, None]}
+    documents = np.tile(np.r_[0:9, 0:7], (B, 1)), np.tile(np.r_[[1] * 9, [2] * 7], (B, 1))
+    positions, segments = (x.astype(np.int32) for x in documents)
+    packed = batch | {"positions": positions, "segment_ids": segments}
+    # The loss is computed in chunks, whose rows are of all devices.
+    with patch.multiple(losses, CHUNK_ROWS=64, CHUNK_LOGITS={"cpu": 64 * V}):
+        for one, mesh in ((padded, "positions"), (packed, "everything")):
+            model = decoder(1, **LLAMA)
+            assert np.array_equal(count_targets(one), count_targets(zigzag(one, mesh_of(mesh))))
+            compare(model, language_model_loss, one, (mesh,), order=zigzag)
 
 
 def check_steps():

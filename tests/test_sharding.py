@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -14,15 +15,24 @@ import pytest
 from collectives import collectives
 from programs import trace
 
-from jaxformers import AdamW, TransformerLM, fit, language_model_loss, scan_layers, sharding
-from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch
+from jaxformers import (
+    AdamW,
+    TransformerLM,
+    dot_product_attention,
+    fit,
+    language_model_loss,
+    scan_layers,
+    sharding,
+)
+from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
+from jaxformers.training.row_order import ordered
 
 HERE = Path(__file__).parent
 # Those of one row are run by one process, one after another.
 GROUPS = [
     ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
     ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
-    ("sequence_llama", "sequence_translation", "sequence_masked", "ring"),
+    ("sequence_llama", "sequence_translation", "sequence_masked", "ring", "zigzag"),
     ("traffic", "memory", "experts", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory"),
 ]
@@ -108,6 +118,52 @@ def test_rows_that_do_not_divide(mesh):
     assert tuple(placed["tokens"].sharding.spec) == ("fsdp",)
     assert placed["weight"].sharding.is_fully_replicated
     assert (placed["name"], placed["none"]) == ("a", None)
+
+
+def test_zigzag_order():
+    mesh = make_mesh(sequence=2)
+    real = np.array([[False, True, True, True], [True, True, True, False]])
+    batch = {"tokens": np.arange(8).reshape(2, 4), "padding_mask": real, "rows": np.ones(2)}
+    found = zigzag(batch, mesh)
+    assert set(found) == {"tokens", "rows", "positions", "segment_ids"}
+    np.testing.assert_array_equal(found["tokens"], [[0, 3, 1, 2], [4, 7, 5, 6]])
+    np.testing.assert_array_equal(found["positions"], [[-1, 2, 0, 1], [0, -1, 1, 2]])
+    assert not found["segment_ids"].any() and found["rows"] is batch["rows"]
+    assert zigzag(batch, make_mesh(data=2)) == batch
+    with pytest.raises(
+        ValueError, match=r"sequence=2 needs .* a multiple of 4, got \(2, 6\). Pass"
+    ):
+        zigzag({"tokens": np.ones((2, 6))}, mesh)
+    with pytest.raises(ValueError, match="both positions and segment_ids, got segment_ids alone"):
+        zigzag({"tokens": np.ones((2, 4)), "segment_ids": np.ones((2, 4))}, mesh)
+
+
+class Neighbors(eqx.Module):
+    """A part of the user's own, which looks at the order in a row."""
+
+    def __call__(self, x):
+        return jnp.roll(x, 1, axis=-2)
+
+
+def test_fit_orders_what_knows_its_positions_alone(model):
+    """Anything that may look at neighbors keeps its order."""
+    mesh, batch = make_mesh(sequence=2), {"tokens": np.ones((2, 4)), "targets": np.ones((2, 4))}
+    sizes, options = (18, 8, 4, 2, 12, 16), dict(num_kv_heads=2, key=jax.random.key(0))
+
+    def is_ordered(batch=batch, loss=language_model_loss, model=model, mesh=mesh):
+        found = ordered(batch, loss, model, mesh)
+        assert "positions" in found or found is batch
+        return "positions" in found
+
+    assert is_ordered() and is_ordered(loss=partial(language_model_loss, z_loss=1e-4))
+    assert not is_ordered(loss=lambda model, batch, key: jnp.zeros(()))
+    assert not is_ordered(mesh=make_mesh(data=2))
+    assert not is_ordered(batch=shard_batch(batch, mesh))
+    assert not is_ordered(batch={name: x[:, :3] for name, x in batch.items()})
+    assert not is_ordered(model=TransformerLM(*sizes, 0.1, **options))
+    kernel = dict(attention_fn=dot_product_attention)
+    assert not is_ordered(model=TransformerLM(*sizes, 0.0, **kernel, **options))
+    assert not is_ordered(model=eqx.tree_at(lambda x: x.decoder.norm, model, Neighbors()))
 
 
 def test_what_is_no_mesh(model, no_shape_checker):
@@ -209,4 +265,11 @@ def test_the_counter_of_bytes_counts():
 
 
 def test_everything_is_exported():
-    assert sharding.__all__ == ["RULES", "layout", "make_mesh", "shard", "shard_batch"]
+    assert sharding.__all__ == [
+        "RULES",
+        "layout",
+        "make_mesh",
+        "shard",
+        "shard_batch",
+        "zigzag",
+    ]

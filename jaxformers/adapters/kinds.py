@@ -75,7 +75,7 @@ class Dora(eqx.Module, WeightObject):
         low = self.low[i]
         return replace(self, base=low.base, a=low.a, b=low.b, magnitude=self.magnitude[i])
 
-    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+    def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         y = self.low.product(x)
         return (widened(y) * self._factors.reshape(-1)).astype(y.dtype)
 
@@ -160,7 +160,7 @@ class Replaced(eqx.Module, WeightObject):
         base = None if self.base is None else self.base[i]
         return Replaced(base, self.value[i], self.name)
 
-    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+    def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         wide = x if x.dtype.itemsize > self.value.dtype.itemsize else x.astype(self.value.dtype)
         value = self.value.reshape(x.shape[-1], -1).astype(wide.dtype)
         return (wide @ value).astype(x.dtype)

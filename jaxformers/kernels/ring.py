@@ -63,7 +63,7 @@ def ring_attention(
     arrays, rest = eqx.partition(mask, eqx.is_array)
     of_mask = jax.tree_util.tree_map_with_path(_place, arrays)
     size = mesh.shape[SEQUENCE]
-    sizes = Blocks(_divisor(t // size, blocks[0]), _divisor(s // size, blocks[1]))
+    sizes = blocks_of(t // size, s // size, blocks)
     return jax.shard_map(
         lambda q, k, v, arrays: _ring((q, k, v, eqx.combine(arrays, rest)), softcap, sizes, size),
         mesh=mesh,
@@ -82,6 +82,16 @@ def _place(path: tuple, x: Array) -> PartitionSpec:
     if path[0].name == "bias":
         return PartitionSpec()
     return PartitionSpec(*(None,) * (x.ndim - 1), SEQUENCE)
+
+
+def blocks_of(t: int, s: int, blocks: tuple[int, int]) -> Blocks:
+    """Returns the sizes of the blocks of a device's queries and keys.
+
+    No block has positions of both halves, which are far apart in zigzag order. So blocks that are
+    hidden whole are skipped in both.
+    """
+    t, s = (size // 2 if size % 2 == 0 else size for size in (t, s))
+    return Blocks(_divisor(t, blocks[0]), _divisor(s, blocks[1]))
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -27,11 +27,11 @@ FEW = 8
 
 
 def product(
-    x: Float[Array, "r i"],
+    x: Float[Array, "*r i"],
     integers: Integer[Array, "o i"],
     scale: Float[Array, "o k"],
     offset: Float[Array, "o k"] | None,
-) -> Float[Array, "r o"]:
+) -> Float[Array, "*r o"]:
     """Returns the product with the matrix `scale * integers + offset`, in the type of `x`.
 
     Arguments:
@@ -40,7 +40,8 @@ def product(
         scale: a number for each output and each of k groups of consecutive inputs, in float32.
         offset: of the same shape; None is 0.
     """
-    if not 1 <= len(x) <= FEW or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
+    few = x.ndim == 2 and 1 <= len(x) <= FEW
+    if not few or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
         return _by_copy(x, integers, scale, offset)
     rows = _computed_once(x.astype(jnp.float32))
     if len(x) == 1:
@@ -74,11 +75,11 @@ def _of_row(
 
 
 def _by_copy(
-    x: Float[Array, "r i"],
+    x: Float[Array, "*r i"],
     integers: Integer[Array, "o i"],
     scale: Float[Array, "o k"],
     offset: Float[Array, "o k"] | None,
-) -> Float[Array, "r o"]:
+) -> Float[Array, "*r o"]:
     integers, x = lax.optimization_barrier((integers, x))
     if scale.shape[1] > 1 or offset is not None:
         return x @ numbers(integers, scale, offset).astype(x.dtype).T

@@ -82,7 +82,7 @@ class Quantized(eqx.Module, WeightObject):
         """Returns the same weight, which gives its numbers in another type."""
         return replace(self, dtype=dtype)
 
-    def product(self, x: Float[Array, "r i"]) -> Float[Array, "r o"]:
+    def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         if self.transposed:
             return x @ self._matrix().astype(x.dtype)
         integers = self._unpacked(self.integers).reshape(-1, x.shape[-1])

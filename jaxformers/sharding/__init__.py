@@ -3,5 +3,6 @@
 from jaxformers.sharding.mesh import make_mesh
 from jaxformers.sharding.rules import RULES, layout
 from jaxformers.sharding.spread import shard, shard_batch
+from jaxformers.sharding.zigzag import zigzag
 
-__all__ = ["RULES", "layout", "make_mesh", "shard", "shard_batch"]
+__all__ = ["RULES", "layout", "make_mesh", "shard", "shard_batch", "zigzag"]

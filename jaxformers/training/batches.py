@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxformers.sharding.spread import shard_batch
 from jaxformers.training.interrupt import Stopped
 from jaxformers.training.objectives import Batch, Loss, check_ids
+from jaxformers.training.row_order import ordered
 
 
 def prepared(
@@ -21,7 +22,7 @@ def prepared(
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
     check_ids(loss, model, arrays)
     if mesh is not None:
-        return shard_batch(arrays, mesh)
+        return shard_batch(ordered(arrays, loss, model, mesh), mesh)
     return jax.device_put(arrays, may_alias=False)  # a loader may overwrite its arrays
 
 

@@ -1,6 +1,7 @@
 """Cross-entropy over a vocabulary, with label smoothing and z-loss, dense or in chunks of rows."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxformers.checks import check_callable, check_nonnegative, check_size, is_known
+from jaxformers.sharding.mesh import divides_positions, sizes_of, traced_mesh
+from jaxformers.sharding.rules import mesh_axes
 
 # The number of logits in a chunk: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which need
 # more work at a time. With fewer than `CHUNK_ROWS` rows, adding up the gradient of the weights
@@ -116,21 +119,55 @@ def chunked_cross_entropy(
     check_size(chunk=chunk)
     if rows <= chunk:
         return _share(project(hidden), targets, counted, counted.sum(), label_smoothing, z_loss)
-    chunks = -(-rows // chunk)
+    count, of_rows = counted.sum(), (hidden, jnp.asarray(targets), counted)
+    hidden, targets, counted = _split(of_rows, -(-rows // chunk))
+    project = eqx.filter_closure_convert(project, hidden[0])  # its weights become leaves of a tree
+    return _sum_of_shares(project, hidden, targets, counted, count, label_smoothing, z_loss)
+
+
+def _split(of_rows: tuple[Array, Array, Array], chunks: int) -> list[Array]:
+    """Returns hidden states, targets and what counts in chunks, along a new leading axis.
+
+    Each chunk takes every `chunks`-th row, so that a batch over many devices stays spread.
+    """
+    hidden, _, counted = of_rows
+    if counted.ndim == 2 and divides_positions(hidden):
+        parts = _parts(counted.shape, chunks, traced_mesh(hidden))
+        return [_split_both(x, *parts) for x in of_rows]
+    rows = counted.size
 
     def split(x: Array) -> Array:
         x = x.reshape(rows, *x.shape[counted.ndim :])
         # The rows that fill up the last chunk do not count. They are copies, so they are finite
         # if the others are.
         x = jnp.concatenate([x, jax.lax.stop_gradient(x[: -rows % chunks])])
-        # Each chunk takes every `chunks`-th row, so that a batch over many devices stays spread.
         return jnp.swapaxes(x.reshape(-1, chunks, *x.shape[1:]), 0, 1)
 
-    hidden, targets, count = split(hidden), split(jnp.asarray(targets)), counted.sum()
-    real = jnp.arange(chunks * hidden.shape[1]) < rows
-    counted = split(counted) & jnp.swapaxes(real.reshape(-1, chunks), 0, 1)
-    project = eqx.filter_closure_convert(project, hidden[0])  # its weights become leaves of a tree
-    return _sum_of_shares(project, hidden, targets, counted, count, label_smoothing, z_loss)
+    hidden, targets, counted = map(split, of_rows)
+    real = (jnp.arange(counted.size) < rows).reshape(-1, chunks)
+    return [hidden, targets, counted & jnp.swapaxes(real, 0, 1)]
+
+
+def _split_both(x: Array, rows: int, positions: int) -> Array:
+    """Returns every `rows`-th row and every `positions`-th position of these, in chunks."""
+    b, t, *rest = x.shape
+    x = x.reshape(b // rows, rows, t // positions, positions, *rest)
+    x = jnp.moveaxis(x, (1, 3), (0, 1))
+    return x.reshape(rows * positions, *x.shape[2:])
+
+
+def _parts(shape: tuple[int, ...], chunks: int, mesh: Any) -> tuple[int, int]:
+    """Returns by how much rows and positions are split into `chunks` or a few more.
+
+    Each chunk has as many rows and positions of each device. So none of them is sent.
+    """
+    sizes, here = sizes_of(mesh), []
+    for name, size in zip("bt", shape, strict=True):
+        over = prod(sizes.get(axis, 1) for axis in mesh_axes(name))
+        here.append(size // over if size % over == 0 else size)
+    rows, positions = ([i for i in range(1, n + 1) if n % i == 0] for n in here)
+    enough = [(i, j) for i in rows for j in positions if i * j >= chunks]
+    return min(enough, key=prod, default=(rows[-1], positions[-1]))
 
 
 def _choose_chunk(rows: int, vocab_size: int) -> int:
