@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxformers.checkpoint.model_file import check_path, read_notes, write_object
+from jaxformers.sharding.hosts import by_first_host, collect
 from jaxformers.training.run import Report
 
 
@@ -71,9 +72,10 @@ class KeepBest:
             self.step, self.best = self._noted["step"], self._noted[self.metric]
         self._noted = None
         value = report.metrics[self.metric]
-        if math.isfinite(value) and value < self.best:
+        if by_first_host(math.isfinite(value) and value < self.best):
+            model = report.model if jax.process_count() == 1 else collect(report.model)
             if jax.process_index() == 0:  # only one host writes
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 notes = {"step": report.step, self.metric: value}
-                write_object(self.path, report.model, notes)
+                write_object(self.path, model, notes)
             self.step, self.best = report.step, value

@@ -1,5 +1,7 @@
 """Placement of models, batches and states on a mesh."""
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any, TypeVar
 
 import jax
@@ -62,8 +64,8 @@ def shard_batch(batch: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
     divided over "sequence". Numbers are copied to every device.
 
     Arguments:
-        batch: any pytree of arrays, of NumPy or JAX. With several hosts each passes rows of its
-            own.
+        batch: any pytree of arrays, of NumPy or JAX. On several hosts each passes the whole batch,
+            of which its devices get their parts; `join_batch` takes the rows of a host alone.
         mesh: from `make_mesh`.
         rules: see `layout`; only the letters "b" and "t" matter here.
 
@@ -79,29 +81,50 @@ def shard_batch(batch: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
     """
     mesh = as_auto(mesh)
     check_names(mesh, rules)
-    sizes, hosts = sizes_of(mesh), jax.process_count()
+    sizes = sizes_of(mesh)
 
     def put(path: tuple, x: Any) -> Any:
         if not hasattr(x, "shape") and not isinstance(x, bool | int | float):
             return x
         shape = np.shape(x)
         spec = row_spec(len(shape), sizes, rules)
-        for i, over in enumerate(spec):
-            over = (over,) if isinstance(over, str) else over or ()
-            parts = int(np.prod([sizes[axis] for axis in over]))
-            if shape[i] * (hosts if i == 0 else 1) % parts:
-                what = "rows" if i == 0 else "positions"
-                text = " x ".join(f"{axis}={sizes[axis]}" for axis in over)
-                raise ValueError(
-                    f"{path_name(path) or 'the batch'} {shape} has {shape[i]} {what}, which cannot "
-                    f"be divided over {text}. Pass a multiple of {parts}."
-                )
-        where = NamedSharding(mesh, spec)
-        if hosts > 1 and not (isinstance(x, jax.Array) and x.sharding == where):
-            return jax.make_array_from_process_local_data(where, np.asarray(x))
-        return place(x, where)
+        for i, over in _undivided(shape, spec, sizes):
+            what = "rows" if i == 0 else "positions"
+            text = " x ".join(f"{axis}={sizes[axis]}" for axis in over)
+            raise ValueError(
+                f"{path_name(path) or 'the batch'} {shape} has {shape[i]} {what}, which cannot "
+                f"be divided over {text}. Pass a multiple of {prod(sizes[axis] for axis in over)}."
+            )
+        return place(x, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def shard_or_copy(batch: Tree, mesh: Mesh) -> Tree:
+    """Returns a batch as `shard_batch` does; what cannot be divided is copied to every device.
+
+    Arrays that lie on several devices stay there.
+    """
+    sizes = sizes_of(mesh)
+
+    def put(x: Any) -> Any:
+        if not hasattr(x, "shape") or mesh_in([x]) is not None:
+            return x
+        spec = row_spec(x.ndim, sizes)
+        whole = any(_undivided(x.shape, spec, sizes))
+        return place(x, NamedSharding(mesh, PartitionSpec() if whole else spec))
+
+    return jax.tree.map(put, batch)
+
+
+def _undivided(
+    shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yields the axes of an array that cannot be divided, each with its axes of the mesh."""
+    for i, over in enumerate(spec):
+        over = (over,) if isinstance(over, str) else over or ()
+        if shape[i] % prod(sizes[axis] for axis in over):
+            yield i, over
 
 
 def row_spec(ndim: int, sizes: dict[str, int], rules: Rules = RULES) -> PartitionSpec:

@@ -1,29 +1,49 @@
 """The path of batches to the device: they are checked, converted and fetched one step ahead."""
 
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
 
-from jaxformers.sharding.spread import shard_batch
 from jaxformers.training.interrupt import Stopped
 from jaxformers.training.objectives import Batch, Loss, check_ids
-from jaxformers.training.row_order import ordered
+
+
+def on_device(batch: Any) -> Any:
+    """Returns a batch on the device. It is copied, since a loader may overwrite its arrays."""
+    return jax.device_put(batch, may_alias=False)
 
 
 def prepared(
-    batch: Any, name: str, loss: Loss, model: Any, mesh: Mesh | None = None
+    batch: Any, name: str, loss: Loss, model: Any, put: Callable = on_device
 ) -> dict[str, Any]:
-    """Returns a batch of any loader as arrays on the device or mesh, after a check of its ids."""
+    """Returns a batch of any loader as arrays where `put` puts them, after a check of its ids."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
     check_ids(loss, model, arrays)
-    if mesh is not None:
-        return shard_batch(ordered(arrays, loss, model, mesh), mesh)
-    return jax.device_put(arrays, may_alias=False)  # a loader may overwrite its arrays
+    return put(arrays)
+
+
+def check_alike(batch: Any) -> None:
+    """Raises an error on every host if one of them has another batch."""
+    if jax.process_count() == 1 or not isinstance(batch, Mapping):
+        return
+    sums = 0
+    for name, x in sorted(batch.items()):
+        if not isinstance(x, jax.Array):
+            x = np.ascontiguousarray(x)
+            sums = zlib.crc32(x.tobytes(), zlib.crc32(f"{name} {x.shape}".encode(), sums))
+    found = multihost_utils.process_allgather(np.array([sums], np.uint32))
+    if len(set(found.ravel().tolist())) > 1:
+        raise ValueError(
+            "the first batch must be the same on all hosts, each of which takes its rows of it. "
+            "If each host makes rows of its own, pass join_batch(rows, mesh) of "
+            "jaxformers.sharding."
+        )
 
 
 def as_dict(batch: Any) -> Any:
@@ -93,6 +113,8 @@ class Feed:
         except Exception as error:
             error.add_note(f"Batch {self.position} raised this error when it was fetched.")
             raise
+        if not self.batch:
+            check_alike(batch)
         self.batch = self._prepare(batch, f"batch {self.position}")
         self.position += 1
         return True

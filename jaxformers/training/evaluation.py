@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -13,8 +14,10 @@ from jaxtyping import PyTree
 from jaxformers.checks import check_callable, check_usable
 from jaxformers.precision import widened_beside
 from jaxformers.sharding.constraints import gather
+from jaxformers.sharding.mesh import mesh_in
+from jaxformers.sharding.spread import shard_or_copy
 from jaxformers.trainability import has_adapters, trainable
-from jaxformers.training.batches import in_order, prepared
+from jaxformers.training.batches import in_order, on_device, prepared
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.objectives import Batch, Loss, check_ids, count_targets, measure
 
@@ -85,9 +88,10 @@ def evaluate(
     """
     check_callable(loss=loss, count=count)
     check_usable(model=model)
-    parts = []
+    parts, mesh = [], mesh_in(model)
+    put = on_device if mesh is None else partial(shard_or_copy, mesh=mesh)
     for i, batch in enumerate(in_order(batches)):
-        batch = prepared(batch, f"evaluation batch {i}", loss, model)
+        batch = prepared(batch, f"evaluation batch {i}", loss, model, put)
         check_ids(loss, model, batch, wait=True)  # ids beyond the vocabulary would give NaN
         parts.append(_value((loss, count), model, batch))
         jax.block_until_ready(parts[-1 - IN_FLIGHT :][0])  # only few batches are in memory

@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+import jax
+
+from jaxformers.training.agreement import Agreement
+
 Item = TypeVar("Item")
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -35,7 +39,9 @@ class Stopped(BaseException):
 class Interrupt:
     """A context in which Ctrl-C and SIGTERM set `asked`. A second signal has its usual effect.
 
-    Only the main thread can handle signals. In other threads the context changes nothing.
+    Only the main thread can handle signals. In other threads the context changes nothing. Of
+    several hosts each may get a signal. All of them then have it as `asked` from the same `agree`
+    on; on one host it is there at once.
 
     Arguments:
         save: a function that saves the state of the run. The second thread calls it after a signal,
@@ -44,6 +50,8 @@ class Interrupt:
 
     def __init__(self, save: Callable[[], None]) -> None:
         self.asked: signal.Signals | None = None
+        self._heard: signal.Signals | None = None  # by this host
+        self._hosts = Agreement() if jax.process_count() > 1 else None
         self._save = save
         self._before: dict[int, Any] = {}
         self._state = threading.Lock()  # the main thread holds it, except in `foreign_code`
@@ -110,6 +118,12 @@ class Interrupt:
                 return
             yield item
 
+    def agree(self) -> None:
+        """Sets `asked` if any host got a signal before the last call, which each made at a step."""
+        if self._hosts is not None:
+            number = self._hosts.next(0 if self._heard is None else int(self._heard))
+            self.asked = signal.Signals(number) if number else None
+
     def pass_on(self) -> None:
         """Gives SIGTERM its usual effect: it ends the program, or the user's handler runs."""
         if self.asked == signal.SIGTERM:
@@ -125,7 +139,9 @@ class Interrupt:
                 signal.set_wakeup_fd(self._watch.others)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self._heard = signal.Signals(number)
+        if self._hosts is None:
+            self.asked = self._heard
         self._restore(*SIGNALS)
         if NUDGE is not None:
             self._handle(NUDGE, self._leave)

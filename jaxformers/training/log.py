@@ -49,7 +49,7 @@ class Log:
         progress: bool,
         due: bool = False,
     ):
-        first = jax.process_index() == 0  # only the first of many hosts writes
+        first = self._first = jax.process_index() == 0  # only the first of many hosts writes
         self.due, self.metrics = due, dict[str, float]()
         self._bar = _Bar.opened(done, steps) if progress and first and _can_show() else None
         self._file = self._events = self._reported = None
@@ -82,14 +82,16 @@ class Log:
         """Shows a line above the progress bar, or logs it. It is information, not a warning."""
         if self._bar is not None:
             self._each("say", text)
-        else:  # without any setup of `logging`, Python shows this level on standard error
+        elif (
+            self._first
+        ):  # without any setup of `logging`, Python shows this level on standard error
             LOGGER.warning(text)
 
     def warn(self, text: str) -> None:
         """Shows a line above the progress bar, or warns."""
         if self._bar is not None:
             self._each("say", text)
-        else:
+        elif self._first:
             warn_and_go_on(text, 5)
 
     def compiling(self) -> None:

@@ -5,21 +5,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_callable, check_size
 from jaxformers.optim import as_optimizer
+from jaxformers.sharding.hosts import by_first_host
 from jaxformers.sharding.mesh import as_auto, mesh_in
-from jaxformers.sharding.spread import shard
-from jaxformers.training.batches import Feed, in_order, prepared
+from jaxformers.sharding.spread import shard, shard_batch
+from jaxformers.training.batches import Feed, in_order, on_device, prepared
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.notices import warn_and_go_on
 from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.row_order import ordered
 from jaxformers.training.run import Evaluation, Report, Run
 from jaxformers.training.step import BadSteps, Gradients, Training, begin
 
@@ -153,11 +153,17 @@ def fit(
         del training
         if done:
             writer.tell(_progress_of(checkpoint, done, steps))
+
+        def put(arrays: dict[str, Any]) -> dict[str, Any]:
+            if mesh is None:
+                return on_device(arrays)
+            return shard_batch(ordered(arrays, loss, run.training.model, mesh), mesh)
+
         with Interrupt(_saver(run)) as interrupt:
             feed = Feed(
                 batches,
                 done,
-                lambda batch, name: prepared(batch, name, loss, run.training.model, mesh),
+                lambda batch, name: prepared(batch, name, loss, run.training.model, put),
                 interrupt.fetch,
             )
             try:
@@ -188,9 +194,10 @@ def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrup
             return run.step < steps and feed.advance()
 
     # The run before may have ended before the evaluation that follows its last step.
-    more = not (_agreed(run.log.due) and run.report(interrupt)) and advance_feed()
+    more = not (by_first_host(run.log.due) and run.report(interrupt)) and advance_feed()
     while more:
         run.advance(feed.batch)
+        interrupt.agree()
         more = advance_feed()  # while the device works
         report = run.step == steps or feed.ended or run.step % eval_every == 0
         save = not more or run.step % save_every == 0
@@ -211,13 +218,6 @@ def _progress_of(checkpoint: Any, done: int, steps: int) -> str:
 def _saver(run: Run) -> Callable[[], None]:
     """Returns the function that saves a run after a signal. Hosts cannot save independently."""
     return run.save if jax.process_count() == 1 else lambda: None
-
-
-def _agreed(due: bool) -> bool:
-    """Returns the value of the first host, which has the log."""
-    if jax.process_count() == 1:
-        return due
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
 
 def _resume(training: Training, checkpoint: Any) -> Training:

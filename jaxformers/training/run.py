@@ -220,6 +220,8 @@ class Run:
         if not reached:
             return
         self.hand_over(error)
+        if jax.process_count() > 1:  # the others may not have the error, and would not save
+            return
         if self.checkpoint is None or not isinstance(error, Exception | SystemExit):
             error.add_note(
                 f"The state after step {self.step} is the attribute `training` of this error. "
