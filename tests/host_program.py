@@ -1,7 +1,7 @@
 """A program that one of several hosts runs, started by `test_hosts.py` and `.ci/slow`.
 
-`python host_program.py INDEX COUNT PORT DIRECTORY CHECK ...` is host INDEX of COUNT, each with 8 / COUNT
-virtual devices. It prints a line of JSON for each check.
+`python host_program.py INDEX COUNT PORT DIRECTORY CHECK ...` is host INDEX of COUNT, each
+with 8 / COUNT virtual devices. It prints a line of JSON for each check.
 """
 
 import json
@@ -16,9 +16,11 @@ import numpy as np
 
 from jaxformers import (
     AdamW,
+    GatedFeedForward,
     KeepBest,
     OrbaxCheckpoints,
     RMSNorm,
+    RotaryPositionalEncoding,
     TransformerLM,
     evaluate,
     fit,
@@ -45,8 +47,15 @@ MESHES = {"fsdp": (1, 8), "all": (2, 2, 2), "tensor": (1, 1, 8), "positions": (2
 
 
 def model():
-    sizes = 72, 32, 8, 2, 48, 64, 0.1
-    return scan_layers(TransformerLM(*sizes, norm=RMSNorm, use_bias=False, key=jax.random.key(3)))
+    llama = dict(
+        norm=RMSNorm,
+        feed_forward=GatedFeedForward,
+        position=RotaryPositionalEncoding(),
+        use_bias=False,
+        tie_embeddings=True,
+        embedding_scale=1.0,
+    )
+    return scan_layers(TransformerLM(72, 32, 8, 2, 48, 64, 0.1, **llama, key=jax.random.key(3)))
 
 
 def source():
@@ -97,7 +106,7 @@ def check_losses(directory):
 def check_rows(directory):
     """Hosts that make rows of their own, in a loop of their own."""
     found = {}
-    for name in ("fsdp", "tensor"):
+    for name in os.environ.get("MESH", "fsdp").split():
         mesh = make_mesh(*MESHES[name])
         own = source().shard(*host_rows(mesh))
         spread, optimizer = shard(model(), mesh), AdamW(1e-2)
@@ -162,10 +171,21 @@ def check_different(directory):
 def check_train(directory):
     """A run with checkpoints, as long as the variable STEPS says, on the mesh that MESH says."""
     checkpoint = OrbaxCheckpoints(f"{directory}/run", every=2)
-    slow = Slow(source())
     steps = int(os.environ["STEPS"])
-    losses, training = run(os.environ["MESH"], steps, slow, checkpoint=checkpoint)
+    losses, training = run(os.environ["MESH"], steps, Slow(source()), checkpoint=checkpoint)
     return {"losses": losses, "step": int(training.step)}
+
+
+def check_broken(directory):
+    """A loader that fails on one host."""
+
+    class Broken:
+        def __getitem__(self, i):
+            if jax.process_index() == 1 and i == 2:
+                raise OSError("this loader is broken")
+            return source()[i]
+
+    run("fsdp", 5, Broken())
 
 
 def barrier():

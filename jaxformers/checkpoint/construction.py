@@ -25,6 +25,7 @@ from jaxformers.checkpoint.migration import (
 from jaxformers.checkpoint.names import field_names, is_record, known_objects, public_name
 from jaxformers.files.json_file import shorten
 from jaxformers.files.safetensors_file import DTYPES, NAMES
+from jaxformers.sharding.hosts import check_here
 
 _PARTIALS = {"functools": functools.partial, "jax": jax.tree_util.Partial}
 
@@ -122,11 +123,7 @@ class Encoder:
             data = np.asarray(x)
         if data.dtype not in NAMES:
             raise ValueError(f"{_at(path)} has the dtype {x.dtype}, which a file cannot hold.")
-        if isinstance(data, jax.Array) and not data.is_fully_addressable:
-            raise ValueError(
-                f"{_at(path)} is spread over several hosts, and one file is written by one. Save "
-                "such state with OrbaxCheckpoints(directory)."
-            )
+        check_here(_at(path), data)
         self.arrays[name] = data
         entry = {"array": name, "as": kind}
         self.found[id(x)] = x, entry  # keeps x alive, so that no other object gets its id

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxformers.paths import path_name
+from jaxformers.sharding.hosts import check_here
 
 Tree = TypeVar("Tree", bound=PyTree)
 
@@ -97,11 +98,7 @@ def to_host(path: str, x: Any) -> Any:
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise ValueError(f"{path} has no numbers here: save outside of jit, grad and vmap.")
     if isinstance(x, jax.Array):
-        if not x.is_fully_addressable:
-            raise ValueError(
-                f"{path} is spread over several hosts, and one file is written by one. Save such "
-                "state with OrbaxCheckpoints(directory)."
-            )
+        check_here(path, x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return HostKey(str(jax.random.key_impl(x)), np.array(jax.random.key_data(x)))
         # NumPy shares the memory of a CPU's array. From another device it has a copy already.

@@ -24,6 +24,7 @@ from jaxformers.generation.request import (
 )
 from jaxformers.generation.speculative import run_speculative
 from jaxformers.output import check_output
+from jaxformers.sharding.hosts import to_numpy
 
 
 class Generation(NamedTuple):
@@ -131,7 +132,7 @@ def search(model: Any, request: Request, beams: Beams, count: int) -> Generation
     """Runs beam search, and returns the `count` best sequences for each row."""
     ended, failed = run_beams(model, request.plan, beams, *request.arrays)
     if is_known(failed):  # in NumPy, which compiles nothing
-        finished, reasons = np.asarray(ended.finished), np.asarray(failed)
+        finished, reasons = to_numpy(ended.finished), to_numpy(failed)
         too_few = finished[:, 0] & ~finished[:, count - 1] & (reasons == 0)
         failed = jax.device_put(np.where(too_few, np.int32(TOO_FEW), reasons))
     best, prompt = best_of(ended, count), request.prompt.repeat(count)
@@ -181,7 +182,7 @@ def check_failed(tokens: Int[Array, "b s"], failed: Int[Array, " r"]) -> Int[Arr
         for reason, message in FAILURES.items():
             tokens = eqx.error_if(tokens, (failed == reason).any(), message)
         return tokens
-    reasons = np.asarray(failed)
+    reasons = to_numpy(failed)
     rows = np.flatnonzero(reasons).tolist()
     if rows:
         raise failure(int(reasons[rows[0]]), f"in row {rows[0]} of the batch ")

@@ -19,6 +19,7 @@ from jaxformers.ids import Tokens, as_rows, stack
 from jaxformers.mistakes import special_of, warn_of_length, warn_of_padding
 from jaxformers.one_program import MOST_PADDED, bucket
 from jaxformers.origin import Origin, SpecialTokens
+from jaxformers.sharding.hosts import to_numpy
 
 
 class Prompt(NamedTuple):
@@ -60,7 +61,7 @@ class Prompt(NamedTuple):
 
     def own(self, rows: Any) -> Any:
         """The prompt's rows without those that were added, in NumPy where that is possible."""
-        return (np.asarray(rows) if is_known(rows) else rows)[: self.tokens.shape[0]]
+        return (to_numpy(rows) if is_known(rows) else rows)[: self.tokens.shape[0]]
 
     def join(self, tokens: Int[Array, "b s"], start: int, stop: int) -> Int[Array, "*b t"]:
         """Returns the prompt as it came, followed by columns `start` to `stop` of `tokens`."""
@@ -111,7 +112,7 @@ def read_prompt(
     given, padding_mask = _fill_ragged(prompt, padding_mask, name, mask_name)
     committed = isinstance(given, jax.Array) and is_known(given) and given.committed
     sharding = given.sharding if committed else None
-    tokens: Any = check_tokens(np.asarray(given) if is_known(given) else given, vocab_size, name)
+    tokens: Any = check_tokens(to_numpy(given) if is_known(given) else given, vocab_size, name)
     real: Any = check_padding_mask(padding_mask, tokens.shape, mask_name)
     if is_known(tokens):
         tokens = np.asarray(tokens)

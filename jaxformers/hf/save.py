@@ -33,12 +33,17 @@ from jaxformers.hf.saved_tokenizer import copy_tokenizer
 from jaxformers.hf.tensors import ModelTensors
 from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
+from jaxformers.paths import path_name
+from jaxformers.sharding.hosts import check_here
 from jaxformers.weights import merge
 
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model as a checkpoint; see `save_pretrained` of the models."""
-    directory, model = check_directory(path), merge(unroll_layers(model))
+    directory = check_directory(path)
+    for name, x in jax.tree_util.tree_leaves_with_path(model):
+        check_here(path_name(name), x)  # on one host alone, the next line would wait for the others
+    model = merge(unroll_layers(model))
     dtype = check_arrays(arrays_by_path(model))
     model = without_scale(model)
     arrays = arrays_by_path(model)

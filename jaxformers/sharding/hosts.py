@@ -50,8 +50,8 @@ def join_hosts(
         jax.distributed.initialize(address, count, index, **(seconds | options))
     except ValueError as error:
         raise ValueError(
-            f"the hosts cannot be joined: {error} Start the script with srun, mpirun or as a job of "
-            'Kubernetes, or pass join_hosts("10.0.0.1:1234", count=4, index=0), which are the '
+            f"the hosts cannot be joined: {error} Start the script with srun, mpirun or as a job "
+            'of Kubernetes, or pass join_hosts("10.0.0.1:1234", count=4, index=0), which are the '
             "address of the first host, the number of processes and the number of this one."
         ) from error
 
@@ -139,14 +139,23 @@ def collect(tree: Tree) -> Tree:
         >>> if jax.process_index() == 0:
         ...     whole.save_pretrained(directory)  # doctest: +SKIP
     """
+    return jax.tree.map(lambda x: to_numpy(x) if isinstance(x, jax.Array) else x, tree)
 
-    def fetch(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
-            return x
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        if x.is_fully_replicated:
-            return np.asarray(x.addressable_data(0))
-        return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(fetch, tree)
+def check_here(name: str, x: Any) -> None:
+    """Raises an error if an array that one host shall write is spread over several."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        raise ValueError(
+            f"{name} is spread over several hosts, and one file is written by one. Save the state "
+            "of a training with OrbaxCheckpoints(directory). For a model, call whole = "
+            "collect(model) of jaxformers.sharding on all hosts, and save that on one."
+        )
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Returns an array in NumPy, whole on every host."""
+    if getattr(x, "is_fully_addressable", True):
+        return np.asarray(x)
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    return multihost_utils.process_allgather(x, tiled=True)

@@ -135,7 +135,7 @@ def spec_of(axes: Axes, sizes: Mapping[str, int], rules: Rules = RULES) -> Parti
 
 
 def check_names(mesh: Mesh, rules: Rules) -> None:
-    """Raises an error if a mesh has an axis that no rule names, whose devices would all do the same.
+    """Raises an error if a mesh has an axis that no rule names: its devices would do the same.
 
     Example:
         >>> check_names(jax.make_mesh((1,), ("x",)), RULES)  # one device has nothing to divide
