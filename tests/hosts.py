@@ -90,7 +90,6 @@ def check_same():
 def check_lost():
     """A host that is killed ends the run on the others, which goes on on another mesh."""
     with tempfile.TemporaryDirectory() as directory:
-        (alone,), _ = finish(start(1, f"{directory}/alone", "train", MESH="all", STEPS="8"))
         processes = start(2, directory, "train", MESH="fsdp", STEPS="1000")
         wait_for(directory, 4, processes)
         processes[1].kill()
@@ -110,7 +109,6 @@ def check_lost():
             start(1, f"{directory}/whole", "train", MESH="all", STEPS=str(done + 2))
         )
         assert_near(results[0]["train"]["losses"], whole["train"]["losses"][-2:], 1e-4)
-        assert_near(whole["train"]["losses"][:8], alone["train"]["losses"][:8])
 
 
 def newest(directory):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from jaxformers.sharding.mesh import as_auto, sizes_of
-from jaxformers.sharding.rules import RULES, check_names
+from jaxformers.sharding.rules import RULES, check_names, mesh_axes
 from jaxformers.sharding.spread import row_spec
 
 Tree = TypeVar("Tree", bound=PyTree)
@@ -75,9 +75,7 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
     mesh = as_auto(mesh)
     sizes = sizes_of(mesh)
     where = NamedSharding(mesh, row_spec(1, sizes))
-    (over,) = where.spec or (None,)
-    over = (over,) if isinstance(over, str) else over or ()
-    parts = math.prod(sizes[axis] for axis in over)
+    parts = math.prod(sizes.get(axis, 1) for axis in mesh_axes("b"))
     indices = where.addressable_devices_indices_map((parts,)).values()
     own = sorted({part for (rows,) in indices for part in range(*rows.indices(parts))})
     size = len(own)
