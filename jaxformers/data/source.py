@@ -52,9 +52,9 @@ class Source(abc.ABC):
     def shard(self, index: int, count: int) -> "Source":
         """Returns a source of the rows of process `index` of `count`; other rows cost nothing.
 
-        On many hosts each host makes its own rows: `source.shard(jax.process_index(),
-        jax.process_count())[i]`, for `jax.make_array_from_process_local_data`. The rows of all
-        processes in order are the whole batch.
+        On many hosts each host can make its own rows: `source.shard(*host_rows(mesh))[i]`, which
+        `join_batch` of `jaxformers.sharding` joins. The rows of all processes in order are the
+        whole batch.
 
         Raises:
             ValueError: if `index` is not below `count`, or `batch_size` is not a multiple of

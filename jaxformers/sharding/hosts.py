@@ -77,7 +77,8 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
     where = NamedSharding(mesh, row_spec(1, sizes))
     parts = math.prod(sizes.get(axis, 1) for axis in mesh_axes("b"))
     indices = where.addressable_devices_indices_map((parts,)).values()
-    own = sorted({part for (rows,) in indices for part in range(*rows.indices(parts))})
+    rows = [part[0] for part in indices if part is not None]
+    own = sorted({i for part in rows for i in range(*part.indices(parts))})
     size = len(own)
     if own != list(range(own[0], own[0] + size)) or own[0] % size or parts % size:
         raise ValueError(
