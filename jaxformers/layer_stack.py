@@ -302,16 +302,23 @@ def rematerialize(model: Model, keep: Sequence[str] | None = ()) -> Model:
     )
 
 
-def _change_stacks(model: Any, change: Callable) -> Any:
-    def is_stack(x):
-        return hasattr(x, "layers") and hasattr(x, "rematerialization")
+def has_separate_layers(model: Any) -> bool:
+    """Returns whether a stack of a model has several layers that are not scanned."""
+    stacks = filter(_is_stack, jax.tree.leaves(model, is_leaf=_is_stack))
+    return any(not isinstance(x.layers, ScannedLayers) and len(x.layers) > 1 for x in stacks)
 
-    if not any(map(is_stack, jax.tree.leaves(model, is_leaf=is_stack))):
+
+def _is_stack(x: Any) -> bool:
+    return hasattr(x, "layers") and hasattr(x, "rematerialization")
+
+
+def _change_stacks(model: Any, change: Callable) -> Any:
+    if not any(map(_is_stack, jax.tree.leaves(model, is_leaf=_is_stack))):
         raise ValueError(
             "expected a model with layers, such as TransformerLM or Encoder, got "
             f"{type(model).__name__}."
         )
-    return jax.tree.map(lambda x: change(x) if is_stack(x) else x, model, is_leaf=is_stack)
+    return jax.tree.map(lambda x: change(x) if _is_stack(x) else x, model, is_leaf=_is_stack)
 
 
 def _difference(a: Any, b: Any, path: str = "") -> str | None:

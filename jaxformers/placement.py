@@ -51,7 +51,7 @@ def put_parts(
     path: str,
     x: np.ndarray,
     dtype: Any,
-    sharding: Callable[[str, Any], Any],
+    sharding: Any,
     prepare: Callable[[np.ndarray], np.ndarray],
 ) -> jax.Array:
     """Returns an array whose devices have each read their own part of it, and no other.
@@ -60,7 +60,7 @@ def put_parts(
         path: of the array in the model.
         x: a view of the array in its file.
         dtype: the type that `prepare` gives.
-        sharding: the function from path and shape to a `NamedSharding`.
+        sharding: a `NamedSharding`, or the function from path and shape to one.
         prepare: function that checks a part and casts it.
     """
     shape = jax.ShapeDtypeStruct(x.shape, dtype)

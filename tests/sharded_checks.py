@@ -10,9 +10,15 @@ import sys
 import tempfile
 import traceback
 from functools import partial
+from importlib.metadata import version
 from unittest.mock import patch
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Programs here are compiled often and run once. The second flag halves the time to compile, and is
+# unknown to newer versions.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    + ["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10.")
+)
 
 import equinox as eqx
 import jax
@@ -51,6 +57,7 @@ from jaxformers import (
     sequence_to_sequence_loss,
     train_step,
 )
+from jaxformers.checkpoint import model_file
 from jaxformers.kernels.flash import _visible
 from jaxformers.kernels.ring import blocks_of
 from jaxformers.masks import AttentionMask
@@ -125,6 +132,8 @@ def case(name):
 
         model = jax.tree.map(adapted, model, is_leaf=lambda x: isinstance(x, LowRank))
         return model, language_model_loss, text()
+    if name == "quantized":
+        return quantize(decoder(), 4), language_model_loss, text()
     if name == "experts":
         experts = partial(MixtureOfExperts, num_experts=4, top_k=2)
         return decoder(1, feed_forward=experts, use_bias=False), language_model_loss, text()
@@ -181,6 +190,13 @@ def compare(model, loss, batch, meshes, rules=RULES, order=lambda batch, mesh: b
         assert all(jax.tree.leaves(same)), mesh
 
 
+def check_rules():
+    """Values are the same under rules that are unlike those of the constraints in a program."""
+    kind = case("llama")
+    compare(*kind, ("all",), RULES | {"b": "data", "d": "tensor", "n": None, "f": "fsdp"})
+    compare(*kind, ("positions",), RULES | {"t": None, "v": "sequence", "d": "data"})
+
+
 def step_program(model, mesh, batch, loss=language_model_loss):
     """The compiled step of a training, and the bytes of the parameters."""
     optimizer = as_optimizer(AdamW(1e-2))
@@ -207,16 +223,31 @@ def arguments(model, mesh, batch):
 def check_traffic():
     """A step moves what it must, with parameters much larger than activations."""
     batch = text(8, 4)
-    model = decoder(8, 256, **LLAMA, width=64)
+    model = decoder(2, 256, **LLAMA, width=64)
     for mesh in MESHES:
         program, size = step_program(model, mesh_of(mesh), batch)
         traffic, memory = moved(program.as_text()), program.memory_analysis()
         expected = arguments(model, mesh_of(mesh), batch)
         assert abs(memory.argument_size_in_bytes - expected) < 0.001 * expected + 64, mesh
         gathered, reduced = traffic["all-gather"] / size, traffic["all-reduce"] / size
-        limits = {"data": (0, 1.1), "fsdp": (1.02, 1.1), "tensor": (0.02, 0.4), "all": (0.55, 0.8)}
+        limits = {"data": (0, 1.1), "fsdp": (1.02, 1.1), "tensor": (0.02, 0.4), "all": (0.52, 0.7)}
         assert gathered <= limits[mesh][0] and reduced <= limits[mesh][1], (mesh, traffic, size)
         assert traffic["all-to-all"] == 0
+
+
+def check_gather():
+    """Where a weight is not gathered, in a layer or outside of all, more is sent."""
+    model, batch = decoder(1, 256, **LLAMA, width=64), text(8, 4)
+
+    def sent():
+        program, _ = step_program(model, mesh_of("all"), batch, partial(language_model_loss))
+        return sum(moved(program.as_text()).values())
+
+    least = sent()
+    for module in ("layer_stack", "training.gradients"):
+        with patch(f"jaxformers.{module}.gather", lambda tree, **_: tree):
+            more = sent()
+        assert more > 1.05 * least, (module, more, least)
 
 
 def check_memory():
@@ -238,7 +269,7 @@ def check_memory():
 def check_experts():
     """Each device sorts its own tokens alone: the work is divided, and no token is sent."""
     experts = partial(MixtureOfExperts, num_experts=4, top_k=2)
-    model, batch = decoder(feed_forward=experts, use_bias=False), text(32, 64)
+    model, batch = decoder(1, feed_forward=experts, use_bias=False), text(32, 64)
     one, size = step_program(model, make_mesh(devices=jax.devices()[:1]), batch)
     for mesh in ("data", "fsdp"):
         program, _ = step_program(model, mesh_of(mesh), batch)
@@ -337,7 +368,7 @@ def optimizers():
 
 def check_optimizers():
     """Every moment lies like its weight, and the steps are those of one device."""
-    model, loss, batch = case("default")
+    model, loss, batch = decoder(1, **LLAMA), language_model_loss, text()
     mesh = mesh_of("all")
     for optimizer in optimizers():
         one, many = model, shard(model, mesh)
@@ -389,7 +420,13 @@ def check_checkpoints():
         assert distance(found, training.model) == 0
         assert_laid_out(found, "tensor")
         save(f"{directory}/model.safetensors", training.model)
-        found = load(f"{directory}/model.safetensors", sharding=mesh_of("all"))
+        # What is divided is read in parts, by each device its own.
+        with patch.object(model_file, "read_tensor", wraps=model_file.read_tensor) as read:
+            found = load(f"{directory}/model.safetensors", sharding=mesh_of("all"))
+        whole = [x for x in jax.tree.leaves(found) if x.sharding.is_fully_replicated]
+        assert sorted(x.args[0].shape for x in read.call_args_list) == sorted(
+            x.shape for x in whole
+        )
         assert distance(found, training.model) == 0
         assert_laid_out(found, "all")
 
@@ -467,18 +504,24 @@ CHECKS = {
     if name.startswith("check_") and name != "check_gradients"
 }
 for name in ("default", "llama", "translation", "masked", "experts"):
-    CHECKS[f"gradients_{name}"] = partial(check_gradients, name)
-for name in ("rematerialized", "adapters"):
-    CHECKS[f"gradients_{name}"] = partial(check_gradients, name, ("fsdp", "all"))
+    CHECKS[f"gradients_{name}"] = partial(check_gradients, name, (*MESHES, "everything"))
+CHECKS["gradients_rematerialized"] = partial(check_gradients, "rematerialized", ("fsdp", "all"))
+CHECKS["gradients_adapters"] = partial(check_gradients, "adapters", ("fsdp", "all", "everything"))
 CHECKS["gradients_packed"] = partial(check_gradients, "packed", ("all", *SEQUENCES))
-for name in ("llama", "translation", "masked"):
-    CHECKS[f"sequence_{name}"] = partial(check_gradients, name, ("everything",))
+
+
+def run(checks, names):
+    """Runs checks, prints their results, and returns whether one failed."""
+    failed = False
+    for name in names:
+        try:
+            checks[name]()
+            print(json.dumps([name, "ok"]), flush=True)
+        except Exception:
+            failed = True
+            print(json.dumps([name, traceback.format_exc()]), flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        try:
-            CHECKS[name]()
-            print(json.dumps([name, "ok"]), flush=True)
-        except Exception:
-            print(json.dumps([name, traceback.format_exc()]), flush=True)
+    sys.exit(run(CHECKS, sys.argv[1:]))

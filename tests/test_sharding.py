@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import equinox as eqx
 import jax
@@ -25,6 +26,8 @@ from jaxformers import (
     sharding,
 )
 from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
+from jaxformers.training import notices
+from jaxformers.training.notices import warn_of_separate_layers
 from jaxformers.training.row_order import ordered
 
 HERE = Path(__file__).parent
@@ -32,8 +35,7 @@ HERE = Path(__file__).parent
 GROUPS = [
     ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
     ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
-    ("sequence_llama", "sequence_translation", "sequence_masked", "ring", "zigzag"),
-    ("traffic", "memory", "experts", "steps", "optimizers"),
+    ("traffic", "memory", "gather", "rules", "experts", "ring", "zigzag", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory"),
 ]
 
@@ -247,6 +249,16 @@ def test_fit_takes_a_mesh(mesh):
     for x, y in pairs:
         if eqx.is_array(x):
             np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_large_models_with_separate_layers_are_warned_of(model, mesh):
+    with patch.object(notices, "LARGE", 1000):
+        with pytest.warns(UserWarning, match=r"not scanned, .* of each device .* scan_layers"):
+            warn_of_separate_layers(model, mesh)
+        for fine in (scan_layers(model), model.output):
+            warn_of_separate_layers(fine, mesh)
+        warn_of_separate_layers(model, make_mesh(data=2))
+    warn_of_separate_layers(model, mesh)
 
 
 def test_the_counter_of_bytes_counts():

@@ -30,7 +30,7 @@ from jaxformers.files.safetensors_file import (
     write_sealed_file,
 )
 from jaxformers.paths import path_name
-from jaxformers.placement import put
+from jaxformers.placement import place_of, put, put_parts
 from jaxformers.sharding.rules import Places
 
 _FORMAT = "jaxformers 1"
@@ -233,8 +233,11 @@ def read_array(name: str, stored: Stored, kind: str, sharding: Any, dtype: Any =
                 f"{name} has the dtype {stored.dtype}, which needs "
                 "jax.config.update('jax_enable_x64', True)."
             )
-        x = read_tensor(stored)
-        return put(name, x if dtype is None else x.astype(dtype), sharding)
+        dtype = stored.dtype if dtype is None else dtype
+        place = place_of(name, jax.ShapeDtypeStruct(stored.shape, dtype), sharding)
+        if isinstance(place, NamedSharding) and not place.is_fully_replicated:
+            return put_parts(name, stored.view(), dtype, place, lambda x: x.astype(dtype))
+        return put(name, read_tensor(stored).astype(dtype, copy=False), place)
     if kind.startswith("key ") and stored.dtype == np.uint32:
         try:
             data = put(name, read_tensor(stored), sharding)

@@ -50,7 +50,9 @@ def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedShard
         mesh: from `make_mesh`, or any mesh whose axes have the names that the rules use.
         rules: the mesh axes, one or several or None, of each axis letter of the arrays. A mesh
             axis is used once in an array, by the first letter that asks for it. Biases, gains and
-            other vectors are not divided over "fsdp", since they are small.
+            other vectors are not divided over "fsdp", since they are small. Inside a program,
+            activations are divided and weights gathered as `RULES` says, whatever is given here.
+            So other rules may have more sent between devices, and never change a value.
 
     Returns:
         The model's tree with a `NamedSharding` in place of each array and None in place of other

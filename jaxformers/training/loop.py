@@ -17,7 +17,7 @@ from jaxformers.training.batches import Feed, in_order, on_device, prepared
 from jaxformers.training.interrupt import Interrupt
 from jaxformers.training.log import Log
 from jaxformers.training.names import explain_arguments
-from jaxformers.training.notices import warn_and_go_on
+from jaxformers.training.notices import warn_and_go_on, warn_of_separate_layers
 from jaxformers.training.objectives import Batch, Loss, count_targets
 from jaxformers.training.row_order import ordered
 from jaxformers.training.run import Evaluation, Report, Run
@@ -141,8 +141,9 @@ def fit(
     gradients = Gradients(loss, compute_dtype, accumulate, count)
     eval_loss = loss if eval_loss is None else eval_loss
     _check_first(eval_batches, eval_loss, model)
-    if mesh is not None and mesh_in(model) != as_auto(mesh):
-        model = shard(model, mesh)
+    if mesh is not None:
+        warn_of_separate_layers(model, mesh)
+        model = model if mesh_in(model) == as_auto(mesh) else shard(model, mesh)
     training = _resume(begin(model, optimizer, bad_steps, key), checkpoint)
     del model  # its memory is free if the caller does not hold it either
     done = int(training.step)
