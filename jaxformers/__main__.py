@@ -12,6 +12,7 @@ from jaxformers.cli.finetune import add_finetune
 from jaxformers.cli.generate import add_generate
 from jaxformers.cli.help import Parser
 from jaxformers.cli.inspect import add_inspect
+from jaxformers.cli.plan import add_plan
 from jaxformers.cli.process import drop_output, failed, process
 from jaxformers.cli.serve import add_serve
 from jaxformers.cli.tokenize import add_tokenize
@@ -68,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 ADD = (
     *(add_generate, add_chat, add_embed, add_inspect, add_convert),
     add_serve,
-    *(add_verify, add_tokenize, add_train_tokenizer, add_finetune),
+    *(add_verify, add_tokenize, add_train_tokenizer, add_finetune, add_plan),
 )
 
 

@@ -64,13 +64,15 @@ from jaxformers.masks import AttentionMask
 from jaxformers.optim.optimizer import as_optimizer
 from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
 from jaxformers.sharding.mesh import mesh_in
+from jaxformers.sharding.plan import Plan
 from jaxformers.sharding.spread import places_of, replicate
+from jaxformers.sharding.workload import Workload
 from jaxformers.training import losses
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.objectives import count_targets
 from jaxformers.training.step import _train_step
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 64 if "plan_64" in sys.argv else 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 KEY = jax.random.key(7)
@@ -334,6 +336,43 @@ def check_zigzag():
             compare(model, language_model_loss, one, (mesh,), order=zigzag)
 
 
+def planned(model, batch, sizes, allowed):
+    """Compares a step's arguments and what it moves, as compiled, with the plan; prints both."""
+    again = model.decoder.rematerialization is not None
+    plan = Plan(Workload(model, *batch["tokens"].shape, "float32"), sizes, again)
+    # The loss of the other model is computed in chunks.
+    most = 2 * V if again else 2**28
+    limits = dict(CHUNK_ROWS=2, CHUNK_LOGITS={"cpu": most}, CHUNK_LOGITS_ELSEWHERE=most)
+    with patch.multiple(losses, **limits):
+        program, _ = step_program(model, make_mesh(**sizes), batch)
+        expected = plan.traffic() | {"arguments": plan.memory.arguments}
+        assert plan.chunks > 1 or not again
+    found = dict(moved(program.as_text()))
+    found["arguments"] = program.memory_analysis().argument_size_in_bytes
+    shown = {kind: (x, round(expected.get(kind, 0))) for kind, x in sorted(found.items())}
+    temporaries = program.memory_analysis().temp_size_in_bytes, round(plan.memory.temporaries)
+    print(sizes, "layers twice" if again else "layers once", shown, temporaries, file=sys.stderr)
+    for kind in found.keys() | expected.keys():
+        right = expected.get(kind, 0)
+        assert abs(found.get(kind, 0) - right) < allowed * right + 64, (sizes, kind, shown)
+
+
+def check_plan(meshes, both):
+    """What a plan says without devices is in the programs that XLA compiles for them."""
+    options = dict(num_kv_heads=4, norm=RMSNorm, feed_forward=GatedFeedForward, use_bias=False)
+    options |= dict(position=RotaryPositionalEncoding(), layers=3, d_ff=64, width=64)
+    tied = scan_layers(decoder(**options, tie_embeddings=True, embedding_scale=1.0))
+    again = rematerialize(scan_layers(decoder(**options)))
+    for i, shape in enumerate(meshes):
+        sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), shape, strict=True))
+        batch = text(64, 16)
+        if sizes["sequence"] > 1:
+            places = np.tile(np.arange(16, dtype=np.int32), (64, 1))
+            batch |= {"positions": places, "segment_ids": np.zeros_like(places)}
+        for model in (tied, again) if both else (tied, again)[i : i + 1]:
+            planned(model, batch, sizes, 0.001)
+
+
 def check_steps():
     """Layouts stay as they are, and the second step is the program of the first."""
     model, loss, batch = case("llama")
@@ -501,13 +540,21 @@ def check_decoding_memory():
 CHECKS = {
     name.removeprefix("check_"): check
     for name, check in dict(globals()).items()
-    if name.startswith("check_") and name != "check_gradients"
+    if name.startswith("check_") and name not in ("check_gradients", "check_plan")
 }
 for name in ("default", "llama", "translation", "masked", "experts"):
     CHECKS[f"gradients_{name}"] = partial(check_gradients, name, (*MESHES, "everything"))
 CHECKS["gradients_rematerialized"] = partial(check_gradients, "rematerialized", ("fsdp", "all"))
 CHECKS["gradients_adapters"] = partial(check_gradients, "adapters", ("fsdp", "all", "everything"))
 CHECKS["gradients_packed"] = partial(check_gradients, "packed", ("all", *SEQUENCES))
+# Of the last two, which `.ci/slow plan` runs, each mesh has both models.
+PLANNED = {
+    "plan": ((2, 2, 2, 1), (1, 2, 1, 4)),
+    "plan_8": ((1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (1, 2, 1, 4), (8, 1, 1, 1), (1, 1, 4, 2)),
+    "plan_64": ((4, 4, 4, 1), (1, 16, 4, 1), (8, 8, 1, 1), (2, 4, 2, 4), (1, 64, 1, 1)),
+}
+for name, meshes in PLANNED.items():
+    CHECKS[name] = partial(check_plan, meshes, both=name != "plan")
 
 
 def run(checks, names):

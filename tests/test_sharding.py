@@ -36,7 +36,7 @@ GROUPS = [
     ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
     ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
     ("traffic", "memory", "gather", "rules", "experts", "ring", "zigzag", "steps", "optimizers"),
-    ("fit", "checkpoints", "pretrained", "generation", "decoding_memory"),
+    ("fit", "checkpoints", "pretrained", "generation", "decoding_memory", "plan"),
 ]
 
 

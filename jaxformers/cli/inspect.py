@@ -41,13 +41,10 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def sizes(model: Any) -> dict[str, Any]:
-    """Returns the sizes of a model, whose arrays may be shapes alone.
-
-    An operation is an addition or a multiplication; norms, activations and softmax do not count.
-    Of several experts those count that a token goes to.
-    """
+    """Returns the sizes of a model, whose arrays may be shapes alone."""
     import jax
 
+    from jaxformers.operations import attention_operations, map_operations
     from jaxformers.paths import path_name
 
     leaves = [
@@ -66,7 +63,7 @@ def sizes(model: Any) -> dict[str, Any]:
         "dtypes": sorted({str(x.dtype) for _, x in leaves}),
         "max_seq_length": model.max_seq_length,
         "trained_length": None if model.origin is None else model.origin.trained_length,
-        "operations_per_token": operations(model),
+        "operations_per_token": map_operations(model),
     }
     if hasattr(model, "decoder"):
         found["operations_per_token_of_context"] = attention_operations(model.decoder)
@@ -87,51 +84,6 @@ def part_of(name: str) -> str:
         is_norm = "norm" in rest[0] or rest[0].endswith("_residual")
         return f"{first}.norms" if is_norm else f"{first}.{rest[0]}"
     return first
-
-
-def operations(model: Any) -> int:
-    """Returns the operations of the linear maps for one token."""
-    import jax
-
-    from jaxformers.mixture_of_experts import MixtureOfExperts
-    from jaxformers.paths import path_name
-    from jaxformers.weight_fields import map_weights
-
-    def is_mixture(x: Any) -> bool:
-        return isinstance(x, MixtureOfExperts)
-
-    mixtures = {
-        path_name(path): x
-        for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_mixture)
-        if is_mixture(x)
-    }
-    total = 0
-
-    def count(name: str, weight: Any, axes: Any) -> Any:
-        nonlocal total
-        size = math.prod(weight.shape)
-        mixture = mixtures.get(name.rpartition(".")[0])
-        if mixture is not None and axes.apart:
-            size = size * mixture.top_k // mixture.router.shape[-1]
-        if "embedding" not in name:
-            total += 2 * size
-        return weight
-
-    map_weights(count, model)
-    output = getattr(model, "output", None)
-    if output is not None and output.tied:
-        embedding = model.tgt_embedding if hasattr(model, "tgt_embedding") else model.embedding
-        total += 2 * math.prod(embedding.table.shape)
-    return total
-
-
-def attention_operations(decoder: Any) -> int:
-    """Returns the operations of attention for one token and each token that it attends to."""
-    import jax
-
-    shapes = jax.eval_shape(lambda: decoder.init_cache(1, 1))
-    layers = zip(decoder.layers, shapes.layers, strict=False)
-    return sum(4 * layer.self_attention.num_heads * own.own.keys.shape[-1] for layer, own in layers)
 
 
 def cache_bytes(model: Any) -> int:

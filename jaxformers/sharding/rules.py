@@ -4,7 +4,7 @@ They rest on the names of axes that `axes_of` reads from annotations. One table 
 whoever wants another passes `rules=RULES | {...}`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -71,26 +71,52 @@ def layout(model: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree[NamedShard
     """
     mesh = as_auto(mesh)
     check_names(mesh, rules)
-    sizes, divided, misfits = sizes_of(mesh), [], []
+    axes = axes_of(model)
+    specs = iter(divide(named_arrays(model, axes), dict(mesh.shape), rules))
+    return jax.tree.map(lambda _: NamedSharding(mesh, next(specs)), axes, is_leaf=_is_axes)
 
-    def lay(path: tuple, axes: Axes | None, x: Any) -> NamedSharding | None:
-        if axes is None:
-            return None
-        spec = spec_of(axes, sizes, rules)
-        for name, size, over in zip(axes.names, x.shape, spec, strict=False):
+
+class NamedArray(NamedTuple):
+    """An array of a model, by what the rules ask of it."""
+
+    path: str
+    axes: Axes
+    shape: tuple[int, ...]
+
+
+def named_arrays(model: PyTree, axes: PyTree[Axes]) -> list[NamedArray]:
+    """Returns the arrays of a model, in the order of `axes`, which is `axes_of(model)`."""
+    shapes = [x.shape for x in jax.tree.leaves(model) if hasattr(x, "shape")]
+    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)
+    pairs = zip(found, shapes, strict=True)
+    return [NamedArray(path_name(path), names, shape) for (path, names), shape in pairs]
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, Axes)
+
+
+def divide(
+    arrays: Sequence[NamedArray], asked: Mapping[str, int], rules: Rules = RULES
+) -> list[PartitionSpec]:
+    """Returns how each of these arrays lies on a mesh of these sizes, which needs no devices.
+
+    Raises:
+        ValueError: as `layout` does.
+    """
+    sizes = {axis: size for axis, size in asked.items() if size > 1}
+    specs, divided, misfits = [], [], []
+    for path, axes, shape in arrays:
+        specs.append(spec_of(axes, sizes, rules))
+        for name, size, over in zip(axes.names, shape, specs[-1], strict=False):
             if over is not None:
                 over = (over,) if isinstance(over, str) else over
                 divided.append((size, over))
                 if size % prod(sizes[axis] for axis in over):
-                    misfits.append(Misfit(path_name(path), name, size, over))
-        return NamedSharding(mesh, spec)
-
-    places = jax.tree_util.tree_map_with_path(
-        lay, axes_of(model), model, is_leaf=lambda x: x is None or isinstance(x, Axes)
-    )
+                    misfits.append(Misfit(path, name, size, over))
     if misfits:
-        raise ValueError(_explain(misfits[0], divided, mesh))
-    return places
+        raise ValueError(_explain(misfits[0], divided, asked))
+    return specs
 
 
 class Places:
@@ -158,10 +184,11 @@ def mesh_axes(name: str, rules: Rules = RULES) -> tuple[str, ...]:
     return () if over is None else (over,) if isinstance(over, str) else tuple(over)
 
 
-def _explain(misfit: Misfit, divided: list[tuple[int, tuple[str, ...]]], mesh: Mesh) -> str:
+def _explain(
+    misfit: Misfit, divided: list[tuple[int, tuple[str, ...]]], asked: Mapping[str, int]
+) -> str:
     """Returns the text of the error for an axis that does not divide, with a mesh that works."""
     path, name, size, over = misfit
-    asked = dict(mesh.shape)
     # Each mesh axis shrinks to what divides all sizes; the devices that become free go to "data".
     fits = {
         axis: gcd(n, *(size for size, used in divided if axis in used)) for axis, n in asked.items()

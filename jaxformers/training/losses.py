@@ -94,8 +94,8 @@ def chunked_cross_entropy(
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
         chunk: the largest number of rows at a time. None takes as many as have 2**25 logits (on
-            accelerators 2**28), but at least 512. If all rows are at most twice as many, it takes
-            all at once, as `cross_entropy` does.
+            accelerators 2**28), but at least 512; over a mesh as many on each device. If all rows
+            are at most twice as many, it takes all at once, as `cross_entropy` does.
         label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
 
     Raises:
@@ -115,7 +115,7 @@ def chunked_cross_entropy(
     counted = _counted(logits, targets, mask, ignore_index)
     rows = counted.size
     if chunk is None:
-        chunk = _choose_chunk(rows, logits.shape[-1])
+        chunk = _choose_chunk(rows, logits.shape[-1], _devices(logits.shape, traced_mesh(hidden)))
     check_size(chunk=chunk)
     if rows <= chunk:
         return _share(project(hidden), targets, counted, counted.sum(), label_smoothing, z_loss)
@@ -170,10 +170,28 @@ def _parts(shape: tuple[int, ...], chunks: int, mesh: Any) -> tuple[int, int]:
     return min(enough, key=prod, default=(rows[-1], positions[-1]))
 
 
-def _choose_chunk(rows: int, vocab_size: int) -> int:
+def _choose_chunk(rows: int, vocab_size: int, devices: int) -> int:
     limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ELSEWHERE)
-    chunk = max(limit // vocab_size, CHUNK_ROWS)
+    return choose_chunk(rows, vocab_size, devices, limit)
+
+
+def choose_chunk(rows: int, vocab_size: int, devices: int, limit: int) -> int:
+    """Returns how many rows are a chunk, of which each device computes at most `limit` logits.
+
+    For each chunk the gradient of the weights is added up over all devices. So chunks are as large
+    as the memory of all devices allows.
+    """
+    chunk = devices * max(limit // vocab_size, CHUNK_ROWS)
     return chunk if rows > 2 * chunk else rows
+
+
+def _devices(shape: tuple[int, ...], mesh: Any) -> int:
+    """Returns over how many devices of a mesh logits are divided."""
+    if mesh is None or len(shape) != 3:
+        return 1
+    sizes = sizes_of(mesh)
+    over = [prod(sizes.get(axis, 1) for axis in mesh_axes(name)) for name in "btv"]
+    return prod(number for number, size in zip(over, shape, strict=True) if size % number == 0)
 
 
 @eqx.filter_custom_jvp
