@@ -373,6 +373,16 @@ def check_plan(meshes, both):
             planned(model, batch, sizes, 0.001)
 
 
+def check_plan_of_other_models():
+    """Experts, biases, and layers that are not scanned."""
+    experts = dict(feed_forward=partial(MixtureOfExperts, num_experts=4, top_k=2), use_bias=False)
+    scanned, separate = scan_layers(decoder(2, **experts)), rematerialize(decoder(3, **LLAMA))
+    for model in (scanned, rematerialize(scanned), separate, decoder(2)):
+        planned(model, text(64, 16), {"data": 2, "fsdp": 4}, 0.001)
+    for model in (separate, scan_layers(decoder(2))):
+        planned(model, text(64, 16), {"fsdp": 4, "tensor": 2}, 0.001)
+
+
 def check_steps():
     """Layouts stay as they are, and the second step is the program of the first."""
     model, loss, batch = case("llama")
@@ -547,7 +557,7 @@ for name in ("default", "llama", "translation", "masked", "experts"):
 CHECKS["gradients_rematerialized"] = partial(check_gradients, "rematerialized", ("fsdp", "all"))
 CHECKS["gradients_adapters"] = partial(check_gradients, "adapters", ("fsdp", "all", "everything"))
 CHECKS["gradients_packed"] = partial(check_gradients, "packed", ("all", *SEQUENCES))
-# Of the last two, which `.ci/slow plan` runs, each mesh has both models.
+# `.ci/slow plan` runs the last two, in which each mesh has both models.
 PLANNED = {
     "plan": ((2, 2, 2, 1), (1, 2, 1, 4)),
     "plan_8": ((1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (1, 2, 1, 4), (8, 1, 1, 1), (1, 1, 4, 2)),

@@ -145,7 +145,10 @@ def test_experts():
     assert Plan(work, {"fsdp": 2}).memory.weights > 4 * 4 * 3 * D * F / 2
     with pytest.raises(ValueError, match="no plan for a mixture of experts over tensor=2"):
         Plan(work, {"tensor": 2})
-    assert all(sizes[2] == 1 for sizes in meshes(work, 8) if sizes[2] > 8)
+    scanned = Workload(scan_layers(model), B, T, "float32")
+    once, twice = (Plan(scanned, {"fsdp": 2}, again) for again in (False, True))
+    kept = 4 * (4 * 3 * D * F + 4 * D)  # experts and router
+    assert twice.traffic()["all-gather"] - once.traffic()["all-gather"] == kept
     assert choose_mesh(work, 8, CHIPS["h100"]).plan.mesh["tensor"] == 1
 
 

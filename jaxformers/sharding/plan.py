@@ -142,9 +142,17 @@ class Plan:
         """
         if self.mesh[FSDP] == 1:
             return 0
-        share = min(1, 2 / len(self.work.model.decoder.layers)) if self.work.scanned else 1
+        share = min(1, 2 / len(self.work.model.decoder.layers))
         gathered = (part for part in self.parts if FSDP in part.over)
-        return sum((share if part.in_layer else 1) * part.numbers(FSDP) for part in gathered)
+        return sum((share if self._again(x) else 1) * x.numbers(FSDP) for x in gathered)
+
+    def _again(self, part: "Part") -> bool:
+        """Returns whether the backward pass gathers an array of a layer again.
+
+        Those of separate layers are kept, and so are experts', unless all is computed again.
+        """
+        experts = self.work.has_experts and "feed_forward" in part.path.split(".")
+        return part.in_layer and self.work.scanned and (self.rematerialized or not experts)
 
     def _kept(self) -> float:
         """Returns the bytes of activations for a token that the gradient needs.
@@ -179,8 +187,8 @@ class Plan:
         for part in self.parts:
             what = LAYERS if part.in_layer else TABLES
             if FSDP in part.over:
-                again = 2 if part.in_layer and self.work.scanned else 1
-                size = again * self.work.width * part.numbers(FSDP)
+                times = 2 if self._again(part) else 1
+                size = times * self.work.width * part.numbers(FSDP)
                 yield Transfer("all-gather", what, (FSDP,), size)
             yield from self._gradients(part)
         yield from self._sums()
