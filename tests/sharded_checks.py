@@ -290,8 +290,8 @@ def check_ring():
     adapted = lora(quantize(model, 8), 4, key=KEY)
     limits = {"positions": 0.01, "everything": 0.6}
     ways = [("positions", model, 1024), ("everything", model, 1024)]
-    ways += [("positions", adapted, 1024), ("positions", model, 64)]
-    for mesh, model, chunk in ways:
+    ways += [("positions", adapted, 1024), ("positions", model, 8)]
+    for mesh, model, chunk in ways:  # rows of a chunk on each device
         loss = partial(language_model_loss)  # another one, which is traced anew
         with patch.multiple(losses, CHUNK_ROWS=chunk, CHUNK_LOGITS={"cpu": chunk * V}):
             program, _ = step_program(model, mesh_of(mesh), batch, loss)
@@ -329,7 +329,7 @@ def check_zigzag():
     positions, segments = (x.astype(np.int32) for x in documents)
     packed = batch | {"positions": positions, "segment_ids": segments}
     # The loss is computed in chunks, whose rows are of all devices.
-    with patch.multiple(losses, CHUNK_ROWS=64, CHUNK_LOGITS={"cpu": 64 * V}):
+    with patch.multiple(losses, CHUNK_ROWS=8, CHUNK_LOGITS={"cpu": 8 * V}):
         for one, mesh in ((padded, "positions"), (packed, "everything")):
             model = decoder(1, **LLAMA)
             assert np.array_equal(count_targets(one), count_targets(zigzag(one, mesh_of(mesh))))
