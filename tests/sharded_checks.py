@@ -143,7 +143,7 @@ def case(name):
         model = Transformer(
             V, V, D, H, 1, 2, F, 64, 0.0, tie_embeddings=True, share_embeddings=True, key=KEY
         )
-        batch = {"src": rows(1, t=10), "tgt": text()["tokens"], "targets": text()["targets"]}
+        batch = {"src": rows(1, t=20), "tgt": text()["tokens"], "targets": text()["targets"]}
         return scan_layers(model), sequence_to_sequence_loss, batch
     model = TransformerEncoder(V, D, H, 2, F, 64, 0.0, output=OutputLayer, key=KEY)
     loss_mask = np.random.default_rng(4).random((B, T)) < 0.3
@@ -301,11 +301,11 @@ def check_ring():
         assert traffic["collective-permute"] > 0
 
 
-def blocks_seen(positions, devices):
+def blocks_seen(positions, devices, limit):
     """How many blocks of scores each device of a ring computes."""
     parts = jnp.asarray(positions).reshape(devices, -1)
     length = parts.shape[1]
-    sizes = blocks_of(length, length, (4, 4))
+    sizes = blocks_of(length, length, (limit, limit))
 
     @jax.jit
     def seen(q, k):
@@ -320,8 +320,10 @@ def check_zigzag():
     """Zigzag order divides the work evenly and changes no value."""
     mesh = mesh_of("positions")
     batch = {"tokens": np.zeros((1, 64), np.int32)}
-    assert blocks_seen(np.arange(64), 4) == [10, 26, 42, 58]
-    assert blocks_seen(zigzag(batch, mesh)["positions"], 4) == [34] * 4
+    orders = np.arange(64), zigzag(batch, mesh)["positions"]
+    assert [blocks_seen(x, 4, limit=4) for x in orders] == [[10, 26, 42, 58], [34] * 4]
+    # No block is as long as what a device has, which would be of both of its chunks.
+    assert [blocks_seen(x, 4, limit=16) for x in orders] == [[3, 7, 11, 15], [9] * 4]
     batch = text(t=16)
     lengths = np.arange(B) % 9 + 8
     padded = batch | {"padding_mask": np.arange(16) < lengths[:, None]}
@@ -515,7 +517,7 @@ def check_pretrained():
 
 def check_generation():
     """All ways of decoding give the tokens of one device."""
-    model, prompt = decoder(**LLAMA), rows(9, 4, 5)
+    model, prompt = decoder(1, **LLAMA), rows(9, 4, 5)
     draft = decoder(1)
     ways = [
         dict(),

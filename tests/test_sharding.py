@@ -25,9 +25,11 @@ from jaxformers import (
     scan_layers,
     sharding,
 )
+from jaxformers.layers import Function
 from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
 from jaxformers.training import notices
 from jaxformers.training.notices import warn_of_separate_layers
+from jaxformers.training.objectives import count_targets
 from jaxformers.training.row_order import ordered
 
 HERE = Path(__file__).parent
@@ -140,11 +142,15 @@ def test_zigzag_order():
         zigzag({"tokens": np.ones((2, 4)), "segment_ids": np.ones((2, 4))}, mesh)
 
 
+def roll(x):
+    return jnp.roll(x, 1, axis=-2)
+
+
 class Neighbors(eqx.Module):
     """A part of the user's own, which looks at the order in a row."""
 
     def __call__(self, x):
-        return jnp.roll(x, 1, axis=-2)
+        return roll(x)
 
 
 def test_fit_orders_what_knows_its_positions_alone(model):
@@ -152,17 +158,22 @@ def test_fit_orders_what_knows_its_positions_alone(model):
     mesh, batch = make_mesh(sequence=2), {"tokens": np.ones((2, 4)), "targets": np.ones((2, 4))}
     sizes, options = (18, 8, 4, 2, 12, 16), dict(num_kv_heads=2, key=jax.random.key(0))
 
-    def is_ordered(batch=batch, loss=language_model_loss, model=model, mesh=mesh):
-        found = ordered(batch, loss, model, mesh)
+    def is_ordered(
+        batch=batch, loss=language_model_loss, model=model, mesh=mesh, count=count_targets
+    ):
+        found = ordered(batch, loss, count, model, mesh)
         assert "positions" in found or found is batch
         return "positions" in found
 
     assert is_ordered() and is_ordered(loss=partial(language_model_loss, z_loss=1e-4))
     assert not is_ordered(loss=lambda model, batch, key: jnp.zeros(()))
+    assert not is_ordered(count=lambda batch: 8)
     assert not is_ordered(mesh=make_mesh(data=2))
     assert not is_ordered(batch=shard_batch(batch, mesh))
     assert not is_ordered(batch={name: x[:, :3] for name, x in batch.items()})
     assert not is_ordered(model=TransformerLM(*sizes, 0.1, **options))
+    own = eqx.tree_at(lambda x: x.decoder.layers[0].feed_forward.activation, model, Function(roll))
+    assert not is_ordered(model=own)
     kernel = dict(attention_fn=dot_product_attention)
     assert not is_ordered(model=TransformerLM(*sizes, 0.0, **kernel, **options))
     assert not is_ordered(model=eqx.tree_at(lambda x: x.decoder.norm, model, Neighbors()))

@@ -3,7 +3,8 @@
 - `objectives` has the losses of the three models and says which arrays a batch has.
 - `step` computes gradients and applies the optimizer, as one compiled program.
 - `loop` adds resuming, evaluation and callbacks; `run` is the state that it works on.
-- `batches` brings the batches to the device, `evaluation` computes mean losses.
+- `batches` brings the batches to the device, and `row_order` orders their positions on a mesh.
+- `evaluation` computes mean losses.
 - `log` and `events` write figures to files, `notices` has the warnings of a running training.
 - `interrupt` ends a run between two steps after a signal.
 - `names` explains the names that other libraries have for arguments and arrays.

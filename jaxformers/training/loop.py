@@ -158,7 +158,7 @@ def fit(
         def put(arrays: dict[str, Any]) -> dict[str, Any]:
             if mesh is None:
                 return on_device(arrays)
-            return shard_batch(ordered(arrays, loss, run.training.model, mesh), mesh)
+            return shard_batch(ordered(arrays, loss, count, run.training.model, mesh), mesh)
 
         with Interrupt(_saver(run)) as interrupt:
             feed = Feed(

@@ -1,7 +1,7 @@
 """The order in which a run gives the positions of its batches to devices."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -10,25 +10,26 @@ from jax.sharding import Mesh
 
 from jaxformers.attention import MultiHeadAttention
 from jaxformers.kernels.choice import fast_attention
+from jaxformers.layers import Function
 from jaxformers.sharding.mesh import SEQUENCE, as_auto, mesh_in, sizes_of
 from jaxformers.sharding.zigzag import zigzag
-from jaxformers.training.objectives import Loss, language_model_loss
+from jaxformers.training.objectives import Loss, count_targets, language_model_loss
 from jaxformers.transformer_lm import TransformerLM
 
 
-def ordered(batch: dict[str, Any], loss: Loss, model: Any, mesh: Mesh) -> dict[str, Any]:
+def ordered(
+    batch: dict[str, Any], loss: Loss, count: Callable, model: Any, mesh: Mesh
+) -> dict[str, Any]:
     """Returns a batch in zigzag order where attention is a ring and the order changes no value.
 
-    Others stay as they are: those of other losses, which may look at neighbors, those of models
-    with parts or kernels of the user's own, and those of dropout, which draws numbers by the order.
+    Others stay as they are: those of other losses, which may look at neighbors, those whose targets
+    are counted by a function of the user's own, which may read a padding mask, those of models with
+    parts or kernels of the user's own, and those of dropout, which draws numbers by the order.
     A batch that is on a mesh already has the order that it was given.
     """
     n = sizes_of(as_auto(mesh)).get(SEQUENCE, 1)
-    if (
-        n == 1
-        or getattr(loss, "func", loss) is not language_model_loss
-        or mesh_in(batch) is not None
-    ):
+    own = count is not count_targets or getattr(loss, "func", loss) is not language_model_loss
+    if n == 1 or own or mesh_in(batch) is not None:
         return batch
     shape, packed = np.shape(batch.get("tokens", 0)), batch.get("segment_ids") is not None
     fits = len(shape) == 2 and shape[1] % (2 * n) == 0
@@ -45,7 +46,9 @@ def reads_positions(model: Any) -> bool:
 def _is_known(module: eqx.Module) -> bool:
     """Returns whether a module is of this package, has a ring, and draws no random numbers."""
     rates = (getattr(module, name, 0) for name in ("dropout_rate", "attention_dropout_rate"))
-    if not type(module).__module__.startswith("jaxformers.") or any(rates):
+    made_of = module.function if isinstance(module, Function) else type(module)
+    made_of = getattr(made_of, "func", made_of)  # of `functools.partial`
+    if made_of.__module__.partition(".")[0] not in ("jaxformers", "jax") or any(rates):
         return False
     if not isinstance(module, MultiHeadAttention):
         return True
