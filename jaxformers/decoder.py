@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Unpack
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -38,7 +37,7 @@ from jaxformers.pieces import (
 from jaxformers.positions.scheme import BiasPosition
 from jaxformers.residual import Joint, Parallel, write
 from jaxformers.row_lengths import scalings_of
-from jaxformers.sites import site
+from jaxformers.sites import scope, site
 
 
 class DecoderLayer(eqx.Module):
@@ -144,25 +143,28 @@ class DecoderLayer(eqx.Module):
         check_same_batch(x=x, encoder_output=encoder_output)
         weights_key, self_key, cross_weights_key, cross_key, feed_forward_key = split_key(key, 5)
 
-        with jax.named_scope("self_attention"):
+        with scope("self_attention"):
             before, seen = x, self.self_attention_residual.read(x)
             kv = self.self_attention.project(seen, seen, mask.query_positions(x.shape[-2]))
             if cache is not None:
                 cache, kv, mask = remember(cache, kv, mask, slot)
             y = self.self_attention.attend(seen, kv, mask, key=weights_key)
             x = write(self.self_attention_residual, x, y, self_key)
+        x = site(x, "residual_between")
 
-        with jax.named_scope("cross_attention"):
+        with scope("cross_attention"):
             cross_kv = self.project_cross(encoder_output) if cache is None else cache.cross
             if self.cross_attention and self.cross_attention_residual and cross_kv:
                 read = self.cross_attention_residual.read(x)
                 y = self.cross_attention.attend(read, cross_kv, cross_mask, key=cross_weights_key)
                 x = write(self.cross_attention_residual, x, y, cross_key)
+                x = site(x, "residual_between_2")
 
-        with jax.named_scope("feed_forward"):
+        with scope("feed_forward"):
             source = x if self.parallel is None else self.parallel.source(before, seen)
             y = self.feed_forward(self.feed_forward_residual.read(source))
-            return write(self.feed_forward_residual, x, y, feed_forward_key), cache
+            x = write(self.feed_forward_residual, x, y, feed_forward_key)
+        return site(x, "residual_after"), cache
 
     def project_cross(self, encoder_output: Float[Array, "*b s d"] | None) -> KV | None:
         """Returns the keys and values that this layer makes of the encoder's output."""
@@ -248,7 +250,7 @@ class Decoder(eqx.Module):
         masks = as_mask(self_attn_mask), as_mask(cross_attn_mask)
         return self.forward(x, encoder_output, *masks, key)[0]
 
-    @jax.named_scope("decoder")
+    @scope("decoder")
     def forward(
         self,
         x: Float[Array, "*b t d"],

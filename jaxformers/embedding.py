@@ -224,7 +224,7 @@ class TransformerEmbedding(eqx.Module):
         x = self._add_types(x, token_types)
         x = x if self.norm is None else self.norm(x)
         x = x if self.projection is None or self.project_tokens else self.projection(x)
-        return site(dropout(x, self.dropout_rate, key), "embedding")
+        return site(dropout(x, self.dropout_rate, key), "embedded")
 
     def _check_positions(
         self, positions: Int[Array, "*#b t"] | None, t: int

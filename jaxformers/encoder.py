@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Unpack
 
 import equinox as eqx
-import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.attention import MultiHeadAttention
@@ -27,7 +26,7 @@ from jaxformers.pieces import (
 )
 from jaxformers.positions.scheme import BiasPosition
 from jaxformers.residual import Joint, Parallel, write
-from jaxformers.sites import site
+from jaxformers.sites import scope, site
 
 
 class EncoderLayer(eqx.Module):
@@ -93,15 +92,17 @@ class EncoderLayer(eqx.Module):
         """
         check_activations(x, self.self_attention.d_model)
         weights_key, attention_key, feed_forward_key = split_key(key, 3)
-        with jax.named_scope("self_attention"):
+        with scope("self_attention"):
             before, seen = x, self.self_attention_residual.read(x)
             y = self.self_attention(seen, mask=mask, key=weights_key)
             x = write(self.self_attention_residual, x, y, attention_key)
+        x = site(x, "residual_between")
 
-        with jax.named_scope("feed_forward"):
+        with scope("feed_forward"):
             source = x if self.parallel is None else self.parallel.source(before, seen)
             y = self.feed_forward(self.feed_forward_residual.read(source))
-            return write(self.feed_forward_residual, x, y, feed_forward_key)
+            x = write(self.feed_forward_residual, x, y, feed_forward_key)
+        return site(x, "residual_after")
 
 
 class Encoder(eqx.Module):
@@ -167,7 +168,7 @@ class Encoder(eqx.Module):
                 f"least once and no other, got {layer_order!r}."
             )
 
-    @jax.named_scope("encoder")
+    @scope("encoder")
     def __call__(
         self,
         x: Float[Array, "*b t d"],

@@ -20,7 +20,7 @@ from jaxformers.checks import check_key
 from jaxformers.layers import split_key
 from jaxformers.sharding.constraints import divide_rows, gather, gathers
 from jaxformers.sharding.mesh import traced_mesh
-from jaxformers.sites import LAYER_SITES, site
+from jaxformers.sites import LAYER_SITES, RENAMED, is_recording, scan, scope, site
 
 Model = TypeVar("Model")
 
@@ -67,10 +67,10 @@ class ScannedLayers(eqx.Module):
 
         def body(x, inputs):
             layer, layer_key = inputs
-            with jax.named_scope("layers"):
-                return step(eqx.combine(layer, rest), site(x, "layer_input"), layer_key, None)
+            with scope("layers"):
+                return step(eqx.combine(layer, rest), site(x, "residual_before"), layer_key, None)
 
-        return lax.scan(body, x, (arrays, keys))[0]
+        return scan(body, x, (arrays, keys))[0]
 
 
 class Rematerialization(eqx.Module):
@@ -86,7 +86,8 @@ class Rematerialization(eqx.Module):
 
     def __call__(self, step: Callable) -> Callable:
         """Returns a step, as in `run_layers`, whose gradient computes the rest again."""
-        policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
+        keep = (new for name in self.keep for new in RENAMED.get(name, (name,)))
+        policy = jax.checkpoint_policies.save_only_these_names(*keep)
 
         def rematerialized(*inputs):
             again = _checkpointed(step, policy, inputs)
@@ -199,7 +200,7 @@ def run_layers(
         caches: one cache per layer; None is no cache.
         rematerialization: the policy for the gradient; None keeps every activation.
     """
-    if caches is None:
+    if caches is None and not is_recording():
         scanned = isinstance(layers, ScannedLayers)
         step = _on_mesh(step, again=scanned and rematerialization is None)
         step = step if rematerialization is None else rematerialization(step)
@@ -208,9 +209,9 @@ def run_layers(
         return layers.scan(step, x, key), None
     written = []
     for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
-        with jax.named_scope(f"layers.{i}"):
+        with scope(f"layers.{i}"):
             cache = None if caches is None else caches[i]
-            x, cache = step(layer, site(x, "layer_input"), layer_key, cache)
+            x, cache = step(layer, site(x, "residual_before"), layer_key, cache)
         x = _materialized(x) if caches is None else x
         written.append(cache)
     return x, None if caches is None else tuple(written)

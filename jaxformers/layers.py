@@ -146,7 +146,7 @@ class FeedForward(eqx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         hidden = self.activation(contract(x, self.w_in, self.b_in))
-        return contract(site(hidden, "feed_forward"), self.w_out, self.b_out)
+        return contract(site(hidden, "activations"), self.w_out, self.b_out)
 
 
 class GatedFeedForward(eqx.Module):
@@ -202,7 +202,7 @@ class GatedFeedForward(eqx.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         gate = self.activation(contract(x, self.w_gate, self.b_gate))
         hidden = gate * contract(x, self.w_up, self.b_up)
-        return contract(site(hidden, "feed_forward"), self.w_down, self.b_down)
+        return contract(site(hidden, "activations"), self.w_down, self.b_down)
 
 
 class Dense(eqx.Module):

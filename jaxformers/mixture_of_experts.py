@@ -17,7 +17,7 @@ from jaxformers.checks import check_flag, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import GatedFeedForward, as_module, split_key
 from jaxformers.sharding.constraints import by_rows
-from jaxformers.sites import site
+from jaxformers.sites import scope, site, unwatched
 from jaxformers.weights import Weight, contract
 
 
@@ -114,7 +114,8 @@ class MixtureOfExperts(eqx.Module):
     # Compiled here, since outside of a `jit` each call would compile the loop over blocks anew.
     @eqx.filter_jit
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        return by_rows(MixtureOfExperts._apply, self, x)
+        with unwatched():  # blocks of sorted tokens are no value of a token
+            return by_rows(MixtureOfExperts._apply, self, x)
 
     def _apply(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         rows = x.reshape(-1, x.shape[-1])
@@ -123,7 +124,7 @@ class MixtureOfExperts(eqx.Module):
         y = jnp.einsum("tk,tkd->td", weights, outputs).astype(x.dtype)
         if self.shared_expert is not None and self.w_shared_gate is not None:
             gate = jax.nn.sigmoid(contract(rows, self.w_shared_gate))
-            with jax.named_scope("shared_expert"):
+            with scope("shared_expert"):
                 y = y + gate * self.shared_expert(rows)
         return y.reshape(x.shape)
 
@@ -181,7 +182,7 @@ class MixtureOfExperts(eqx.Module):
             block, i = block_and_expert
             gate = self.activation(contract(block, self.w_gate[i]))
             hidden = gate * contract(block, self.w_up[i])
-            return contract(site(hidden, "feed_forward"), self.w_down[i])
+            return contract(site(hidden, "activations"), self.w_down[i])
 
         # Without this policy the backward pass keeps a copy of the weights for each block.
         policy = jax.checkpoint_policies.dots_saveable

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxformers.checks import is_known
 from jaxformers.masks import AttentionMask
+from jaxformers.sites import is_watched
 
 # Calls with more tokens are not padded.
 MOST_PADDED = 8192
@@ -110,7 +111,8 @@ def one_program(
     """
     if not all(map(is_known, jax.tree.leaves((model, texts, key)))):
         return body(model, *texts, key=key)
-    if keep_shapes or key is not None or not all(x.can_be_padded for x in texts):
+    keep_shapes = keep_shapes or key is not None or is_watched(model)
+    if keep_shapes or not all(x.can_be_padded for x in texts):
         return _run(body, model, texts, key)
     source = texts[0] if len(texts) > 1 else None
     with jax.ensure_compile_time_eval():  # inside someone's `jit` constants would be a part of it

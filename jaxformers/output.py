@@ -12,7 +12,7 @@ from jaxformers.axes import Letters
 from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import as_module, construct
-from jaxformers.sites import site
+from jaxformers.sites import scope, site
 from jaxformers.weights import Weight, contract
 
 
@@ -90,7 +90,7 @@ class OutputLayer(eqx.Module):
         """Returns log-probabilities in float32; arguments and errors are those of `logits`."""
         return jax.nn.log_softmax(self.logits(x, table))
 
-    @jax.named_scope("output")
+    @scope("output")
     def logits(
         self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:

@@ -265,8 +265,8 @@ def Residual(
 
 
 def write(joint: Joint, x: Stream, y: Stream, key: PRNGKeyArray | None) -> Stream:
-    """Returns the stream after the joint wrote the sublayer's output `y`; both are sites."""
-    return site(joint.write(x, site(y, "sublayer_output"), key), "residual")
+    """Returns the stream after the joint wrote the sublayer's output `y`, which is a site."""
+    return joint.write(x, site(y, "sublayer_output"), key)
 
 
 @runtime_checkable

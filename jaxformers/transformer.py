@@ -34,6 +34,7 @@ from jaxformers.places import (
     place_source,
 )
 from jaxformers.row_lengths import follow
+from jaxformers.sites import scope
 
 
 class Transformer(eqx.Module):
@@ -302,7 +303,7 @@ class Transformer(eqx.Module):
         encoder_output: Float[Array, "*b s d"] | None = None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         embedding_key, decoder_key = split_key(key, 2)
-        with jax.named_scope("tgt_embedding"):
+        with scope("tgt_embedding"):
             x = self.tgt_embedding(tokens, embedding_key, positions=mask.q_positions)
         return self.decoder.forward(x, encoder_output, mask, cross, decoder_key, cache, tokens)
 
@@ -318,7 +319,7 @@ def _memory(
     model: Transformer, src: TokenRows, *, key: PRNGKeyArray | None
 ) -> Float[Array, "*b s d"]:
     embedding_key, encoder_key = split_key(key, 2)
-    with jax.named_scope("src_embedding"):
+    with scope("src_embedding"):
         x = model._source_embedding(src.tokens, embedding_key, positions=src.mask.q_positions)
     return model.encoder(x, src.mask, encoder_key)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Unpack
 
 import equinox as eqx
-import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Letters
@@ -28,6 +27,7 @@ from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.places import TextPlaces
+from jaxformers.sites import scope
 
 
 class TransformerEncoder(eqx.Module):
@@ -299,7 +299,7 @@ def _hidden(
 ) -> Float[Array, "*b t d"]:
     embedding_key, encoder_key = split_key(key, 2)
     places = {"positions": rows.mask.q_positions, "token_types": rows.token_types}
-    with jax.named_scope("embedding"):
+    with scope("embedding"):
         x = model.embedding(rows.tokens, embedding_key, **places)
     return model.encoder(x, rows.mask, encoder_key)
 

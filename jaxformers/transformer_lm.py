@@ -31,6 +31,7 @@ from jaxformers.origin import Origin
 from jaxformers.output import OutputLayer, check_output
 from jaxformers.pieces import Pieces, build_embedding, build_output, check_pieces
 from jaxformers.row_lengths import follow
+from jaxformers.sites import scope
 
 
 class TransformerLM(eqx.Module):
@@ -309,7 +310,7 @@ class TransformerLM(eqx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "*b t d"], Cache | None]:
         embedding_key, decoder_key = split_key(key, 2)
-        with jax.named_scope("embedding"):
+        with scope("embedding"):
             x = self.embedding(tokens, embedding_key, positions=mask.q_positions)
         return self.decoder.forward(x, None, mask, as_mask(None), decoder_key, cache, tokens)
 

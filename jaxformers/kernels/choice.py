@@ -16,12 +16,14 @@ from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import AttentionFunction, check_inputs, dot_product_attention
 from jaxformers.kernels.ring import can_travel, ring_attention
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.sites import is_asked_for
 
 logger = logging.getLogger(__name__)
 
 # Scores per head that may be kept for the backward pass. Beyond them memory is linear in the
 # sequence. Measured on a CPU, where that is as fast from there on; chosen elsewhere, where loops
 # cost more.
+SCORES = "scores", "pattern"  # the sites that plain attention alone has
 FEW_SCORES = {"cpu": 512**2, "gpu": 1024**2}
 FEW_SCORES_ELSEWHERE = 2048**2
 # Measured on a CPU, chosen elsewhere: accelerators want more work at a time.
@@ -75,7 +77,7 @@ def fast_attention(
     """
     mask = as_mask(mask)
     check_inputs(q, k, v)
-    if can_travel(q, k, dropout):
+    if can_travel(q, k, dropout) and not is_asked_for(*SCORES):
         return ring_attention(q, k, v, mask, softcap=softcap)
     choice = choose_attention(q, k, v, mask, softcap=softcap, dropout=dropout)
     logger.debug("%s queries, %s keys: %s", q.shape, k.shape, choice)
@@ -117,6 +119,8 @@ def choose_attention(
     mask, t, s = as_mask(mask), q.shape[-2], k.shape[-2]
     if dropout is not None:
         return Choice(dot_product_attention, "dropout is applied to all attention weights")
+    if is_asked_for(*SCORES):
+        return Choice(dot_product_attention, "its scores or weights are looked at")
     few = t * s <= FEW_SCORES.get(backend, FEW_SCORES_ELSEWHERE)
     if few or t <= BLOCK:
         why = f"{t} x {s} scores per head are few enough to keep" if few else "few queries"

@@ -11,13 +11,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxformers.checks import check_size
 from jaxformers.kernels.blockwise import divide, exponentials
 from jaxformers.kernels.plain import attention_scores, check_inputs, match, mix, refuse_dropout
 from jaxformers.masks import AttentionMask, Mask, as_mask
-from jaxformers.sites import site
 
 
 class Blocks(NamedTuple):
@@ -75,7 +75,7 @@ def _flash(inputs: Any, softcap: float | None, sizes: Blocks) -> Float[Array, "*
 @_flash.def_fwd
 def _flash_forward(perturbed, inputs, softcap, sizes):
     # Rematerialization that keeps these does not run any of this again.
-    kept = partial(site, name="head_outputs")
+    kept = partial(checkpoint_name, name="head_outputs")
     out, *rest = jax.tree.map(kept, _forward(inputs, softcap, sizes))
     return out, (out, *rest)
 

@@ -182,7 +182,7 @@ def dot_product_attention(
     mask = as_mask(mask)
     weights = attention_weights(q, k, mask, softcap)
     weights = weights if dropout is None else dropout(weights)
-    return mix(site(weights, "attention_weights"), v).astype(v.dtype)
+    return mix(site(weights, "pattern"), v).astype(v.dtype)
 
 
 def scaled_dot_product_attention(
