@@ -158,7 +158,7 @@ class DecoderLayer(eqx.Module):
                 read = self.cross_attention_residual.read(x)
                 y = self.cross_attention.attend(read, cross_kv, cross_mask, key=cross_weights_key)
                 x = write(self.cross_attention_residual, x, y, cross_key)
-                x = site(x, "residual_between_2")
+        x = site(x, "residual_between_2") if self.cross_attention and cross_kv else x
 
         with scope("feed_forward"):
             source = x if self.parallel is None else self.parallel.source(before, seen)

@@ -130,7 +130,7 @@ def test_patches(change):
     assert abs(without(TOKENS) - model(TOKENS)).max() > 1e-2
 
 
-def test_a_patched_model_generates():
+def test_a_patched_model_generates(no_shape_checker):
     model = patch(decoder(), {"blocks.1.hook_attn_out": lambda x: -2 * x})
     tokens = model.generate(TOKENS, 5)
     best = np.asarray(model.logits(tokens[:, :-1]).argmax(-1))

@@ -83,10 +83,12 @@ def test_every_object_that_can_be_saved_has_a_public_name():
         "checkpoint",
         "constraints",
         "finetuning",
+        "inspect",
         "one_program",
         "quantization.rounding",
         "serving",
         "sharding",
+        "sites",
         "text",
         "training",
     )

@@ -47,8 +47,8 @@ MODELS = {
         TransformerEncoder, VOCAB, D, N, LAYERS, F, MAX, norm_first=False, **OPTIONS
     ),
 }
-ATTENTION = ("queries", "keys", "values", "scores", "attention_weights", "head_outputs")
-SUBLAYER = ("sublayer_output", "residual")
+ATTENTION = ("queries", "keys", "values", "scores", "pattern", "head_outputs")
+SUBLAYER = ("sublayer_output",)
 
 
 def layers(stack, scanned, cross=False, experts=False):
@@ -56,11 +56,12 @@ def layers(stack, scanned, cross=False, experts=False):
     found = []
     for i in range(LAYERS):
         at = f"{stack}.layers" + ("" if scanned else f".{i}")
-        found += [f"{at}.layer_input"]
+        found += [f"{at}.residual_before", f"{at}.residual_between", f"{at}.residual_after"]
+        found += [f"{at}.residual_between_2"] if cross else []
         sublayers = ["self_attention", *(["cross_attention"] if cross else [])]
         found += [f"{at}.{part}.{name}" for part in sublayers for name in ATTENTION + SUBLAYER]
-        found += [f"{at}.feed_forward.{name}" for name in ("feed_forward", *SUBLAYER)]
-        found += [f"{at}.feed_forward.shared_expert.feed_forward"] if experts else []
+        found += [f"{at}.feed_forward.{name}" for name in ("activations", *SUBLAYER)]
+        found += [f"{at}.feed_forward.shared_expert.activations"] if experts else []
         if scanned:
             break
     return [*found, f"{stack}.hidden"]
@@ -68,11 +69,11 @@ def layers(stack, scanned, cross=False, experts=False):
 
 def expected(name, scanned):
     if name == "seq2seq":
-        paths = ["src_embedding.embedding", "tgt_embedding.embedding", "output.logits"]
+        paths = ["src_embedding.embedded", "tgt_embedding.embedded", "output.logits"]
         return [*paths, *layers("encoder", scanned), *layers("decoder", scanned, cross=True)]
     if name == "encoder":
-        return ["embedding.embedding", *layers("encoder", scanned)]
-    paths = ["embedding.embedding", "output.logits"]
+        return ["embedding.embedded", *layers("encoder", scanned)]
+    paths = ["embedding.embedded", "output.logits"]
     return [*paths, *layers("decoder", scanned, experts=name == "experts")]
 
 
@@ -112,7 +113,7 @@ def test_sites_and_scopes_add_no_operation():
     def named(f):
         def inside(x):
             with jax.named_scope("layers"):
-                return site(f(site(x, "layer_input")), "residual")
+                return site(f(site(x, "residual_before")), "residual_after")
 
         return inside
 

@@ -285,7 +285,7 @@ def marian() -> Any:
         **SIZES,
         key=KEY,
     )
-    return moved(rematerialize(scan_layers(model), keep=("queries", "residual")))
+    return moved(rematerialize(scan_layers(model), keep=("queries", "residual_after")))
 
 
 def encoder(**options: Any) -> Any:
