@@ -37,7 +37,7 @@ def logit_lens(
 
     Example:
         >>> logit_lens(model, tokens).shape
-        (3, 2, 6, 18)
+        (2, 1, 4, 65)
     """
     check_decoder(model)
     stream = jnp.stack(hidden_states(model, tokens, **options))
@@ -69,7 +69,7 @@ def head_attribution(
 
     Example:
         >>> head_attribution(model, tokens, tokens).shape
-        (2, 2, 2, 6)
+        (1, 2, 1, 4)
     """
     check_decoder(model)
     only = ["decoder.layers.*.self_attention.head_outputs", "decoder.layers.*.residual_after"]
@@ -146,7 +146,7 @@ def ablate_heads(model: TransformerLM, score: Callable[[Any], Any]) -> Float[Arr
 
     Example:
         >>> ablate_heads(model, lambda model: language_model_loss(model, batch)).shape
-        (2, 2)
+        (1, 2)
     """
     check_decoder(model)
     check_callable(score=score)
@@ -190,7 +190,7 @@ def induction_scores(
 
     Example:
         >>> induction_scores(model, length=3, key=key).shape
-        (2, 2)
+        (1, 2)
     """
     check_decoder(model)
     check_size(length=length, rows=rows)

@@ -36,10 +36,10 @@ def patch(model: Model, sites: Mapping[str, Any]) -> Model:
             place of a value has another shape.
 
     Example:
-        >>> path = "decoder.layers.1.self_attention.head_outputs"
+        >>> path = "decoder.layers.0.self_attention.head_outputs"
         >>> without_head = patch(model, {path: lambda x: x.at[:, 0].set(0)})
         >>> without_head.generate(tokens, 3).shape
-        (2, 9)
+        (1, 7)
     """
     if not isinstance(sites, Mapping):
         raise ValueError(f"sites must be a dict of paths and values, got {sites!r:.200}.")

@@ -48,7 +48,7 @@ def trace(
     Example:
         >>> result, sites = trace(model, only=["decoder.layers.*.residual_after"])(tokens)
         >>> list(sites)[0], sites["decoder.layers.0.residual_after"].shape
-        ('decoder.layers.0.residual_after', (2, 6, 16))
+        ('decoder.layers.0.residual_after', (1, 4, 16))
     """
     patterns = ("*",) if only is None else as_paths(only, getattr(model, "__self__", model))
 

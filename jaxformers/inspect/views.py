@@ -22,7 +22,7 @@ def hidden_states(model: Any, *tokens: Any, **options: Any) -> Any:
 
     Example:
         >>> [x.shape for x in hidden_states(model, tokens)]
-        [(2, 6, 16), (2, 6, 16), (2, 6, 16)]
+        [(1, 4, 16), (1, 4, 16)]
     """
     only = ["*.layers.0.residual_before", "*.layers.*.residual_after"]
     sites = trace(body_of(model), only)(*tokens, **options).sites
@@ -41,7 +41,7 @@ def attention_maps(model: Any, *tokens: Any, **options: Any) -> Any:
 
     Example:
         >>> [x.shape for x in attention_maps(model, tokens)]
-        [(2, 2, 6, 6), (2, 2, 6, 6)]
+        [(1, 2, 4, 4)]
     """
     sites = trace(body_of(model), ["*.pattern"])(*tokens, **options).sites
     found = {
