@@ -97,8 +97,9 @@ def one_program(
     Inside a transformation of JAX (`jit`, `grad`, `vmap`) the body is only traced. Otherwise the
     texts get padding up to the next of a few sizes, so that most new lengths and batch sizes
     compile nothing. Some calls keep their shapes: those with a key, whose dropout would be drawn
-    for other shapes, those with booleans of a mask, those whose tokens are spread over devices, and
-    long ones, where the padding would cost more than a compilation.
+    for other shapes, those with booleans of a mask, those whose tokens are spread over devices,
+    those of patched models, whose values would have other shapes, and long ones, where the padding
+    would cost more than a compilation.
 
     Arguments:
         body: a function that is the same object in every call.

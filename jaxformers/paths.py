@@ -6,7 +6,11 @@ import jax
 
 
 def path_name(path: tuple) -> str:
-    """Returns a path into a tree as text: `decoder.layers.0.self_attention.wq`."""
+    """Returns a path into a tree as text: `decoder.layers.0.self_attention.wq`.
+
+    A part that is patched has the path that it has without the patch.
+    """
+    path = tuple(key for key in path if getattr(key, "name", None) != "unpatched")
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

@@ -10,7 +10,8 @@ same names. Neither names nor scopes add an operation to the compiled program.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -44,7 +45,7 @@ SITES = LAYER_SITES | {
     "logits": "the logits (b, t, v) in float32",
 }
 
-# The names in files of earlier versions.
+# From the names of sites in files of earlier versions to the names that they have now.
 RENAMED = {
     "residual": ("residual_between", "residual_between_2", "residual_after"),
     "attention_weights": ("pattern",),
@@ -53,11 +54,11 @@ RENAMED = {
 
 
 class Watched:
-    """A field of a model, some of whose values are replaced. Calls of the model add no padding."""
+    """The mark of a field of a model in which values are replaced: calls then add no padding."""
 
 
 def is_watched(model: Any) -> bool:
-    """Returns whether values of a model are replaced; of a tuple, of its first part."""
+    """Returns whether values of a model are replaced. Of a tuple, the model is its first part."""
     first = model[0] if isinstance(model, tuple) else model
     return any(isinstance(part, Watched) for part in getattr(first, "__dict__", {}).values())
 
@@ -99,6 +100,31 @@ def paths_of(path: str, turn: Turn | None) -> list[str]:
     return [path] if turn is None else [path.replace("*", str(i)) for i in range(turn.number)]
 
 
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a path matches one of some patterns, which are as for `fnmatch`.
+
+    Example:
+        >>> matches("decoder.layers.0.self_attention.queries", ["*.keys", "*.queries"])
+        True
+    """
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def can_match(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a path that ends with this name may match one of some patterns.
+
+    Example:
+        >>> can_match("scores", ["decoder*"]), can_match("scores", ["*.pattern"])
+        (True, False)
+    """
+    # The end of a pattern, from any place on, must match: "*" and "?" may stand for dots.
+    return any(
+        fnmatchcase(f".{name}", pattern[i:]) or pattern == name
+        for pattern in patterns
+        for i in range(len(pattern))
+    )
+
+
 class Recorder:
     """A watcher that keeps the values of the sites whose paths match one of some patterns.
 
@@ -118,13 +144,18 @@ class Recorder:
         return x
 
     def asks(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern.rpartition(".")[2]) for pattern in self._patterns)
+        return can_match(name, self._patterns)
 
     def wants(self, path: str) -> bool:
         """Returns whether the value at a path is kept."""
-        return any(fnmatchcase(path, pattern) for pattern in self._patterns)
+        return matches(path, self._patterns)
 
 
+# Functions that are compiled inside of a model are compiled anew for each part and each watching,
+# since their programs have what the watchers put there.
+_program = jax.make_user_context(default_value=None)
+_numbers = itertools.count()
+_watching: ContextVar[int | None] = ContextVar("watching", default=None)
 _path: ContextVar[tuple[str, ...]] = ContextVar("path", default=())
 _turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
 _watchers: ContextVar[tuple[Any, ...]] = ContextVar("watchers", default=())
@@ -155,7 +186,7 @@ def scope(name: str) -> Iterator[None]:
     """Opens a part of a model by its field's name, a context or a decorator."""
     token = _path.set((*_path.get(), name))
     try:
-        with jax.named_scope(name):
+        with jax.named_scope(name), _own_program():
             yield
     finally:
         _path.reset(token)
@@ -167,11 +198,20 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
     A model must be traced within it. A function that was compiled before is not traced again.
     """
-    token = _watchers.set((watcher, *_watchers.get()))
+    token, number = _watchers.set((watcher, *_watchers.get())), _watching.set(next(_numbers))
     try:
-        yield
+        with _own_program():
+            yield
     finally:
         _watchers.reset(token)
+        _watching.reset(number)
+
+
+def _own_program() -> contextlib.AbstractContextManager:
+    """Opens a context in which JAX uses no program of another part or watching."""
+    if not _watchers.get():
+        return contextlib.nullcontext()
+    return _program((_watching.get(), _path.get()))
 
 
 @contextlib.contextmanager
@@ -179,7 +219,8 @@ def unwatched() -> Iterator[None]:
     """Hides the sites of a part whose values are not those of tokens from watchers."""
     token = _watchers.set(())
     try:
-        yield
+        with _program(None):
+            yield
     finally:
         _watchers.reset(token)
 

@@ -40,6 +40,7 @@ from jaxformers.sharding import (
     shard,
     shard_batch,
 )
+from jaxformers.training.batches import check_alike
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 TEXT = np.random.default_rng(5).integers(0, 72, 2000)
@@ -106,6 +107,10 @@ def check_losses(directory):
 def check_rows(directory):
     """Hosts that make rows of their own, in a loop of their own."""
     found = {}
+    rows = {"tokens": np.arange(32).reshape(2, 16), "targets": None}
+    check_alike(rows)
+    joined = join_batch(rows, make_mesh(sequence=8))  # each host has all positions of its rows
+    assert np.array_equal(collect(joined)["tokens"], rows["tokens"])
     for name in os.environ.get("MESH", "fsdp").split():
         mesh = make_mesh(*MESHES[name])
         own = source().shard(*host_rows(mesh))

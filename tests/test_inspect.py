@@ -25,6 +25,7 @@ from jaxformers import (
     scan_layers,
 )
 from jaxformers.inspect import (
+    KeptHeads,
     ablate_heads,
     attention_maps,
     head_attribution,
@@ -34,6 +35,8 @@ from jaxformers.inspect import (
     patch,
     trace,
 )
+from jaxformers.paths import path_name
+from jaxformers.sites import site
 
 V, D, N, F, LAYERS = 23, 24, 4, 10, 2
 KEY = jax.random.key(5)
@@ -323,3 +326,99 @@ def test_induction_scores_find_a_head_that_copies():
     found = induction_scores(copying, length=length, rows=2, key=KEY)
     np.testing.assert_allclose(found[1], [0, 0, 0, 1])
     assert found[0].max() < 0.9
+
+
+def test_patterns_that_end_with_a_star_reach_scores():
+    found = traced(decoder(), "decoder*").sites
+    assert "decoder.layers.1.self_attention.pattern" in found
+    assert list(found) == [path for path in traced(decoder()).sites if path.startswith("decoder")]
+
+
+def test_each_part_has_its_own_patches_alone():
+    path = "decoder.layers.1.self_attention.head_outputs"
+    model = decoder()
+    patched = patch(model, {"embedding.embedded": jnp.zeros(D), path: KeptHeads(jnp.ones(N))})
+    numbers = [sum(x.size for x in jax.tree.leaves(each)) for each in (model, patched)]
+    assert numbers[1] - numbers[0] == D + N
+
+
+def test_sites_of_no_part_are_refused():
+    class Own(eqx.Module):
+        def __call__(self, x):
+            return site(x, "hidden")
+
+    assert list(traced(Own()).sites) == ["hidden"]
+    with pytest.raises(ValueError, match="a site is in a part of a model"):
+        patch(Own(), {"hidden": 0})
+
+
+def test_what_cannot_be_traced():
+    model = decoder()
+    with pytest.raises(ValueError, match="the loop of model.generate"):
+        trace(model.generate, ["*.residual_after"])(TOKENS, 2)
+    with pytest.raises(ValueError, match="inside of a transformation"):
+        trace(jax.vmap(model))(TOKENS)
+    with pytest.raises(ValueError, match="has no sites"):
+        trace(lambda x: x + 1)(TOKENS)
+
+
+def test_targets_beside_the_vocabulary_are_refused():
+    for wrong in (-100, V):
+        with pytest.raises(ValueError, match=f"targets must be ids from 0 to {V - 1}"):
+            head_attribution(decoder(), TOKENS, TOKENS.at[0, 0].set(wrong))
+
+
+def test_programs_inside_of_a_model_are_not_shared_with_its_patches():
+    """A part that compiles itself has one program with the patch and one without."""
+
+    class Compiled(eqx.Module):
+        w: jax.Array
+
+        @eqx.filter_jit
+        def __call__(self, x):
+            return site(jnp.tanh(x @ self.w), "activations") @ self.w.T
+
+    model = eqx.tree_at(
+        lambda model: [layer.feed_forward for layer in model.decoder.layers],
+        decoder(),
+        [Compiled(jax.random.normal(jax.random.key(i), (D, F))) for i in (1, 2)],
+    )
+    expected = jax.jit(lambda x: model.logits(x))(TOKENS)
+    path = "decoder.layers.0.feed_forward.activations"
+    patched = patch(model, {path: lambda x: x * 0})
+    changed = jax.jit(lambda x: patched.logits(x))(TOKENS)
+    assert abs(changed - expected).max() > 1e-2
+    np.testing.assert_array_equal(jax.jit(lambda x: model.logits(x))(TOKENS), expected)
+    again = jax.jit(lambda x: patch(model, {path: lambda x: x * 0}).logits(x))(TOKENS)
+    np.testing.assert_array_equal(again, changed)
+    assert [*traced(model, "*.activations").sites] == [path, path.replace("0", "1")]
+
+
+def test_a_function_is_traced_as_it_is_now():
+    models = [decoder(), patch(decoder(), {"decoder.hidden": 0.0})]
+    found = [
+        trace(function, ["decoder.hidden"])(TOKENS).sites["decoder.hidden"]
+        for function in (lambda x: models[0](x), lambda x: models[1](x))
+    ]
+    assert abs(found[0]).max() > 0.1 and abs(found[1]).max() == 0
+
+    def last(tokens):
+        return models[-1](tokens)
+
+    assert abs(trace(last, ["*.hidden"])(TOKENS).sites["decoder.hidden"]).max() == 0
+    models.append(models[0])
+    assert abs(trace(last, ["*.hidden"])(TOKENS).sites["decoder.hidden"]).max() > 0.1
+
+
+def test_patched_models_keep_their_paths_and_are_no_checkpoints(tmp_path):
+    model = patch(decoder(**LLAMA), {"output.logits": lambda x: -x, "*.0.residual_after": 0.0})
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)}
+    assert "decoder.layers.1.self_attention.wq" in names
+    with pytest.raises(ValueError, match="Save the model that was patched"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, "text", 1j, lambda x: None])
+def test_what_is_no_value(value):
+    with pytest.raises(ValueError, match="place of decoder.hidden must be an array or a number"):
+        patch(decoder(), {"decoder.hidden": value})(TOKENS)

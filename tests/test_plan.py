@@ -383,8 +383,9 @@ def test_the_loss_has_few_parts_on_many_devices():
     work = Workload(find_model("8b"), 64, 8192)
     chunk = 2**28 // 128256
     for mesh, devices in ({"fsdp": 8}, 8), ({"data": 8, "tensor": 8}, 64), ({"sequence": 2}, 2):
-        plan = Plan(work, mesh)
-        assert plan.chunks == math.ceil(64 * 8192 / (devices * chunk))
+        least = math.ceil(64 * 8192 / (devices * chunk))
+        # Divided positions have a few more, since each device cuts as many of its own.
+        assert least <= Plan(work, mesh).chunks <= least + (2 if "sequence" in mesh else 0)
     plan, again = (Plan(work, {"data": n}) for n in (32, 64))
     assert plan.memory.loss > 4 * 128256 * 4096  # the sum
     parts = [x.size for x in plan.transfers() if x.what == "gradients of parts of the loss"]

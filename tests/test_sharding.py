@@ -25,6 +25,7 @@ from jaxformers import (
     scan_layers,
     sharding,
 )
+from jaxformers.inspect import patch as replace_values
 from jaxformers.layers import Function
 from jaxformers.sharding import RULES, layout, make_mesh, shard, shard_batch, zigzag
 from jaxformers.training import notices
@@ -177,6 +178,7 @@ def test_fit_orders_what_knows_its_positions_alone(model):
     kernel = dict(attention_fn=dot_product_attention)
     assert not is_ordered(model=TransformerLM(*sizes, 0.0, **kernel, **options))
     assert not is_ordered(model=eqx.tree_at(lambda x: x.decoder.norm, model, Neighbors()))
+    assert not is_ordered(model=replace_values(model, {"embedding.embedded": roll}))
 
 
 def test_what_is_no_mesh(model, no_shape_checker):

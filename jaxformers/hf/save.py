@@ -35,12 +35,18 @@ from jaxformers.layer_stack import unroll_layers
 from jaxformers.origin import Origin
 from jaxformers.paths import path_name
 from jaxformers.sharding.hosts import check_here
+from jaxformers.sites import is_watched
 from jaxformers.weights import merge
 
 
 def save(model: Any, path: Any, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model as a checkpoint; see `save_pretrained` of the models."""
     directory = check_directory(path)
+    if is_watched(model):
+        raise ValueError(
+            "patch(...) replaces values of this model, which no checkpoint of transformers can "
+            "say. Save the model that was patched."
+        )
     for name, x in jax.tree_util.tree_leaves_with_path(model):
         check_here(path_name(name), x)  # on one host alone, the next line would wait for the others
     model = merge(unroll_layers(model))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from jaxformers.checks import check_callable, check_key, check_size
+from jaxformers.checks import check_callable, check_key, check_size, check_tokens
 from jaxformers.inspect.patching import patch
 from jaxformers.inspect.tracing import trace
 from jaxformers.inspect.views import attention_maps, hidden_states
@@ -65,18 +65,25 @@ def head_attribution(
         float32, `(layers, heads, b, t)`.
 
     Raises:
-        ValueError: for a model in which heads do not add to the logits linearly.
+        ValueError: for a model in which heads do not add to the logits linearly, and for targets
+            of another shape than the tokens or outside of the vocabulary.
 
     Example:
         >>> head_attribution(model, tokens, tokens).shape
         (1, 2, 1, 4)
     """
     check_decoder(model)
+    targets = jnp.asarray(check_tokens(targets, model.vocab_size, "targets"))
+    if targets.ndim != 2 or targets.shape != jnp.shape(tokens):
+        raise ValueError(
+            f"targets must have the shape (b, t) of the tokens, got {targets.shape} and "
+            f"{jnp.shape(tokens)}. Add an axis to a single row, tokens[None]."
+        )
     only = ["decoder.layers.*.self_attention.head_outputs", "decoder.layers.*.residual_after"]
     sites = trace(model, only)(tokens).sites
     last = sites[f"decoder.layers.{len(model.decoder.layers) - 1}.residual_after"]
     model = merge(model)
-    direction = _direction(model, last, jnp.asarray(targets))
+    direction = _direction(model, last, targets)
     found = []
     for i, layer in enumerate(model.decoder.layers):
         joint = layer.self_attention_residual
@@ -208,4 +215,7 @@ def induction_scores(
 def check_decoder(model: Any) -> None:
     """Raises an error unless the model is a `TransformerLM`."""
     if not isinstance(model, TransformerLM):
-        raise ValueError(f"this is for a TransformerLM, got {type(model).__name__}.")
+        raise ValueError(
+            f"this function is for a TransformerLM, got {type(model).__name__}. For other models "
+            "use trace, patch, hidden_states or attention_maps."
+        )

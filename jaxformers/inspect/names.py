@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 # From TransformerLens' names (https://transformerlensorg.github.io/TransformerLens) to the name of
-# a site; "blocks.3." before them is a layer. Theirs have heads after positions, (b, t, n, h), and
-# `hook_q` and `hook_k` are before the rotation, ours after it.
+# a site; "blocks.3." before them is a layer. Theirs have heads after positions, (b, t, n, h).
+# `hook_q` and `hook_k` are before the rotation there, and `hook_embed` is without the vectors of
+# positions; here they are after the rotation, and with these vectors.
 TRANSFORMER_LENS = {
     "hook_embed": "embedding.embedded",
     "hook_resid_pre": "residual_before",
@@ -59,18 +60,26 @@ def as_path(name: str, stack: str) -> str:
 
 def as_paths(names: Any, model: Any) -> tuple[str, ...]:
     """Returns the paths and patterns for what a user asks for."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    listed = isinstance(names, list | tuple)
+    if not listed or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"sites must be a list of names such as ['decoder.layers.*.residual_after'], "
             f"got {names!r:.200}."
         )
-    stack = "decoder" if hasattr(model, "decoder") else "encoder"
+    encodes = hasattr(model, "encoder") and not hasattr(model, "decoder")
+    stack = "encoder" if encodes else "decoder"  # what a function calls is most often a decoder
     return tuple(as_path(name, stack) for name in names)
 
 
 def check_reached(patterns: Iterable[str], reached: Iterable[str]) -> None:
     """Raises an error if a pattern matches none of the paths that a program has."""
     reached = list(reached)
+    if not reached:
+        raise ValueError(
+            "the program has no sites. What is compiled already, such as model.generate or a "
+            "function of jax.jit, is not seen into, and neither is what reads no argument: trace "
+            "the model, or a function of its arrays that is not compiled."
+        )
     for pattern in patterns:
         if any(fnmatchcase(path, pattern) for path in reached):
             continue

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxformers.inspect.names import as_paths, check_reached
 from jaxformers.inspect.tracing import body_of, record
-from jaxformers.sites import Turn, Watched, paths_of, watched
+from jaxformers.sites import Turn, Watched, can_match, paths_of, unwatched, watched
 
 Model = TypeVar("Model", bound=eqx.Module)
 
@@ -46,13 +46,21 @@ def patch(model: Model, sites: Mapping[str, Any]) -> Model:
     paths = as_paths(tuple(sites), model)
     reached = _paths_in(model)
     check_reached(paths, reached)
-    patches = Patches(tuple(map(Patch, paths, sites.values())))
-    parts = {path.partition(".")[0] for path in reached if patches.concerns(path)}
-    parts = {name for name in parts if isinstance(getattr(model, name, None), eqx.Module)}
+    parts: dict[str, list[Patch]] = {}  # each part of the model gets what concerns it alone
+    for pattern, value in zip(paths, sites.values(), strict=True):
+        for name in {path.partition(".")[0] for path in reached if fnmatchcase(path, pattern)}:
+            parts.setdefault(name, []).append(Patch(pattern, value))
+    for name in parts:
+        if not isinstance(getattr(model, name, None), eqx.Module):
+            raise ValueError(
+                f"a site is in a part of a model, such as 'decoder', got one at {name!r}, which is "
+                f"no module in a {type(model).__name__}. Call the part that has the site in "
+                "`with scope(name)` of jaxformers.sites, by the name of its field."
+            )
     return eqx.tree_at(
-        lambda model: [getattr(model, name) for name in sorted(parts)],
+        lambda model: [getattr(model, name) for name in parts],
         model,
-        [Patched(getattr(model, name), patches) for name in sorted(parts)],
+        [Patched(getattr(model, name), Patches(tuple(found))) for name, found in parts.items()],
     )
 
 
@@ -65,7 +73,7 @@ class Patch(eqx.Module):
     def __call__(self, path: str, x: Array) -> Array:
         """Returns what takes the place of `x`."""
         if not callable(self.value):
-            value = jnp.asarray(self.value)
+            value = _as_numbers(path, self.value)
             try:
                 return jnp.broadcast_to(value, x.shape).astype(x.dtype)
             except ValueError as error:
@@ -73,7 +81,7 @@ class Patch(eqx.Module):
         value = self.value(x)
         if value is x:
             return x
-        value = jnp.asarray(value)
+        value = _as_numbers(path, value)
         if value.shape != x.shape:
             raise _misfit(path, x, value)
         return value.astype(x.dtype)
@@ -90,27 +98,23 @@ class Patches(eqx.Module):
         return x
 
     def asks(self, name: str) -> bool:
-        return any(fnmatchcase(name, x.pattern.rpartition(".")[2]) for x in self.patches)
-
-    def concerns(self, path: str) -> bool:
-        """Returns whether a value at this path is replaced."""
-        return any(fnmatchcase(path, patch.pattern) for patch in self.patches)
+        return can_match(name, [patch.pattern for patch in self.patches])
 
 
 class Patched(eqx.Module, Watched):
     """A part of a model with other values at some of its sites; in all else it is that part."""
 
-    part: Any
+    unpatched: Any
     patches: Patches
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         with watched(self.patches):
-            return self.part(*args, **options)
+            return self.unpatched(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("part", "patches"):
+        if name.startswith("__") or name in ("unpatched", "patches"):
             raise AttributeError(name)
-        found = getattr(self.part, name)
+        found = getattr(self.unpatched, name)
         if not callable(found) or not hasattr(found, "__self__"):
             return found
 
@@ -118,7 +122,7 @@ class Patched(eqx.Module, Watched):
         def method(*args: Any, **options: Any) -> Any:
             with watched(self.patches):
                 result = found(*args, **options)
-            return Patched(result, self.patches) if type(result) is type(self.part) else result
+            return Patched(result, self.patches) if type(result) is type(self.unpatched) else result
 
         return method
 
@@ -134,6 +138,20 @@ def _replaced(patch: Patch, path: str, turn: Turn | None, x: Array) -> Array:
     return lax.cond(jnp.asarray(meant)[turn.layer], lambda x: patch(path, x), lambda x: x, x)
 
 
+def _as_numbers(path: str, value: Any) -> Array:
+    """Returns what takes the place of a value as an array, or raises if it is no real numbers."""
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError):
+        value = None
+    if value is None or jnp.iscomplexobj(value):
+        raise ValueError(
+            f"what takes the place of {path} must be an array or a number, or a function that "
+            "returns an array, and not None, text or complex numbers."
+        )
+    return value
+
+
 def _misfit(path: str, x: Array, value: Array) -> ValueError:
     return ValueError(
         f"what takes the place of {path} must have its shape {x.shape}, got {value.shape}."
@@ -144,4 +162,5 @@ def _paths_in(model: Any) -> tuple[str, ...]:
     """Returns the paths of all sites of a model, found by tracing it with a few tokens."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     args: tuple[Any, ...] = (tokens, tokens) if hasattr(model, "tgt_embedding") else (tokens,)
-    return eqx.filter_eval_shape(record, body_of(model), ("*",), args, {})[1]
+    with unwatched():  # whoever watches this call shall not see the tokens of this one
+        return eqx.filter_eval_shape(record, body_of(model), ("*",), args, {})[1]

@@ -1,6 +1,7 @@
 """The values of a model's sites."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -50,7 +51,10 @@ def trace(
         >>> list(sites)[0], sites["decoder.layers.0.residual_after"].shape
         ('decoder.layers.0.residual_after', (1, 4, 16))
     """
-    patterns = ("*",) if only is None else as_paths(only, getattr(model, "__self__", model))
+    owner = getattr(model, "__self__", model)
+    patterns = ("*",) if only is None else as_paths(only, owner)
+    # A function may read variables that change, so it has a program of its own.
+    program = _record if isinstance(owner, eqx.Module) else eqx.filter_jit(partial(record))
 
     def traced(*args: Any, **options: Any) -> Trace:
         given = jax.tree.map(_as_array, (args, options), is_leaf=_is_rows)
@@ -59,7 +63,14 @@ def trace(
             found, reached = eqx.filter_eval_shape(record, model, patterns, *given)
         else:
             result = model(*args, **options)
-            found, reached = _record(model, patterns, *given)
+            try:
+                found, reached = program(model, patterns, *given)
+            except jax.errors.UnexpectedTracerError as error:
+                raise ValueError(
+                    "the sites of the program are inside of a transformation, such as jax.jit or "
+                    "jax.vmap, or of a loop, such as the loop of model.generate, from where no value "
+                    "can be returned. Trace the model in it, such as jax.vmap(trace(model, only))."
+                ) from error
         check_reached([] if only is None else patterns, reached)
         return Trace(result, {path: found[path] for path in reached if path in found})
 
@@ -77,9 +88,17 @@ def record(
 
 
 def body_of(model: Any) -> Callable:
-    """Returns the call of a model, or of a decoder without an output layer its hidden states."""
+    """Returns the call of a model, or of one without an output layer its hidden states."""
     headless = hasattr(model, "forward") and model.output is None
+    if headless and hasattr(model, "encode"):
+        return jax.tree_util.Partial(_hidden_of_pair, model)
     return model.forward if headless else model
+
+
+def _hidden_of_pair(model: Any, src: Any, tgt: Any, **options: Any) -> Any:
+    """Returns the decoder's hidden states of an encoder-decoder."""
+    source = {name: x for name, x in options.items() if name == "src_padding_mask"}
+    return model.decode(tgt, model.encode(src, **source), **options)
 
 
 _record = eqx.filter_jit(record)
@@ -87,7 +106,7 @@ _record = eqx.filter_jit(record)
 
 def _is_rows(x: Any) -> bool:
     """Returns whether `x` is a list of numbers or of such lists, as tokens may be."""
-    return isinstance(x, list) and all(isinstance(y, int) or _is_rows(y) for y in x)
+    return isinstance(x, list) and bool(x) and all(type(y) is int or _is_rows(y) for y in x)
 
 
 def _as_array(x: Any) -> Any:

@@ -20,10 +20,10 @@ from jaxformers.sites import is_asked_for
 
 logger = logging.getLogger(__name__)
 
+SCORES = "scores", "pattern"  # the sites that plain attention alone has
 # Scores per head that may be kept for the backward pass. Beyond them memory is linear in the
 # sequence. Measured on a CPU, where that is as fast from there on; chosen elsewhere, where loops
 # cost more.
-SCORES = "scores", "pattern"  # the sites that plain attention alone has
 FEW_SCORES = {"cpu": 512**2, "gpu": 1024**2}
 FEW_SCORES_ELSEWHERE = 2048**2
 # Measured on a CPU, chosen elsewhere: accelerators want more work at a time.

@@ -4,7 +4,6 @@ JAX calls a host a process. Each process has devices of its own, and all of them
 functions in the same order. `jax.distributed` finds them and notices if one is lost.
 """
 
-import math
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from jaxformers.sharding.mesh import as_auto, sizes_of
-from jaxformers.sharding.rules import RULES, check_names, mesh_axes
+from jaxformers.sharding.rules import RULES, check_names, parts_of
 from jaxformers.sharding.spread import row_spec
 
 Tree = TypeVar("Tree", bound=PyTree)
@@ -27,9 +26,10 @@ def join_hosts(
 ) -> None:
     """Makes the devices of all hosts known to each of them: `jax.distributed.initialize`.
 
-    A script calls it before anything else of JAX. SLURM, Open MPI, mpi4py, Kubernetes and the TPUs
-    of Google's cloud say the arguments themselves. If a host is lost, the program ends on the
-    others within about 20 seconds, with an error of `jax.distributed`.
+    A script calls it before anything else of JAX. Under SLURM, Open MPI and Kubernetes and on the
+    TPUs of Google's cloud JAX finds the arguments by itself; other launchers of MPI need
+    `cluster_detection_method="mpi4py"`. If a host is lost, the program ends on the others within
+    about 20 seconds, with an error of `jax.distributed`.
 
     Arguments:
         address: the first host and a free port on it, such as "10.0.0.1:1234"; None asks the
@@ -65,7 +65,7 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
         mesh: from `make_mesh`.
 
     Raises:
-        ValueError: if the rows of this host do not follow one another.
+        ValueError: if this host has no device on the mesh, or its rows do not follow one another.
 
     Example:
         >>> from jaxformers.sharding import make_mesh
@@ -75,11 +75,16 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
     mesh = as_auto(mesh)
     sizes = sizes_of(mesh)
     where = NamedSharding(mesh, row_spec(1, sizes))
-    parts = math.prod(sizes.get(axis, 1) for axis in mesh_axes("b"))
+    parts = parts_of("b", sizes)
     indices = where.addressable_devices_indices_map((parts,)).values()
     rows = [part[0] for part in indices if part is not None]
     own = sorted({i for part in rows for i in range(*part.indices(parts))})
     size = len(own)
+    if size == 0:
+        raise ValueError(
+            f"no device of this host, process {jax.process_index()}, is on the mesh. Make the mesh "
+            "of the devices of all hosts, as make_mesh does without devices=."
+        )
     if own != list(range(own[0], own[0] + size)) or own[0] % size or parts % size:
         raise ValueError(
             f"the rows of this host are the parts {own} of {parts}, which are no equal part of a "
@@ -111,12 +116,15 @@ def join_batch(batch: Tree, mesh: Mesh) -> Tree:
     """
     mesh = as_auto(mesh)
     check_names(mesh, RULES)
-    sizes = sizes_of(mesh)
+    sizes, count = sizes_of(mesh), host_rows(mesh)[1]
 
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
         where = NamedSharding(mesh, row_spec(x.ndim, sizes))
-        return jax.make_array_from_process_local_data(where, x)
+        # Rows alone are a part of the whole: each host has all positions, also if "sequence" spans
+        # hosts.
+        whole = tuple(size * count if i == 0 else size for i, size in enumerate(x.shape))
+        return jax.make_array_from_process_local_data(where, x, whole)
 
     return jax.tree.map(put, batch)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxformers.checks import check_flag, check_size
 from jaxformers.sharding.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
-from jaxformers.sharding.rules import divide
+from jaxformers.sharding.rules import as_names, divide
 from jaxformers.sharding.workload import INTEGER, STORED, Workload
 from jaxformers.training import losses
 
@@ -26,10 +26,10 @@ class Transfer(NamedTuple):
     """Bytes that devices exchange in a step.
 
     Arguments:
-        kind: the collective, as CPUs have it: accelerators scatter the sums of gradients.
-        what: it moves.
-        axes: of the mesh, over which devices exchange it.
-        size: bytes of the results on each device.
+        kind: the name of the collective on CPUs. Accelerators scatter the sums of gradients.
+        what: the arrays that are exchanged, such as "weights of layers".
+        axes: the axes of the mesh over which devices exchange them.
+        size: the bytes of the results on each device.
     """
 
     kind: str
@@ -117,7 +117,10 @@ class Plan:
         devices = self._over(DATA, FSDP, SEQUENCE, *((TENSOR,) if divided else ()))
         sizes = self.work.tokens, self.work.model.vocab_size
         chunk = losses.choose_chunk(*sizes, devices, losses.CHUNK_LOGITS_ELSEWHERE)
-        return -(-self.work.tokens // chunk)
+        chunks = -(-self.work.tokens // chunk)
+        if chunks == 1 or self.mesh[SEQUENCE] == 1:
+            return chunks
+        return prod(losses.split_of((self.work.rows, self.work.length), chunks, self.mesh))
 
     @property
     def memory(self) -> Memory:
@@ -261,11 +264,7 @@ class Part:
         self.path, self.axes, self.shape = array
         self.sizes = sizes
         # The array's axis that each axis of the mesh divides.
-        self.over = {
-            axis: i
-            for i, names in enumerate(spec)
-            for axis in ((names,) if isinstance(names, str) else names or ())
-        }
+        self.over = {axis: i for i, over in enumerate(spec) for axis in as_names(over)}
         names = self.path.split(".")
         self.in_layer = "layers" in names
         self.is_table = self.path.startswith("embedding.token_embedding.")

@@ -110,7 +110,7 @@ def divide(
         specs.append(spec_of(axes, sizes, rules))
         for name, size, over in zip(axes.names, shape, specs[-1], strict=False):
             if over is not None:
-                over = (over,) if isinstance(over, str) else over
+                over = as_names(over)
                 divided.append((size, over))
                 if size % prod(sizes[axis] for axis in over):
                     misfits.append(Misfit(path, name, size, over))
@@ -180,8 +180,22 @@ def check_names(mesh: Mesh, rules: Rules) -> None:
 
 def mesh_axes(name: str, rules: Rules = RULES) -> tuple[str, ...]:
     """Returns the mesh axes of an axis letter; "d/2", two numbers in a byte, is as "d"."""
-    over = rules.get(name.partition("/")[0])
-    return () if over is None else (over,) if isinstance(over, str) else tuple(over)
+    return as_names(rules.get(name.partition("/")[0]))
+
+
+def as_names(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of a rule, or of one axis of a `PartitionSpec`, as a tuple."""
+    return (over,) if isinstance(over, str) else tuple(over or ())
+
+
+def parts_of(name: str, sizes: Mapping[str, int]) -> int:
+    """Returns into how many parts an axis with this letter is divided on a mesh of these sizes.
+
+    Example:
+        >>> parts_of("b", {"data": 2, "fsdp": 4, "tensor": 2})
+        8
+    """
+    return prod(sizes.get(axis, 1) for axis in mesh_axes(name))
 
 
 def _explain(

@@ -13,7 +13,7 @@ from jaxformers.axes import Axes
 from jaxformers.checks import is_known
 from jaxformers.paths import path_name
 from jaxformers.sharding.mesh import as_auto, mesh_in, sizes_of
-from jaxformers.sharding.rules import RULES, Rules, check_names, layout, spec_of
+from jaxformers.sharding.rules import RULES, Rules, as_names, check_names, layout, spec_of
 
 Tree = TypeVar("Tree", bound=PyTree)
 
@@ -121,8 +121,7 @@ def _undivided(
     shape: tuple[int, ...], spec: PartitionSpec, sizes: dict[str, int]
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yields the axes of an array that cannot be divided, each with its axes of the mesh."""
-    for i, over in enumerate(spec):
-        over = (over,) if isinstance(over, str) else over or ()
+    for i, over in enumerate(map(as_names, spec)):
         if shape[i] % prod(sizes[axis] for axis in over):
             yield i, over
 

@@ -45,6 +45,11 @@ def zigzag(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     n = sizes_of(as_auto(mesh)).get(SEQUENCE, 1)
     if n == 1:
         return dict(batch)
+    if batch.get("tokens") is None:
+        raise ValueError(
+            "the zigzag order is for a language model's batch, which has tokens, got "
+            f"{', '.join(batch) or 'nothing'}. Leave zigzag out for other batches."
+        )
     shape = np.shape(batch["tokens"])
     if len(shape) != 2 or shape[1] % (2 * n):
         raise ValueError(
@@ -72,6 +77,11 @@ def _placed(batch: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         )
     real = found.pop("padding_mask", None)
     real = np.ones(shape, np.bool_) if real is None else np.asarray(real)
+    if real.dtype != np.bool_ or real.shape != shape:
+        raise ValueError(
+            f"padding_mask must be boolean with the tokens' shape {shape}, True where a token is "
+            f"real, got {real.dtype} {real.shape}. For 0/1 integers write padding_mask == 1."
+        )
     counts = np.cumsum(real, axis=-1, dtype=np.int32)
     places = np.where(real, counts - 1, -1).astype(np.int32)
     return found | {"positions": places, "segment_ids": np.zeros(shape, np.int32)}

@@ -82,9 +82,8 @@ class Log:
         """Shows a line above the progress bar, or logs it. It is information, not a warning."""
         if self._bar is not None:
             self._each("say", text)
-        elif (
-            self._first
-        ):  # without any setup of `logging`, Python shows this level on standard error
+        elif self._first:
+            # Without any setup of `logging`, Python shows this level on standard error.
             LOGGER.warning(text)
 
     def warn(self, text: str) -> None:

@@ -67,13 +67,18 @@ def fit(
     loader that does not return within two seconds is left. If an evaluation was not completed, the
     next run makes it again, and the callbacks after it. A second Ctrl-C ends the run at once.
 
+    On several hosts every host calls `fit` with the same arguments and a mesh of all devices (see
+    `jaxformers.sharding.join_hosts`). A signal at one host then ends the run on all of them, after
+    at most two more steps. An evaluation, a callback or a loader is finished first.
+
     Arguments:
         model: the model to train.
         optimizer: `AdamW` or another `Optimizer`, or an optax transformation.
         batches: dicts of arrays, one for each step. They come from a source of `jaxformers.data`,
             or any object with `batches[i]` for step `i`, or an iterable such as a list or a loader
             of Grain or torch. An iterable starts again at its end. It must be the same in each
-            run, because a resumed run skips its first batches.
+            run, because a resumed run skips its first batches. On several hosts each gives the
+            whole batch, or global arrays from `join_batch`.
         loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`.
         steps: the number of steps in all, including those of earlier runs.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
@@ -95,7 +100,7 @@ def fit(
         log: the directory of `metrics.jsonl`, which has a line for each step, and of TensorBoard's
             events if that package is installed. None is the directory of the checkpoints, if there
             is one. Existing lines of steps that are made again are replaced. Without a checkpoint
-            these are all lines.
+            these are all lines. Of several hosts the first one writes it.
         progress: whether to show a progress bar on standard error, if tqdm is installed.
         bad_steps: the rule for bad steps and how many of them are skipped. By default, the first
             step whose loss or gradients are not finite ends the training with an error.
@@ -119,8 +124,8 @@ def fit(
         OSError: if the last state cannot be saved. An earlier failure to save is a warning.
 
     An error of a loader, a callback or the run does not lose the trained state. It is saved if
-    there is a checkpoint, and it is the attribute `training` of the error. If an iterator of
-    batches ends before `steps`, the run ends with a warning and without an error.
+    there is a checkpoint and a single host, and it is the attribute `training` of the error. If an
+    iterator of batches ends before `steps`, the run ends with a warning and without an error.
 
     Example:
         >>> training = fit(
@@ -209,6 +214,9 @@ def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrup
             more = False
         more = more and interrupt.asked is None
     run.finish()
+    # A signal that one of several hosts got since the last step: told here, and read here.
+    interrupt.agree()
+    interrupt.agree()
 
 
 def _progress_of(checkpoint: Any, done: int, steps: int) -> str:

@@ -1,6 +1,6 @@
 """Cross-entropy over a vocabulary, with label smoothing and z-loss, dense or in chunks of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxformers.checks import check_callable, check_nonnegative, check_size, is_known
 from jaxformers.sharding.mesh import divides_positions, sizes_of, traced_mesh
-from jaxformers.sharding.rules import mesh_axes
+from jaxformers.sharding.rules import parts_of
 
 # The number of logits in a chunk: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which need
 # more work at a time. With fewer than `CHUNK_ROWS` rows, adding up the gradient of the weights
@@ -94,8 +94,8 @@ def chunked_cross_entropy(
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
         chunk: the largest number of rows at a time. None takes as many as have 2**25 logits (on
-            accelerators 2**28), but at least 512; over a mesh as many on each device. If all rows
-            are at most twice as many, it takes all at once, as `cross_entropy` does.
+            accelerators 2**28), but at least 512. On a mesh, each device takes that many. If there
+            are at most twice as many rows, all are taken at once, as `cross_entropy` does.
         label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
 
     Raises:
@@ -115,7 +115,9 @@ def chunked_cross_entropy(
     counted = _counted(logits, targets, mask, ignore_index)
     rows = counted.size
     if chunk is None:
-        chunk = _choose_chunk(rows, logits.shape[-1], _devices(logits.shape, traced_mesh(hidden)))
+        devices = _devices(logits.shape, traced_mesh(hidden))
+        limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ELSEWHERE)
+        chunk = choose_chunk(rows, logits.shape[-1], devices, limit)
     check_size(chunk=chunk)
     if rows <= chunk:
         return _share(project(hidden), targets, counted, counted.sum(), label_smoothing, z_loss)
@@ -132,7 +134,7 @@ def _split(of_rows: tuple[Array, Array, Array], chunks: int) -> list[Array]:
     """
     hidden, _, counted = of_rows
     if counted.ndim == 2 and divides_positions(hidden):
-        parts = _parts(counted.shape, chunks, traced_mesh(hidden))
+        parts = split_of(counted.shape, chunks, sizes_of(traced_mesh(hidden)))
         return [_split_both(x, *parts) for x in of_rows]
     rows = counted.size
 
@@ -156,23 +158,23 @@ def _split_both(x: Array, rows: int, positions: int) -> Array:
     return x.reshape(rows * positions, *x.shape[2:])
 
 
-def _parts(shape: tuple[int, ...], chunks: int, mesh: Any) -> tuple[int, int]:
+def split_of(shape: tuple[int, ...], chunks: int, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Returns by how much rows and positions are split into `chunks` or a few more.
 
     Each chunk has as many rows and positions of each device. So none of them is sent.
+
+    Arguments:
+        shape: the numbers of rows and positions.
+        chunks: the least number of chunks.
+        sizes: of the mesh, by axis.
     """
-    sizes, here = sizes_of(mesh), []
+    here = []
     for name, size in zip("bt", shape, strict=True):
-        over = prod(sizes.get(axis, 1) for axis in mesh_axes(name))
+        over = parts_of(name, sizes)
         here.append(size // over if size % over == 0 else size)
     rows, positions = ([i for i in range(1, n + 1) if n % i == 0] for n in here)
     enough = [(i, j) for i in rows for j in positions if i * j >= chunks]
     return min(enough, key=prod, default=(rows[-1], positions[-1]))
-
-
-def _choose_chunk(rows: int, vocab_size: int, devices: int) -> int:
-    limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ELSEWHERE)
-    return choose_chunk(rows, vocab_size, devices, limit)
 
 
 def choose_chunk(rows: int, vocab_size: int, devices: int, limit: int) -> int:
@@ -190,7 +192,7 @@ def _devices(shape: tuple[int, ...], mesh: Any) -> int:
     if mesh is None or len(shape) != 3:
         return 1
     sizes = sizes_of(mesh)
-    over = [prod(sizes.get(axis, 1) for axis in mesh_axes(name)) for name in "btv"]
+    over = [parts_of(name, sizes) for name in "btv"]
     return prod(number for number, size in zip(over, shape, strict=True) if size % number == 0)
 
 

@@ -13,6 +13,7 @@ from jaxformers.kernels.choice import fast_attention
 from jaxformers.layers import Function
 from jaxformers.sharding.mesh import SEQUENCE, as_auto, mesh_in, sizes_of
 from jaxformers.sharding.zigzag import zigzag
+from jaxformers.sites import is_watched
 from jaxformers.training.objectives import Loss, count_targets, language_model_loss
 from jaxformers.transformer_lm import TransformerLM
 
@@ -40,7 +41,9 @@ def ordered(
 
 def reads_positions(model: Any) -> bool:
     """Returns whether a model is known to read positions alone, whatever their order in a row."""
-    return type(model) is TransformerLM and all(map(_is_known, _modules(model)))
+    if type(model) is not TransformerLM or is_watched(model):  # a patch may look at neighbors
+        return False
+    return all(map(_is_known, _modules(model)))
 
 
 def _is_known(module: eqx.Module) -> bool:
