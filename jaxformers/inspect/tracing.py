@@ -67,9 +67,9 @@ def trace(
                 found, reached = program(model, patterns, *given)
             except jax.errors.UnexpectedTracerError as error:
                 raise ValueError(
-                    "the sites of the program are inside of a transformation, such as jax.jit or "
-                    "jax.vmap, or of a loop, such as the loop of model.generate, from where no value "
-                    "can be returned. Trace the model in it, such as jax.vmap(trace(model, only))."
+                    "sites of the program are inside of a transformation, such as jax.jit or "
+                    "jax.vmap, or of a loop, such as the loop of model.generate, from where no "
+                    "value can be returned. Trace the model in it, such as jax.vmap(trace(model, only))."
                 ) from error
         check_reached([] if only is None else patterns, reached)
         return Trace(result, {path: found[path] for path in reached if path in found})
