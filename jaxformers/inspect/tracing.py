@@ -69,7 +69,7 @@ def trace(
                 raise ValueError(
                     "sites of the program are inside of a transformation, such as jax.jit or "
                     "jax.vmap, or of a loop, such as the loop of model.generate, from where no "
-                    "value can be returned. Trace the model in it, such as jax.vmap(trace(model, only))."
+                    "value can be returned. Trace the model in it: jax.vmap(trace(model, only))."
                 ) from error
         check_reached([] if only is None else patterns, reached)
         return Trace(result, {path: found[path] for path in reached if path in found})
