@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from jaxformers.checks import is_known
 from jaxformers.sharding.mesh import as_auto, sizes_of
 from jaxformers.sharding.rules import RULES, check_names, parts_of
 from jaxformers.sharding.spread import row_spec
@@ -151,7 +152,7 @@ def collect(tree: Tree) -> Tree:
 
 def check_here(name: str, x: Any) -> None:
     """Raises an error if an array that one host shall write is spread over several."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, jax.Array) and is_known(x) and not x.is_fully_addressable:
         raise ValueError(
             f"{name} is spread over several hosts, and one file is written by one. Save the state "
             "of a training with OrbaxCheckpoints(directory). For a model, call whole = "
