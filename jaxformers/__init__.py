@@ -113,4 +113,5 @@ from jaxformers.training.losses import chunked_cross_entropy, cross_entropy
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
 from jaxformers.transformer_lm import TransformerLM
+from jaxformers.version import __version__
 from jaxformers.weights import LowRank, merge

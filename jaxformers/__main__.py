@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from jaxformers.cli.chat import add_chat
 from jaxformers.cli.convert import add_convert
@@ -18,6 +17,7 @@ from jaxformers.cli.serve import add_serve
 from jaxformers.cli.tokenize import add_tokenize
 from jaxformers.cli.train_tokenizer import add_train_tokenizer
 from jaxformers.cli.verify import add_verify
+from jaxformers.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Transformers in JAX: generate text, chat, embed, convert and train. "
         "jaxformers COMMAND --help shows the options of a command, with examples.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"jaxformers {version('jaxformers')}"
-    )
+    parser.add_argument("--version", action="version", version=f"jaxformers {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in ADD:
         add(commands)

@@ -129,7 +129,8 @@ def test_notebook(no_shape_checker, monkeypatch):
 
 
 def test_links_of_the_documentation_lead_somewhere():
-    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]:
+    others = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+    for page in [*PAGES, *map(ROOT.joinpath, others)]:
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             assert "://" in link or (page.parent / link.partition("#")[0]).exists(), (page, link)
 
