@@ -226,6 +226,8 @@ def yarn_attention_factor(
 
     Raises:
         ValueError: if the factor is below 1 or a scale is below 0.
+
+    Example:
         >>> round(yarn_attention_factor(8.0), 3)
         1.208
     """
