@@ -109,6 +109,33 @@ def test_the_stream_is_the_sum_of_its_parts():
         np.testing.assert_allclose(layer["self_attention.head_outputs"], heads, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_whole_stream_is_what_the_parts_wrote(name):
+    model, sites = MODELS[name](), traced(MODELS[name]()).sites
+    stacks = [x for x in ("encoder", "decoder") if getattr(model, x, None) is not None]
+    for stack in stacks:
+        layers = len(getattr(model, stack).layers)
+        written = [path for path in sites if path.startswith(f"{stack}.layers.")]
+        written = [sites[path] for path in written if path.endswith(".sublayer_output")]
+        assert len(written) == layers * (3 if (name, stack) == ("seq2seq", "decoder") else 2)
+        total = sites[f"{stack}.layers.0.residual_before"] + sum(written)
+        last = sites[f"{stack}.layers.{layers - 1}.residual_after"]
+        np.testing.assert_allclose(last, total, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_heads_attention_is_its_bias_alone(name):
+    """A projection of zeros, beside a bias that is none, is the model without attention."""
+    attention = "*_attention.head_outputs"
+    model = jax.tree.map(lambda x: x + 0.1 if x.ndim == 1 else x, MODELS[name]())
+    removed = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if path_name(path).endswith("_attention.wo") else x, model
+    )
+    assert abs(call(removed) - call(model)).max() > 1e-2
+    for zero in (0, KeptHeads(jnp.zeros(N))):
+        np.testing.assert_allclose(call(patch(model, {attention: zero})), call(removed), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "change", [lambda x: x, scan_layers, lambda x: rematerialize(scan_layers(x))]
 )
@@ -143,7 +170,9 @@ def test_a_patched_model_generates(no_shape_checker):
     source = MODELS["seq2seq"]()
     other = patch(source, {"src_embedding.embedded": 0.0})
     assert abs(call(other) - call(source)).max() > 1e-2
-    assert other.generate(TOKENS, 3, start_token=1).shape == (2, 3)
+    tokens = other.generate(TOKENS, 5, start_token=1)
+    assert np.array_equal(other(TOKENS, tokens[:, :-1]).argmax(-1), tokens[:, 1:])
+    assert not np.array_equal(tokens, source.generate(TOKENS, 5, start_token=1))
 
 
 class Steer(eqx.Module):
