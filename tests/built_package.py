@@ -11,7 +11,7 @@ import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
-NOT_PUBLISHED = (".ci/", ".pre-commit-config.yaml")
+NOT_PUBLISHED = (".ci/run", ".ci/slow", ".ci/constraints.txt", ".pre-commit-config.yaml")
 
 
 def check(built: Path, direct: Path) -> None:
