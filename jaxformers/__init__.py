@@ -100,6 +100,7 @@ from jaxformers.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from jaxformers.trainability import trainable
 from jaxformers.training import (
     BadSteps,
+    Every,
     classification_loss,
     count_targets,
     evaluate,

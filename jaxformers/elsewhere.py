@@ -35,14 +35,15 @@ ARGUMENTS = table(
     loss="loss_fn loss_function lossfn criterion objective",
     eval_loss="eval_loss_fn compute_metrics metrics",
     steps="num_steps n_steps max_steps total_steps train_steps num_train_steps iterations "
-    "num_iterations max_iters epochs num_epochs n_epochs num_train_epochs",
+    "num_iterations max_iters",
+    epochs="num_epochs n_epochs num_train_epochs max_epochs epoch",
     eval_weights="eval_params ema ema_params ema_decay ema_weights averaged_weights use_ema swa",
-    eval_every="eval_steps eval_interval eval_freq eval_frequency val_every validate_every "
-    "log_every logging_steps",
+    eval_every="eval_steps eval_interval eval_freq eval_frequency val_every validate_every",
     key="seed rng rngs prng_key rng_key random_key dropout_key random_state",
     checkpoint="checkpoints checkpoint_dir checkpoint_every ckpt ckpt_dir output_dir save_dir "
     "save_every save_steps resume resume_from_checkpoint",
-    callbacks="callback hooks on_step early_stopping",
+    callbacks="callback hooks on_step early_stopping log_every logging_steps log_every_n_steps "
+    "on_log loggers",
     log="logdir log_dir logging_dir logger metrics_file tensorboard report_to",
     progress="progress_bar show_progress verbose disable_tqdm tqdm quiet",
     bad_steps="skip_nan skip_nonfinite nan_policy",

@@ -331,6 +331,7 @@ def test_packing_uses_each_token_once(lengths, length, batch_size, seed):
         for batch in source.in_order()
         for row in range(len(batch["tokens"]))
     ]
+    assert (len(source) - 1) * batch_size < n <= len(source) * batch_size
     for epoch in (rows[:n], rows[n : 2 * n], ordered):
         assert Counter(step for row in epoch for step in check_packed(row, documents)) == steps
     assert 0 < source.fill <= 1

@@ -225,6 +225,26 @@ def test_a_torch_loader():
     assert same(trained.model, run(small_model(), adamw(), [stacked], steps=1).model)
 
 
+def test_epochs_are_steps():
+    """Of a source, a list, and a resumed run; a source goes on after its first epoch."""
+    source = Windows(TEXT[:60], T, B)  # nine windows
+    assert len(source) == 3
+    expected = [run(small_model(), adamw(), source, steps=steps).model for steps in (2, 6)]
+    assert not same(*expected)
+    for epochs, model in zip((0.5, 2), expected, strict=True):
+        assert same(run(small_model(), adamw(), source, epochs=epochs).model, model)
+    listed = [source[i] for i in range(6)]
+    assert same(run(small_model(), adamw(), listed, epochs=1).model, expected[1])
+    assert not same(run(small_model(), adamw(), listed[:3], epochs=2).model, expected[1])
+    assert run(small_model(), adamw(), listed, epochs=0.01).step == 1
+
+
+@pytest.mark.parametrize("batches", [Loader(), iter([]), Loader])
+def test_epochs_need_a_length(batches, no_shape_checker):
+    with pytest.raises(ValueError, match="has none. Pass steps=, or a source of jaxformers.data"):
+        run(small_model(), adamw(), batches, epochs=2)
+
+
 class Struck:
     """The signal comes while batch 3 is made, which is when the third step is computed."""
 
@@ -383,6 +403,10 @@ def test_bad_batches_are_refused(data, words, no_shape_checker):
     ("options", "words"),
     [
         ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"steps": None}, "either steps or epochs, the length of the training, got neither"),
+        ({"epochs": 2}, "got steps=2 and epochs=2. Pass one of them"),
+        ({"steps": None, "epochs": 0}, "epochs must be a finite number above 0"),
+        ({"steps": None, "epochs": True}, "epochs must be a finite number above 0"),
         ({"eval_every": 0}, "eval_every"),
         ({"accumulate": 3}, "accumulate=3 needs a batch"),
         ({"compute_dtype": jnp.float16}, "float16 is refused"),

@@ -98,7 +98,8 @@ REST = {"loss": language_model_loss, "key": KEY}
     [
         (fit, "stesp", "steps"),
         (fit, "max_steps", "steps"),
-        (fit, "num_epochs", "steps"),
+        (fit, "num_epochs", "epochs"),
+        (fit, "logging_steps", "callbacks"),
         (fit, "eval_step", "eval_every"),
         (fit, "validation_data", "eval_batches"),
         (fit, "eval_dataset", "eval_batches"),

@@ -8,7 +8,7 @@ import jax
 
 from jaxformers.checkpoint.model_file import check_path, read_notes, write_object
 from jaxformers.sharding.hosts import by_first_host, collect
-from jaxformers.training.run import Report
+from jaxformers.training.reports import Report
 
 
 class KeepBest:

@@ -70,6 +70,10 @@ class Shuffled:
         check_size(count=self.count, batch_size=self.batch_size)
         check_seed(self.seed)
 
+    def __len__(self) -> int:
+        """The number of batches in which each number comes at least once, an epoch rounded up."""
+        return -(-self.count // self.batch_size)
+
     def __getitem__(self, i: Any) -> Picked:
         first, last = self.rows or (0, self.batch_size)
         places = check_index(i) * self.batch_size + np.arange(first, last)
@@ -127,6 +131,10 @@ class Bucketed:
         # The shape of a bucket also fits shorter examples, since its first batch may have some.
         self.shapes = [tuple(lengths[size <= bound].max(axis=0).tolist()) for bound in bounds]
         self._plan = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+        return self.num_batches
 
     def __getitem__(self, i: Any) -> Picked:
         i = check_index(i)

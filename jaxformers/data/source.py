@@ -16,6 +16,10 @@ class Source(abc.ABC):
     Batch i depends only on the arguments of the constructor and on i. So a run that was stopped
     resumes with the next number, and there is no state to save.
 
+    `len(source)` is the number of batches in an epoch. Where the examples do not fill the last of
+    them, it is rounded up, and the batch also holds examples of the next epoch, or empty rows in
+    sources with buckets. Batches go on after that number, so an index is not taken modulo it.
+
     A subclass sets `order` and defines `collect`.
 
     Example:
@@ -26,6 +30,8 @@ class Source(abc.ABC):
         ...         return {"x": picked.examples**2}
         >>> [batch["x"].tolist() for batch in Squares(5, 2).in_order()]
         [[0, 1], [4, 9], [16]]
+        >>> len(Squares(5, 2))
+        3
     """
 
     order: Shuffled | Bucketed
@@ -36,6 +42,9 @@ class Source(abc.ABC):
 
     def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
         return self.collect(self.pick(i))
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     def in_order(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields every example exactly once, for evaluation. The last batch may be smaller."""
@@ -91,6 +100,9 @@ class Changed(Source):
 
     def collect(self, picked: Picked) -> dict[str, np.ndarray]:
         return self.change(self.source.collect(picked), picked.numbers)
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def pick(self, i: Any) -> Picked:
         return self.source.pick(i)

@@ -75,7 +75,8 @@ class Feed:
     """A stream of batches that begins at a position.
 
     Arguments:
-        batches: an object with `batches[i]`, or an iterable. Both start again at their end.
+        batches: an object with `batches[i]`, or an iterable. Both start again at their end. One
+            with `in_order`, as the sources of `jaxformers.data`, has no end.
         position: the number of the first batch.
         prepare: function `(batch, name) -> arrays` that makes a batch ready for the device.
         fetch: function that calls the function it is given, or raises `Stopped` after a signal.
@@ -125,7 +126,7 @@ class Feed:
             self._iterator.close()
 
     def _at(self, position: int) -> Any:
-        size = len(self.batches) if hasattr(self.batches, "__len__") else None
+        size = _length(self.batches)
         if size == 0:
             raise ValueError("batches must not be empty. Pass at least one batch.")
         return self.batches[position if size is None else position % size]
@@ -144,6 +145,12 @@ class Feed:
                 return
             if empty:
                 raise ValueError("batches must not be empty. Pass at least one batch.")
+
+
+def _length(batches: Any) -> int | None:
+    """Returns the number of batches after which they start again, None for sources without end."""
+    endless = callable(getattr(batches, "in_order", None)) or not hasattr(batches, "__len__")
+    return None if endless else len(batches)
 
 
 def _as_array(x: Any) -> Any:

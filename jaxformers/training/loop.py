@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jaxformers.checks import check_callable, check_size
+from jaxformers.checks import check_callable, check_positive, check_size
 from jaxformers.optim import as_optimizer
 from jaxformers.sharding.hosts import by_first_host
 from jaxformers.sharding.mesh import as_auto, mesh_in
@@ -19,8 +19,9 @@ from jaxformers.training.log import Log
 from jaxformers.training.names import explain_arguments
 from jaxformers.training.notices import warn_and_go_on, warn_of_separate_layers
 from jaxformers.training.objectives import Batch, Loss, count_targets
+from jaxformers.training.reports import Every, Report
 from jaxformers.training.row_order import ordered
-from jaxformers.training.run import Evaluation, Report, Run
+from jaxformers.training.run import Evaluation, Run
 from jaxformers.training.step import BadSteps, Gradients, Training, begin
 
 IN_FLIGHT = 1  # the number of steps that the device may be behind
@@ -34,14 +35,15 @@ def fit(
     batches: Any,
     *,
     loss: Loss,
-    steps: int,
+    steps: int | None = None,
+    epochs: int | float | None = None,
     key: PRNGKeyArray,
     eval_batches: Any = None,
     eval_loss: Loss | None = None,
     eval_every: int = 500,
     eval_weights: Callable[[Any, Any], Any] | None = None,
     checkpoint: Any = None,
-    callbacks: Sequence[Callable[[Report], Any]] = (),
+    callbacks: Sequence[Callable[[Report], Any] | Every] = (),
     log: Any = None,
     progress: bool = True,
     bad_steps: BadSteps = NONE_BAD,
@@ -80,7 +82,11 @@ def fit(
             run, because a resumed run skips its first batches. On several hosts each gives the
             whole batch, or global arrays from `join_batch`.
         loss: function `(model, batch, key) -> scalar`, such as `language_model_loss`.
-        steps: the number of steps in all, including those of earlier runs.
+        steps: the number of steps in all, including those of earlier runs. Pass either this or
+            `epochs`.
+        epochs: how often the data comes in all, in place of `steps`, such as 3 or 0.5. The run has
+            `epochs * len(batches)` steps, rounded to a whole number; `len` of a source of
+            `jaxformers.data`, a list or a loader is the number of batches in an epoch.
         key: PRNG key; step `i` draws its dropout from `jax.random.fold_in(key, i)`.
         eval_batches: the data of the evaluation, a source of `jaxformers.data` or a list of
             batches. None, the default, evaluates nothing.
@@ -95,8 +101,10 @@ def fit(
             `lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights)`.
         checkpoint: where to save and resume, `Checkpoints(directory, every=500)` or
             `OrbaxCheckpoints`. None, the default, does neither.
-        callbacks: functions that are called with a `Report`. The training ends early if one returns
-            True. Their own state is not resumed; `KeepBest` keeps its state in its file.
+        callbacks: functions that are called with a `Report` after each evaluation. One in `Every`,
+            such as `Every(10, function)`, is called every ten steps with figures and without a
+            model. The training ends early if one returns True. Their own state is not resumed;
+            `KeepBest` keeps its state in its file.
         log: the directory of `metrics.jsonl`, which has a line for each step, and of TensorBoard's
             events if that package is installed. None is the directory of the checkpoints, if there
             is one. Existing lines of steps that are made again are replaced. Without a checkpoint
@@ -140,7 +148,8 @@ def fit(
         >>> print(training.step)
         3
     """
-    check_size(steps=steps, eval_every=eval_every)
+    check_size(eval_every=eval_every)
+    steps = _steps(batches, steps, epochs)
     _check_pieces(callbacks, eval_weights, bad_steps, checkpoint, eval_batches)
     optimizer = as_optimizer(optimizer)
     gradients = Gradients(loss, compute_dtype, accumulate, count)
@@ -207,7 +216,9 @@ def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrup
         more = advance_feed()  # while the device works
         report = run.step == steps or feed.ended or run.step % eval_every == 0
         save = not more or run.step % save_every == 0
-        run.read(0 if report or save else IN_FLIGHT)
+        if run.tell(0 if report or save else IN_FLIGHT, interrupt):
+            more, report, save = False, True, True
+            run.tell(0, interrupt)
         if save:
             run.save()  # before the evaluation, which may take long
         if report and run.report(interrupt):
@@ -217,6 +228,29 @@ def _loop(run: Run, feed: Feed, steps: int, eval_every: int, interrupt: Interrup
     # A signal that one of several hosts got since the last step: told here, and read here.
     interrupt.agree()
     interrupt.agree()
+
+
+def _steps(batches: Any, steps: int | None, epochs: int | float | None) -> int:
+    """Returns the number of steps, of which `epochs` may be given in place."""
+    if steps is not None and epochs is None:
+        check_size(steps=steps)
+        return steps
+    if epochs is None or steps is not None:
+        raise ValueError(
+            "fit needs either steps or epochs, the length of the training, got "
+            f"{'neither' if steps is None else f'steps={steps!r} and epochs={epochs!r}'}. Pass one "
+            "of them."
+        )
+    check_positive(epochs=epochs)
+    try:
+        size = len(batches)
+    except TypeError:
+        raise ValueError(
+            "epochs needs batches with a length, the number of batches in an epoch, and a "
+            f"{type(batches).__name__} has none. Pass steps=, or a source of jaxformers.data, a "
+            "list, or an object that defines __len__."
+        ) from None
+    return max(1, round(epochs * size))
 
 
 def _progress_of(checkpoint: Any, done: int, steps: int) -> str:

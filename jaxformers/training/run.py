@@ -18,27 +18,8 @@ from jaxformers.training.interrupt import Interrupt, Stopped
 from jaxformers.training.log import Log
 from jaxformers.training.notices import warn_and_go_on
 from jaxformers.training.objectives import Batch, Loss, check_ids, is_regularized
+from jaxformers.training.reports import Every, Figures, Report
 from jaxformers.training.step import BadSteps, Gradients, Training, one_step, trained_parts
-
-
-@dataclass(frozen=True)
-class Report:
-    """The argument of the callbacks of `fit`.
-
-    Arguments:
-        step: the number of steps made.
-        metrics: the figures of the last step (`loss`, `gradient_norm`, `learning_rate`, `tokens`,
-            `skipped`), and `eval_loss` if there are batches to evaluate on. If that loss includes
-            label smoothing or z-loss, `eval_cross_entropy` is the loss without them.
-        model: a copy of the model with the weights that are evaluated, an average if the optimizer
-            keeps one. It stays usable after the callback.
-        begun: the step at which the run goes on in this process, 0 if it was begun here.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    model: Any
-    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,13 +29,22 @@ class Evaluation:
     batches: Any
     loss: Loss
     count: Callable[[Batch], Any]
-    callbacks: Sequence[Callable[[Report], Any]]
+    callbacks: Sequence[Callable[[Any], Any]]
     weights: Callable[[Any, Any], Any] | None = None
 
     @property
     def wanted(self) -> bool:
-        """Whether there are batches to evaluate on, or callbacks."""
-        return self.batches is not None or bool(self.callbacks)
+        """Whether there are batches to evaluate on, or callbacks that get the model."""
+        return self.batches is not None or self.needs_model
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether there are callbacks that get the model."""
+        return any(not isinstance(x, Every) for x in self.callbacks)
+
+    def due(self, step: int) -> list[Every]:
+        """Returns the callbacks that get the figures of a step."""
+        return [x for x in self.callbacks if isinstance(x, Every) and step % x.steps == 0]
 
 
 class Run:
@@ -75,6 +65,7 @@ class Run:
         self.trains = trained_parts(training.model, optimizer)
         self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
         self.unread: deque[tuple[int, dict, Batch]] = deque()
+        self.untold: deque[Figures] = deque()  # read, and not yet given to the callbacks
         self.metrics = log.metrics
         self.begun = self.saved = self.step
         self._failed: OSError | None = None  # the error of the last attempt to save
@@ -117,6 +108,21 @@ class Run:
                     "bad_steps=BadSteps(allowed=10)."
                 )
             self.log.write(step, self.metrics)
+            if self.evaluation.due(step):
+                self.untold.append(Figures(step, dict(self.metrics), self.begun))
+
+    def tell(self, in_flight: int, interrupt: Interrupt) -> bool:
+        """Reads the figures of steps, as `read`, and calls the callbacks in `Every` with them.
+
+        Returns whether one of them ends the training. A second thread may read, but not call.
+        """
+        self.read(in_flight)
+        answers = []
+        while self.untold:
+            figures = self.untold.popleft()
+            with interrupt.foreign_code():
+                answers += [callback(figures) for callback in self.evaluation.due(figures.step)]
+        return _ends(answers)
 
     def report(self, interrupt: Interrupt) -> bool:
         """Evaluates and calls the callbacks. Returns whether one of them ends the training.
@@ -132,15 +138,18 @@ class Run:
             except Stopped:
                 self.log.tell(f"the evaluation after step {self.step} was not completed")
                 return False
-        answers = []
+        figures: Any = Figures(self.step, dict(self.metrics), self.begun)
+        report: Any = None
+        if self.evaluation.needs_model:
+            # A callback may keep the model, and the next step overwrites the weights.
+            report = Report(self.step, dict(self.metrics), self._copy(model), self.begun)
         callbacks = self.evaluation.callbacks
-        if callbacks:  # a callback may keep the model, and the next step overwrites the weights
-            model = self._copy(model)
-            report = Report(self.step, dict(self.metrics), model, self.begun)
-            with interrupt.foreign_code():  # all are called, even if the first returns True
-                answers = [callback(report) for callback in callbacks]
+        if self.evaluation.batches is None:  # then those in `Every` have these figures already
+            callbacks = [x for x in callbacks if not isinstance(x, Every)]
+        with interrupt.foreign_code():  # all are called, even if the first returns True
+            answers = [x(figures if isinstance(x, Every) else report) for x in callbacks]
         self.log.reported(self.step)
-        return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
+        return _ends(answers)
 
     def _evaluated_model(self) -> Any:
         model, state = self.training.model, self.training.optimizer_state
@@ -220,6 +229,7 @@ class Run:
         if not reached:
             return
         self.hand_over(error)
+        self._tell_rest(error)
         if jax.process_count() > 1:  # the others may not have the error, and would not save
             return
         if self.checkpoint is None or not isinstance(error, Exception | SystemExit):
@@ -238,6 +248,16 @@ class Run:
         """Sets the state as the attribute `training` of an error."""
         with contextlib.suppress(AttributeError):
             error.training = self.training  # type: ignore[attr-defined]
+
+    def _tell_rest(self, error: BaseException) -> None:
+        """Calls the callbacks in `Every` for the last steps, which no resumed run repeats."""
+        try:
+            while self.untold and isinstance(error, Exception):
+                figures = self.untold.popleft()
+                for callback in self.evaluation.due(figures.step):
+                    callback(figures)
+        except Exception as second:
+            error.add_note(f"A callback failed then, too: {second!r}")
 
     def _mend(self) -> bool:
         """Makes the state one that can be resumed. Returns False if no step was made."""
@@ -258,3 +278,8 @@ class Run:
         self.step = int(self.training.step)
         self.saved = self.begun  # saving may have failed
         return True
+
+
+def _ends(answers: Sequence[Any]) -> bool:
+    """Returns whether one of the answers of callbacks ends the training."""
+    return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
