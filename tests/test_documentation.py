@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 
 import equinox as eqx
@@ -108,6 +109,31 @@ def test_page(page, no_shape_checker, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == output, code
     if len(examples) < len(shown):  # the page runs again where that package is
         pytest.skip(f"could not import '{CHECKPOINT}'")
+
+
+SIDES = {"from-torch.md": "torch"}  # pages with code of another library beside ours
+
+
+@pytest.mark.parametrize("page", SIDES)
+def test_code_of_another_library(page, no_shape_checker, tmp_path, monkeypatch, capsys):
+    """It runs beside ours, and what it prints is what ours prints."""
+    pytest.importorskip(SIDES[page])
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"```(py|python)\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", text, re.DOTALL)
+    names: dict = {"py": {}, "python": {}}
+    theirs = ""
+    for kind, code, output in blocks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if kind == "py" else "error")
+            exec(compile(code, page, "exec"), names[kind])
+        printed = capsys.readouterr().out
+        if kind == "py":
+            theirs = printed
+        else:
+            assert printed == output and theirs in ("", output), code
+            theirs = ""
+    assert any(kind == "py" for kind, _, _ in blocks)
 
 
 def test_all_blocks_of_code_are_run():

@@ -19,7 +19,7 @@ MODULES = [
 
 
 def load_hooks():
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / ".ci" / "site" / "hooks.py")
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     return hooks
