@@ -15,7 +15,7 @@ from jaxformers.generation.scoring import perplexity
 from jaxformers.generation.stream import TokenStream
 from jaxformers.heads import Classifier
 from jaxformers.initializers import depth_scaled, normal, xavier_uniform
-from jaxformers.inspect import attention_maps, hidden_states, patch, trace
+from jaxformers.inspect import attention_maps, describe, hidden_states, patch, trace
 from jaxformers.kernels.blockwise import blockwise_attention
 from jaxformers.kernels.choice import choose_attention, fast_attention
 from jaxformers.kernels.flash import flash_attention

@@ -34,6 +34,7 @@ from jaxformers import (
     TransformerEmbedding,
     TransformerEncoder,
     TransformerLM,
+    describe,
     load,
 )
 from jaxformers.__main__ import ADD, main
@@ -234,6 +235,10 @@ def test_inspect(run, checkpoint, text):
     assert found == json.loads(json.dumps(sizes(text.model)))
     status, out, _ = run("inspect", checkpoint)
     assert status == 0 and f"{found['parameters']:,} parameters" in out
+    listed = json.loads(run("inspect", checkpoint, "--parameters", "--json")[1])
+    assert listed["class"] == "TransformerLM"
+    assert [row["path"] for row in listed["rows"]] == [x.path for x in describe(text.model).rows]
+    assert run("inspect", checkpoint, "--parameters")[1] == f"{describe(text.model)}\n"
 
 
 def test_convert(run, checkpoint, text, tmp_path):

@@ -1,15 +1,15 @@
 """The command `jaxformers inspect PATH`."""
 
 import argparse
+import dataclasses
 import math
-import re
-from collections import Counter
 from typing import Any
 
 from jaxformers.cli.text_model import CHECKPOINT, to_json
 
 EXAMPLES = """examples:
   jaxformers inspect HuggingFaceTB/SmolLM2-135M-Instruct
+  jaxformers inspect HuggingFaceTB/SmolLM2-135M-Instruct --parameters
   jaxformers inspect SmolLM2-135M-Instruct.Q4_1.gguf --json
 """
 
@@ -24,43 +24,47 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("path", metavar="PATH", help=CHECKPOINT)
+    parser.add_argument(
+        "--parameters",
+        action="store_true",
+        help="print each parameter: path, shape, axes, type and number, equal layers as one row",
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     parser.set_defaults(run=run_inspect)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
     from jaxformers.hf.load import outline
+    from jaxformers.inspect import describe
     from jaxformers.transformer import Transformer
     from jaxformers.transformer_encoder import TransformerEncoder
     from jaxformers.transformer_lm import TransformerLM
 
     classes = {"lm": TransformerLM, "seq2seq": Transformer, "encoder": TransformerEncoder}
-    found = sizes(outline(options.path, classes))
+    model = outline(options.path, classes)
+    if options.parameters:
+        described = describe(model)
+        rows = [dataclasses.asdict(row) for row in described.rows]
+        print(to_json({"class": described.kind, "rows": rows}) if options.json else described)
+        return 0
+    found = sizes(model)
     print(to_json(found) if options.json else "\n".join(table(found)))
     return 0
 
 
 def sizes(model: Any) -> dict[str, Any]:
     """Returns the sizes of a model, whose arrays may be shapes alone."""
-    import jax
-
+    from jaxformers.inspect import describe
     from jaxformers.operations import attention_operations, map_operations
-    from jaxformers.paths import path_name
 
-    leaves = [
-        (path_name(path), x)
-        for path, x in jax.tree_util.tree_leaves_with_path(model)
-        if hasattr(x, "dtype")
-    ]
-    parts: Counter[str] = Counter()
-    for name, x in leaves:
-        parts[part_of(name)] += math.prod(x.shape)
+    described = describe(model)
+    parts = {name: part.number for name, part in described.parts.items()}
     found: dict[str, Any] = {
-        "class": type(model).__name__,
-        "parameters": sum(parts.values()),
-        "parts": dict(parts.most_common()),
-        "bytes": sum(math.prod(x.shape) * x.dtype.itemsize for _, x in leaves),
-        "dtypes": sorted({str(x.dtype) for _, x in leaves}),
+        "class": described.kind,
+        "parameters": described.number,
+        "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
+        "bytes": described.bytes,
+        "dtypes": sorted({row.dtype for row in described.rows}),
         "max_seq_length": model.max_seq_length,
         "trained_length": None if model.origin is None else model.origin.trained_length,
         "operations_per_token": map_operations(model),
@@ -69,21 +73,6 @@ def sizes(model: Any) -> dict[str, Any]:
         found["operations_per_token_of_context"] = attention_operations(model.decoder)
         found["cache_bytes_per_token"] = cache_bytes(model)
     return found
-
-
-def part_of(name: str) -> str:
-    """Returns the part of a model that an array belongs to, all layers together.
-
-    Example:
-        >>> part_of("decoder.layers.3.self_attention.wq"), part_of("output.weight")
-        ('decoder.self_attention', 'output')
-    """
-    name = re.sub(r"\.layers(\.\d+)?", "", name)
-    first, *rest = name.split(".")[:-1]
-    if first in ("decoder", "encoder") and rest:
-        is_norm = "norm" in rest[0] or rest[0].endswith("_residual")
-        return f"{first}.norms" if is_norm else f"{first}.{rest[0]}"
-    return first
 
 
 def cache_bytes(model: Any) -> int:
