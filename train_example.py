@@ -43,12 +43,11 @@ from jaxformers import (
     warmup_cosine,
 )
 from jaxformers.data import Windows
-from jaxformers.plot import loss_curve
 
 try:
-    import matplotlib  # noqa: F401  # a missing package is an error before the training
+    from jaxformers.plot import loss_curve
 except ImportError as error:
-    sys.exit(f"{error}. The loss curve needs: pip install 'jaxformers[train]'")
+    sys.exit(str(error))  # before the training
 
 PAD, START, END = 0, 1, 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

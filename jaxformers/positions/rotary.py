@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxformers.checks import check_flag, check_positive, check_size
-from jaxformers.positions.scaling import RotaryScaling, rotary_frequencies
+from jaxformers.positions.scaling import Frequencies, RotaryScaling, rotary_frequencies
 from jaxformers.positions.scheme import acts_as
 
 
@@ -64,12 +64,8 @@ class RotaryPositionalEncoding(eqx.Module):
         self, x: Float[Array, "*b n t h"], positions: Int[Array, "*#b t"]
     ) -> Float[Array, "*b n t h"]:
         """Returns `x` (queries or keys per head), rotated by the angles of `positions`."""
-        head_dim = x.shape[-1]
-        dim = head_dim if self.rotary_dim is None else self.rotary_dim
-        _check_even(dim)
-        if dim > head_dim:
-            raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
-        cos, sin = self._cos_sin(dim, positions)
+        dim = self._dim(x.shape[-1])
+        cos, sin = self._cos_sin(x.shape[-1], positions)
         rotating, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
         # A pair of features is a point in the plane. The two features of a pair lie along the last
         # axis if they are interleaved, otherwise along the axis before it.
@@ -81,12 +77,24 @@ class RotaryPositionalEncoding(eqx.Module):
         rotated = rotated.reshape(*x.shape[:-1], dim).astype(x.dtype)
         return jnp.concatenate([rotated, rest], axis=-1)
 
-    def _cos_sin(self, dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
+    def frequencies(self, head_dim: int, positions: Int[Array, "*b t"]) -> Frequencies:
+        """Returns the angle per position of each pair, with the scaling, and its factor."""
+        dim = self._dim(head_dim)
+        if self.scaling is None:
+            return rotary_frequencies(self.theta, dim), 1.0
+        return self.scaling.frequencies(self.theta, dim, positions)
+
+    def _dim(self, head_dim: int) -> int:
+        """Returns how many features of a head are rotated."""
+        dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        _check_even(dim)
+        if dim > head_dim:
+            raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {dim}.")
+        return dim
+
+    def _cos_sin(self, head_dim: int, positions: Int[Array, "*b t"]) -> tuple[Array, Array]:
         """Returns cosine and sine of the angle of each pair, `(*b, 1, t, dim / 2)`."""
-        frequencies: Array | np.ndarray = rotary_frequencies(self.theta, dim)
-        factor = 1.0
-        if self.scaling is not None:
-            frequencies, factor = self.scaling.frequencies(self.theta, dim, positions)
+        frequencies, factor = self.frequencies(head_dim, positions)
         per_row = frequencies.astype(np.float32)[..., None, None, :]
         angles = positions[..., None, :, None].astype(jnp.float32) * per_row
         return factor * jnp.cos(angles), factor * jnp.sin(angles)
