@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 MODULES = [
     "jaxformers",
     *(f"jaxformers.{name}" for name in ("adapters", "constraints", "data", "inspect", "optim")),
-    *(f"jaxformers.{name}" for name in ("sharding", "text", "generation.processors")),
+    *(f"jaxformers.{name}" for name in ("plot", "sharding", "text", "generation.processors")),
 ]
 
 

@@ -73,8 +73,8 @@ def attention_grid(
         keys = tokens
         key_padding_mask = padding_mask if key_padding_mask is None else key_padding_mask
     names, key_names = ("tokens", "padding_mask"), ("keys", "key_padding_mask")
-    queries = tokens_of(tokens, padding_mask, (*batch, t), row, names)
-    others = tokens_of(keys, key_padding_mask, (*batch, s), row, key_names)
+    is_query, queries = tokens_of(tokens, padding_mask, (*batch, t), row, names)
+    is_key, key_labels = tokens_of(keys, key_padding_mask, (*batch, s), row, key_names)
     shown = _chosen("layers", layers, len(arrays))
     columns = _chosen("heads", heads, max(len(arrays[i]) for i in shown))
     cells = {
@@ -87,10 +87,10 @@ def attention_grid(
         width = len(columns) if len(columns) <= 4 else 4 if len(columns) <= 16 else 8
         cells = {divmod(i, width): cell for i, cell in enumerate(cells.values())}
     cells = {
-        place: (name, _weights(values[queries.real][:, others.real]))
+        place: (name, _weights(values[is_query][:, is_key]))
         for place, (name, values) in cells.items()
     }
-    return finish(_draw(cells, queries.labels, others.labels, title), save)
+    return finish(_draw(cells, queries, key_labels, title), save)
 
 
 Cells = dict[tuple[int, int], tuple[str, np.ndarray]]  # by row and column: a title and weights

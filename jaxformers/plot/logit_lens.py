@@ -69,8 +69,8 @@ def logit_lens_table(
         )
     check_row(row, shape[1:-2])
     names = "tokens", "padding_mask"
-    columns = tokens_of(tokens, padding_mask, shape[1:-1], row, names)
-    likeliest, probabilities = zip(*(_best(x, row, columns.real) for x in logits), strict=True)
+    real, labels = tokens_of(tokens, padding_mask, shape[1:-1], row, names)
+    likeliest, probabilities = zip(*(_best(x, row, real) for x in logits), strict=True)
     ids, cells = np.unique(likeliest, return_inverse=True)
     words = [visible(x, 12) for x in token_labels(ids, vocabulary)]
     colors = np.array(probabilities)
@@ -78,7 +78,7 @@ def logit_lens_table(
     figure = new_picture(7.0, max(1.2, rows * 0.22) + 1.6, title)
     axes = figure.add_subplot()
     width = _write_cells(figure, axes, np.array(words)[cells].reshape(colors.shape), colors)
-    write_labels(axes.xaxis, columns.labels, SIZE, rotation=90.0)
+    write_labels(axes.xaxis, labels, SIZE, rotation=90.0)
     write_labels(axes.yaxis, ["embedded", *map(str, range(rows - 1))], SIZE)
     axes.tick_params(length=0)
     axes.set(xlabel="token that is read", ylabel="after layer")

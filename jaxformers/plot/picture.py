@@ -3,7 +3,7 @@
 import os
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -67,17 +67,10 @@ def draw_scale(figure: Figure, axes: Axes, image: ScalarMappable, label: str) ->
     bar.set_label(label, **as_it_is())
 
 
-class Tokens(NamedTuple):
-    """The real positions of a row and their labels."""
-
-    real: np.ndarray
-    labels: list[str]
-
-
 def tokens_of(
     labels: Any, padding_mask: Any, shape: tuple[int, ...], row: int, names: tuple[str, str]
-) -> Tokens:
-    """Returns the tokens along an axis: their labels, or their numbers if there are none.
+) -> tuple[np.ndarray, list[str]]:
+    """Returns which positions along an axis are real, and their labels, by default their numbers.
 
     Arguments:
         labels: a list of strings, or None.
@@ -97,7 +90,7 @@ def tokens_of(
     if not real.any():
         raise ValueError(f"{names[1]} must have a real token in row {row}, got padding alone.")
     numbers = np.flatnonzero(real)
-    return Tokens(real, [str(i) if labels is None else visible(labels[i]) for i in numbers])
+    return real, [str(i) if labels is None else visible(labels[i]) for i in numbers]
 
 
 def write_labels(
