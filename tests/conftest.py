@@ -120,6 +120,7 @@ EXTRAS = {
     **dict.fromkeys(
         ("compressed_tensors", "flax", "jsonschema", "openai", "optax", "peft"), "parity"
     ),
+    **dict.fromkeys(("datasets", "grain"), "parity"),
     **dict.fromkeys(("pydantic", "sentence_transformers", "torch", "transformers"), "parity"),
     "llguidance": "constrained",
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),

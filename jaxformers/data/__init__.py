@@ -2,6 +2,7 @@
 
 from jaxformers.data.conversations import read_examples
 from jaxformers.data.corruption import MaskedTokens, SpanCorruption
+from jaxformers.data.examples import Examples
 from jaxformers.data.order import Bucketed, Picked, Shuffled
 from jaxformers.data.packing import PackedDocuments
 from jaxformers.data.padded import PaddedPairs, PaddedTexts, answer, chat
@@ -12,6 +13,7 @@ from jaxformers.data.windows import Windows
 __all__ = [
     "Bucketed",
     "Changed",
+    "Examples",
     "MaskedTokens",
     "PackedDocuments",
     "PaddedPairs",

@@ -76,7 +76,8 @@ class Feed:
 
     Arguments:
         batches: an object with `batches[i]`, or an iterable. Both start again at their end. One
-            with `in_order`, as the sources of `jaxformers.data`, has no end.
+            with `in_order`, as the sources of `jaxformers.data`, has no end. One that can be
+            iterated and has no length is not indexed.
         position: the number of the first batch.
         prepare: function `(batch, name) -> arrays` that makes a batch ready for the device.
         fetch: function that calls the function it is given, or raises `Stopped` after a signal.
@@ -98,8 +99,7 @@ class Feed:
         self.batches, self.position, self.ended = batches, position, False
         self._prepare, self._fetch = prepare, fetch
         self.batch: dict[str, Any] = {}
-        by_index = hasattr(batches, "__getitem__")
-        self._iterator = None if by_index else self._iterate(position)
+        self._iterator = None if _by_index(batches) else self._iterate(position)
 
     def advance(self) -> bool:
         """Prepares the next batch. Returns False if there is none, or after a signal."""
@@ -145,6 +145,12 @@ class Feed:
                 return
             if empty:
                 raise ValueError("batches must not be empty. Pass at least one batch.")
+
+
+def _by_index(batches: Any) -> bool:
+    """Returns whether `batches[i]` is a batch. A stream of `datasets` has columns as its items."""
+    stream = hasattr(batches, "__iter__") and not hasattr(batches, "__len__")
+    return hasattr(batches, "__getitem__") and not stream
 
 
 def _length(batches: Any) -> int | None:
