@@ -113,6 +113,26 @@ def made(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption("--list-skipped", metavar="FILE", help="write the skipped tests to FILE")
+    parser.addoption("--thorough", action="store_true", help="run all cases of each test")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out cases that take long and differ little, unless `--thorough` asks for them."""
+    if config.getoption("--thorough"):
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for found in cases.values():
+        if few := found[0].get_closest_marker("few"):
+            kept = min(few.args[0], len(found))
+            spaced = {i * (len(found) - 1) // max(kept - 1, 1) for i in range(kept)}
+            found[:] = [item for i, item in enumerate(found) if i in spaced]
+        if len(found) > 1:  # a case that is asked for by its name is run
+            found[:] = [item for item in found if not item.get_closest_marker("thorough")]
+    kept = {item for found in cases.values() for item in found}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 # Packages that tests need and which extra brings them.

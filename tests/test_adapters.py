@@ -169,6 +169,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_adapters_alone_are_trained(name, model):
     """After 20 steps the base has its bits, and was never copied; the state is that of adapters."""

@@ -80,6 +80,7 @@ def texts_of(tokenizer, tokens, start=5):
     return tokenizer.decode(np.asarray(tokens)[:, start:].tolist()), ended
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop_gives_texts_of_the_constraint_of_the_row(lm, tokenizer, name):
     options = dict(LOOPS[name])
@@ -309,6 +310,7 @@ def is_nested(text):
     return re.fullmatch(r"(\(*)(yes|no)(\)*)", text) and text.count("(") == text.count(")")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_recursive_grammar_in_every_loop(lm, tokenizer, name):
     pytest.importorskip("llguidance")

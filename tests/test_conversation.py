@@ -47,6 +47,7 @@ KINDS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_is_the_chat_with_all_messages(make, kind):

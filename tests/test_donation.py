@@ -118,6 +118,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_optax_transformations_are_taken_as_in_optax(optax, name):
     transformation = TRANSFORMATIONS[name](optax)

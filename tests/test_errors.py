@@ -78,6 +78,7 @@ TAKES_TOKENS = {
 takes_tokens = pytest.mark.parametrize("call, name, vocab", TAKES_TOKENS.values(), ids=TAKES_TOKENS)
 
 
+@pytest.mark.few(3)
 @takes_tokens
 def test_token_ids(call, name, vocab):
     expected = f"{name} must be ids from 0 to {vocab - 1}"

@@ -59,6 +59,7 @@ def test_all_families_are_tried(made):
     assert tried == {name for name, family in FAMILIES.items() if "sequence" in family.classes}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_gets_a_classifier_as_in_transformers(name, made, tmp_path):
     source = made(name)

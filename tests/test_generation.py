@@ -74,6 +74,7 @@ def greedy(model, row, new):
     return by_hand(partial(full_logits, model), row, new)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("position", POSITIONS)
@@ -115,6 +116,7 @@ def assert_chunks_give(wanted, cache, step):
             start += size
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_cached_logits_equal_full_ones_in_any_chunking(position, window):

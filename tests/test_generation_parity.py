@@ -276,6 +276,7 @@ BEAMS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("options", BEAMS.values(), ids=BEAMS)
 def test_beam_search_finds_the_same_tokens(models, options):
     ours, theirs = generate_both(models, 12, **options)
@@ -369,6 +370,7 @@ CONSTRAINTS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize(
     "names", [*([name] for name in CONSTRAINTS), list(CONSTRAINTS)[:4]], ids=str

@@ -75,6 +75,7 @@ def assert_saved_as_it_came(model, path, directory, ignored=()):
         assert x.dtype == wanted[name].dtype and torch.equal(x, wanted[name]), name
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("name", [x for x in HEADLESS if f"{x}".removesuffix("_headless") in BARE])
 def test_decoders_give_hidden_states_and_are_saved_as_they_came(name, made, tmp_path):
     model = from_pretrained(made(name))

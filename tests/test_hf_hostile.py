@@ -145,6 +145,7 @@ def assert_right(name, model, usual, directory):
 # config.json.
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_of_wrong_types(name, made, changed):
     """Each setting that means something gets each wrong value."""
@@ -938,6 +939,7 @@ def test_copies_of_loaded_models(name, made):
         np.testing.assert_array_equal(outputs(same), outputs(model))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral", "gemma3", "bert"])
 def test_training_of_loaded_models(name, made):
     model, losses, traces = train(from_pretrained(made(name)), 8)

@@ -53,6 +53,7 @@ def seq2seq():
     return make_seq2seq()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_may_be_any_arrays(lm, seq2seq, way):
     rows, real = WAYS[way](), {"padding_mask": REAL}

@@ -165,6 +165,7 @@ def failing_reads(source):
         yield item
 
 
+@pytest.mark.few(3)
 @BOTH
 @pytest.mark.parametrize("kind", [lambda x: x, generated, failing_reads])
 def test_a_loader_that_does_not_return(tmp_path, number, kind):

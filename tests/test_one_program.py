@@ -80,6 +80,7 @@ def test_a_language_model(options):
     same(model.forward(TOKENS)[0], traced(TransformerLM.forward, model, TOKENS)[0])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["__call__", "logits", "pooled", "classify", "embed"])
 def test_an_encoder(name):
     model, method = encoder_model(), getattr(TransformerEncoder, name)

@@ -130,6 +130,7 @@ def test_lion_is_that_of_the_paper():
     assert_same(train(Lion(0.01)), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("max_rms, scale", [(1.0, 1e-3), (None, 1e-3), (0.7, None)])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_adafactor_equals_optax(max_rms, scale, max_norm):

@@ -91,6 +91,7 @@ def read_by_peft(name, directory, where):
     return answer(model)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_peft(name, made, tmp_path):
     """The outputs are those of PEFT: adapted, merged, and saved again for PEFT."""

@@ -81,6 +81,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_decoding_with_a_cache_is_the_full_forward(options):
     model = language_model(**options)
@@ -93,6 +94,7 @@ def test_decoding_with_a_cache_is_the_full_forward(options):
     assert all(leaf.size == 0 or jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(full))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_weight_has_a_gradient_and_no_later_token_is_seen(options):
     model = language_model(**options)

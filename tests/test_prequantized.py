@@ -63,6 +63,7 @@ def assert_equal(model, other):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_numbers_are_those_of_the_definition(kind, plain, tmp_path):
     expected = quantize(kind, plain, tmp_path / "made")

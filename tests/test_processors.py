@@ -91,6 +91,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_state_is_that_of_its_row_in_every_loop(lm, name):
     options = dict(LOOPS[name])

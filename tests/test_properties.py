@@ -247,6 +247,7 @@ def with_gaps(tokens, counts, side, fill):
     return jnp.asarray(ids, jnp.int32), jnp.asarray(real)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("build", [language_model, encoder_model])
 @each_window
 @each_scheme
@@ -286,6 +287,7 @@ def packed_mask(q, k):
     return AttentionMask(q_segments=q[0], k_segments=k[0], q_positions=q[1], k_positions=k[1])
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("build", [language_model, encoder_model])
 @each_scheme
 def test_packed_documents_are_separate_documents(build, scheme):
@@ -339,6 +341,7 @@ def check_cached(step, cache, full, tokens):
             assert_close(logits[where], full[rows, places][where], err_msg=name)
 
 
+@pytest.mark.few(10)
 @each_window
 @each_group
 @each_scheme

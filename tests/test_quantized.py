@@ -141,6 +141,7 @@ def test_numbers(name):
         np.testing.assert_array_equal(w.T.dense(), expected.T)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [(), (0,), (2, 17)])
 def test_products(rows, dtype):

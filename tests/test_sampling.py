@@ -24,6 +24,7 @@ def warp(logits, keep=1, **numbers):
     return np.asarray(Warper(**arrays, keep=keep)(logits))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -94,6 +95,7 @@ STEEP = np.array(
 )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("temperature", [1e-12, 1e-25, 1e-38, 1e-42, 1e-300, jnp.bfloat16(1e-38)])
 def test_a_temperature_near_0_takes_the_most_probable_token(temperature):
     for others in ({}, {"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.1, "top_k": 3}):

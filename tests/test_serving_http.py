@@ -277,6 +277,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("case", WRONG, ids=[f"{i}-{x[2]}" for i, x in enumerate(WRONG)])
 def test_wrong_fields_are_named(shared, case):
     fields, wanted, name = case

@@ -35,9 +35,13 @@ from jaxformers.training.row_order import ordered
 
 HERE = Path(__file__).parent
 # Those of one row are run by one process, one after another.
+OF_MORE_MODELS = [
+    ("gradients_default", "gradients_translation", "gradients_masked"),
+    ("gradients_rematerialized", "gradients_packed", "gradients_adapters"),
+]
 GROUPS = [
-    ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
-    ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
+    *OF_MORE_MODELS,
+    ("gradients_llama", "gradients_experts"),
     ("traffic", "memory", "gather", "rules", "experts", "ring", "zigzag", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory", "plan"),
 ]
@@ -67,7 +71,14 @@ def results():
     return result
 
 
-@pytest.mark.parametrize("name", [name for group in GROUPS for name in group])
+CHECKS = [
+    pytest.param(name, marks=pytest.mark.thorough if group in OF_MORE_MODELS else ())
+    for group in GROUPS
+    for name in group
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
 def test_eight_devices(results, name):
     assert results(name) == "ok", results(name)
 

@@ -200,6 +200,7 @@ def loop(weights, optimizer, jit=False):
         weights, state = step(weights, state)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("way", [steps, loop, partial(loop, jit=True)])
 def test_steps_on_weights_of_16_bits_warn_once(way, dtype):

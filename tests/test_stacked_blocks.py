@@ -123,6 +123,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_blocks_are_updated_as_single_ones(name):
     optimizer, (blocks, stack) = OPTIMIZERS[name], build()

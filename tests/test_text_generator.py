@@ -262,6 +262,7 @@ def short(tokenizer):
     return TextGenerator(lm_of(), tokenizer)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("number", range(len(ODD)))
 def test_odd_input_gives_a_result_or_a_clear_error(short, number):
     given = ODD[number]

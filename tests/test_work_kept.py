@@ -52,6 +52,7 @@ def with_row(i, row):
     return itertools.chain(generated_whole(i), [row])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("batches", "options", "kind", "note"),
     [
