@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from hf_cases import CASES
 
 import jaxformers
 
@@ -136,7 +137,11 @@ class Tracked:
         assert self.step > 0
 
 
-SIDES = {"from-torch.md": "torch"}  # pages with code of another library beside ours
+SIDES = {  # pages with code of another library beside ours
+    "from-torch.md": "torch",
+    "from-hugging-face.md": "transformers",
+    "from-flax.md": "flax",
+}
 
 
 @pytest.mark.parametrize("page", SIDES)
@@ -194,8 +199,17 @@ def test_all_files_of_the_package_are_listed():
     assert files | folders == set(re.findall(r"`(.+?)`", " ".join(rows)))
 
 
-def test_all_families_are_listed():
-    from jaxformers.hf.families import FAMILIES
+def test_the_table_of_families_is_that_of_today():
+    """`python benchmarks/families.py` writes it."""
+    path = ROOT / "benchmarks" / "families.py"
+    spec = importlib.util.spec_from_file_location("families", path)
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert families.written(page) == page
 
-    listed = re.findall(r"`(\w[\w-]*)`", (ROOT / "docs" / "families.md").read_text())
-    assert set(FAMILIES) <= set(listed)
+
+def test_the_page_about_parity_has_all_checkpoints():
+    """`python benchmarks/parity.py` writes it."""
+    names = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "parity.md").read_text(), re.MULTILINE)
+    assert names == list(CASES)

@@ -90,6 +90,8 @@ def list_of_pages(description: str, pages: list, texts: dict[str, str]) -> str:
 def first_sentence(text: str) -> str:
     """Returns the first sentence of a page below its title, without links."""
     prose = re.sub(r"(?ms)^```.*?^```$", "", text)
-    paragraph = re.search(r"(?m)^(?:- )?([A-Z`\[].+(?:\n(?!- ).+)*)", prose)[1]
-    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", " ".join(paragraph.split()))
+    blocks = [block.strip() for block in prose.split("\n\n")]
+    first = next(block for block in blocks if block and block[0] not in "#<|!:")
+    item = re.split(r"\n- ", first.removeprefix("- "))[0]
+    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", " ".join(item.split()))
     return re.split(r"(?<=\.) (?=[A-Z`])", words, maxsplit=1)[0].rstrip(":")
