@@ -151,6 +151,7 @@ def test_logit_lens():
     assert words == {(x, y): letters([best[y, x]])[0] for x in (0, 1) for y in (0, 1, 2)}
     assert labels_of(axes.xaxis) == ["E", "F"]
     assert labels_of(axes.yaxis) == ["embedded", "0", "1"]
+    assert axes.get_ylim() == (-0.5, 2.5)  # the last layer is at the top
     with pytest.raises(ValueError, match="finite"):
         logit_lens_table(logits * np.nan, letters)
 
@@ -211,6 +212,8 @@ def test_biases_of_positions():
     scheme = T5PositionBias(20, key=KEY)
     axes, _ = position_bias(scheme, 20, 6).axes
     assert axes.lines[3].get_ydata()[5] == scheme.weight[0, 3]
+    causal = position_bias(scheme, 20, 64, causal=True).axes[0].lines[3].get_ydata()
+    assert causal[0] == scheme.weight[26, 3]  # of 32 buckets for keys before the query
     np.testing.assert_allclose(axes.lines[0].get_xdata(), np.arange(-5, 6))
 
 
