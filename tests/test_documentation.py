@@ -1,9 +1,8 @@
-"""The documentation is run: docstrings' examples, the README, the pages of docs/, the notebook."""
+"""The documentation is run: docstrings' examples, the README, the pages of docs/."""
 
 import doctest
 import functools
 import importlib.util
-import json
 import pkgutil
 import re
 import sys
@@ -171,17 +170,6 @@ def test_all_blocks_of_code_are_run():
     texts = [page.read_text() for page in PAGES]
     fences = sum(len(re.findall(r"^ *(?:```|~~~) *python", text, re.MULTILINE)) for text in texts)
     assert fences == sum(len(examples_of(page)) for page in PAGES) >= 20
-
-
-def test_notebook(no_shape_checker, monkeypatch):
-    pytest.importorskip("matplotlib").use("Agg")
-    notebook = json.loads((ROOT / "notebooks" / "quick_start.ipynb").read_text())
-    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    code = "\n".join(cells).replace("STEPS = 600", "STEPS = 50")
-    assert "STEPS = 50" in code
-    names: dict = {}
-    exec(compile(code, "quick_start.ipynb", "exec"), names)
-    assert names["out"].shape == (1000, 9)
 
 
 def test_links_of_the_documentation_lead_somewhere():
