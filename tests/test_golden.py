@@ -33,12 +33,12 @@ from golden_cases import (
 )
 
 import jaxformers
-from jaxformers import Checkpoints, OrbaxCheckpoints, digest, load
+from jaxformers import Checkpoints, OrbaxCheckpoints, cast_floating, digest, load
 
 pytest.importorskip("safetensors")
 
 OBJECTS = sorted(path.name.split(".")[0] for path in GOLDEN.glob("objects/*.gz"))
-TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-3, "accumulated-bfloat16": 2e-2}
+TOLERANCES = {"bfloat16": 2e-2, "accumulated-bfloat16": 2e-2}
 
 
 def test_no_golden_file_was_changed():
@@ -84,6 +84,13 @@ def held(x: Any) -> list[tuple[str, tuple, bytes]]:
     return sorted(arrays.values())
 
 
+def twice_the_rounding(exact: dict[str, np.ndarray], expected: Any) -> float:
+    """Some processors sum float16 in float16, others in float32. Both are that near to `exact`."""
+    rounding = max(np.max(np.abs(exact[name] - expected[name])) for name in expected.files)
+    assert rounding < 4e-3
+    return 2 * rounding
+
+
 def near(found: dict[str, np.ndarray], expected: Any, tolerance: float, what: str) -> None:
     assert found.keys() >= set(expected.files), f"{what} gives {list(found)}"
     for name in expected.files:
@@ -98,7 +105,12 @@ def test_an_object_loads_and_gives_what_it_gave(name, tmp_path):
     loaded = load(path, known=KNOWN)
     assert held(loaded) == stored(path), f"the arrays of {name} are not bit for bit those saved"
     with np.load(GOLDEN / "objects" / f"{name}.npz") as expected:
-        near(outputs(name, loaded), expected, TOLERANCES.get(name, 2e-5), f"the golden {name}")
+        tolerance = TOLERANCES.get(name, 2e-5)
+        if name == "float16":
+            tolerance = twice_the_rounding(
+                outputs(name, cast_floating(loaded, jnp.float32)), expected
+            )
+        near(outputs(name, loaded), expected, tolerance, f"the golden {name}")
 
 
 def test_what_a_checkpoint_from_elsewhere_says_stays_with_its_model(tmp_path):
