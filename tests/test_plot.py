@@ -271,7 +271,7 @@ A = weights(2, 3, 4, 4)  # b, n, t, s
     ("draw", "message"),
     [
         (lambda: attention_grid([]), "maps must be a list of arrays"),
-        (lambda: attention_grid([A, A[:, :, 1:]]), "alike but for the heads n"),
+        (lambda: attention_grid([A, A[:, :, 1:]]), "may differ only in the number of heads n"),
         (lambda: attention_grid(A[0, 0]), r"got \(4, 4\)"),
         (lambda: attention_grid(A * 9), "from 0 to 1 at all real tokens"),
         (lambda: attention_grid(A * np.nan), "from 0 to 1 at all real tokens"),

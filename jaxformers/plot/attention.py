@@ -145,8 +145,8 @@ def _rows_of(maps: Any, row: int) -> list[np.ndarray]:
     rest = {(*shape[:-3], *shape[-2:]) for shape in shapes}
     if len(rest) > 1 or len(shapes[0]) not in (3, 4) or 0 in shapes[0]:
         raise ValueError(
-            "maps must have shape (b, n, t, s) or (n, t, s), not empty and alike but for the "
-            f"heads n, got {', '.join(map(str, shapes))}."
+            "maps must have shape (b, n, t, s) or (n, t, s), not empty, and may differ only in the "
+            f"number of heads n, got {', '.join(map(str, shapes))}."
         )
     check_row(row, shapes[0][:-3])
     return [np.asarray(x if np.ndim(x) == 3 else x[row], np.float32) for x in maps]
