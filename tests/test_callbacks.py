@@ -5,6 +5,7 @@ import signal
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,7 +74,8 @@ def test_both_kinds_of_callbacks(tmp_path):
         _ = seen[0].model
 
 
-def test_true_ends_the_run_with_an_evaluation(tmp_path):
+@pytest.mark.parametrize("kind", [bool, np.array, jnp.array])
+def test_true_ends_the_run_with_an_evaluation(tmp_path, kind):
     reports = []
     checkpoint = Checkpoints(tmp_path, every=50)
     training = run(
@@ -82,7 +84,7 @@ def test_true_ends_the_run_with_an_evaluation(tmp_path):
         BATCHES,
         steps=9,
         eval_batches=HELD_OUT,
-        callbacks=[Every(2, lambda figures: figures.step == 4), reports.append],
+        callbacks=[Every(2, lambda figures: kind(figures.step == 4)), reports.append],
         checkpoint=checkpoint,
     )
     assert training.step == 5 and checkpoint.steps() == [5]  # one step was under way
@@ -140,7 +142,9 @@ def test_a_callback_that_fails_loses_nothing(tmp_path):
     assert error.value.args == (3,) and checkpoint.steps() == [4]
 
 
-@pytest.mark.parametrize(("steps", "callback"), [(0, print), (2.0, print), (3, None)])
+@pytest.mark.parametrize(
+    ("steps", "callback"), [(0, print), (2.0, print), (3, None), (3, Every(2, print))]
+)
 def test_what_is_refused(steps, callback, no_shape_checker):
     with pytest.raises(ValueError, match="must be"):
         Every(steps, callback)

@@ -390,6 +390,7 @@ def bad_ids(name):
         ([{name: x.astype(float) for name, x in batches()[0].items()}], "must hold integer ids"),
         ([dict(batches()[0]) | {"loss_mask": np.ones((B, T))}], "mask == 1"),
         ([[1, 2]], "batch 0 must be a dict of arrays"),
+        ([batches()[0] | {"text": ["a"] * B}], "batch 0 must have numbers alone, got 'text'"),
         ([], "must not be empty"),
         (Loader, "must give one dict of arrays a step"),
         (batches()[0], "pass \\[batch\\]"),

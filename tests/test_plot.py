@@ -236,6 +236,8 @@ def test_curves_of_several_runs(tmp_path):
     names = [x.get_text() for x in figure.legends[0].get_texts()]
     assert names == ["first $, training", "first $, evaluation", "b, training"]
     assert (tmp_path / "new" / "x.pdf").read_bytes().startswith(b"%PDF")
+    names = [x.get_text() for x in loss_curve({"_a": a, "b": b}).legends[0].get_texts()]
+    assert names == [" _a, training", " _a, evaluation", "b, training"]
     other = write_log(tmp_path / "new" / "b", [1.0])
     names = [x.get_text() for x in loss_curve([b, other]).legends[0].get_texts()]
     assert names == [f"{b}, training", f"{other}, training"]
@@ -284,6 +286,9 @@ A = weights(2, 3, 4, 4)  # b, n, t, s
         (lambda: attention_grid(A, heads=[3]), "heads must be a list of numbers from 0 to 2"),
         (lambda: attention_grid([A], layers=[-1]), "layers must be a list of numbers from 0 to 0"),
         (lambda: attention_grid(A, heads=[]), "heads must be a list"),
+        (lambda: attention_grid(A, heads=[True, False, True]), "heads must be a list"),
+        (lambda: attention_grid(A, heads=np.array([[0, 1]])), "heads must be a list"),
+        (lambda: attention_grid(A, save="plots/"), "a file with a type, such as x.png"),
         (lambda: attention_grid(A, padding_mask=np.ones((2, 3), bool)), "padding_mask must be"),
         (lambda: attention_grid(A, padding_mask=np.zeros(4, bool)), "padding alone"),
         (lambda: attention_grid(A, key_padding_mask=np.ones(4)), "key_padding_mask must be"),
@@ -302,6 +307,8 @@ A = weights(2, 3, 4, 4)  # b, n, t, s
         (lambda: rotary_angles(ALiBi()), "must be a RotaryPositionalEncoding"),
         (lambda: rotary_angles(RotaryPositionalEncoding(), 5), "must be even"),
         (lambda: loss_curve([]), "at least one log"),
+        (lambda: loss_curve(None), "at least one log"),
+        (lambda: loss_curve({"a": 5}), "at least one log"),
         (lambda: loss_curve("nowhere"), "no log to read"),
     ],
 )

@@ -166,7 +166,9 @@ def _chosen(name: str, numbers: Sequence[int] | None, size: int) -> list[int]:
     if numbers is None:
         return list(range(size))
     is_list = isinstance(numbers, Sequence | np.ndarray) and len(numbers) > 0
-    if not is_list or any(i not in range(size) for i in numbers):
+    if not is_list or any(
+        isinstance(i, bool | np.bool) or np.ndim(i) > 0 or i not in range(size) for i in numbers
+    ):
         raise ValueError(
             f"{name} must be a list of numbers from 0 to {size - 1}, got {numbers!r:.80}."
         )

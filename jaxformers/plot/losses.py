@@ -1,7 +1,7 @@
 """The losses of trainings, from their logs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def loss_curve(
     figure = new_picture(7.0, 4.0, next(iter(runs)) if is_one and title is None else title)
     axes = figure.add_subplot()
     for i, (name, (train, evaluation)) in enumerate(runs.items()):
-        before = "" if is_one else f"{name}, "
+        # The space is for names that begin with "_", which legends leave out.
+        before = "" if is_one else f"{' ' * name.startswith('_')}{name}, "
         _draw_training(axes, train, before, colors[i % len(colors)])
         if len(evaluation[0]):
             color = colors[(i + is_one) % len(colors)]
@@ -78,20 +79,20 @@ def loss_curve(
 
 def _named(path: Any) -> dict[str, Log]:
     """Returns the logs by name, each that of its directory unless it was named."""
-    if isinstance(path, Mapping):
-        named = {str(name): log for name, log in path.items()}
-    else:
-        logs = [path] if isinstance(path, Log) else list(path)
-        folders = [Path(log) if Path(log).is_dir() else Path(log).parent for log in logs]
-        names = [folder.resolve().name for folder in folders]
-        if len(set(names)) < len(names):
-            names = list(map(str, logs))
-        named = dict(zip(names, logs, strict=True))
-        if len(named) < len(names):
-            raise ValueError(f"path must have different logs, got {', '.join(names)}.")
-    if not named:
-        raise ValueError("path must have at least one log, got none.")
-    return named
+    several = isinstance(path, Iterable) and not isinstance(path, Log)
+    given = path if several else [path]
+    logs = list(given.values() if isinstance(given, Mapping) else given)
+    if not logs or not all(isinstance(log, Log) for log in logs):
+        raise ValueError(f"path must be at least one log, its directory or file, got {path!r:.80}.")
+    if isinstance(given, Mapping):
+        return {str(name): log for name, log in given.items()}
+    folders = [Path(log) if Path(log).is_dir() else Path(log).parent for log in logs]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = list(map(str, logs))
+    if len(set(names)) < len(names):
+        raise ValueError(f"path must have different logs, got {', '.join(names)}.")
+    return dict(zip(names, logs, strict=True))
 
 
 def _points(log: Log, name: str) -> Points:

@@ -41,6 +41,8 @@ def finish(figure: Figure, save: str | os.PathLike | None) -> Figure:
     """Returns a figure that does not depend on the style any more, and writes it to a file."""
     figure.draw_without_rendering()  # makes what would take its colors from a later style
     if save is not None:
+        if not Path(save).suffix:
+            raise ValueError(f"save must be a file with a type, such as x.png, got {save!r:.80}.")
         Path(save).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(save, dpi=150)
     return figure

@@ -24,6 +24,12 @@ def prepared(
     if not isinstance(batch, Mapping):
         raise ValueError(f"{name} must be a dict of arrays, got {type(batch).__name__}.")
     arrays = {key: _as_array(x) for key, x in batch.items() if x is not None}
+    for key, x in arrays.items():
+        if isinstance(x, np.ndarray) and x.dtype.kind in "OSTUMm":
+            raise ValueError(
+                f"{name} must have numbers alone, got {key!r} of type {x.dtype}. Leave it out of "
+                "the batch, or make numbers of it."
+            )
     check_ids(loss, model, arrays)
     return put(arrays)
 

@@ -72,7 +72,8 @@ class Every:
             ends if it returns True, after at most one more step.
 
     Raises:
-        ValueError: if `steps` is not a whole number above 0, or the callback is no function.
+        ValueError: if `steps` is not a whole number above 0, the callback is no function or is an
+            `Every` itself.
 
     Example:
         >>> seen = []
@@ -93,6 +94,8 @@ class Every:
     def __init__(self, steps: int, callback: Callable[[Figures], Any]):
         check_size(steps=steps)
         check_callable(callback=callback)
+        if isinstance(callback, Every):
+            raise ValueError("callback must be a function of figures, got an Every(...) again.")
         self.steps, self.callback = steps, callback
 
     def __call__(self, figures: Figures) -> Any:

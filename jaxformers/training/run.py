@@ -282,4 +282,5 @@ class Run:
 
 def _ends(answers: Sequence[Any]) -> bool:
     """Returns whether one of the answers of callbacks ends the training."""
-    return any(isinstance(x, bool | np.bool) and bool(x) for x in answers)
+    # A comparison of arrays gives an array. An answer that is no truth value means nothing.
+    return any(x is True or getattr(x, "dtype", None) == np.bool and bool(x) for x in answers)
