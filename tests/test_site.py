@@ -60,14 +60,26 @@ def test_links_and_anchors_of_all_pages_lead_somewhere():
             assert not anchor or anchor in anchors_of(target.read_text()), (name, link)
 
 
-def test_the_api_has_all_public_names():
+def things_of_the_api() -> dict[str, object]:
     texts = [path.read_text() for path in (DOCS / "api").glob("*.md")]
     shown = re.findall(r"^::: (\S+)$", "\n".join(texts), re.MULTILINE)
     assert len(shown) == len(set(shown))
-    things = []
-    for path in shown:
-        module, _, name = path.rpartition(".")
-        things.append(getattr(importlib.import_module(module), name))
+    places = {path: path.rpartition(".") for path in shown}
+    return {
+        path: getattr(importlib.import_module(module), name)
+        for path, (module, _, name) in places.items()
+    }
+
+
+def test_the_api_shows_the_stars_of_docstrings():
+    """Markdown takes two stars outside of code for the ends of a text in italics."""
+    for path, thing in things_of_the_api().items():
+        prose = re.sub(r"(?ms)`.*?`|^ *>>>.*|^ *[*\w, ]+:", "", thing.__doc__)
+        assert not re.search(r"\*\S[^*]*\S\*|\*\*\d", prose), path
+
+
+def test_the_api_has_all_public_names():
+    things = things_of_the_api().values()
     missing = []
     for module in MODULES:
         for name, thing in vars(importlib.import_module(module)).items():

@@ -39,8 +39,8 @@ def trace(
 
     Arguments:
         model: a model, one of its methods, or a function of arrays that calls models.
-        only: the sites to keep: paths, and patterns with "*". The names of TransformerLens, such as
-            "blocks.*.attn.hook_pattern", are understood. None keeps all, which may be much memory.
+        only: the sites to keep: paths, and patterns with `*`. The names of TransformerLens, such as
+            `blocks.*.attn.hook_pattern`, are understood. None keeps all, which may be much memory.
         shapes: whether to give shapes (`jax.ShapeDtypeStruct`) and compute nothing, False.
 
     Raises:

@@ -93,9 +93,9 @@ def chunked_cross_entropy(
             row alone, such as `model.logits_of`. Gradients reach the weights that it holds.
         hidden: hidden states of shape `(b, t, d)` or `(t, d)`.
         targets, mask: as for `cross_entropy`.
-        chunk: the largest number of rows at a time. None takes as many as have 2**25 logits (on
-            accelerators 2**28), but at least 512. On a mesh, each device takes that many. If there
-            are at most twice as many rows, all are taken at once, as `cross_entropy` does.
+        chunk: the largest number of rows at a time. None takes as many as have `2**25` logits
+            (on accelerators `2**28`), but at least 512. On a mesh, each device takes that many. If
+            there are at most twice as many rows, all are taken at once, as `cross_entropy` does.
         label_smoothing, z_loss, ignore_index: as for `cross_entropy`.
 
     Raises:
