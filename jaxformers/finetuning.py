@@ -166,7 +166,7 @@ def finetune(settings: FineTuning, progress: bool = True) -> FineTuned:
         known["before"] = float(evaluate(model, held_out, loss=language_model_loss))
     replace_json(out / SETTINGS, known)
     epochs = settings.epochs or 1
-    steps = settings.steps or epochs * len(batches)
+    steps = settings.steps or -(-epochs * batches.order.count // settings.batch_size)
     to_train = [model]  # `fit` frees the weights that it trains, unless a name holds them
     del model
     training = fit(

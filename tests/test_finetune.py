@@ -368,6 +368,17 @@ def test_a_model_that_is_no_decoder(made, checkpoint, data, tmp_path, capsys):
     assert "finetune is for decoders" in capsys.readouterr().err
 
 
+def test_epochs_are_how_often_each_example_comes(checkpoint, data, tmp_path, monkeypatch):
+    def steps_of(model, optimizer, batches, steps, **_):
+        raise KeyError(steps * 64 / batches.order.count)
+
+    monkeypatch.setattr(finetuning, "fit", steps_of)
+    more = {"steps": None, "epochs": 20, "batch_size": 64, "eval_share": 0.0}
+    with pytest.raises(KeyError) as found:
+        finetune(settings_of(checkpoint, data, tmp_path / "out", **more))
+    assert 20 <= found.value.args[0] < 25
+
+
 def test_what_is_held_out(checkpoint, tmp_path):
     tokenizer = load_tokenizer(checkpoint)
 

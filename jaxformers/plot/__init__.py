@@ -3,7 +3,7 @@
 Each function returns a `matplotlib.figure.Figure`, which notebooks show, and writes it to a file
 with `save=`. Nothing is changed in matplotlib: there is no current figure. The look is that of its
 style, so a dark picture is drawn within `matplotlib.style.context("dark_background")`. Text is
-drawn as it is, without formulas. A character that no font has is drawn as its escape.
+drawn as it is, without formulas. A character of a token that no font has is drawn as its escape.
 """
 
 try:
