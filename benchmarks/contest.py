@@ -75,7 +75,7 @@ class Child:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait()
+        self.process.communicate()  # closes the pipes
 
 
 def answer(make: Contender, config: dict) -> None:
@@ -194,7 +194,9 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("jax", "equinox", "flax", "optax", "torch", "transformers"):
+    libraries = "jax", "jaxlib", "equinox", "flax", "optax", "torch", "transformers"
+    plugins = "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
+    for package in libraries + plugins:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -64,15 +64,18 @@ def numbers(config: dict, tokens, logits):
     return lambda: np.asarray(tokens())[:, PROMPT:].ravel()
 
 
-def our_model(config):
-    import equinox as eqx
+def room(config: dict) -> int:
+    """Returns how many positions the models have."""
+    return PROMPT + config.get("new", NEW)
+
+
+def our_architecture(config):
+    """Returns a model of ours with random weights; within `jax.eval_shape` it takes no memory."""
     import jax
-    import jax.numpy as jnp
 
     import jaxformers as jf
 
-    w, d, n, heads = weights(config), config["d_model"], config["layers"], config["heads"]
-    llama, dtype = "d_ff" in config, config.get("dtype", "float32")
+    d, llama = config["d_model"], "d_ff" in config
     pieces = {
         "learnable_pos": True,
         "tie_embeddings": True,
@@ -86,9 +89,18 @@ def our_model(config):
             "use_bias": False,
         }
 
-    def build():
-        sizes = config["vocab"], d, heads, n, w["up"].shape[-1], PROMPT + NEW
-        return jf.TransformerLM(*sizes, 0.0, embedding_scale=1.0, key=jax.random.key(0), **pieces)
+    sizes = config["vocab"], d, config["heads"], config["layers"], config.get("d_ff", 4 * d)
+    sizes = *sizes, room(config), 0.0
+    return jf.TransformerLM(*sizes, embedding_scale=1.0, key=jax.random.key(0), **pieces)
+
+
+def our_model(config):
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    w, n = weights(config), config["layers"]
+    llama, dtype = "d_ff" in config, config.get("dtype", "float32")
 
     def places(m):
         found = [m.embedding.token_embedding.weight]
@@ -108,7 +120,7 @@ def our_model(config):
     for i in range(n):
         values += [*np.split(w["qkv"][i], 3, axis=1), w["out"][i]]
         values += [w[name][i] for name in ("gate", "up", "down") if name in w]
-    model = eqx.filter_eval_shape(build)
+    model = eqx.filter_eval_shape(partial(our_architecture, config))
     shapes = [x.shape for x in places(model)]
     values = [jnp.asarray(x.reshape(s), dtype) for x, s in zip(values, shapes, strict=True)]
     return jax.tree_util.tree_map_with_path(fill, eqx.tree_at(places, model, values))
@@ -159,25 +171,33 @@ def torch_setting(config):
     return torch.device(device), getattr(torch, config.get("dtype", "float32"))
 
 
+def hugging_face_model(config):
+    """Returns a model of transformers with random weights."""
+    import transformers
+
+    device, dtype = torch_setting(config)
+    v, d, n, heads = (config[name] for name in ("vocab", "d_model", "layers", "heads"))
+    positions = {"max_position_embeddings": room(config)}
+    with device:
+        if "d_ff" in config:
+            sizes = dict(vocab_size=v, hidden_size=d, num_hidden_layers=n, rms_norm_eps=1e-5)
+            sizes |= dict(num_attention_heads=heads, intermediate_size=config["d_ff"])
+            shape = transformers.LlamaConfig(**sizes, **positions, dtype=dtype)
+            model = transformers.LlamaForCausalLM(shape)
+        else:
+            sizes = dict(vocab_size=v, n_embd=d, n_layer=n, n_head=heads)
+            shape = transformers.GPT2Config(**sizes, **positions, dtype=dtype)
+            model = transformers.GPT2LMHeadModel(shape)
+    return model.to(dtype).eval()
+
+
 def hugging_face(config, **options):
     """Runs `generate` of transformers with its default cache."""
     import torch
     import transformers
 
-    w, (device, dtype) = weights(config), torch_setting(config)
-    v, d, n, heads = (config[name] for name in ("vocab", "d_model", "layers", "heads"))
-    room = {"max_position_embeddings": PROMPT + NEW}
-    with device:
-        if "d_ff" in config:
-            sizes = dict(vocab_size=v, hidden_size=d, num_hidden_layers=n, rms_norm_eps=1e-5)
-            sizes |= dict(num_attention_heads=heads, intermediate_size=config["d_ff"])
-            shape = transformers.LlamaConfig(**sizes, **room, dtype=dtype)
-            model = transformers.LlamaForCausalLM(shape)
-        else:
-            sizes = dict(vocab_size=v, n_embd=d, n_layer=n, n_head=heads)
-            shape = transformers.GPT2Config(**sizes, **room, dtype=dtype)
-            model = transformers.GPT2LMHeadModel(shape)
-    model = model.to(dtype).eval()
+    w, n, (device, _) = weights(config), config["layers"], torch_setting(config)
+    model = hugging_face_model(config)
     arrays = llama_names(w, n) if "d_ff" in config else gpt_names(w, n)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -55,13 +55,15 @@ def ours(config, kernel="fast_attention"):
     q, k, v, gradient = (jnp.asarray(x, config["dtype"]) for x in numbers(config))
 
     @jax.jit
-    def both(q, k, v, gradient):
+    def run(q, k, v, gradient):
         attend = partial(getattr(jaxformers, kernel), mask=mask)
+        if config.get("forward_only"):
+            return (attend(q, k, v),)
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v), q, k, v)
         return out, *pull(gradient)
 
     def step():
-        return jax.block_until_ready(both(q, k, v, gradient))
+        return jax.block_until_ready(run(q, k, v, gradient))
 
     return step, lambda: samples(step())
 
@@ -78,12 +80,13 @@ def torch_attention(config):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config["dtype"])
     *qkv, gradient = (torch.from_numpy(x).to(device, dtype) for x in numbers(config))
+    forward_only = config.get("forward_only", False)
     for x in qkv:
-        x.requires_grad_()
+        x.requires_grad_(not forward_only)
 
     def step():
         out = scaled_dot_product_attention(*qkv, is_causal=True)
-        grads = torch.autograd.grad(out, qkv, gradient)
+        grads = () if forward_only else torch.autograd.grad(out, qkv, gradient)
         if device == "cuda":
             torch.cuda.synchronize()
         return out.detach(), *grads

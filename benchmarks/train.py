@@ -89,7 +89,7 @@ def our_decoder(config, **pieces):
         n,
         4 * d,
         config["t"],
-        dropout_rate=0.0,
+        dropout_rate=config.get("dropout", 0.0),
         learnable_pos=True,
         tie_embeddings=True,
         embedding_scale=1.0,
@@ -172,15 +172,24 @@ def plain(config):
     return ours(config, attention_fn=jaxformers.dot_product_attention)
 
 
-def utilization(gpu: str | None, config: dict, row: dict) -> str:
-    """Returns the model's own operations as a share of the GPU's peak (PaLM, appendix B)."""
-    peak = next((x for name, x in PEAK_FLOPS.items() if name in (gpu or "")), None)
-    if peak is None or "dtype" not in config:
-        return ""
+def model_flops(config: dict) -> int:
+    """Returns the model's own operations of a step (PaLM, appendix B)."""
     d, n, t = config["d_model"], config["layers"], config["t"]
     parameters = 12 * n * d * d + config["vocab"] * d
-    flops = config["batch"] * t * (6 * parameters + 12 * n * d * t)
-    return f"{flops / row['seconds'] / peak:6.1%} of peak FLOP/s"
+    return config["batch"] * t * (6 * parameters + 12 * n * d * t)
+
+
+def peak_flops(gpu: str | None) -> float | None:
+    """Returns the peak in bfloat16 of a card of this name, or None if it is not known."""
+    return next((x for name, x in PEAK_FLOPS.items() if name in (gpu or "")), None)
+
+
+def utilization(gpu: str | None, config: dict, row: dict) -> str:
+    """Returns the model's own operations as a share of the GPU's peak."""
+    peak = peak_flops(gpu)
+    if peak is None or "dtype" not in config:
+        return ""
+    return f"{model_flops(config) / row['seconds'] / peak:6.1%} of peak FLOP/s"
 
 
 CONTENDERS = {"ours": ours, "plain": plain}
