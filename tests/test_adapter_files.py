@@ -123,6 +123,7 @@ TENSORS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("what", TENSORS)
 def test_damaged_tensors(what, base, changed):
     tensors, words = TENSORS[what]

@@ -47,6 +47,7 @@ MODELS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_paths_and_sums(build):
     model = build()

@@ -280,6 +280,7 @@ def test_options_that_contradict_each_other():
         TransformerEncoder(*SIZES, layer_order=[0, 1], key=KEY)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("no_shape_checker")
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_input_that_is_not_tokens(head):

@@ -675,6 +675,7 @@ def test_messages_hold_with_the_model_as_argument():
         eqx.filter_jit(lambda model: model(np.full((B, T), VOCAB)))(language_model())
 
 
+@pytest.mark.few(3)
 @takes_pieces
 def test_what_is_built_already_is_no_constructor(constructor):
     """`norm=RMSNorm(8)` is one norm, and each layer needs its own."""

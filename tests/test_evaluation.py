@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CASES)
 def test_the_cross_entropy_is_beside_what_is_minimized(name, monkeypatch):
     build, loss, data = CASES[name]

@@ -143,6 +143,7 @@ def test_cached_logits_of_an_encoder_decoder_equal_full_ones(window):
     assert_chunks_give(wanted, cache, step)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_encoder_decoder_equals_a_loop_over_the_whole_model(position):
     model = make_seq2seq(num_kv_heads=2, **POSITIONS[position])

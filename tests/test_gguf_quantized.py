@@ -142,6 +142,7 @@ def is_quantized(x):
     return isinstance(x, Quantized)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_kept_is_what_is_unpacked(name, tmp_path):
     path = write_model(tmp_path, name, mixed)

@@ -185,6 +185,7 @@ def test_errors_say_what_was_expected_and_what_came(name, key, value, expected, 
         from_pretrained(changed(name, {key: value}))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_settings(name, made, changed):
     """Values anywhere in config.json and generation_config.json, replaced at random."""
@@ -706,6 +707,7 @@ KEPT_SURGERY = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("surgery", KEPT_SURGERY)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_surgery_is_saved(surgery, name, made, tmp_path):
@@ -874,6 +876,7 @@ STRANGERS = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model, sizes, options, words", STRANGERS)
 def test_models_of_no_family(model, sizes, options, words, tmp_path):
     """Only the nearest families are told, of each what is different."""

@@ -128,6 +128,7 @@ NO_IDS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", NO_IDS)
 def test_what_is_no_ids_says_what_to_do(lm, seq2seq, kind, no_shape_checker):
     given, message = NO_IDS[kind]

@@ -77,6 +77,7 @@ MODELS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_traces_of_all_models(name):
     model = MODELS[name]()

@@ -172,6 +172,7 @@ def test_load_balancing_loss_is_least_where_tokens_spread_evenly():
 # Against its definition.
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "d_ff, num_experts, top_k", [(F, 5, 5), (F, 5, 1), (F, 1, 1), (1, 3, 2), (F, 40, 3)]
 )
@@ -206,6 +207,7 @@ def test_nothing_is_dropped_where_all_want_the_same_expert(tokens, top_k):
     assert_close(y, definition(module, x))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("num_experts", [1, 3, 40])
 @pytest.mark.parametrize("pairs", [1, 2, 39, 41, 129, 1000])
 def test_every_pair_has_a_slot_of_its_own(pairs, num_experts):

@@ -122,6 +122,7 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("make", MODELS)
 def test_a_model_comes_back(make, path, getkey):
     model = make(getkey())

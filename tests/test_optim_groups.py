@@ -364,6 +364,7 @@ STEPS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_with_everything(name):
     build, batch, loss, optimizer, is_frozen = STEPS[name]

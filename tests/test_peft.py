@@ -154,6 +154,7 @@ OURS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", OURS)
 def test_an_adapter_of_ours(name, made, tmp_path):
     """Also if queries, keys and values of one matrix have an `a` each, and some have none."""

@@ -292,6 +292,7 @@ def test_both_stacks_have_their_own_sizes():
     assert model.decoder.layers[1].feed_forward.w_in.shape == (D, 10)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     "build, words",
     {

@@ -147,6 +147,7 @@ def test_encoder_sees_both_sides_of_its_own_row(window):
     np.testing.assert_array_equal(seen > 0, expected)
 
 
+@pytest.mark.few(2)
 @each_scheme
 def test_seq2seq_sees_the_source_and_the_past_of_its_own_row(scheme):
     model = seq2seq_model(1, **SCHEMES[scheme])
@@ -180,6 +181,7 @@ def test_a_window_counts_the_own_position(position):
             assert_close(mha(x, mask=AttentionMask(causal, window + 1)), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("bias", [None, ALiBi()])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_a_query_that_sees_nothing(bias, dtype):
@@ -262,6 +264,7 @@ def test_padding_changes_nothing(build, scheme, window):
         assert_close(out[1:][real[1:]], short[1:].reshape(-1, out.shape[-1]), err_msg=side)
 
 
+@pytest.mark.few(2)
 @each_scheme
 def test_padding_changes_nothing_in_seq2seq(scheme):
     model = seq2seq_model(**SCHEMES[scheme])
@@ -381,6 +384,7 @@ def test_cached_is_full_where_the_window_rolls(scheme):
         assert_close(logits[real], full[rows, chunk][real], err_msg=f"at {chunk[0]}")
 
 
+@pytest.mark.few(3)
 @each_scheme
 def test_cached_is_full_in_seq2seq(scheme):
     """The encoder's keys and values are in the cache, its padding stays hidden."""
@@ -773,6 +777,7 @@ def test_tied_language_model():
 # Numbers.
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "build, options",
     [

@@ -138,6 +138,7 @@ def test_gradient_is_the_slope(getkey):
     np.testing.assert_allclose((run(step) - run(-step)) / (2 * step), slope, rtol=1e-2)
 
 
+@pytest.mark.few(1)
 @each_model
 def test_ensembles(name, getkey):
     """Several models in one pytree: constructed, called, stacked and taken apart."""

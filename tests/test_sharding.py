@@ -35,13 +35,12 @@ from jaxformers.training.row_order import ordered
 
 HERE = Path(__file__).parent
 # Those of one row are run by one process, one after another.
-OF_MORE_MODELS = [
-    ("gradients_default", "gradients_translation", "gradients_masked"),
-    ("gradients_rematerialized", "gradients_packed", "gradients_adapters"),
+GRADIENTS = [  # `mesh_matrix.py` has them on all meshes
+    ("gradients_default", "gradients_llama", "gradients_translation", "gradients_masked"),
+    ("gradients_rematerialized", "gradients_packed", "gradients_adapters", "gradients_experts"),
 ]
 GROUPS = [
-    *OF_MORE_MODELS,
-    ("gradients_llama", "gradients_experts"),
+    *GRADIENTS,
     ("traffic", "memory", "gather", "rules", "experts", "ring", "zigzag", "steps", "optimizers"),
     ("fit", "checkpoints", "pretrained", "generation", "decoding_memory", "plan"),
 ]
@@ -72,7 +71,7 @@ def results():
 
 
 CHECKS = [
-    pytest.param(name, marks=pytest.mark.thorough if group in OF_MORE_MODELS else ())
+    pytest.param(name, marks=pytest.mark.thorough if group in GRADIENTS else ())
     for group in GROUPS
     for name in group
 ]

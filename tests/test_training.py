@@ -163,6 +163,7 @@ def test_a_loss_that_can_be_learned_falls_and_the_step_compiles_once(getkey):
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_parts_with_unequal_counts_are_as_the_whole_batch(getkey, parts):
     """Rows have from no to all targets that count, so a mean of means would be another one."""

@@ -39,6 +39,7 @@ def encoder():
     return TransformerEncoder(17, 12, 3, 1, 20, 6, output=OutputLayer, key=KEY)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("build", "loss", "given", "words"),
     [

@@ -168,6 +168,7 @@ def count(model):
     return sum(map(is_object, jax.tree.leaves(model, is_leaf=is_object)))
 
 
+@pytest.mark.few(1)
 @each_model
 def test_every_weight_may_be_an_object(name):
     """Outputs, and the gradients of base, a and b, are those of the merged model."""
