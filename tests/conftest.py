@@ -2,11 +2,13 @@
 
 import ast
 import collections
+import ctypes
 import gc
 import itertools
 import logging
 import os
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -44,6 +46,9 @@ def forget_programs():
     yield
     jax.config.update("jax_compilation_cache_dir", directory)  # the command line sets it
     jax.clear_caches()
+    # glibc keeps what was freed, gigabytes in small pieces, and then searches long for a large one.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture
