@@ -182,13 +182,11 @@ def hugging_face_model(config):
         if "d_ff" in config:
             sizes = dict(vocab_size=v, hidden_size=d, num_hidden_layers=n, rms_norm_eps=1e-5)
             sizes |= dict(num_attention_heads=heads, intermediate_size=config["d_ff"])
-            shape = transformers.LlamaConfig(**sizes, **positions, dtype=dtype)
-            model = transformers.LlamaForCausalLM(shape)
+            shape = transformers.LlamaConfig(**sizes, **positions)
         else:
             sizes = dict(vocab_size=v, n_embd=d, n_layer=n, n_head=heads)
-            shape = transformers.GPT2Config(**sizes, **positions, dtype=dtype)
-            model = transformers.GPT2LMHeadModel(shape)
-    return model.to(dtype).eval()
+            shape = transformers.GPT2Config(**sizes, **positions)
+        return transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
 
 
 def hugging_face(config, **options):

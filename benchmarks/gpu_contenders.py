@@ -56,13 +56,38 @@ def card(config):
 
 
 def cudnn(config):
-    """Checks that cuDNN's kernels are in a compiled program, and what they compute."""
+    """Checks that cuDNN's kernels are in compiled programs, and what they compute."""
+    import equinox as eqx
     import jax
     import jax.numpy as jnp
 
     import jaxformers as jf
 
+    def calls_in(program, why):
+        """Returns the calls of cuDNN's attention; on a GPU both directions must be there."""
+        calls = sorted({*re.findall(r"__cudnn\$fmha\w*", program.as_text())})
+        wanted = {False, True} if jax.default_backend() == "gpu" else set()
+        if {"Backward" in call for call in calls} != wanted:
+            raise RuntimeError(f"cuDNN must run forward and backward, got {calls} ({why}).")
+        return calls, ", ".join(calls) or "no call of cuDNN"
+
+    def model_alone(sizes):
+        """Compiles the gradient of the loss of a decoder that computes in 16 bits."""
+        rows = jnp.asarray(task.decoder_text(sizes))
+        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+        weights, rest = eqx.partition(train.our_decoder(sizes), eqx.is_inexact_array)
+
+        def loss(weights):
+            model = jf.cast_floating(eqx.combine(weights, rest), jnp.bfloat16)
+            return jf.language_model_loss(model, batch)
+
+        program = jax.jit(jax.grad(loss)).lower(weights).compile()
+        calls, told = calls_in(program, "the gradient of a model's loss")
+        return {}, {"remark": told, "calls": calls}
+
     def prepare(setting):
+        if "model" in setting:
+            return model_alone(setting["model"])
         t, n, g, h = (setting[name] for name in ("t", "heads", "groups", "features"))
         b, mask = setting["batch"], jf.AttentionMask(causal=True, window=setting.get("window"))
         draw = partial(jax.random.normal, dtype=jnp.bfloat16)
@@ -75,20 +100,17 @@ def cudnn(config):
             return out, *pull(gradient)
 
         program = jax.jit(partial(both, jf.fast_attention)).lower(*arrays).compile()
-        calls = sorted({*re.findall(r"__cudnn\$\w+", program.as_text())})
+        choice = jf.choose_attention(*arrays[:3], mask)
+        calls, told = calls_in(program, choice)
         with jax.default_matmul_precision("highest"):
             exact = jax.jit(partial(both, jf.dot_product_attention))(
                 *(x.astype(jnp.float32) for x in arrays)
             )
-        pairs = zip(program(*arrays), exact, strict=True)
+        pairs = zip((x.astype(jnp.float32) for x in program(*arrays)), exact, strict=True)
         error = max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs)
-        choice = jf.choose_attention(*arrays[:3], mask)
-        told = f"{choice}; {', '.join(calls) or 'no call of cuDNN'}; error {error:.1e}"
-        backwards = {"Backward" in call for call in calls}
-        if jax.default_backend() == "gpu" and not (choice.cudnn and backwards == {False, True}):
-            raise RuntimeError(f"cuDNN must run forward and backward, got {told}.")
         if not error < config["tolerance"]:
-            raise RuntimeError(f"the attention differs from that in float32: {told}.")
+            raise RuntimeError(f"the attention differs from that in float32 by {error}: {choice}.")
+        told = f"{choice}; {told}; error {error:.1e}"
         return {}, {"remark": told, "calls": calls, "why": choice.why, "error": error}
 
     return prepare
@@ -205,41 +227,30 @@ def decoding_facts(config, setting, weights):
 
 
 def hugging_face(config):
-    """Measures `generate` of transformers, which compiles the model for a static cache on a GPU."""
+    """Measures `generate` of transformers, which compiles the model for a static cache on a GPU.
+
+    The longer run comes first: the shorter one keeps the length of its cache, and its program.
+    """
     import torch
     import transformers
 
     model = decode.hugging_face_model(config)
     unread = unread_table(config, "model.embed_tokens", "transformer.wpe")
     size = sum(x.nbytes for name, x in model.named_parameters() if not name.startswith(unread))
-    settings = transformers.GenerationConfig(
-        max_new_tokens=config["new"],
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        cache_implementation="static",
-    )
-
-    class Until(transformers.StoppingCriteria):
-        """Ends at a length; a smaller `max_new_tokens` would compile for another cache."""
-
-        def __init__(self, length):
-            self.length = length
-
-        def __call__(self, input_ids, scores, **kwargs):
-            done = input_ids.shape[1] >= self.length
-            return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    options["cache_implementation"] = "static"
 
     def prepare(setting):
+        torch.compiler.reset()  # a second batch size would be compiled for any size
         device = next(model.parameters()).device
         prompt = torch.from_numpy(decode.prompts(config | setting)).long().to(device)
 
-        @torch.inference_mode()
         def step(count):
-            stop = transformers.StoppingCriteriaList([Until(decode.PROMPT + count)])
-            mask = torch.ones_like(prompt)
-            out = model.generate(prompt, settings, attention_mask=mask, stopping_criteria=stop)
-            assert out.cpu().shape[1] == decode.PROMPT + count  # a transfer waits for the device
+            settings = transformers.GenerationConfig(max_new_tokens=count, **options)
+            out = model.generate(prompt, settings, attention_mask=torch.ones_like(prompt))
+            out = out.cpu()  # a transfer waits for the device
+            if out.shape[1] != decode.PROMPT + count:
+                raise RuntimeError(f"{count} new tokens are due, got {tuple(out.shape)}.")
 
         steps = {name: partial(step, config[name]) for name in ("new", "fewer")}
         return steps, decoding_facts(config, setting, size)

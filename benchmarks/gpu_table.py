@@ -8,9 +8,10 @@ FORMULAS = {
     "share of bandwidth": "bytes of a step / seconds / bandwidth of the copy above",
     "bytes of a new token": "all weights but tables of which one row is read, and keys and values",
     "share of peak (MFU)": "batch t (6 parameters + 12 layers d_model t) / seconds / peak of the "
-    "card's data sheet in bfloat16, dense; parameters = 12 layers d_model^2 + vocab d_model",
+    "card's data sheet in bfloat16 (SXM, dense); parameters = 12 layers d_model^2 + vocab d_model",
     "operations of attention": "2 t^2 heads features forward, 3.5 times that with backward",
-    "ms": "median time of a step; for decode that of a new token, (long - short run) / tokens",
+    "ms": "median time of a step; for card that of ten; for decode that of one more token for each "
+    "row of the batch, (long - short run) / tokens",
 }
 CARD_QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem"
 
@@ -24,7 +25,7 @@ def result(row: dict, bandwidth: float | None, peak: float | None) -> str:
     if "tokens" in rates:
         told.append(f"{rates['tokens']:,.0f} tokens/s")
     if "flops" in rates:
-        share = f" ({rates['flops'] / peak:.1%} of peak)" if peak else ""
+        share = f" ({rates['flops'] / peak:.1%} of bfloat16's peak)" if peak else ""
         told.append(f"{rates['flops'] / 1e12:,.1f} TFLOP/s{share}")
     if "bytes" in rates:
         share = f" ({rates['bytes'] / bandwidth:.1%} of bandwidth)" if bandwidth else ""
