@@ -119,10 +119,17 @@ class Run:
         self.read(in_flight)
         answers = []
         while self.untold:
-            figures = self.untold.popleft()
             with interrupt.foreign_code():
-                answers += [callback(figures) for callback in self.evaluation.due(figures.step)]
+                answers += self._tell_next()
         return _ends(answers)
+
+    def _tell_next(self) -> list[Any]:
+        """Calls the callbacks in `Every` with the first untold figures, and returns their answers.
+
+        A callback that raises is not called with these figures again.
+        """
+        figures = self.untold.popleft()
+        return [callback(figures) for callback in self.evaluation.due(figures.step)]
 
     def report(self, interrupt: Interrupt) -> bool:
         """Evaluates and calls the callbacks. Returns whether one of them ends the training.
@@ -253,9 +260,7 @@ class Run:
         """Calls the callbacks in `Every` for the last steps, which no resumed run repeats."""
         try:
             while self.untold and isinstance(error, Exception):
-                figures = self.untold.popleft()
-                for callback in self.evaluation.due(figures.step):
-                    callback(figures)
+                self._tell_next()
         except Exception as second:
             error.add_note(f"A callback failed then, too: {second!r}")
 
