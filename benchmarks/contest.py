@@ -6,6 +6,8 @@ A script that uses this module names its contenders. A contender is a function t
         ...
         return step, check      # step() does the work once; check() gives numbers to compare
 
+A step that returns a float has timed itself: these are its seconds.
+
     if __name__ == "__main__":
         contest.main(__doc__, {"ours": ours, "torch": torch_eager}, CONFIGS)
 
@@ -31,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 Contender = Callable[[dict], tuple[Callable[[], Any], Callable[[], list[float]]]]
+# Takes a configuration, a contender's name, its numbers and the first one's. Returns what the table
+# says of the numbers, and raises ValueError if they do not agree.
+Compare = Callable[[dict, str, list[float], list[float]], str]
 
 # Memory that was returned to the system is fetched again page by page. These settings of glibc keep
 # it in the process. They are read when a process starts.
@@ -82,25 +87,33 @@ def answer(make: Contender, config: dict) -> None:
     """Builds a contender in the child process and answers until there are no more questions."""
     start = time.perf_counter()
     step, check = make(config)
-    built = time.perf_counter() - start
+    built = {"build_seconds": time.perf_counter() - start}
     for question in sys.stdin:
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        start = time.perf_counter()
-        reply: Any = None
         if question.strip() == "check":
-            reply = [float(x) for x in check()]
+            reply: Any = [float(x) for x in check()]
         else:
-            for _ in range(int(question)):
-                step()
-            seconds = (time.perf_counter() - start) / int(question)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            reply = {
-                "seconds": seconds,
-                "faults": (after.ru_minflt - before.ru_minflt) / int(question),
-                "peak_bytes": peak_bytes(after),
-                "build_seconds": built,
-            }
+            reply = turn(step, int(question)) | built
         print("\x02" + json.dumps(reply), flush=True)
+
+
+def turn(step: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Returns the time of a step, its page faults, and the memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = sum(timed(step) for _ in range(repeats)) / repeats
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "seconds": seconds,
+        "faults": (after.ru_minflt - before.ru_minflt) / repeats,
+        "peak_bytes": peak_bytes(after),
+    }
+
+
+def timed(step: Callable[[], Any]) -> float:
+    """Returns the seconds of a step, which may have timed itself."""
+    start = time.perf_counter()
+    result = step()
+    elapsed = time.perf_counter() - start
+    return result if isinstance(result, float) else elapsed
 
 
 def peak_bytes(usage: Any) -> int:
@@ -122,22 +135,21 @@ def compete(
     rounds: int,
     repeats: int,
     environment: dict[str, str],
-    tolerance: float,
+    compare: Compare,
 ) -> dict[str, dict]:
     """Returns the medians of every contender, whose numbers must agree with the first one's."""
     children: list[Child] = []
-    checks = {}
+    checks, told = {}, {}
     try:
         for name in names:  # one after the other, since they would be slow together
             children.append(Child(script, name, config, environment))
             checks[name] = children[-1].ask("check")
         reference = checks[names[0]]
         for name, numbers in checks.items():
-            pairs = zip(reference, numbers, strict=True)
-            if not all(abs(a - b) <= tolerance for a, b in pairs):  # NaN does not agree
-                raise SystemExit(
-                    f"{name} does not compute what {names[0]} does: {numbers} and {reference}."
-                )
+            try:
+                told[name] = compare(config, name, numbers, reference)
+            except ValueError as error:
+                raise SystemExit(f"{name} does not compute what {names[0]} does: {error}") from None
         turns: dict[str, list[dict]] = {name: [] for name in names}
         for i in range(rounds + 1):  # the first one warms up
             for child in children if i % 2 else children[::-1]:
@@ -149,10 +161,24 @@ def compete(
         for child in children:
             child.close()
     first = statistics.median(turn["seconds"] for turn in turns[names[0]])
-    return {name: summary(turns[name], checks[name], first) for name in names}
+    return {
+        name: summary(turns[name], first) | {"check": checks[name], "agreement": told[name]}
+        for name in names
+    }
 
 
-def summary(turns: list[dict], check: list[float], first: float) -> dict:
+def within(
+    tolerance: float, config: dict, name: str, numbers: list[float], first: list[float]
+) -> str:
+    """Raises `ValueError` if a number is farther than a tolerance from the first one's."""
+    tolerance = config.get("tolerance", tolerance)
+    pairs = zip(first, numbers, strict=True)
+    if not all(abs(a - b) <= tolerance for a, b in pairs):  # NaN does not agree
+        raise ValueError(f"{numbers} and {first}.")
+    return ""
+
+
+def summary(turns: list[dict], first: float) -> dict:
     seconds = sorted(turn["seconds"] for turn in turns)
     median = statistics.median(seconds)
     quarter = len(seconds) // 4
@@ -163,7 +189,6 @@ def summary(turns: list[dict], check: list[float], first: float) -> dict:
         "faults": statistics.median(turn["faults"] for turn in turns),
         "peak_bytes": max(turn["peak_bytes"] for turn in turns),
         "build_seconds": turns[0]["build_seconds"],
-        "check": check,
     }
 
 
@@ -195,8 +220,9 @@ def versions() -> dict[str, str]:
 
     found = {}
     libraries = "jax", "jaxlib", "equinox", "flax", "optax", "torch", "transformers"
+    others = "llama-cpp-python", "gguf"
     plugins = "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"
-    for package in libraries + plugins:
+    for package in libraries + others + plugins:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -216,7 +242,7 @@ def show(title: str, results: Mapping[str, dict], first: str, remark: Callable) 
     for name, row in results.items():
         print(
             f"{name:22} {1e3 * row['seconds']:9.2f} {row['ratio']:14.2f} {row['spread']:6.0%} "
-            f"{row['peak_bytes'] / 1e6:8.0f} {row['faults']:8.0f} {remark(row)}",
+            f"{row['peak_bytes'] / 1e6:8.0f} {row['faults']:8.0f} {remark(row)}{row['agreement']}",
             flush=True,
         )
 
@@ -228,8 +254,11 @@ def main(
     *,
     repeats: Mapping[str, int] | None = None,
     tolerance: float = 1e-3,
+    compare: Compare | None = None,
     remark: Callable[[dict, dict], str] = lambda config, row: "",
-) -> None:
+    arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+    prepare: Callable[[argparse.Namespace], dict] = lambda options: {},
+) -> dict[str, dict]:
     """Runs the command line of a script, which compares its contenders on its configurations.
 
     Arguments:
@@ -239,42 +268,51 @@ def main(
             with a `tolerance` of their own.
         repeats: how many steps make a turn, where one is too short to be timed.
         tolerance: how far the numbers of `check` may be from the first one's.
+        compare: compares these numbers in another way.
         remark: what else to print of a row.
+        arguments: adds arguments of the script's own.
+        prepare: returns what all configurations have in addition, given the arguments.
+
+    Returns:
+        The rows of each configuration and allocator.
     """
+    if sys.argv[1:2] == ["--child"]:  # as `Child` calls the script
+        _, _, name, _, config = sys.argv
+        answer(contenders[name], json.loads(config))
+        return {}
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    arguments(parser)
     parser.add_argument("configs", nargs="*", default=list(configs), help=", ".join(configs))
     parser.add_argument("--contenders", nargs="+", default=list(contenders))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--allocator", nargs="+", default=list(ALLOCATORS), choices=ALLOCATORS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--config-json", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        answer(contenders[options.child], json.loads(options.config_json))
-        return
+    options = parser.parse_intermixed_args()
     unknown = {*options.configs} - {*configs}, {*options.contenders} - {*contenders}
     if unknown[0] or unknown[1]:
         parser.error(f"no such configuration or contender: {', '.join(unknown[0] | unknown[1])}")
+    given = prepare(options)
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "results": {}}
     print(record["machine"], *(f"{k} {v}" for k, v in record["versions"].items()), sep=", ")
     for name in options.configs:
+        config = configs[name] | given
         for allocator in options.allocator:
-            left_out = configs[name].get("without", ())
+            left_out = config.get("without", ())
             names = [x for x in options.contenders if x not in left_out]
             results = compete(
                 sys.argv[0],
                 names,
-                configs[name],
+                config,
                 rounds=options.rounds,
                 repeats=(repeats or {}).get(name, 1),
                 environment=ALLOCATORS[allocator],
-                tolerance=configs[name].get("tolerance", tolerance),
+                compare=compare or partial(within, tolerance),
             )
             title = f"{name}, memory {allocator}: {configs[name]}"
-            show(title, results, names[0], partial(remark, configs[name]))
+            show(title, results, names[0], partial(remark, config))
             record["results"][f"{name}/{allocator}"] = results
             if options.json:
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return record["results"]

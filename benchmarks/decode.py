@@ -140,28 +140,32 @@ def ours(config):
 
 def floor(config):
     """Measures the time to read the weights; its numbers to compare are ours."""
-    import jax
-    import jax.numpy as jnp
-
     _, check = ours(config)
     w = weights(config)
     # A token reads one row of a table that is not the output layer as well.
     unread = ("tokens", "positions") if "head" in w else ("positions",)
     size = sum(x.size for name, x in w.items() if name not in unread)
-    x, width = jnp.zeros(size, config.get("dtype", "float32")), 8192
-    if jax.default_backend() == "cpu":  # a product of matrices reads with all cores
-        x = x[: size // width * width].reshape(-1, width)
-        read = jax.jit(lambda x: x @ x[0])
-    else:  # the same number of bytes, one half read and one half written
-        x = x[: size // 2]
-        read = jax.jit(lambda x: x + 1)
+    read = reading(size, config.get("dtype", "float32"))
 
     def step():
         for _ in range(NEW):
-            y = read(x)
+            y = read()
         y.block_until_ready()
 
     return step, check
+
+
+def reading(size, dtype="float32"):
+    """Returns a function that reads so many numbers, as fast as this machine does."""
+    import jax
+    import jax.numpy as jnp
+
+    x, width = jnp.zeros(size, dtype), 8192
+    if jax.default_backend() == "cpu":  # a product of matrices reads with all cores
+        x = x[: size // width * width].reshape(-1, width)
+        return partial(jax.jit(lambda x: x @ x[0]), x)
+    # The same number of bytes, one half read and one half written.
+    return partial(jax.jit(lambda x: x + 1), x[: size // 2])
 
 
 def torch_setting(config):

@@ -9,7 +9,6 @@ prompt. "weights" are the bytes of all arrays of the model; "by hand" is the sam
 of inputs, outputs and groups of each weight.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -91,21 +90,28 @@ def remark(config, row):
     )
 
 
+def arguments(parser):
+    parser.add_argument("checkpoint")
+    parser.add_argument("text")
+
+
+def prepare(options):
+    kept = options.checkpoint.endswith(".gguf")
+    given = {"checkpoint": options.checkpoint, "text": options.text}
+    return given | {"without": () if kept else ("kept",)}
+
+
 CONTENDERS = {name: partial(contender, options=options) for name, options in KINDS.items()}
+CONTENDERS["kept"] = partial(contender, kept=True)
 
 
 if __name__ == "__main__":
-    configs = {}
-    if "--child" in sys.argv:
-        CONTENDERS["kept"] = partial(contender, kept=True)
-    elif len(sys.argv) > 2 and Path(sys.argv[1]).exists() and Path(sys.argv[2]).is_file():
-        checkpoint, text = sys.argv[1:3]
-        del sys.argv[1:3]
-        if checkpoint.endswith(".gguf"):
-            CONTENDERS["kept"] = partial(contender, kept=True)
-        # The figures of contenders differ: they are what is measured.
-        given = {"checkpoint": checkpoint, "text": text, "tolerance": float("inf")}
-        configs = {f"batch {batch}": given | {"batch": batch} for batch in (1, 4, 8)}
-    elif not {"-h", "--help"} & set(sys.argv):
-        raise SystemExit("Give a checkpoint and a text: python benchmarks/quantized.py MODEL TEXT")
-    contest.main(__doc__, CONTENDERS, configs, remark=remark)
+    contest.main(
+        __doc__,
+        CONTENDERS,
+        {f"batch {batch}": {"batch": batch} for batch in (1, 4, 8)},
+        tolerance=float("inf"),  # the figures of contenders differ: they are what is measured
+        remark=remark,
+        arguments=arguments,
+        prepare=prepare,
+    )
