@@ -91,26 +91,33 @@ def cut_top(
 ) -> Float[Array, "b v"]:
     """Keeps the `top_k` most probable tokens, and of these the fewest that hold `top_p`.
 
-    Fan et al. 2018 and Holtzman et al. 2020. Both cuts are read off one sort, as thresholds: for
-    large vocabularies the sort costs more than everything else here.
+    Fan et al. 2018 and Holtzman et al. 2020. Both cuts are thresholds, found by bisection: a sort
+    of a large vocabulary would cost more than everything else here.
 
     Tokens tied with the last one kept are kept as well. For `top_k` transformers does the same.
     For `top_p` it keeps as many of the tied ones as are needed, those with the highest ids, so that
     there a row of equal logits and `top_p` 0.5 leaves half of the tokens, and here all of them.
     """
-    v = logits.shape[-1]
-    ascending = jnp.sort(logits, axis=-1)
-    lowest = jnp.full((len(logits), 1), -jnp.inf, logits.dtype)
+    order = _in_order(logits)
+    lowest, highest = order.min(-1), order.max(-1)
+
+    def best(count: Int[Array, " b"] | int) -> Int[Array, " b"]:
+        """Returns the least of the `count` highest places."""
+        return _first(lowest, highest, lambda t: (order > t).sum(-1, dtype=jnp.int32) < count)
+
     if top_k is not None:
-        kept = jnp.clip(top_k, keep, v)
-        lowest = jnp.take_along_axis(ascending, v - kept[:, None], axis=-1)
-        ascending = jnp.where(ascending < lowest, -jnp.inf, ascending)
+        lowest = best(jnp.clip(top_k, keep, logits.shape[-1]))
     if top_p is not None:
-        below = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - top_p[:, None]
-        below &= top_p[:, None] < 1  # tokens whose probability underflows are not cut by 1
-        ascending = jnp.where(below & (jnp.arange(v) < v - keep), jnp.inf, ascending)
-        lowest = jnp.maximum(lowest, ascending.min(-1, keepdims=True))
-    return jnp.where(logits < lowest, -jnp.inf, logits)
+        cut = order < lowest[:, None]
+        probs = jax.lax.stop_gradient(jax.nn.softmax(jnp.where(cut, -jnp.inf, logits)))
+        last = _first(
+            lowest,
+            highest if keep == 1 else best(keep),
+            lambda t: jnp.where(order <= t, probs, 0.0).sum(-1) > 1 - top_p,
+        )
+        # Tokens whose probability underflows are not cut by 1.
+        lowest = jnp.where(top_p < 1, last, lowest)
+    return jnp.where(order < lowest[:, None], -jnp.inf, logits)
 
 
 def cut_min_p(
@@ -133,15 +140,41 @@ def cut_typical(
     probs = jnp.exp(log_probs)
     # 0 log 0 is 0: tokens that were cut before add nothing to the entropy.
     entropy = -jnp.where(probs > 0, probs * log_probs, 0.0).sum(-1, keepdims=True)
-    distance = jnp.abs(-log_probs - entropy)
-    order = jnp.argsort(distance, axis=-1, stable=True)
-    nearest_first = jnp.take_along_axis(distance, order, axis=-1)
-    mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
-    last = (mass < typical_p[:, None]).sum(-1, keepdims=True)
-    last = jnp.clip(last, keep - 1, logits.shape[-1] - 1)
-    cut = distance > jnp.take_along_axis(nearest_first, last, axis=-1)
-    cut &= typical_p[:, None] < 1  # which the sum of the probabilities may reach before its end
+    order = _in_order(jnp.abs(-log_probs - entropy))
+    nearest, farthest = order.min(-1), order.max(-1)
+    if keep > 1:
+        nearest = _first(nearest, farthest, lambda t: (order <= t).sum(-1, dtype=jnp.int32) >= keep)
+    last = _first(
+        nearest, farthest, lambda t: jnp.where(order <= t, probs, 0.0).sum(-1) >= typical_p
+    )
+    # The sum of the probabilities may reach 1 before its end.
+    cut = (order > last[:, None]) & (typical_p[:, None] < 1)
     return jnp.where(cut, -jnp.inf, logits)
+
+
+def _in_order(numbers: Float[Array, "b v"]) -> Int[Array, "b v"]:
+    """Returns the places of float32 numbers, integers of the same order; 0 and -0 share one."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(numbers == 0, 0.0, numbers), jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _first(
+    low: Int[Array, " b"],
+    high: Int[Array, " b"],
+    holds: Callable[[Int[Array, "b 1"]], Bool[Array, " b"]],
+) -> Int[Array, " b"]:
+    """Returns for each row the first place from `low` to `high` from which on a condition holds.
+
+    It is `high` if the condition holds nowhere.
+    """
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)  # their sum may be beyond int32
+        found = holds(middle[:, None])
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
 
 
 def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
@@ -161,7 +194,9 @@ def draw(
     on the batch, on how the loop got there, or on how many tokens a draft proposed.
     """
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    # Within the loop of the maximum, XLA's CPU backend would compute the noise one by one.
+    return jnp.argmax(jax.lax.optimization_barrier(noise + logits), axis=-1).astype(jnp.int32)
 
 
 def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[Array, " b"] | None:
