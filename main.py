@@ -26,6 +26,7 @@ from jaxformers import (
     TransformerEmbedding,
     TransformerLM,
     create_causal_mask,
+    keep_compiled_programs,
     positional_encoding,
     scaled_dot_product_attention,
 )
@@ -125,6 +126,7 @@ def tour_of_the_models(key: jax.Array) -> None:
 
 def main() -> None:
     """Runs all checks."""
+    keep_compiled_programs()
     parts_key, models_key = jax.random.split(jax.random.key(0))
     print(f"batch {BATCH}, sequence {SEQ}, source {SRC_SEQ}, d_model {D_MODEL}, heads {HEADS}\n")
     tour_of_the_parts(parts_key)

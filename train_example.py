@@ -399,10 +399,8 @@ def train(task: Task, args: argparse.Namespace) -> eqx.Module:
 def main(argv: list[str] | None = None) -> None:
     """Trains on the task that the command line names."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        print(f"compiled programs are kept in {keep_compiled_programs()}")
-    except ValueError as error:
-        print(f"compiled programs are not kept: {error}")
+    if directory := keep_compiled_programs():
+        print(f"compiled programs are kept in {directory}")
     try:
         task = TASKS[args.task](args)
         count = sum(x.size for x in jax.tree.leaves(task.model))

@@ -34,6 +34,7 @@ from jaxformers import (
     RotaryPositionalEncoding,
     Transformer,
     fit,
+    keep_compiled_programs,
     sequence_to_sequence_loss,
     warmup_cosine,
 )
@@ -285,6 +286,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and prints the CPU time."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    keep_compiled_programs()
     try:
         run(args)
     except (ImportError, OSError, ValueError) as error:

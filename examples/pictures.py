@@ -16,6 +16,7 @@ from jaxformers import (
     YarnScaling,
     attention_maps,
     fit,
+    keep_compiled_programs,
     language_model_loss,
 )
 from jaxformers.data import Windows
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
+    keep_compiled_programs()
     position = RotaryPositionalEncoding()
     model = TransformerLM(256, 64, 4, 2, 256, position=position, key=jax.random.key(0))
     batches = Windows(np.frombuffer(RHYME, np.uint8), length=64, batch_size=8)

@@ -32,12 +32,14 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 def run_convert(options: argparse.Namespace) -> int:
     from jaxformers.adapters.peft_load import load_adapter
     from jaxformers.checkpoint.model_file import save
+    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.pretrained import from_pretrained
     from jaxformers.weights import merge
 
     out = Path(options.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"OUT must not be there yet, or be an empty directory, got {out}.")
+    keep_compiled_programs()
     model = from_pretrained(options.path, dtype=options.dtype)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)

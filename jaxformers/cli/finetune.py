@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from jaxformers.cli.text_model import CHECKPOINT, DTYPE, keep_programs
+from jaxformers.cli.text_model import CHECKPOINT, DTYPE
 
 EXAMPLES = """examples:
   jaxformers finetune HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl --out tuned --lora 8 \
@@ -63,12 +63,13 @@ FIELDS = {"lora": "rank", "merge": "merged"}  # those with other names than the 
 
 
 def run_finetune(options: argparse.Namespace) -> int:
+    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.finetuning import FineTuning, finetune
 
     given = {FIELDS.get(name, name): x for name, x in vars(options).items() if x is not None}
     known = {field.name for field in dataclasses.fields(FineTuning)}
     settings: dict[str, Any] = {name: x for name, x in given.items() if name in known}
-    keep_programs()
+    keep_compiled_programs()
     result = finetune(FineTuning(**settings), progress=sys.stderr.isatty())
     for line in result.summary:
         print(line)

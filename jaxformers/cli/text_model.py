@@ -70,25 +70,16 @@ def load_text(options: argparse.Namespace) -> Any:
 def load_as(kind: Any, options: argparse.Namespace) -> Any:
     """Returns what a class reads from a checkpoint, with the options of `add_model_options`."""
     from jaxformers.adapters.peft_load import load_adapter
+    from jaxformers.compilation_cache import keep_compiled_programs
     from jaxformers.quantization.quantize import quantize
 
-    keep_programs()
+    keep_compiled_programs()
     found = kind.from_pretrained(options.path, dtype=options.dtype)
     if options.adapter is not None:
         found.model = load_adapter(found.model, options.adapter)
     if options.quantize is not None:
         found.model = quantize(found.model, bits=BITS[options.quantize])
     return found
-
-
-def keep_programs() -> None:
-    """Keeps compiled programs on disk, or says why not."""
-    from jaxformers.compilation_cache import keep_compiled_programs
-
-    try:
-        keep_compiled_programs()
-    except ValueError as error:
-        print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
 
 
 def generation_options(options: argparse.Namespace, text: Any) -> dict[str, Any]:

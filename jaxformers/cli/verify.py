@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxformers.cli.text_model import keep_programs, to_json
+from jaxformers.cli.text_model import to_json
 
 EXAMPLES = """examples:
   jaxformers verify SmolLM2-135M-Instruct
@@ -40,8 +40,9 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     from jaxformers.cli.compare import table, verify
+    from jaxformers.compilation_cache import keep_compiled_programs
 
-    keep_programs()
+    keep_compiled_programs()
     rows = verify(
         options.path,
         seed=options.seed,
