@@ -3,12 +3,18 @@
 A model is given as it is: each function reads the sizes, positions and tables that the call needs.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, PRNGKeyArray
 
 from jaxformers.cache import Cache
 from jaxformers.checks import check_seq_length, check_tokens, check_usable, is_known, least_and_most
+from jaxformers.ids import Tokens, as_ids
+from jaxformers.log_probs import IGNORED, check_targets, differ
 from jaxformers.masks import AttentionMask, Mask
 from jaxformers.mistakes import warn_of_text
 from jaxformers.one_program import TokenRows
@@ -134,6 +140,43 @@ def read_pair(
     source = read_source(model, src, masks[0], key, of_source(places))
     shape = source.tokens.shape
     return source, read_target(model, tgt, *masks[1:], shape, None, of_target(places))
+
+
+def with_targets(rows: TokenRows, targets: Tokens, vocab_size: int) -> TokenRows:
+    """Returns the tokens of a call with the target of each of them, -100 for padding.
+
+    Arguments:
+        rows: the tokens.
+        targets: as the caller gave them.
+        vocab_size: the number of tokens that the model predicts.
+
+    Raises:
+        ValueError: if targets are no integers, have another shape than the tokens, or one that
+            counts is outside the vocabulary.
+    """
+    targets, positions = as_ids(targets, "targets"), rows.mask.q_positions
+    if targets.shape != rows.tokens.shape:
+        raise ValueError(
+            f"targets must have the shape of the tokens, {rows.tokens.shape}, got {targets.shape}. "
+            "The target of a token is the one that follows it, or -100."
+        )
+    ids: Any
+    if _is_here(targets) and (positions is None or _is_here(positions)):
+        ids, where = np.asarray(targets), getattr(targets, "sharding", None)
+        counted = differ(ids) & (True if positions is None else np.asarray(positions) >= 0)
+        check_targets(ids[counted], vocab_size)
+        ids = jax.device_put(np.where(counted, ids, IGNORED).astype(np.int32), where)
+    else:
+        counted = differ(targets) & (True if positions is None else positions >= 0)
+        ids = targets.astype(jnp.int32)
+        ids = jnp.where(ids == IGNORED, -1, ids)  # a cast may have made it -100
+        ids = jnp.where(counted, ids, IGNORED)
+    return dataclasses.replace(rows, targets=ids)
+
+
+def _is_here(x: Any) -> bool:
+    """Returns whether the values of an array are known to this process."""
+    return is_known(x) and getattr(x, "is_fully_addressable", True)
 
 
 def _check_mask(mask: AttentionMask, shape: tuple[int, ...], limit: int | None) -> None:

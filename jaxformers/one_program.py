@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxformers.checks import is_known
+from jaxformers.log_probs import IGNORED
 from jaxformers.masks import AttentionMask
 from jaxformers.sites import is_watched
 
@@ -32,6 +33,7 @@ class TokenRows(eqx.Module):
         mask: which tokens may attend to which tokens of the same row, with their positions.
         cross: which of them may attend to which tokens of the source; None without a source.
         token_types: the segment of each token, in the shape of `tokens`; None if not given.
+        targets: the target of each token, -100 where none counts; None if not given.
         limit: how many positions the model knows; None if there is no limit.
     """
 
@@ -39,6 +41,7 @@ class TokenRows(eqx.Module):
     mask: AttentionMask
     cross: AttentionMask | None = None
     token_types: Int[Array, "*b t"] | None = None
+    targets: Int[Array, "*b t"] | None = None
     limit: int | None = eqx.field(static=True, default=None)
 
     def to_bucket(self, source: "TokenRows | None") -> "TokenRows":
@@ -61,7 +64,8 @@ class TokenRows(eqx.Module):
                 cross = cross.replace(k_positions=jax.device_put(np.arange(s, dtype=np.int32)))
             cross = _pad_mask(cross, more, more_keys)
         tokens, types = (_pad(x, more, 0) for x in (self.tokens, self.token_types))
-        return dataclasses.replace(self, tokens=tokens, mask=mask, cross=cross, token_types=types)
+        given = dict(token_types=types, targets=_pad(self.targets, more, IGNORED))
+        return dataclasses.replace(self, tokens=tokens, mask=mask, cross=cross, **given)
 
     @property
     def can_be_padded(self) -> bool:

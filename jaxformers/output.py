@@ -12,6 +12,7 @@ from jaxformers.axes import Letters
 from jaxformers.checks import check_flag, check_key, check_positive, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import as_module, construct
+from jaxformers.log_probs import log_softmax
 from jaxformers.sites import scope, site
 from jaxformers.weights import Weight, contract
 
@@ -88,7 +89,7 @@ class OutputLayer(eqx.Module):
         self, x: Float[Array, "*b t d"], table: Float[Weight, "v m"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Returns log-probabilities in float32; arguments and errors are those of `logits`."""
-        return jax.nn.log_softmax(self.logits(x, table))
+        return log_softmax(self.logits(x, table))
 
     @scope("output")
     def logits(

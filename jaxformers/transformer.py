@@ -4,9 +4,9 @@ from typing import Unpack
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, PRNGKeyArray
 
-from jaxformers.calls import read_pair, read_source, read_target
+from jaxformers.calls import read_pair, read_source, read_target, with_targets
 from jaxformers.checks import (
     check_activations,
     check_flag,
@@ -21,6 +21,7 @@ from jaxformers.encoder import Encoder
 from jaxformers.generation.targets import generate_target, score_target, stream_target
 from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.layers import split_key
+from jaxformers.log_probs import log_probs_of, log_softmax
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
@@ -207,6 +208,34 @@ class Transformer(eqx.Module):
         return one_program(_logits, self, *texts, key=key)
 
     @explain_options
+    def log_probs_of(
+        self,
+        src: Int[Array, "*b s"],
+        tgt: Int[Array, "*b t"],
+        targets: Integer[ArrayLike, "*b t"],
+        src_mask: Mask | None = None,
+        tgt_mask: Mask | None = None,
+        src_tgt_mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        **places: Unpack[PairPlaces],
+    ) -> Float[Array, "*b t"]:
+        """Returns the log-probability of each target, for a loss of your own.
+
+        See `TransformerLM.log_probs_of`. Arguments as for `__call__`, and:
+            targets: the token that follows each of `tgt`, in their shape; -100 for none.
+
+        Example:
+            >>> model = Transformer(9, 9, 16, 2, 1, 1, 32, 8, key=jax.random.key(0))
+            >>> src, answer = jnp.array([[3, 4, 5]]), jnp.array([[1, 5, 4, 3, 2]])
+            >>> model.log_probs_of(src, answer[:, :-1], answer[:, 1:]).shape
+            (1, 4)
+        """
+        check_output(self)
+        texts = read_pair(self, src, tgt, (src_mask, tgt_mask, src_tgt_mask), key, places)
+        rows = with_targets(texts[1], targets, self.vocab_size)
+        return one_program(_log_probs_of, self, texts[0], rows, key=key)
+
+    @explain_options
     def encode(
         self,
         src: Int[Array, "*b s"],
@@ -334,14 +363,27 @@ def _hidden(
     return model._forward(tgt.tokens, tgt.mask, key, None, as_mask(tgt.cross), memory)[0]
 
 
+def _hidden_of_pair(
+    model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t d"]:
+    src_key, tgt_key = split_key(key, 2)
+    return _hidden((model, _memory(model, src, key=src_key)), tgt, key=tgt_key)
+
+
 def _logits(
     model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
 ) -> Float[Array, "*b t v"]:
-    src_key, tgt_key = split_key(key, 2)
-    return model.logits_of(_hidden((model, _memory(model, src, key=src_key)), tgt, key=tgt_key))
+    return model.logits_of(_hidden_of_pair(model, src, tgt, key=key))
 
 
 def _log_probs(
     model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
 ) -> Float[Array, "*b t v"]:
-    return jax.nn.log_softmax(_logits(model, src, tgt, key=key))
+    return log_softmax(_logits(model, src, tgt, key=key))
+
+
+def _log_probs_of(
+    model: Transformer, src: TokenRows, tgt: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t"]:
+    hidden = _hidden_of_pair(model, src, tgt, key=key)
+    return log_probs_of(model.logits_of, hidden, tgt.targets)  # type: ignore[arg-type]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import equinox as eqx
-import jax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, PRNGKeyArray
 
-from jaxformers.calls import read_text
+from jaxformers.calls import read_text, with_targets
 from jaxformers.checks import (
     check_key,
     check_seq_length,
@@ -25,6 +24,7 @@ from jaxformers.generation.stream import TokenStream, stream
 from jaxformers.hf.methods import loads, save_pretrained
 from jaxformers.ids import Tokens
 from jaxformers.layers import split_key
+from jaxformers.log_probs import log_probs_of, log_softmax
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.one_program import TokenRows, one_program
 from jaxformers.origin import Origin
@@ -169,6 +169,47 @@ class TransformerLM(eqx.Module):
         places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
         rows = read_text(self, tokens, mask, None, **places)
         return one_program(_logits, self, rows, key=key)
+
+    @explain_options
+    def log_probs_of(
+        self,
+        tokens: Int[Array, "*b t"],
+        targets: Integer[ArrayLike, "*b t"],
+        mask: Mask | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        padding_mask: Bool[Array, "*b t"] | None = None,
+        positions: Int[Array, "*b t"] | None = None,
+        segment_ids: Int[Array, "*b t"] | None = None,
+    ) -> Float[Array, "*b t"]:
+        """Returns the log-probability of each target, for a loss of your own.
+
+        These are the entries of `model(tokens)` for the targets, without the rest. So they take
+        less time and memory, above all under a gradient. Rows of a long text and a large vocabulary
+        are taken in chunks, whose logits a gradient computes twice.
+
+        Arguments as for `__call__`, and:
+            targets: the token that follows each of `tokens`, in their shape; -100 for none.
+
+        Returns:
+            float32, shape of `targets`; 0 for targets of -100 and of padding.
+
+        Raises:
+            ValueError: as `__call__` does, or if a target is not in the vocabulary. Under `jit`,
+                where values are not known, such a target has the log-probability NaN.
+
+        Example:
+            >>> def loss(model):
+            ...     return -model.log_probs_of(tokens[:, :-1], tokens[:, 1:]).mean()
+            >>> value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+            >>> print(value.shape, gradient.output.w.shape)
+            () (16, 65)
+        """
+        check_output(self)
+        places = dict(padding_mask=padding_mask, positions=positions, segment_ids=segment_ids)
+        rows = read_text(self, tokens, mask, None, **places)
+        rows = with_targets(rows, targets, self.vocab_size)
+        return one_program(_log_probs_of, self, rows, key=key)
 
     @explain_options
     def forward(
@@ -330,4 +371,11 @@ def _logits(
 def _log_probs(
     model: TransformerLM, rows: TokenRows, *, key: PRNGKeyArray | None
 ) -> Float[Array, "*b t v"]:
-    return jax.nn.log_softmax(_logits(model, rows, key=key))
+    return log_softmax(_logits(model, rows, key=key))
+
+
+def _log_probs_of(
+    model: TransformerLM, rows: TokenRows, *, key: PRNGKeyArray | None
+) -> Float[Array, "*b t"]:
+    hidden = _hidden(model, rows, key=key)
+    return log_probs_of(model.logits_of, hidden, rows.targets)  # type: ignore[arg-type]

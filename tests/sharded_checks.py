@@ -44,6 +44,7 @@ from jaxformers import (
     Transformer,
     TransformerEncoder,
     TransformerLM,
+    chunks,
     fit,
     freeze,
     from_pretrained,
@@ -68,7 +69,6 @@ from jaxformers.sharding.mesh import mesh_in
 from jaxformers.sharding.plan import Plan
 from jaxformers.sharding.spread import places_of, replicate
 from jaxformers.sharding.workload import Workload
-from jaxformers.training import losses
 from jaxformers.training.gradients import Gradients
 from jaxformers.training.objectives import count_targets
 from jaxformers.training.step import _train_step
@@ -295,7 +295,7 @@ def check_ring():
     ways += [("positions", adapted, 1024), ("positions", model, 8)]
     for mesh, model, chunk in ways:  # rows of a chunk on each device
         loss = partial(language_model_loss)  # another one, which is traced anew
-        with patch.multiple(losses, CHUNK_ROWS=chunk, CHUNK_LOGITS={"cpu": chunk * V}):
+        with patch.multiple(chunks, CHUNK_ROWS=chunk, CHUNK_LOGITS={"cpu": chunk * V}):
             program, _ = step_program(model, mesh_of(mesh), batch, loss)
         traffic = moved(program.as_text())
         assert traffic["all-gather"] < limits[mesh] * size, (mesh, chunk, traffic, size)
@@ -333,7 +333,7 @@ def check_zigzag():
     positions, segments = (x.astype(np.int32) for x in documents)
     packed = batch | {"positions": positions, "segment_ids": segments}
     # The loss is computed in chunks, whose rows are of all devices.
-    with patch.multiple(losses, CHUNK_ROWS=8, CHUNK_LOGITS={"cpu": 8 * V}):
+    with patch.multiple(chunks, CHUNK_ROWS=8, CHUNK_LOGITS={"cpu": 8 * V}):
         for one, mesh in ((padded, "positions"), (packed, "everything")):
             model = decoder(1, **LLAMA)
             assert np.array_equal(count_targets(one), count_targets(zigzag(one, mesh_of(mesh))))
@@ -347,7 +347,7 @@ def planned(model, batch, sizes, allowed):
     # The loss of the other model is computed in chunks.
     most = 2 * V if again else 2**28
     limits = dict(CHUNK_ROWS=2, CHUNK_LOGITS={"cpu": most}, CHUNK_LOGITS_ELSEWHERE=most)
-    with patch.multiple(losses, **limits):
+    with patch.multiple(chunks, **limits):
         program, _ = step_program(model, make_mesh(**sizes), batch)
         expected = plan.traffic() | {"arguments": plan.memory.arguments}
         assert plan.chunks > 1 or not again

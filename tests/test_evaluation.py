@@ -21,6 +21,7 @@ from jaxformers import (
     Transformer,
     TransformerEncoder,
     TransformerLM,
+    chunks,
     evaluate,
     fit,
     language_model_loss,
@@ -29,7 +30,7 @@ from jaxformers import (
     save,
     sequence_to_sequence_loss,
 )
-from jaxformers.training import MeanLoss, Report, losses
+from jaxformers.training import MeanLoss, Report
 from jaxformers.training.log import read_metrics
 
 V, T, B, KEY = 17, 5, 3, jax.random.key(0)
@@ -83,7 +84,7 @@ def test_the_cross_entropy_is_beside_what_is_minimized(name, monkeypatch):
         )
         np.testing.assert_allclose(mean.cross_entropy, expected, rtol=1e-6)
         assert abs(mean - expected) > 1e-4
-    monkeypatch.setattr(losses, "choose_chunk", lambda rows, vocab_size, devices, limit: 2)
+    monkeypatch.setattr(chunks, "choose_chunk", lambda rows, vocab_size, devices, limit: 2)
     mean = evaluate(model, data, loss=partial(loss, label_smoothing=0.25))
     np.testing.assert_allclose(mean.cross_entropy, expected, rtol=1e-6)
 

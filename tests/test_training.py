@@ -21,6 +21,7 @@ from jaxformers import (
     TransformerEncoder,
     TransformerLM,
     as_optimizer,
+    chunks,
     cross_entropy,
     language_model_loss,
     masked_language_model_loss,
@@ -28,7 +29,7 @@ from jaxformers import (
     train_step,
     warmup_cosine,
 )
-from jaxformers.training import count_targets, losses
+from jaxformers.training import count_targets
 from jaxformers.training.step import Gradients, _train_step
 
 VOCAB, T, B, STEPS = 17, 9, 5, 50
@@ -306,8 +307,8 @@ def test_many_logits_are_never_there_at_once(getkey, monkeypatch):
         assert largest_array(trace(step, *arguments)) == rows * vocab
         expected = eqx.filter_jit(step)(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(losses, "CHUNK_LOGITS", {"cpu": 7 * vocab})
-            patch.setattr(losses, "CHUNK_ROWS", 1)
+            patch.setattr(chunks, "CHUNK_LOGITS", {"cpu": 7 * vocab})
+            patch.setattr(chunks, "CHUNK_ROWS", 1)
             step = eqx.filter_value_and_grad(lambda *args, loss=loss: loss(*args))  # traced anew
             assert largest_array(trace(step, *arguments)) < rows * vocab / 2
             value = eqx.filter_jit(step)(*arguments)

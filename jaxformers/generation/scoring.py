@@ -22,6 +22,7 @@ from jaxformers.generation.prompts import (
     to_source,
 )
 from jaxformers.ids import Tokens, as_ids
+from jaxformers.log_probs import IGNORED, log_probs_of
 from jaxformers.one_program import bucket
 from jaxformers.output import check_output
 from jaxformers.row_lengths import at_lengths
@@ -64,15 +65,8 @@ def _score(
     last = jax.lax.cummax(jnp.where(real, columns, -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
-    return jnp.where(real & (before >= 0), _log_probs_of(model, hidden, tokens), 0.0)
-
-
-def _log_probs_of(
-    model: Any, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Returns the log-probability of each token under the hidden state that predicts it."""
-    log_probs = jax.nn.log_softmax(model.logits_of(hidden))
-    return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    targets = jnp.where(real & (before >= 0), tokens, IGNORED)
+    return log_probs_of(model.logits_of, hidden, targets)
 
 
 def score_continuations(
@@ -121,7 +115,7 @@ def _score_continuations(
     cache = cache.resize(t + u).repeat(n)
     hidden, _ = model.forward(tokens, padding_mask=real, cache=cache)
     hidden = jnp.concatenate([jnp.repeat(last, n, axis=0), hidden[:, :-1]], axis=1)
-    return jnp.where(real, _log_probs_of(model, hidden, tokens), 0.0).sum(-1)
+    return log_probs_of(model.logits_of, hidden, jnp.where(real, tokens, IGNORED)).sum(-1)
 
 
 def perplexity(

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
+from jaxformers import chunks
 from jaxformers.checks import check_flag, check_size
 from jaxformers.sharding.mesh import AXES, DATA, FSDP, SEQUENCE, TENSOR
 from jaxformers.sharding.rules import as_names, divide
 from jaxformers.sharding.workload import INTEGER, STORED, Workload
-from jaxformers.training import losses
 
 # What moves between devices.
 LAYERS, TABLES = "weights of layers", "tables"
@@ -116,11 +116,11 @@ class Plan:
         divided = any(TENSOR in x.over for x in self.parts if x.is_output(self.work.tied))
         devices = self._over(DATA, FSDP, SEQUENCE, *((TENSOR,) if divided else ()))
         sizes = self.work.tokens, self.work.model.vocab_size
-        chunk = losses.choose_chunk(*sizes, devices, losses.CHUNK_LOGITS_ELSEWHERE)
-        chunks = -(-self.work.tokens // chunk)
-        if chunks == 1 or self.mesh[SEQUENCE] == 1:
-            return chunks
-        return prod(losses.split_of((self.work.rows, self.work.length), chunks, self.mesh))
+        chunk = chunks.choose_chunk(*sizes, devices, chunks.CHUNK_LOGITS_ELSEWHERE)
+        number = -(-self.work.tokens // chunk)
+        if number == 1 or self.mesh[SEQUENCE] == 1:
+            return number
+        return prod(chunks.split_of((self.work.rows, self.work.length), number, self.mesh))
 
     @property
     def memory(self) -> Memory:

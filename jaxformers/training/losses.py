@@ -1,7 +1,6 @@
 """Cross-entropy over a vocabulary, with label smoothing and z-loss, dense or in chunks of rows."""
 
-from collections.abc import Callable, Mapping
-from math import prod
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,19 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
+from jaxformers import chunks
 from jaxformers.checks import check_callable, check_nonnegative, check_size, is_known
-from jaxformers.sharding.mesh import divides_positions, sizes_of, traced_mesh
-from jaxformers.sharding.rules import parts_of
-
-# The number of logits in a chunk: 128 MiB in float32 on a CPU, 1 GiB on accelerators, which need
-# more work at a time. With fewer than `CHUNK_ROWS` rows, adding up the gradient of the weights
-# costs too much time (on CPU 8 % with 256 rows, 18 % with 128). Up to two chunks are computed at
-# once, because that needs no more memory than one chunk.
-CHUNK_LOGITS = {"cpu": 2**25}
-CHUNK_LOGITS_ELSEWHERE = 2**28
-CHUNK_ROWS = 512
-
-IGNORED = -100  # the usual value of a target that does not count
+from jaxformers.log_probs import (
+    IGNORED,
+    check_targets,
+    differ,
+    normalizer,
+    pick,
+    those_that_count,
+)
 
 
 def cross_entropy(
@@ -114,86 +110,14 @@ def chunked_cross_entropy(
     logits = jax.eval_shape(lambda x: project(x), hidden)
     counted = _counted(logits, targets, mask, ignore_index)
     rows = counted.size
-    if chunk is None:
-        devices = _devices(logits.shape, traced_mesh(hidden))
-        limit = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_ELSEWHERE)
-        chunk = choose_chunk(rows, logits.shape[-1], devices, limit)
+    chunk = chunks.chunk_for(hidden, logits) if chunk is None else chunk
     check_size(chunk=chunk)
     if rows <= chunk:
         return _share(project(hidden), targets, counted, counted.sum(), label_smoothing, z_loss)
-    count, of_rows = counted.sum(), (hidden, jnp.asarray(targets), counted)
-    hidden, targets, counted = _split(of_rows, -(-rows // chunk))
+    count, targets = counted.sum(), jnp.asarray(targets)
+    (hidden, targets, counted), _ = chunks.split(hidden, targets, counted, -(-rows // chunk))
     project = eqx.filter_closure_convert(project, hidden[0])  # its weights become leaves of a tree
     return _sum_of_shares(project, hidden, targets, counted, count, label_smoothing, z_loss)
-
-
-def _split(of_rows: tuple[Array, Array, Array], chunks: int) -> list[Array]:
-    """Returns hidden states, targets and what counts in chunks, along a new leading axis.
-
-    Each chunk takes every `chunks`-th row, so that a batch over many devices stays spread.
-    """
-    hidden, _, counted = of_rows
-    if counted.ndim == 2 and divides_positions(hidden):
-        parts = split_of(counted.shape, chunks, sizes_of(traced_mesh(hidden)))
-        return [_split_both(x, *parts) for x in of_rows]
-    rows = counted.size
-
-    def split(x: Array) -> Array:
-        x = x.reshape(rows, *x.shape[counted.ndim :])
-        # The rows that fill up the last chunk do not count. They are copies, so they are finite
-        # if the others are.
-        x = jnp.concatenate([x, jax.lax.stop_gradient(x[: -rows % chunks])])
-        return jnp.swapaxes(x.reshape(-1, chunks, *x.shape[1:]), 0, 1)
-
-    hidden, targets, counted = map(split, of_rows)
-    real = (jnp.arange(counted.size) < rows).reshape(-1, chunks)
-    return [hidden, targets, counted & jnp.swapaxes(real, 0, 1)]
-
-
-def _split_both(x: Array, rows: int, positions: int) -> Array:
-    """Returns every `rows`-th row and every `positions`-th position of these, in chunks."""
-    b, t, *rest = x.shape
-    x = x.reshape(b // rows, rows, t // positions, positions, *rest)
-    x = jnp.moveaxis(x, (1, 3), (0, 1))
-    return x.reshape(rows * positions, *x.shape[2:])
-
-
-def split_of(shape: tuple[int, ...], chunks: int, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Returns by how much rows and positions are split into `chunks` or a few more.
-
-    Each chunk has as many rows and positions of each device. So none of them is sent.
-
-    Arguments:
-        shape: the numbers of rows and positions.
-        chunks: the least number of chunks.
-        sizes: of the mesh, by axis.
-    """
-    here = []
-    for name, size in zip("bt", shape, strict=True):
-        over = parts_of(name, sizes)
-        here.append(size // over if size % over == 0 else size)
-    rows, positions = ([i for i in range(1, n + 1) if n % i == 0] for n in here)
-    enough = [(i, j) for i in rows for j in positions if i * j >= chunks]
-    return min(enough, key=prod, default=(rows[-1], positions[-1]))
-
-
-def choose_chunk(rows: int, vocab_size: int, devices: int, limit: int) -> int:
-    """Returns how many rows are a chunk, of which each device computes at most `limit` logits.
-
-    For each chunk the gradient of the weights is added up over all devices. So chunks are as large
-    as the memory of all devices allows.
-    """
-    chunk = devices * max(limit // vocab_size, CHUNK_ROWS)
-    return chunk if rows > 2 * chunk else rows
-
-
-def _devices(shape: tuple[int, ...], mesh: Any) -> int:
-    """Returns over how many devices of a mesh logits are divided."""
-    if mesh is None or len(shape) != 3:
-        return 1
-    sizes = sizes_of(mesh)
-    over = [parts_of(name, sizes) for name in "btv"]
-    return prod(number for number, size in zip(over, shape, strict=True) if size % number == 0)
 
 
 @eqx.filter_custom_jvp
@@ -240,29 +164,15 @@ def _share(
     z_loss: float,
 ) -> Float[Array, ""]:
     """Returns the part that these rows add to the mean over `count` rows."""
-    # Logits that do not count may be NaN, and NaN must not reach a gradient.
-    logits = jnp.where(counted[..., None], jnp.asarray(logits, jnp.float32), 0.0)
-    targets = jnp.where(counted, jnp.asarray(targets, jnp.int32), 0)
-    # All logits are taken relative to the largest one, since large ones would lose digits.
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
-    shifted = logits - top[..., None]
-    log_z = jnp.log(jnp.exp(shifted).sum(axis=-1))
-    loss = log_z - (_picked(logits, targets) - top)
+    logits, targets = those_that_count(logits, targets, counted)
+    top, log_z = normalizer(logits)
+    loss = -pick(logits, targets, (top, log_z))
     if label_smoothing:
-        loss += label_smoothing * (log_z - shifted.mean(axis=-1) - loss)
+        loss += label_smoothing * (log_z - (logits - top[..., None]).mean(axis=-1) - loss)
     if z_loss:
         loss += z_loss * (log_z + top) ** 2
     total = jnp.where(counted, loss, 0.0).sum()
     return total / jnp.maximum(count, 1).astype(jnp.float32)
-
-
-def _picked(logits: Float[Array, "*n v"], targets: Integer[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns the logit of each target, NaN where there is none (JAX would read a neighbor's)."""
-    # Filling inside the gather takes a third more time on CPU than clipping and a product.
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-    # It is a product because the gradient has to be NaN as well, or a step would apply it.
-    exists = (targets >= 0) & (targets < logits.shape[-1])
-    return picked * jnp.where(exists, jnp.float32(1), jnp.nan)
 
 
 def _counted(
@@ -276,19 +186,6 @@ def _counted(
     if is_known(targets) and is_known(counted):
         check_targets(np.asarray(targets)[np.asarray(counted)], np.shape(logits)[-1])
     return counted
-
-
-def differ(targets: Any, ignore_index: int = IGNORED) -> Any:
-    """Returns where targets are not `ignore_index`, compared in their type: casts make ids equal.
-
-    Example:
-        >>> print(differ(np.asarray([3, -100, 0])))
-        [ True False  True]
-    """
-    numbers = jnp.iinfo(targets.dtype)
-    if numbers.min <= ignore_index <= numbers.max:
-        return targets != targets.dtype.type(ignore_index)
-    return np.ones(targets.shape, np.bool_)
 
 
 def _check_coefficients(label_smoothing: float, z_loss: float) -> None:
@@ -321,15 +218,4 @@ def _check_dtype(name: str, x: Any, kind: type) -> None:
         raise ValueError(
             f"{name} must have a dtype of kind {kind.__name__}, got {dtype}. The order is "
             "cross_entropy(logits, targets, mask); a mask of 0/1 numbers becomes one by mask == 1."
-        )
-
-
-def check_targets(targets: np.ndarray, vocab_size: int) -> None:
-    """Raises an error unless all targets are ids in `[0, vocab_size)`."""
-    wrong = targets[(targets < 0) | (targets >= vocab_size)]
-    if wrong.size:
-        raise ValueError(
-            f"targets must be ids from 0 to {vocab_size - 1} (the last axis of the logits has "
-            f"{vocab_size}), got {wrong[0]}. Write -100 for a target that does not count, or leave "
-            "it out by loss_mask in the batch, which is mask= of cross_entropy."
         )

@@ -34,9 +34,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxformers.checks import check_options, check_tokens, is_known
 from jaxformers.elsewhere import ARRAYS
 from jaxformers.layers import split_key
+from jaxformers.log_probs import check_targets, differ
 from jaxformers.masks import AttentionMask
 from jaxformers.output import check_output
-from jaxformers.training.losses import check_targets, chunked_cross_entropy, differ
+from jaxformers.training.losses import chunked_cross_entropy
 from jaxformers.training.names import advise
 from jaxformers.transformer import Transformer
 from jaxformers.transformer_encoder import TransformerEncoder
