@@ -3,11 +3,13 @@
     python benchmarks/train.py [a b c ...] [--contenders ours torch ...] [--json FILE]
 
 A step is forward, backward and AdamW, without dropout. All contenders start from the same weights
-and have the same batch. The losses of the first four steps must agree. a, b and c are decoders of
-nanoGPT's shape: pre-norm, learned positions, a tied table and GELU by tanh. `seq2seq` is a smaller
-form of the paper's encoder-decoder, post-norm, beside torch.nn.Transformer. Where JAX finds a GPU,
-`124M` is GPT-2 in bfloat16 with float32 weights. Contenders whose packages are not installed are
-left out.
+and have the same batch. The losses of the first four steps must agree. `own loop` is ours in a step
+that a user writes, with `log_probs_of`, and `own loop, gathered` with entries of `model(tokens)`.
+
+a, b and c are decoders of nanoGPT's shape: pre-norm, learned positions, a tied table and GELU by
+tanh. `seq2seq` is a smaller form of the paper's encoder-decoder, post-norm, beside
+torch.nn.Transformer. Where JAX finds a GPU, `124M` is GPT-2 in bfloat16 with float32 weights.
+Contenders whose packages are not installed are left out.
 """
 
 import sys
@@ -29,7 +31,7 @@ CONFIGS = {
         t=64,
         batch=32,
         source=57,
-        without=("Flax NNX", "Equinox"),
+        without=("own loop", "own loop, gathered", "Flax NNX", "Equinox"),
     ),
 }
 ON_GPU = {
@@ -53,6 +55,42 @@ def ours(config, **pieces):
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
     model = our_decoder(config, **pieces)
     return our_step(model, batch, jaxformers.language_model_loss, config.get("dtype"))
+
+
+def own_loop(config, gathered=False):
+    """Builds a user's own step, with a loss of `log_probs_of` or of entries of `model(tokens)`."""
+    import equinox as eqx
+    import jax.numpy as jnp
+
+    import jaxformers
+
+    rows = jnp.array(task.decoder_text(config))
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    model = our_decoder(config)
+    optimizer = jaxformers.AdamW(task.RATE, task.B1, task.B2, task.EPS, task.DECAY)
+    state = optimizer.init(model)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def update(batch, model, state):
+        tokens, targets = batch
+
+        def loss(model):
+            if "dtype" in config:
+                model = jaxformers.cast_floating(model, config["dtype"])
+            if gathered:
+                return -jnp.take_along_axis(model(tokens), targets[..., None], axis=-1).mean()
+            return -model.log_probs_of(tokens, targets).mean()
+
+        value, grads = eqx.filter_value_and_grad(loss)(model)
+        model, state = optimizer.update(grads, state, model)
+        return model, state, value
+
+    def step():
+        nonlocal model, state
+        model, state, value = update((tokens, targets), model, state)
+        return value.block_until_ready()
+
+    return task.timed(step)
 
 
 def our_step(model, batch, loss, dtype=None):
@@ -192,7 +230,12 @@ def utilization(gpu: str | None, config: dict, row: dict) -> str:
     return f"{model_flops(config) / row['seconds'] / peak:6.1%} of peak FLOP/s"
 
 
-CONTENDERS = {"ours": ours, "plain": plain}
+CONTENDERS = {
+    "ours": ours,
+    "own loop": own_loop,
+    "own loop, gathered": partial(own_loop, gathered=True),
+    "plain": plain,
+}
 if contest.installed("torch"):
     import train_torch
 
