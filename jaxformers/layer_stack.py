@@ -16,11 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxformers.axes import Stacked
-from jaxformers.checks import check_key
+from jaxformers.checks import check_key, is_known
 from jaxformers.layers import split_key
 from jaxformers.sharding.constraints import divide_rows, gather, gathers
 from jaxformers.sharding.mesh import traced_mesh
-from jaxformers.sites import LAYER_SITES, RENAMED, is_recording, scan, scope, site
+from jaxformers.sites import LAYER_SITES, RENAMED, is_recording, is_watched_now, scan, scope, site
 
 Model = TypeVar("Model")
 
@@ -207,6 +207,7 @@ def run_layers(
     # A scan would copy all caches at every token.
     if isinstance(layers, ScannedLayers) and caches is None:
         return layers.scan(step, x, key), None
+    step = _traced_once(step) if _is_staged(x) else step
     written = []
     for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, len(layers)), strict=True)):
         with scope(f"layers.{i}"):
@@ -215,6 +216,35 @@ def run_layers(
         x = _materialized(x) if caches is None else x
         written.append(cache)
     return x, None if caches is None else tuple(written)
+
+
+def _traced_once(step: Callable) -> Callable:
+    """Returns a step, as in `run_layers`, that is traced once for all layers of a kind.
+
+    A kind has the same shapes, types and settings. Its layers share one function of the program,
+    which XLA writes in place of its calls, so that what runs is the same.
+    """
+
+    @jax.jit
+    def layer(*inputs):  # profiles show its name
+        return step(*inputs)
+
+    def once(*inputs):
+        is_whole = all(map(eqx.is_array, jax.tree.leaves(inputs)))
+        return (layer if is_whole else step)(*inputs)
+
+    return once
+
+
+def _is_staged(x: Array) -> bool:
+    """Returns whether `x` is a value of a program that is compiled later, and that nobody watches.
+
+    A gradient or a batch outside of `jax.jit` is computed at once, and would compile a function
+    within it in each call. Values that are watched could not leave that function.
+    """
+    if is_known(x) or is_watched_now():
+        return False
+    return not is_known(lax.full((), 0, jnp.int32))  # constants are known unless compiled later
 
 
 def scan_layers(model: Model) -> Model:

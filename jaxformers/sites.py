@@ -230,6 +230,11 @@ def is_recording() -> bool:
     return any(isinstance(watcher, Recorder) for watcher in _watchers.get())
 
 
+def is_watched_now() -> bool:
+    """Returns whether values are read or replaced while the program is traced."""
+    return bool(_watchers.get())
+
+
 def is_asked_for(*names: str) -> bool:
     """Returns whether a watcher asks for sites of one of these names."""
     return any(watcher.asks(name) for watcher in _watchers.get() for name in names)

@@ -32,6 +32,7 @@ from jaxformers import (
     train_step,
     unroll_layers,
 )
+from jaxformers.inspect import trace
 from jaxformers.layer_stack import _materialized
 from jaxformers.sites import LAYER_SITES, SITES
 
@@ -298,3 +299,51 @@ def test_saved_as_a_checkpoint(change, getkey, tmp_path):
     change(model).save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
     assert_same(jax.tree.leaves(loaded), jax.tree.leaves(model))
+
+
+# Equal layers are traced once.
+
+
+def counted(layers, **options):
+    """A model, and the list that grows by one with each tracing of a layer."""
+    traced = []
+
+    def activation(x):
+        traced.append(x.shape)
+        return jax.nn.gelu(x)
+
+    feed_forward = partial(GatedFeedForward, activation=activation)
+    options = {"position": RotaryPositionalEncoding(), "feed_forward": feed_forward} | options
+    return TransformerLM(VOCAB, D, N, layers, F, MAX, key=jax.random.key(0), **options), traced
+
+
+TOKENS = jnp.ones((B, T), jnp.int32)
+
+
+def test_equal_layers_are_traced_once():
+    model, traced = counted(5)
+    model(TOKENS)
+    assert len(traced) == 1
+    model.generate(TOKENS, 4)
+    assert len(traced) == 3  # the prompt and the loop are two bodies
+    eqx.filter_jit(eqx.filter_grad(lambda model: model(TOKENS, key=jax.random.key(1)).sum()))(model)
+    assert len(traced) == 4
+    text = jax.jit(model.__call__).lower(TOKENS).as_text()
+    assert text.count("call @layer(") == 5 and text.count("func.func private @layer(") == 1
+
+
+def test_each_kind_of_layer_is_traced():
+    model, traced = counted(6, per_layer=lambda i: Pieces(window=3 if i % 3 else None))
+    model(TOKENS)
+    assert len(traced) == 2
+
+
+def test_layers_outside_of_a_program_or_watched_are_each_run():
+    """A function of their own would be compiled in each call, or lose what is watched."""
+    model, traced = counted(3)
+    hidden = jnp.ones((B, T, D))
+    jax.grad(lambda x: model.decoder(x).sum())(hidden)
+    assert len(traced) == 3
+    model(TOKENS)
+    _, found = trace(model, ["*.activations"])(TOKENS)
+    assert len(found) == 3 and len(traced) == 3 + 1 + 3
