@@ -202,6 +202,22 @@ def test_numbers_are_compared(beside, what, numbers, told):
         beside.compare(config, "llama.cpp Q8_0", [float("nan")] * 4, first)
 
 
+def test_perplexity_is_that_of_windows_read_alone(beside):
+    class Next:
+        """A model to which the token after the last is as probable as the six others together."""
+
+        def logits(self, tokens):
+            logits = np.zeros((len(tokens), 7), np.float32)
+            logits[np.arange(len(tokens)), (np.array(tokens) + 1) % 7] = np.log(6)
+            read.append(len(tokens))
+            return logits
+
+    read = []
+    tokens = np.arange(61) % 7
+    assert abs(beside.perplexity(Next(), tokens) - 2) < 1e-6 and read == [30, 30]
+    assert abs(beside.perplexity(Next(), tokens[::-1]) - 12) < 1e-6
+
+
 def test_a_short_text_is_refused(beside, monkeypatch, tmp_path):
     (tmp_path / "text.txt").write_text("short")
     with pytest.raises(SystemExit, match="more than 60 tokens, got 5"):
