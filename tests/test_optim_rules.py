@@ -463,6 +463,19 @@ def test_leaves_without_gradients_stay_and_new_rates_compile_nothing(name):
     assert counts[0] == counts[2] > 0
 
 
+@pytest.mark.parametrize("rule", [jf.AdamW, Lion, Adafactor])
+def test_an_update_that_is_not_good_changes_nothing(rule):
+    optimizer, weights = rule(1e-2), draw(7)
+    first = optimizer.update(gradients(1), optimizer.init(weights), weights)
+    spoilt = jax.tree.map(lambda g: g * jnp.nan, gradients(2))
+    kept = optimizer.update(spoilt, first[1], first[0], good=jnp.asarray(False))
+    again = optimizer.update(gradients(2), first[1], first[0], good=jnp.asarray(True))
+    plain = optimizer.update(gradients(2), first[1], first[0])
+    for got, wanted, rounding in ((kept, first, 0), (again, plain, 1e-5)):
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=rounding)
+
+
 @pytest.mark.parametrize(
     "build, message",
     [

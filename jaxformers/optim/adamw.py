@@ -74,11 +74,15 @@ class AdamW(LeafwiseOptimizer):
         g: Float[Array, "..."],
         moments: Moments,
         step: Int32[Array, ""],
-    ) -> tuple[Float[Array, "..."], Moments]:
+    ) -> tuple[Callable[[Moments], Float[Array, "..."]], Moments]:
         mu = self.b1 * moments["mu"] + (1 - self.b1) * g
         nu = self.b2 * moments["nu"] + (1 - self.b2) * g**2
         c1, c2 = (_bias_correction(b, step + 1) for b in (self.b1, self.b2))
-        return (mu / c1) / (jnp.sqrt(nu / c2) + self.eps), {"mu": mu, "nu": nu}
+
+        def direction(moments: Moments) -> Float[Array, "..."]:
+            return (moments["mu"] / c1) / (jnp.sqrt(moments["nu"] / c2) + self.eps)
+
+        return direction, {"mu": mu, "nu": nu}
 
 
 def _bias_correction(b: float, t: Int32[Array, ""]) -> Float[Array, ""]:

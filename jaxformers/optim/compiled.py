@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jaxformers.checks import check_usable, is_known
 from jaxformers.precision import noticed
@@ -39,6 +40,17 @@ def compiled(update: Update) -> Update:
             return (program if known else update)(self, grads, state, model, **extra)
 
     return run  # type: ignore[return-value]
+
+
+def choose(good: Bool[Array, ""] | None, new: Tree, old: PyTree) -> Tree:
+    """Returns the arrays of `new` if `good` is True or None, else those of `old`."""
+
+    def one(x: Any, y: Any) -> Any:
+        if good is None or x is y or not eqx.is_array(x):
+            return x
+        return jnp.where(good, x, y if y.dtype == x.dtype else y.astype(x.dtype))
+
+    return jax.tree.map(one, new, old)
 
 
 def own_arrays(tree: Tree) -> Tree:

@@ -8,11 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from jaxformers.checks import check_nonnegative, check_positive, is_known
 from jaxformers.optim.clipping import clip_by_global_norm
-from jaxformers.optim.compiled import check_fit, check_state, compiled
+from jaxformers.optim.compiled import check_fit, check_state, choose, compiled
 from jaxformers.optim.layout import leaf_path
 from jaxformers.optim.optimizer import Model, Optimizer
 from jaxformers.precision import widened
@@ -92,10 +92,12 @@ class LeafwiseOptimizer(Optimizer):
         g: Float[Array, "..."],
         moments: Moments,
         step: Int32[Array, ""],
-    ) -> tuple[Float[Array, "..."], Moments]:
+    ) -> tuple[Float[Array, "..."] | Callable[[Moments], Float[Array, "..."]], Moments]:
         """Returns the direction of the step and the new moments of a leaf, all in float32.
 
-        The direction has the shape of the leaf. The update subtracts it.
+        The direction has the shape of the leaf. The update subtracts it. It may be a function of
+        the new moments. Then a step that keeps the old ones if its loss is not finite needs no
+        copies of them.
 
         Arguments:
             path: path of the leaf, such as "decoder.layers.0.self_attention.wq".
@@ -123,7 +125,14 @@ class LeafwiseOptimizer(Optimizer):
         return State(step=step, moments=moments)
 
     @compiled
-    def update(self, grads: PyTree, state: PyTree, model: Model) -> tuple[Model, State]:
+    def update(
+        self,
+        grads: PyTree,
+        state: PyTree,
+        model: Model,
+        *,
+        good: Bool[Array, ""] | None = None,
+    ) -> tuple[Model, State]:
         """Returns the model and the state after one update.
 
         The method is compiled. It donates no arrays, so that the old model stays usable. Within a
@@ -133,6 +142,8 @@ class LeafwiseOptimizer(Optimizer):
             grads: gradients in the model's structure, None for leaves that are not trained.
             state: the state that `init` or the last `update` returned.
             model: the model before the update.
+            good: whether there is an update at all; if False, model and state stay as they are.
+                None, the default, is True.
 
         Raises:
             ValueError: if `grads`, `state` or the decay mask does not fit the model.
@@ -151,14 +162,17 @@ class LeafwiseOptimizer(Optimizer):
             name = leaf_path(model, path)
             self._check_moments(name, p, moments)
             wide, g = widened(p), g.astype(jnp.float32)
-            step, moments = self.direction(name, wide.astype(jnp.float32), g, moments, state.step)
+            step, new = self.direction(name, wide.astype(jnp.float32), g, moments, state.step)
+            new = choose(good, new, moments)
+            step = step(new) if callable(step) else step
             if decays:
                 step += self.weight_decay * wide.astype(jnp.float32)
-            return (wide - (rate * step).astype(wide.dtype)).astype(p.dtype), moments
+            changed = (wide - (rate * step).astype(wide.dtype)).astype(p.dtype)
+            return choose(good, changed, p), new
 
         new = jax.tree_util.tree_map_with_path(change, model, grads, state.moments, decays)
         model, moments = (jax.tree.map(lambda _, pair, i=i: pair[i], model, new) for i in (0, 1))
-        return model, State(step=state.step + 1, moments=moments)
+        return model, State(step=choose(good, state.step + 1, state.step), moments=moments)
 
     def rate(self, state: State) -> Float[Array, ""]:
         """Returns the learning rate of the next update."""

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 
 from jaxformers.checks import check_key, check_positive, check_usable, is_known
 from jaxformers.optim import Model, Optimizer, as_optimizer, global_norm
-from jaxformers.optim.compiled import own_arrays
+from jaxformers.optim.compiled import choose, own_arrays
+from jaxformers.optim.leafwise import LeafwiseOptimizer
 from jaxformers.precision import is_narrow, noticed
 from jaxformers.sharding.mesh import mesh_in
 from jaxformers.sharding.spread import lie_at, places_of, replicate
@@ -112,23 +113,28 @@ def _train_step(kept, model, state):
     gradients, optimizer, batch, key, rest, places = kept
     model = model if rest is None else eqx.combine(model, rest)
     value, grads = gradients(optimizer, model, batch, key, places[0])
-    new = _update(optimizer, grads, state, model, value)
     # The norm of the gradients is not checked: all gradients would have to be in memory for that.
-    model, state = _new_if(jnp.isfinite(value), new, (model, state))
+    model, state = _update_if(jnp.isfinite(value), optimizer, grads, state, model, value)
     model = model if rest is None else _changed(model, rest)
     return *lie_at((model, state), places[1]), value
 
 
-def _update(
-    optimizer: Optimizer, grads: Model, state: PyTree, model: Model, value: Float[Array, ""]
+def _update_if(
+    good: Bool[Array, ""],
+    optimizer: Optimizer,
+    grads: Model,
+    state: PyTree,
+    model: Model,
+    value: Float[Array, ""],
 ) -> tuple[Model, PyTree]:
-    """Returns the model and the state after an update, which gets the loss if it takes `value=`."""
+    """Returns the model and the state after an update, or as they are after a bad step.
+
+    The update gets the loss if it takes `value=`.
+    """
+    if isinstance(optimizer, LeafwiseOptimizer) and optimizer.takes("good"):
+        return optimizer.update(grads, state, model, good=good)
     extra = {"value": value} if optimizer.takes("value") else {}
-    return optimizer.update(grads, state, model, **extra)
-
-
-def _new_if(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """Returns a new tree after a good step, else the old one."""
+    new, old = optimizer.update(grads, state, model, **extra), (model, state)
     structures: list[Any] = [jax.tree.structure(x) for x in (new, old)]
     if structures[0] != structures[1]:
         raise ValueError(
@@ -136,13 +142,7 @@ def _new_if(good: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
             "bad step can keep the old ones; that of optax.monitor is another one after the first "
             "step. Leave such a transformation out; optax.snapshot keeps its form."
         )
-
-    def choose(x: Any, y: Any) -> Any:
-        if not eqx.is_array(x) or x is y:
-            return x
-        return jnp.where(good, x, y if y.dtype == x.dtype else y.astype(x.dtype))
-
-    return jax.tree.map(choose, new, old)
+    return choose(good, new, old)
 
 
 def _changed(model: Model, rest: Model) -> Model:
@@ -327,8 +327,7 @@ def advance(kept: tuple, training: Training) -> tuple[Training, dict[str, Array]
     rate = optimizer.rate(training.optimizer_state)
     if rate is not None:
         metrics["learning_rate"] = rate
-    new = _update(optimizer, grads, old[1], old[0], value)
-    model, state = _new_if(good, new, old)
+    model, state = _update_if(good, optimizer, grads, old[1], old[0], value)
     step = training.step + (~guard.failed).astype(jnp.int32)
     skipped = training.skipped + (~good & ~guard.failed).astype(jnp.int32)
     model = model if rest is None else _changed(model, rest)
