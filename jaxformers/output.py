@@ -109,9 +109,9 @@ class OutputLayer(eqx.Module):
                 "a tied output layer needs the token table at each call and one with weights of "
                 f"its own takes none, got w = {self.w!r} and table = {table!r}."
             )
-        w = table.T if self.w is None else self.w  # type: ignore[union-attr]
+        w: Any = table if self.w is None else self.w
         x = x if self.transform is None else self.transform(x)
-        logits = contract(x, w, self.b).astype(jnp.float32)
+        logits = contract(x, w, self.b, transposed=self.w is None).astype(jnp.float32)
         logits = logits if self.scale == 1.0 else logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)

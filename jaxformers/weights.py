@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Axes
 from jaxformers.checks import check_key, check_positive, check_size
+from jaxformers.native.products import rows_times, rows_times_transpose
 from jaxformers.precision import add, scaled, widened
 from jaxformers.sharding.mesh import divides_positions
 
@@ -105,6 +106,8 @@ def contract(
     w: Float[Weight, "..."],
     bias: Float[Weight, "..."] | None = None,
     inputs: int = 1,
+    *,
+    transposed: bool = False,
 ) -> Float[Array, "..."]:
     """Returns the product of activations and a weight, plus a bias.
 
@@ -115,6 +118,7 @@ def contract(
         w: `(i, o)`, where o stands for any number of axes.
         bias: `(o)`; None is no bias.
         inputs: the number of axes that are summed over, 1.
+        transposed: whether `w` is a matrix `(o, i)`, such as a table of embeddings; False.
 
     Returns:
         `(..., o)`, in the type of `x`.
@@ -135,14 +139,19 @@ def contract(
         # On three-dimensional activations XLA's CPU backend transposes copies of them before each
         # gradient of a weight, which costs a third of a training step. On flat ones it does not.
         x = x.reshape(rows, size)
-    y = _product(x, w, prod(w.shape[:inputs]))
+    if transposed:
+        outputs: tuple[int, ...] = w.shape[:1]
+        y = w.T.product(x) if isinstance(w, WeightObject) else rows_times_transpose(x, w)
+    else:
+        outputs = w.shape[inputs:]
+        y = _product(x, w, prod(w.shape[:inputs]))
     y = y if bias is None else add(y, vector.reshape(-1))
-    return y.reshape(*shape, *w.shape[inputs:])
+    return y.reshape(*shape, *outputs)
 
 
 def _product(x: Float[Array, "*r i"], w: Weight, size: int) -> Float[Array, "*r o"]:
     """Returns the product of rows with a weight that has `size` inputs in all."""
-    return w.product(x) if isinstance(w, WeightObject) else x @ w.reshape(size, -1)
+    return w.product(x) if isinstance(w, WeightObject) else rows_times(x, w.reshape(size, -1))
 
 
 def lookup(table: Float[Weight, "p d"], rows: Int[Array, "..."]) -> Float[Array, "... d"]:

@@ -319,17 +319,23 @@ def test_choice(backend, t, options, kernel):
     assert str(choice).startswith(kernel)
 
 
-def test_one_query_is_never_cut_into_blocks():
+@pytest.fixture
+def no_native(monkeypatch):
+    monkeypatch.setattr("jaxformers.native.library.obstacle", lambda: "off")
+
+
+def test_one_query_is_never_cut_into_blocks(no_native):
     """As in decoding: a row of scores is linear in the sequence already."""
     choice = choose_attention(shape(1), *2 * [shape(10**6)], AttentionMask(), backend="cpu")
     assert choice.kernel is blockwise_attention
 
 
-def test_the_log_says_which_kernel_runs(caplog):
+def test_the_log_says_which_kernel_runs(caplog, no_native):
     q = jnp.ones((1, 2, 5, 4))
     with caplog.at_level(logging.DEBUG, logger="jaxformers"):
         fast_attention(q, q, q, AttentionMask())
-    assert "blockwise_attention: 5 x 5 scores per head are few enough to keep" in caplog.text
+    text = "blockwise_attention: 5 x 5 scores per head are few enough to keep; no C call, since off"
+    assert text in caplog.text
 
 
 # A GPU as far as it goes without one: JAX is told that there is one, and lowers for it.

@@ -16,6 +16,7 @@ from jaxformers.kernels.flash import flash_attention
 from jaxformers.kernels.plain import AttentionFunction, check_inputs, dot_product_attention
 from jaxformers.kernels.ring import can_travel, ring_attention
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.native.attention import FEW, native_attention, obstacle_to_native
 from jaxformers.sites import is_asked_for
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,15 @@ def choose_attention(
         return Choice(dot_product_attention, "dropout is applied to all attention weights")
     if is_asked_for(*SCORES):
         return Choice(dot_product_attention, "its scores or weights are looked at")
+    obstacle = None
+    if backend == "cpu" and t <= FEW:
+        obstacle = obstacle_to_native(q, k, v)
+        if obstacle is None:
+            return Choice(native_attention, "few queries are one call of C")
     few = t * s <= FEW_SCORES.get(backend, FEW_SCORES_ELSEWHERE)
     if few or t <= BLOCK:
         why = f"{t} x {s} scores per head are few enough to keep" if few else "few queries"
+        why = why if obstacle is None else f"{why}; {obstacle}"
         choice = Choice(blockwise_attention if backend == "cpu" else dot_product_attention, why)
     else:
         blocks = FLASH_BLOCKS.get(backend, FLASH_BLOCKS_ELSEWHERE)

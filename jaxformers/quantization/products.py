@@ -15,12 +15,18 @@ them on the way. It does so for this spelling only, and three things in a decodi
 
 Integers of 4 bits are unpacked to 8 bits outside of the barrier, so that a decoding loop unpacks
 them once and reads 8 bits at each token.
+
+Where there are operations in C (`jaxformers.native`), one of them takes up to 16 rows and reads the
+integers as they are, those of 4 bits too.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, UInt8
+
+from jaxformers.native.operation import operation
+from jaxformers.native.products import few_rows, shape_of_transpose
 
 # The most rows that are multiplied one after the other. With more, the copy takes less time.
 FEW = 8
@@ -28,7 +34,7 @@ FEW = 8
 
 def product(
     x: Float[Array, "*r i"],
-    integers: Integer[Array, "o i"],
+    integers: Integer[Array, "o i"] | UInt8[Array, "o i/2"],
     scale: Float[Array, "o k"],
     offset: Float[Array, "o k"] | None,
 ) -> Float[Array, "*r o"]:
@@ -36,10 +42,14 @@ def product(
 
     Arguments:
         x: the activations.
-        integers: the matrix, with the outputs before the inputs.
+        integers: the matrix, with the outputs before the inputs; two per byte if they are uint8.
         scale: a number for each output and each of k groups of consecutive inputs, in float32.
         offset: of the same shape; None is 0.
     """
+    if few_rows(x, integers) and _are_whole_vectors(x, integers, scale):
+        given = jnp.zeros((1, 0), jnp.float32) if offset is None else offset
+        return _native(x.astype(jnp.float32), integers, scale, given).astype(x.dtype)
+    integers = unpack(integers) if integers.dtype == jnp.uint8 else integers
     few = x.ndim == 2 and 1 <= len(x) <= FEW
     if not few or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
         return _by_copy(x, integers, scale, offset)
@@ -63,6 +73,37 @@ def numbers(
     x = groups.astype(jnp.float32) * scale[..., None]
     x = x if offset is None else x + offset[..., None]
     return x.reshape(integers.shape)
+
+
+def unpack(packed: UInt8[Array, "... j"]) -> UInt8[Array, "... 2*j"]:
+    """Returns the integers of 0 to 15 in bytes that hold two each, see `pack`.
+
+    Example:
+        >>> unpack(jnp.array([33, 15], jnp.uint8))
+        Array([ 1,  2, 15,  0], dtype=uint8)
+    """
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def _are_whole_vectors(x: Array, integers: Array, scale: Array) -> bool:
+    """Returns whether inputs with one scale fill the vectors of the operation in C."""
+    if integers.dtype == jnp.int8 and scale.shape[1] == 1:
+        return True
+    return x.shape[1] // scale.shape[1] % (16 if integers.dtype == jnp.int8 else 32) == 0
+
+
+def _plain(
+    x: Float[Array, "r i"],
+    integers: Integer[Array, "o i"] | UInt8[Array, "o i/2"],
+    scale: Float[Array, "o k"],
+    offset: Float[Array, "..."],
+) -> Float[Array, "r o"]:
+    integers = unpack(integers) if integers.dtype == jnp.uint8 else integers
+    return _by_copy(x, integers, scale, offset if offset.size else None)
+
+
+_native = operation("rows_times_transpose", _plain, shape_of_transpose)
 
 
 def _of_row(

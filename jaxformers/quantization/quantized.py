@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Integer, UInt8
 
 from jaxformers.axes import Axes
-from jaxformers.quantization.products import numbers, product
+from jaxformers.quantization.products import numbers, product, unpack
 from jaxformers.weights import WeightObject, lookup
 
 # The name of the axis that counts the groups of inputs with one scale.
@@ -85,7 +85,7 @@ class Quantized(eqx.Module, WeightObject):
     def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         if self.transposed:
             return x @ self._matrix().astype(x.dtype)
-        integers = self._unpacked(self.integers).reshape(-1, x.shape[-1])
+        integers = self.integers.reshape(prod(self._sizes[1]), -1)
         scale = _fixed(self.scale).reshape(len(integers), -1)
         offset = None if self.offset is None else _fixed(self.offset).reshape(scale.shape)
         return product(x, integers, scale, offset)
@@ -175,17 +175,6 @@ def pack(
         )
     low, high = integers[..., ::2].astype(jnp.uint8), integers[..., 1::2].astype(jnp.uint8)
     return low | high << 4
-
-
-def unpack(packed: UInt8[Array, "... j"]) -> UInt8[Array, "... 2*j"]:
-    """Returns the integers of 0 to 15 in bytes that hold two each, see `pack`.
-
-    Example:
-        >>> unpack(jnp.array([33, 15], jnp.uint8))
-        Array([ 1,  2, 15,  0], dtype=uint8)
-    """
-    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def _check_types(w: Quantized) -> None:

@@ -1,0 +1,167 @@
+"""The library of operations in C: built once for a processor, tested, and loaded."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "source"
+OPERATIONS = "attend", "rows_times", "rows_times_transpose"
+# The program is read by the compiler's own processor first, and then by any.
+FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC", "-Wno-psabi"
+_loaded: list[ctypes.CDLL] = []  # a library that is in use must stay loaded
+
+
+@cache
+def obstacle() -> str | None:
+    """Returns why there are no operations in C on this machine, or None if there are.
+
+    The first call on a machine compiles them, which takes some seconds. `JAXFORMERS_NATIVE=0` in
+    the environment does without them.
+
+    Example:
+        >>> obstacle() is None or isinstance(obstacle(), str)
+        True
+    """
+    try:
+        path = _find()
+        register(path)
+    except _Unavailable as error:
+        logger.info("no operations in C: %s", error)
+        return str(error)
+    return None
+
+
+def target(operation: str) -> str:
+    """Returns the name by which programs of XLA call an operation.
+
+    It holds the key of the sources, so that a compiled program on disk never meets another version.
+    """
+    return f"jaxformers_{operation}_{_key()}"
+
+
+def register(path: Path) -> None:
+    """Loads a library, and tells JAX its operations."""
+    try:
+        library = ctypes.CDLL(str(path))
+        for name in OPERATIONS:
+            handler = jax.ffi.pycapsule(getattr(library, f"jaxformers_{name}"))
+            jax.ffi.register_ffi_target(target(name), handler, platform="cpu")
+    except (OSError, AttributeError, RuntimeError) as error:
+        raise _Unavailable(f"the library {path} cannot be loaded: {error}") from error
+    _loaded.append(library)
+
+
+class _Unavailable(Exception):
+    """There are no operations in C; the text says why."""
+
+
+def _find() -> Path:
+    """Returns the library for this processor, and builds it if there is none yet."""
+    if os.environ.get("JAXFORMERS_NATIVE") == "0":
+        raise _Unavailable("JAXFORMERS_NATIVE=0 turns them off")
+    if os.name != "posix" or sys.byteorder != "little":
+        raise _Unavailable("they are for Linux and macOS on processors that are little-endian")
+    directory = _directory()
+    path = directory / f"{_key()}.so"
+    if path.exists():
+        if path.stat().st_uid != os.getuid():
+            raise _Unavailable(f"the library {path} belongs to another user")
+        return path
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("clang")
+    if not compiler:
+        raise _Unavailable("there is no C compiler (cc) on this machine")
+    failure = directory / f"{_key()}-{_digest(compiler)}.failed"
+    if failure.exists():
+        raise _Unavailable(failure.read_text())
+    try:
+        _build(compiler, path)
+    except _Unavailable as error:
+        failure.write_text(str(error))
+        raise
+    return path
+
+
+def _directory() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "jaxformers" / "native"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise _Unavailable(f"the cache directory {directory} cannot be written: {error}") from error
+    return directory
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compiles the sources to `path`, which exists only if the library passed its test."""
+    logger.info("compiling operations in C to %s", path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        library = Path(scratch) / path.name
+        sources = [str(x) for x in sorted(SOURCES.glob("*.c"))]
+        include = f"-I{jax.ffi.include_dir()}"
+        for processor in (["-march=native"], []):  # some compilers know no `native`
+            command = [compiler, *FLAGS, *processor, include, "-o", str(library), *sources, "-lm"]
+            told = _run(command, "the C compiler")
+            if told is None:
+                break
+        else:
+            raise _Unavailable(told)
+        told = _run([sys.executable, "-m", "jaxformers.native.check", str(library)], "their test")
+        if told is not None:
+            raise _Unavailable(told)
+        os.replace(library, path)
+
+
+def _run(command: list[str], what: str) -> str | None:
+    """Runs a command; returns why it failed, or None if it did not."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAXFORMERS_NATIVE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{what} could not run: {error}"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    return f"{what} ended with {done.returncode}: {' '.join(last)}"
+
+
+@cache
+def _key() -> str:
+    """Returns a name for these sources, this version of XLA's interface and this processor."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    files = [*sorted(SOURCES.iterdir()), header]
+    try:
+        texts = [path.read_text() for path in files if path.is_file()]
+    except OSError as error:
+        raise _Unavailable(f"a source cannot be read: {error}") from error
+    return _digest(*texts, *FLAGS, platform.platform(), _processor())
+
+
+def _processor() -> str:
+    """Returns what a compiler may rely on: the machine, and the features of its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    features = [x for x in lines if x.startswith(("flags", "Features"))]
+    return f"{platform.machine()} {features[0] if features else platform.processor()}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

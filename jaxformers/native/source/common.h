@@ -1,0 +1,240 @@
+/* What the operations of this folder share: vectors, threads, and the checks of their arguments.
+ *
+ * The code is C11 with vectors of 16 floats, which GCC and Clang compile for any processor: to one
+ * register of AVX-512, two of AVX2 or four of NEON. Each operation is a handler of XLA's foreign
+ * function interface. It returns an error for arguments that it does not take, and it never trusts
+ * a shape. */
+#ifndef JAXFORMERS_COMMON_H
+#define JAXFORMERS_COMMON_H
+
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/c_api.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef float loose_vec __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+INLINE void store(float *p, vec x) { *(loose_vec *)p = x; }
+
+/* Loads of narrower types. GCC takes a vector of bytes apart number by number, so these alone are
+ * written for each processor. The 16 bits of a bfloat16 are the upper half of a float. */
+#if defined(__AVX512F__)
+INLINE vec load_bf16(const uint16_t *p) {
+  __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+  return (vec)_mm512_slli_epi32(x, 16);
+}
+INLINE vec load_int8(const int8_t *p) {
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE void load_int4(const uint8_t *p, vec *low, vec *high) { /* of 16 bytes */
+  __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+  *low = (vec)_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
+  *high = (vec)_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
+}
+#elif defined(__AVX2__)
+INLINE vec join(__m256 low, __m256 high) {
+  vec x;
+  memcpy(&x, &low, 32);
+  memcpy((char *)&x + 32, &high, 32);
+  return x;
+}
+INLINE __m256i eight_bytes(const void *p, int sign) {
+  __m128i x = _mm_loadl_epi64((const __m128i *)p);
+  return sign ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x);
+}
+INLINE vec load_bf16(const uint16_t *p) {
+  __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+  __m256i y = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+  return join((__m256)_mm256_slli_epi32(x, 16), (__m256)_mm256_slli_epi32(y, 16));
+}
+INLINE vec load_int8(const int8_t *p) {
+  return join(_mm256_cvtepi32_ps(eight_bytes(p, 1)), _mm256_cvtepi32_ps(eight_bytes(p + 8, 1)));
+}
+INLINE void load_int4(const uint8_t *p, vec *low, vec *high) {
+  __m256i x = eight_bytes(p, 0), y = eight_bytes(p + 8, 0), four = _mm256_set1_epi32(15);
+  *low = join(_mm256_cvtepi32_ps(_mm256_and_si256(x, four)),
+              _mm256_cvtepi32_ps(_mm256_and_si256(y, four)));
+  *high = join(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4)),
+               _mm256_cvtepi32_ps(_mm256_srli_epi32(y, 4)));
+}
+#else
+INLINE vec load_bf16(const uint16_t *p) {
+  uint32_t x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = (uint32_t)p[i] << 16;
+  vec y;
+  memcpy(&y, x, sizeof y);
+  return y;
+}
+INLINE vec load_int8(const int8_t *p) {
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = p[i];
+  return load(x);
+}
+INLINE void load_int4(const uint8_t *p, vec *low, vec *high) {
+  float x[LANES], y[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = p[i] & 15, y[i] = p[i] >> 4;
+  *low = load(x), *high = load(y);
+}
+#endif
+
+/* Returns the first n < 16 numbers, and zeros after them. */
+INLINE vec load_some(const float *p, int64_t n) {
+  float x[LANES] = {0};
+  memcpy(x, p, n * sizeof(float));
+  return load(x);
+}
+INLINE vec load_some_bf16(const uint16_t *p, int64_t n) {
+  uint16_t x[LANES] = {0};
+  memcpy(x, p, n * sizeof(uint16_t));
+  return load_bf16(x);
+}
+INLINE void store_some(float *p, vec x, int64_t n) { memcpy(p, &x, n * sizeof(float)); }
+
+INLINE float sum(vec x) {
+  typedef float half __attribute__((vector_size(32)));
+  typedef float quarter __attribute__((vector_size(16)));
+  half a, b;
+  memcpy(&a, &x, 32);
+  memcpy(&b, (char *)&x + 32, 32);
+  a += b;
+  quarter c, d;
+  memcpy(&c, &a, 16);
+  memcpy(&d, (char *)&a + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+INLINE float from_bf16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even, as XLA does */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return (bits >> 16) | 0x40;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+/* Threads. Tasks are numbered, and whoever is free takes the next one: the thread of the call, and
+ * threads of XLA's own pool. The call never waits for a thread to begin, so that a pool without a
+ * free thread only makes it slower. */
+
+typedef struct work {
+  void (*run)(const void *arguments, int64_t task);
+  const void *arguments;
+  int64_t tasks;
+  _Atomic int64_t next, done;
+  _Atomic int references;
+} work;
+
+static void take_tasks(work *w) {
+  for (int64_t i; (i = atomic_fetch_add(&w->next, 1)) < w->tasks;) {
+    w->run(w->arguments, i);
+    atomic_fetch_add(&w->done, 1);
+  }
+}
+static void forget(work *w) {
+  if (atomic_fetch_sub(&w->references, 1) == 1) free(w);
+}
+static void help(void *w) {
+  take_tasks(w);
+  forget(w);
+}
+
+/* Returns over how many threads work is worth dividing that one of them needs `cost` bytes for. */
+static int64_t threads_for(XLA_FFI_CallFrame *frame, double cost) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args ask = {.struct_size =
+                                                XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+                                            .ctx = frame->ctx,
+                                            .num_threads = &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&ask);
+  if (error) {
+    XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
+                                          .error = error};
+    frame->api->XLA_FFI_Error_Destroy(&destroy);
+    return 1;
+  }
+  int64_t most = (int64_t)(cost / 65536) + 1;
+  return threads < most ? threads : most;
+}
+
+static void run_tasks(XLA_FFI_CallFrame *frame, void (*run)(const void *, int64_t),
+                      const void *arguments, int64_t tasks, int64_t threads) {
+  threads = threads < tasks ? threads : tasks;
+  work *w = threads > 1 ? malloc(sizeof(work)) : NULL;
+  if (!w) {
+    for (int64_t i = 0; i < tasks; i++) run(arguments, i);
+    return;
+  }
+  w->run = run, w->arguments = arguments, w->tasks = tasks;
+  atomic_init(&w->next, 0);
+  atomic_init(&w->done, 0);
+  atomic_init(&w->references, (int)threads);
+  for (int64_t i = 1; i < threads; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args ask = {.struct_size =
+                                                XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                            .ctx = frame->ctx,
+                                            .task = help,
+                                            .data = w};
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&ask);
+    if (error) {
+      XLA_FFI_Error_Destroy_Args destroy = {
+          .struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+      frame->api->XLA_FFI_Error_Destroy(&destroy);
+      forget(w);
+    }
+  }
+  take_tasks(w);
+  for (int spins = 0; atomic_load(&w->done) < tasks; spins++)
+    if (spins > 2000) sched_yield();
+  forget(w);
+}
+
+/* Arguments. */
+
+INLINE XLA_FFI_Buffer *argument(XLA_FFI_CallFrame *f, int i) { return f->args.args[i]; }
+INLINE XLA_FFI_Buffer *result(XLA_FFI_CallFrame *f, int i) { return f->rets.rets[i]; }
+
+static XLA_FFI_Error *refuse(XLA_FFI_CallFrame *frame, const char *message) {
+  XLA_FFI_Error_Create_Args args = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                    .message = message,
+                                    .errc = XLA_FFI_Error_Code_INVALID_ARGUMENT};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+INLINE int is(const XLA_FFI_Buffer *x, XLA_FFI_DataType type, int64_t rank) {
+  return x->dtype == type && x->rank == rank;
+}
+
+/* Returns whether this call only asks which version of the interface the handler speaks. */
+static int answers_query(XLA_FFI_CallFrame *frame) {
+  if (!frame->extension_start || frame->extension_start->type != XLA_FFI_Extension_Metadata)
+    return 0;
+  XLA_FFI_Metadata *m = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
+  m->api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+  m->api_version.extension_start = NULL;
+  m->api_version.major_version = XLA_FFI_API_MAJOR;
+  m->api_version.minor_version = XLA_FFI_API_MINOR;
+  m->traits = 0;
+  return 1;
+}
+
+#endif

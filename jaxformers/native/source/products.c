@@ -1,0 +1,264 @@
+/* Products of few rows and a matrix of weights, which take the time to read the weights.
+ *
+ *   rows    (r, i)      float32
+ *   weights (i, o)      float32 or bfloat16, for `jaxformers_rows_times`
+ *           (o, i)      float32, bfloat16, int8, or uint8 (o, i / 2) for two numbers in a byte, for
+ *                       `jaxformers_rows_times_transpose`
+ *   scale   (o, k)      float32; each of the k groups of consecutive inputs has one factor
+ *   offset  (o, k)      float32, or of no elements: what is added to scale * integer
+ *   result  (r, o)      float32
+ *
+ * All sums are float32, and every weight is converted once for all rows. */
+#include "common.h"
+
+typedef enum { FLOAT32, BFLOAT16, INT8, INT4 } kind;
+
+typedef struct {
+  kind kind;
+  int64_t r, i, o, k, chunk; /* a task has `chunk` outputs */
+  const float *x, *scale, *offset;
+  const void *w;
+  float *y;
+} product;
+
+/* (o, i): outputs beside each other, inputs along the vectors. */
+
+/* Outputs and rows at a time: as many sums as there are registers for. */
+#ifdef __AVX512F__
+#define OUTPUTS 4
+#define AT_ONCE 4
+#else
+#define OUTPUTS 2
+#define AT_ONCE 2
+#endif
+
+/* How many bytes ahead weights are asked for. The processor itself does not look beyond a page. */
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+
+/* Returns 16 weights of one output, from input c on; the last ones may be fewer. */
+INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
+  if (kind == FLOAT32)
+    return n == LANES ? load((const float *)w + c) : load_some((const float *)w + c, n);
+  if (kind == BFLOAT16)
+    return n == LANES ? load_bf16((const uint16_t *)w + c)
+                      : load_some_bf16((const uint16_t *)w + c, n);
+  if (n == LANES) return load_int8((const int8_t *)w + c);
+  int8_t some[LANES] = {0};
+  memcpy(some, (const int8_t *)w + c, n);
+  return load_int8(some);
+}
+
+/* Multiplies `rows` rows with `outputs` outputs from `o` on. */
+INLINE void transposed_tile(kind kind, int grouped, int rows, int outputs, const product *p,
+                            int64_t row, int64_t o) {
+  vec acc[OUTPUTS][AT_ONCE];
+  int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1, group = p->i / p->k;
+  const float *x = p->x + row * p->i;
+  for (int a = 0; a < outputs; a++)
+    for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
+  if (kind == INT4) {
+    for (int64_t c = 0; c < p->i; c += 2 * LANES) { /* x has the even inputs before the odd ones */
+      for (int a = 0; a < outputs; a++) {
+        const uint8_t *w = (const uint8_t *)p->w + ((o + a) * p->i + c) / 2;
+        vec low, high;
+        if (c % 128 == 0) __builtin_prefetch(w + AHEAD);
+        load_int4(w, &low, &high);
+        int64_t of = (o + a) * p->k + (grouped ? c / group : 0);
+        float scale = p->scale[of], offset = p->offset ? p->offset[of] : 0;
+        low = low * scale + offset, high = high * scale + offset;
+        for (int b = 0; b < rows; b++) {
+          acc[a][b] += low * load(x + b * p->i + c);
+          acc[a][b] += high * load(x + b * p->i + c + LANES);
+        }
+      }
+    }
+  } else {
+    int64_t whole = p->i / LANES * LANES;
+    for (int64_t c = 0; c < p->i; c += LANES) {
+      int64_t n = c < whole ? LANES : p->i - whole;
+      vec inputs[AT_ONCE];
+      for (int b = 0; b < rows; b++)
+        inputs[b] = n == LANES ? load(x + b * p->i + c) : load_some(x + b * p->i + c, n);
+      for (int a = 0; a < outputs; a++) {
+        const char *row = (const char *)p->w + (o + a) * p->i * size;
+        if (c * size % 64 == 0) __builtin_prefetch(row + c * size + AHEAD);
+        vec w = weights_at(kind, row, c, n);
+        if (grouped) {
+          int64_t of = (o + a) * p->k + c / group;
+          w = p->offset ? w * p->scale[of] + p->offset[of] : w * p->scale[of];
+        }
+        for (int b = 0; b < rows; b++) acc[a][b] += w * inputs[b];
+      }
+    }
+  }
+  int scaled_after = kind == INT8 && !grouped;
+  for (int a = 0; a < outputs; a++)
+    for (int b = 0; b < rows; b++)
+      p->y[(row + b) * p->o + o + a] = sum(acc[a][b]) * (scaled_after ? p->scale[o + a] : 1);
+}
+
+INLINE void transposed_outputs(kind kind, int grouped, int outputs, const product *p, int64_t o) {
+  int64_t row = 0;
+  for (; row + AT_ONCE <= p->r; row += AT_ONCE)
+    transposed_tile(kind, grouped, AT_ONCE, outputs, p, row, o);
+  if (AT_ONCE > 3 && p->r - row == 3) transposed_tile(kind, grouped, 3, outputs, p, row, o);
+  if (AT_ONCE > 2 && p->r - row == 2) transposed_tile(kind, grouped, 2, outputs, p, row, o);
+  if (p->r - row == 1) transposed_tile(kind, grouped, 1, outputs, p, row, o);
+}
+
+INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o, int64_t end) {
+  for (; o + OUTPUTS <= end; o += OUTPUTS) transposed_outputs(kind, grouped, OUTPUTS, p, o);
+  for (; o < end; o++) transposed_outputs(kind, grouped, 1, p, o);
+}
+
+static void transposed_task(const void *arguments, int64_t task) {
+  const product *p = arguments;
+  int64_t o = task * p->chunk, end = o + p->chunk < p->o ? o + p->chunk : p->o;
+  if (p->kind == FLOAT32) transposed_chunk(FLOAT32, 0, p, o, end);
+  if (p->kind == BFLOAT16) transposed_chunk(BFLOAT16, 0, p, o, end);
+  if (p->kind == INT8 && p->k == 1 && !p->offset) transposed_chunk(INT8, 0, p, o, end);
+  if (p->kind == INT8 && (p->k > 1 || p->offset)) transposed_chunk(INT8, 1, p, o, end);
+  if (p->kind == INT4 && p->k == 1) transposed_chunk(INT4, 0, p, o, end);
+  if (p->kind == INT4 && p->k > 1) transposed_chunk(INT4, 1, p, o, end);
+}
+
+/* (i, o): outputs along the vectors. Sixteen rows of weights are read beside each other, and their
+ * sums are added to the result, of which a chunk lies in the nearest cache. */
+
+#define INPUTS 16
+
+INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
+                       int64_t o, int64_t end) {
+  const float *x = p->x + row * p->i + c;
+  int64_t size = kind == FLOAT32 ? 4 : 2;
+  const char *w = (const char *)p->w + c * p->o * size;
+  for (; o < end; o += LANES) {
+    int64_t n = end - o < LANES ? end - o : LANES;
+    vec acc[AT_ONCE];
+    for (int b = 0; b < rows; b++) {
+      float *y = p->y + (row + b) * p->o + o;
+      acc[b] = c == 0 ? (vec){0} : n == LANES ? load(y) : load_some(y, n);
+    }
+    for (int a = 0; a < inputs; a++) {
+      vec weights = weights_at(kind, w + a * p->o * size, o, n);
+      if (o * size % 64 == 0) __builtin_prefetch(w + (a + INPUTS) * p->o * size + o * size);
+      for (int b = 0; b < rows; b++) acc[b] += weights * x[b * p->i + a];
+    }
+    for (int b = 0; b < rows; b++) {
+      float *y = p->y + (row + b) * p->o + o;
+      if (n == LANES)
+        store(y, acc[b]);
+      else
+        store_some(y, acc[b], n);
+    }
+  }
+}
+
+INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
+                         int64_t end) {
+  int64_t row = 0;
+  for (; row + AT_ONCE <= p->r; row += AT_ONCE)
+    plain_tile(kind, AT_ONCE, inputs, p, row, c, o, end);
+  if (AT_ONCE > 3 && p->r - row == 3) plain_tile(kind, 3, inputs, p, row, c, o, end);
+  if (AT_ONCE > 2 && p->r - row == 2) plain_tile(kind, 2, inputs, p, row, c, o, end);
+  if (p->r - row == 1) plain_tile(kind, 1, inputs, p, row, c, o, end);
+}
+
+INLINE void plain_chunk(kind kind, const product *p, int64_t o, int64_t end) {
+  int64_t c = 0;
+  for (; c + INPUTS <= p->i; c += INPUTS) plain_inputs(kind, INPUTS, p, c, o, end);
+  for (; c < p->i; c++) plain_inputs(kind, 1, p, c, o, end);
+}
+
+static void plain_task(const void *arguments, int64_t task) {
+  const product *p = arguments;
+  int64_t o = task * p->chunk, end = o + p->chunk < p->o ? o + p->chunk : p->o;
+  if (p->kind == FLOAT32)
+    plain_chunk(FLOAT32, p, o, end);
+  else
+    plain_chunk(BFLOAT16, p, o, end);
+}
+
+/* Runs a product in `parts` chunks of outputs for each thread, of at most `most` outputs. */
+static void run_product(XLA_FFI_CallFrame *frame, product *p, void (*task)(const void *, int64_t),
+                        int64_t bytes, int64_t parts, int64_t most) {
+  int64_t threads = threads_for(frame, (double)bytes), chunk = p->o;
+  if (threads > 1) chunk = (p->o + parts * threads - 1) / (parts * threads);
+  chunk = (chunk < most ? chunk : most) + LANES - 1;
+  p->chunk = chunk / LANES * LANES;
+  run_tasks(frame, task, p, (p->o + p->chunk - 1) / p->chunk, threads);
+}
+
+static int are_matrices(const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *w,
+                        const XLA_FFI_Buffer *y) {
+  return is(x, XLA_FFI_DataType_F32, 2) && is(y, XLA_FFI_DataType_F32, 2) && w->rank == 2 &&
+         y->dims[0] == x->dims[0];
+}
+
+XLA_FFI_Error *jaxformers_rows_times(XLA_FFI_CallFrame *frame) {
+  if (answers_query(frame)) return NULL;
+  if (frame->args.size != 2 || frame->rets.size != 1)
+    return refuse(frame, "rows_times takes rows and weights");
+  XLA_FFI_Buffer *x = argument(frame, 0), *w = argument(frame, 1), *y = result(frame, 0);
+  product p = {.kind = w->dtype == XLA_FFI_DataType_F32 ? FLOAT32 : BFLOAT16};
+  if (!are_matrices(x, w, y) ||
+      (w->dtype != XLA_FFI_DataType_F32 && w->dtype != XLA_FFI_DataType_BF16))
+    return refuse(frame, "rows_times takes rows in float32 and weights in float32 or bfloat16");
+  p.r = x->dims[0], p.i = x->dims[1], p.o = w->dims[1];
+  p.x = x->data, p.w = w->data, p.y = y->data;
+  if (w->dims[0] != p.i || y->dims[1] != p.o)
+    return refuse(frame, "the shapes of rows_times' arguments do not fit together");
+  if (p.i == 0) memset(p.y, 0, p.r * p.o * sizeof(float));
+  if (p.r * p.i * p.o == 0) return NULL;
+  int64_t bytes = p.i * p.o * (p.kind == FLOAT32 ? 4 : 2);
+  /* Long chunks are read fast, and the sums of short ones stay near: 32 KiB of them. */
+  run_product(frame, &p, plain_task, bytes, 1, 8192 / (p.r < 8 ? p.r : 8));
+  return NULL;
+}
+
+/* Copies rows with the 16 even inputs of each 32 before the 16 odd ones. */
+static float *split_pairs(const product *p) {
+  float *x = malloc(p->r * p->i * sizeof(float) + 1);
+  for (int64_t c = 0; x && c < p->r * p->i; c++)
+    x[c / 32 * 32 + c % 2 * 16 + c % 32 / 2] = p->x[c];
+  return x;
+}
+
+XLA_FFI_Error *jaxformers_rows_times_transpose(XLA_FFI_CallFrame *frame) {
+  if (answers_query(frame)) return NULL;
+  if (frame->args.size != 4 || frame->rets.size != 1)
+    return refuse(frame, "rows_times_transpose takes rows, weights, scales and offsets");
+  XLA_FFI_Buffer *x = argument(frame, 0), *w = argument(frame, 1), *scale = argument(frame, 2);
+  XLA_FFI_Buffer *offset = argument(frame, 3), *y = result(frame, 0);
+  product p = {0};
+  switch (w->dtype) {
+    case XLA_FFI_DataType_F32: p.kind = FLOAT32; break;
+    case XLA_FFI_DataType_BF16: p.kind = BFLOAT16; break;
+    case XLA_FFI_DataType_S8: p.kind = INT8; break;
+    case XLA_FFI_DataType_U8: p.kind = INT4; break;
+    default: return refuse(frame, "rows_times_transpose does not take weights of this type");
+  }
+  if (!are_matrices(x, w, y) || !is(scale, XLA_FFI_DataType_F32, 2) ||
+      !is(offset, XLA_FFI_DataType_F32, 2))
+    return refuse(frame, "rows_times_transpose takes matrices, and rows and scales in float32");
+  int integers = p.kind == INT8 || p.kind == INT4;
+  p.r = x->dims[0], p.i = x->dims[1], p.o = w->dims[0], p.k = scale->dims[1];
+  p.x = x->data, p.w = w->data, p.y = y->data, p.scale = scale->data;
+  p.offset = offset->dims[1] ? offset->data : NULL;
+  int64_t multiple = p.kind == INT4 ? 32 : p.k > 1 ? 16 : 1;
+  if (w->dims[1] != (p.kind == INT4 ? p.i / 2 : p.i) || y->dims[1] != p.o ||
+      (integers && (scale->dims[0] != p.o || p.k < 1 || p.i % p.k || p.i / p.k % multiple)) ||
+      (p.offset && (offset->dims[0] != p.o || offset->dims[1] != p.k)))
+    return refuse(frame, "the shapes of rows_times_transpose's arguments do not fit together");
+  if (!integers) p.k = 1, p.scale = p.offset = NULL;
+  if (p.i == 0) memset(p.y, 0, p.r * p.o * sizeof(float));
+  if (p.r * p.i * p.o == 0) return NULL;
+  if (p.kind == INT4 && !(p.x = split_pairs(&p)))
+    return refuse(frame, "rows_times_transpose has no memory left");
+  int64_t bytes = w->dims[0] * w->dims[1] * (p.kind == FLOAT32 ? 4 : p.kind == BFLOAT16 ? 2 : 1);
+  run_product(frame, &p, transposed_task, bytes, 4, p.o);
+  if (p.kind == INT4) free((float *)p.x);
+  return NULL;
+}
