@@ -45,8 +45,7 @@ def keep_compiled_programs(directory: str | os.PathLike | None = None) -> Path |
     told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     chosen = told if directory is None else directory
     if chosen is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser()
-        chosen = Path(home) / "jaxformers" / "programs"
+        chosen = user_cache() / "programs"
     path = Path(chosen)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -62,3 +61,9 @@ def keep_compiled_programs(directory: str | os.PathLike | None = None) -> Path |
     if _LEAST not in os.environ and getattr(jax.config, _LEAST.lower()) == 1.0:  # JAX's default
         jax.config.update(_LEAST.lower(), 0.0)
     return path
+
+
+def user_cache() -> Path:
+    """Returns the directory of this package in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser()
+    return Path(home) / "jaxformers"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import jax
 
+from jaxformers.compilation_cache import user_cache
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
 OPERATIONS = "attend", "rows_times", "rows_times_transpose"
-# The program is read by the compiler's own processor first, and then by any.
 FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC", "-Wno-psabi"
 _loaded: list[ctypes.CDLL] = []  # a library that is in use must stay loaded
 
@@ -94,8 +95,7 @@ def _find() -> Path:
 
 
 def _directory() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(home) / "jaxformers" / "native"
+    directory = user_cache() / "native"
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=directory):
