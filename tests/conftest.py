@@ -66,6 +66,12 @@ def no_shape_checker():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def no_native(monkeypatch):
+    """Does without operations in C, in programs that are not compiled yet."""
+    monkeypatch.setattr("jaxformers.native.library.obstacle", lambda: "off")
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs that run once on tiny arrays are not worth optimizing."""

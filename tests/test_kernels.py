@@ -319,11 +319,6 @@ def test_choice(backend, t, options, kernel):
     assert str(choice).startswith(kernel)
 
 
-@pytest.fixture
-def no_native(monkeypatch):
-    monkeypatch.setattr("jaxformers.native.library.obstacle", lambda: "off")
-
-
 def test_one_query_is_never_cut_into_blocks(no_native):
     """As in decoding: a row of scores is linear in the sequence already."""
     choice = choose_attention(shape(1), *2 * [shape(10**6)], AttentionMask(), backend="cpu")
