@@ -24,10 +24,9 @@ def few_rows(x: Any, w: Any) -> bool:
 def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, "*r o"]:
     """Returns `x w`, by an operation in C where that is faster.
 
-    That is measured for weights of 16 bits, and for those of 32 bits with two to eight rows and no
-    fewer outputs than inputs.
+    That is measured for weights of 16 bits, and for those of 32 bits with up to eight rows.
     """
-    wide = w.dtype == jnp.float32 and 2 <= len(x) <= 8 and w.shape[0] <= w.shape[1]
+    wide = w.dtype == jnp.float32 and len(x) <= 8
     if x.dtype == w.dtype and (wide or w.dtype == jnp.bfloat16) and few_rows(x, w):
         return _rows_times(x.astype(jnp.float32), w).astype(x.dtype)
     return x @ w
@@ -36,10 +35,10 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
 def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Float[Array, "*r o"]:
     """Returns `x w^T`, by an operation in C where that is faster.
 
-    That is measured for weights of 16 bits, and for those of 32 bits with up to two rows.
+    That is measured for weights of 16 bits, and for those of 32 bits with up to four rows.
     """
-    narrow = w.dtype == jnp.float32 and len(x) <= 2
-    if x.dtype == w.dtype and (narrow or w.dtype == jnp.bfloat16) and few_rows(x, w):
+    wide = w.dtype == jnp.float32 and len(x) <= 4
+    if x.dtype == w.dtype and (wide or w.dtype == jnp.bfloat16) and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
     return x @ w.T
