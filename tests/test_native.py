@@ -197,6 +197,47 @@ def test_another_device_gets_jax():
 
 
 @needs_library
+def test_an_exported_program_is_of_jax():
+    q = jnp.ones((1, 2, 3, 8))
+    program = jax.jit(lambda q: fast_attention(q, q, q, None))
+    exported = jax.export.export(program)(q)
+    close(jax.export.deserialize(exported.serialize()).call(q), q, 1e-6)
+    (rows,) = jax.export.symbolic_shape("r")
+    of_any = jax.export.export(jax.jit(contract))
+    assert of_any(jax.ShapeDtypeStruct((rows, 8), jnp.float32), jnp.ones((8, 5))).in_avals
+
+
+@needs_library
+def test_calls_without_jit():
+    q = jnp.ones((1, 2, 3, 8))
+    with jax.disable_jit():
+        close(native_attention(q, q, q, None), q, 1e-6)
+        assert contract(jnp.ones((1, 8)), jnp.ones((8, 5))).shape == (1, 5)
+
+
+@needs_library
+def test_types_that_name_a_mesh_get_jax():
+    q, mesh = jnp.ones((2, 4, 1, 8)), jax.make_mesh((1,), ("x",))
+    rows = jax.sharding.PartitionSpec("x")
+
+    def f(q):
+        return jax.lax.fori_loop(0, 2, lambda i, q: fast_attention(q, q, q, None), q)
+
+    assert not calls_c(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows), q)
+    assert not calls_c(f, jax.device_put(q, jax.sharding.NamedSharding(mesh, rows)))
+
+
+@needs_library
+def test_a_bias_in_16_bits():
+    class Ones(eqx.Module):
+        def bias(self, *_):
+            return jnp.ones((1, 2, 3, 3), jnp.bfloat16)
+
+    q = jnp.ones((1, 2, 3, 8))
+    close(native_attention(q, q, q, AttentionMask(bias=Ones())), q, 1e-6)
+
+
+@needs_library
 def test_arrays_on_a_mesh_get_jax():
     program = """
 import jax, jax.numpy as jnp
@@ -288,9 +329,10 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text(f"#!/bin/sh\necho x >> {asked}\necho no such option >&2\nexit 3\n")
     compiler.chmod(0o755)
-    for _ in range(2):
-        told = obstacle_in({"CC": str(compiler)}, tmp_path)
-        assert told == "the C compiler ended with 3: no such option"
+    for again in (False, True):
+        told = obstacle_in({"CC": f"{compiler} -with arguments"}, tmp_path)
+        assert told.startswith("the C compiler ended with 3: no such option")
+        assert ("to try again" in told) == again
     assert asked.read_text().count("x") == 2  # with and without -march=native
 
 
@@ -301,6 +343,35 @@ def test_a_library_that_does_not_load_or_does_not_agree(tmp_path):
     told = obstacle_in({"CC": str(compiler)}, tmp_path)
     assert told.startswith("their test ended with 1:") and "cannot be loaded" in told
     assert not list(Path(tmp_path).rglob("*.so"))
+
+
+def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
+    directory = tmp_path / "jaxformers" / "native"
+    directory.mkdir(parents=True)
+    (directory / f"{library._key()}.so").write_text("broken")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(library._Unavailable, match="the C compiler ended with 1"):
+        library._load()
+
+
+def test_without_sources_or_a_home(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(library, "user_cache", no_home)
+    assert library._prepare.__wrapped__() == "no home"
+    monkeypatch.setattr(library, "SOURCES", tmp_path / "package.zip" / "source")
+    library._key.cache_clear()
+    monkeypatch.setattr(library, "user_cache", lambda: tmp_path)
+    assert "a source cannot be read" in library._prepare.__wrapped__()
+    library._key.cache_clear()
+
+
+@needs_library
+def test_a_library_that_is_there_needs_no_directory_to_write(monkeypatch):
+    monkeypatch.setattr(library, "_check_writable", lambda directory: 1 / 0)
+    library._load()
 
 
 def test_a_cache_directory_that_cannot_be_written(tmp_path):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from jaxformers.kernels.plain import check_inputs, dot_product_attention, refuse_dropout
 from jaxformers.masks import AttentionMask, Mask, as_mask
 from jaxformers.native import library
-from jaxformers.native.operation import is_spread, operation
+from jaxformers.native.operation import is_fixed, is_spread, operation
 
 FEW = 16  # queries; with more, the products of XLA are faster
 MOST_FEATURES = 512  # of a head
@@ -70,7 +70,11 @@ def native_attention(
     mask, (n, t), s = as_mask(mask), q.shape[-3:-1], k.shape[-2]
     allowed, bias = mask.materialize(t, s), mask.score_bias(t, s, n)
     allowed = jnp.ones((1, s), jnp.bool_) if allowed is None else allowed
-    bias = jnp.zeros((1, 1, 1, 0), jnp.float32) if bias is None else _four_axes(bias, s)
+    bias = (
+        jnp.zeros((1, 1, 1, 0), jnp.float32)
+        if bias is None
+        else _four_axes(bias.astype(jnp.float32), s)
+    )
     numbers = {"heads": k.shape[-3], "softcap": float(softcap or 0)}
     kv = (_without_ones(x) for x in (k, v))
     out = _attend(q if q.ndim == 4 else q[None], *kv, _four_axes(allowed, s), bias, **numbers)
@@ -82,7 +86,8 @@ def obstacle_to_native(q: Any, k: Any, v: Any) -> str | None:
     types = q.dtype, k.dtype, v.dtype
     if types not in ((jnp.float32,) * 3, (jnp.bfloat16,) * 3):
         return f"no C call, since it takes float32 or bfloat16, not {q.dtype} and {k.dtype}"
-    if len(q.shape) > 4 or q.shape[-1] > MOST_FEATURES or 0 in (*q.shape, *k.shape):
+    few_axes = len(q.shape) <= 4 and is_fixed(q, k, v)
+    if not few_axes or q.shape[-1] > MOST_FEATURES or 0 in (*q.shape, *k.shape):
         return f"no C call for the shapes {q.shape} and {k.shape}"
     if any(map(is_spread, (q, k, v))):
         return "no C call, since the arrays are spread over devices"

@@ -5,10 +5,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "source"
 OPERATIONS = "attend", "rows_times", "rows_times_transpose"
 FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC", "-Wno-psabi"
+_preparing = threading.Lock()  # threads may ask at the same time
 _loaded: list[ctypes.CDLL] = []  # a library that is in use must stay loaded
 
 
@@ -35,13 +38,8 @@ def obstacle() -> str | None:
         >>> obstacle() is None or isinstance(obstacle(), str)
         True
     """
-    try:
-        path = _find()
-        register(path)
-    except _Unavailable as error:
-        logger.info("no operations in C: %s", error)
-        return str(error)
-    return None
+    with _preparing:
+        return _prepare()
 
 
 def target(operation: str) -> str:
@@ -68,58 +66,83 @@ class _Unavailable(Exception):
     """There are no operations in C; the text says why."""
 
 
-def _find() -> Path:
-    """Returns the library for this processor, and builds it if there is none yet."""
+@cache
+def _prepare() -> str | None:
+    try:
+        _load()
+    except (_Unavailable, OSError, RuntimeError, ValueError) as error:
+        logger.info("no operations in C: %s", error)
+        return str(error)
+    return None
+
+
+def _load() -> None:
+    """Loads the library for this processor, and builds it if there is none that loads."""
     if os.environ.get("JAXFORMERS_NATIVE") == "0":
         raise _Unavailable("JAXFORMERS_NATIVE=0 turns them off")
     if os.name != "posix" or sys.byteorder != "little":
         raise _Unavailable("they are for Linux and macOS on processors that are little-endian")
-    directory = _directory()
-    path = directory / f"{_key()}.so"
+    path = user_cache() / "native" / f"{_key()}.so"
     if path.exists():
-        if path.stat().st_uid != os.getuid():
+        if path.stat().st_uid not in (os.getuid(), 0):
             raise _Unavailable(f"the library {path} belongs to another user")
-        return path
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("clang")
-    if not compiler:
-        raise _Unavailable("there is no C compiler (cc) on this machine")
-    failure = directory / f"{_key()}-{_digest(compiler)}.failed"
+        try:
+            return register(path)
+        except _Unavailable as error:
+            logger.info("%s. It is built again.", error)
+    compiler = _compiler()
+    _check_writable(path.parent)
+    failure = path.with_name(f"{path.stem}-{_digest(*compiler)}.failed")
     if failure.exists():
-        raise _Unavailable(failure.read_text())
+        raise _Unavailable(f"{failure.read_text()} (delete {failure} to try again)")
     try:
         _build(compiler, path)
     except _Unavailable as error:
         failure.write_text(str(error))
         raise
-    return path
+    register(path)
 
 
-def _directory() -> Path:
-    directory = user_cache() / "native"
+def _compiler() -> list[str]:
+    """Returns the command of the C compiler, which has arguments in `CC="ccache gcc"`."""
+    told = os.environ.get("CC", "").strip()
+    if told:
+        return [told] if shutil.which(told) else shlex.split(told)
+    found = shutil.which("cc") or shutil.which("clang")
+    if not found:
+        raise _Unavailable("there is no C compiler (cc) on this machine")
+    return [found]
+
+
+def _check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise _Unavailable(f"the cache directory {directory} cannot be written: {error}") from error
-    return directory
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: list[str], path: Path) -> None:
     """Compiles the sources to `path`, which exists only if the library passed its test."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise _Unavailable("there is no Python interpreter that could test them")
     logger.info("compiling operations in C to %s", path)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         library = Path(scratch) / path.name
         sources = [str(x) for x in sorted(SOURCES.glob("*.c"))]
         include = f"-I{jax.ffi.include_dir()}"
         for processor in (["-march=native"], []):  # some compilers know no `native`
-            command = [compiler, *FLAGS, *processor, include, "-o", str(library), *sources, "-lm"]
+            options = *FLAGS, *processor, include, "-o", str(library)
+            command = [*compiler, *options, *sources, "-lm"]
             told = _run(command, "the C compiler")
             if told is None:
                 break
         else:
             raise _Unavailable(told)
-        told = _run([sys.executable, "-m", "jaxformers.native.check", str(library)], "their test")
+        told = _run(
+            [sys.executable, "-P", "-m", "jaxformers.native.check", str(library)], "their test"
+        )
         if told is not None:
             raise _Unavailable(told)
         os.replace(library, path)
@@ -127,8 +150,13 @@ def _build(compiler: str, path: Path) -> None:
 
 def _run(command: list[str], what: str) -> str | None:
     """Runs a command; returns why it failed, or None if it did not."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAXFORMERS_NATIVE": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    # Settings of the user's program, such as JAX_DISABLE_JIT or warnings that are errors, are
+    # none of the test's.
+    unwanted = "JAX_", "XLA_", "PYTHONWARNINGS"
+    environment = {k: x for k, x in os.environ.items() if not k.startswith(unwanted)}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAXFORMERS_NATIVE": "0"}
+    home = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), home])
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, env=environment, check=False
@@ -145,9 +173,9 @@ def _run(command: list[str], what: str) -> str | None:
 def _key() -> str:
     """Returns a name for these sources, this version of XLA's interface and this processor."""
     header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    files = [*sorted(SOURCES.iterdir()), header]
     try:
-        texts = [path.read_text() for path in files if path.is_file()]
+        files = [*sorted(x for x in SOURCES.iterdir() if x.is_file()), header]
+        texts = [path.read_text("utf-8") for path in files]
     except OSError as error:
         raise _Unavailable(f"a source cannot be read: {error}") from error
     return _digest(*texts, *FLAGS, platform.platform(), _processor())

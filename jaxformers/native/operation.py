@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jaxformers.native.library import target
@@ -18,7 +19,8 @@ def operation(
 ) -> Callable[..., Array]:
     """Returns a function that runs an operation in C where a program is compiled for a CPU.
 
-    On other devices, under `vmap` and under differentiation the plain function runs.
+    On other devices, under `vmap`, under differentiation and in exported programs the plain
+    function runs.
 
     Arguments:
         name: the operation, one of `jaxformers.native.library.OPERATIONS`.
@@ -52,22 +54,46 @@ def operation(
     def batch(arrays: Any, axes: Any, **numbers: float) -> Any:
         return jax.vmap(partial(plain, **numbers), axes)(*arrays), 0
 
+    in_jax, in_c = (mlir.lower_fun(f, multiple_results=False) for f in (plain, native))
+
+    def lower_for_cpu(context: Any, *arrays: Any, **numbers: float) -> Any:
+        # A program that is exported runs where there may be no library.
+        exported = context.module_context.lowering_parameters.for_export
+        return (in_jax if exported else in_c)(context, *arrays, **numbers)
+
     program = jax.jit(
         lambda numbers, *arrays: primitive.bind(*arrays, **dict(numbers)), static_argnums=0
     )
+
+    def run(*arrays: Array, **numbers: float) -> Array:
+        with jax.disable_jit(False):  # else the program would call this function again
+            return program(tuple(numbers.items()), *arrays)
+
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *arrays, **numbers: program(tuple(numbers.items()), *arrays))
-    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
-    lowered = mlir.lower_fun(native, multiple_results=False)
-    mlir.register_lowering(primitive, lowered, platform="cpu")
+    primitive.def_impl(run)
+    mlir.register_lowering(primitive, in_jax)
+    mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
     ad.primitive_jvps[primitive] = differentiate
     batching.primitive_batchers[primitive] = batch
     return primitive.bind
 
 
 def is_spread(x: Any) -> bool:
-    """Returns whether an array lies on several devices, as far as is known while it is traced."""
-    if isinstance(x, jax.core.Tracer):
-        mesh = getattr(jax.typeof(x).sharding, "mesh", None)
-        return mesh is not None and not mesh.empty and mesh.size > 1
-    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    """Returns whether an array lies on several devices, as far as is known while it is traced.
+
+    An array whose type says more of a mesh than an operation knows counts as well: one inside
+    `jax.shard_map`, or on a mesh with Explicit axes, be it of one device.
+    """
+    if not isinstance(x, jax.Array):
+        return False
+    if not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) > 1:
+        return True
+    mesh = getattr(jax.typeof(x).sharding, "mesh", None)
+    if mesh is None or mesh.empty:
+        return False
+    return mesh.size > 1 or any(kind != AxisType.Auto for kind in mesh.axis_types)
+
+
+def is_fixed(*arrays: Any) -> bool:
+    """Returns whether all sizes are numbers, which they need not be in an exported program."""
+    return all(isinstance(n, int) for x in arrays for n in x.shape)

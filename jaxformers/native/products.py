@@ -7,15 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformers.native import library
-from jaxformers.native.operation import is_spread, operation
+from jaxformers.native.operation import is_fixed, is_spread, operation
 
 # With more rows the products of XLA, which convert a weight once for all of them, are as fast.
 FEW = 16
 
 
-def few_rows(x: Any, w: Any) -> bool:
+def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
     """Returns whether a product is one of few rows, on one CPU, where there are operations in C."""
-    few = x.ndim == 2 and 1 <= len(x) <= FEW and x.dtype in (jnp.float32, jnp.bfloat16)
+    few = x.ndim == 2 and is_fixed(x, w) and 1 <= len(x) <= most
+    few = few and x.dtype in (jnp.float32, jnp.bfloat16)
     if not few or 0 in (*x.shape, *w.shape) or jax.default_backend() != "cpu":
         return False
     return not (is_spread(x) or is_spread(w)) and library.obstacle() is None
@@ -26,8 +27,8 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
 
     That is measured for weights of 16 bits, and for those of 32 bits with up to eight rows.
     """
-    wide = w.dtype == jnp.float32 and len(x) <= 8
-    if x.dtype == w.dtype and (wide or w.dtype == jnp.bfloat16) and few_rows(x, w):
+    most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
+    if x.dtype == w.dtype and few_rows(x, w, most):
         return _rows_times(x.astype(jnp.float32), w).astype(x.dtype)
     return x @ w
 
@@ -37,8 +38,8 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
 
     That is measured for weights of 16 bits, and for those of 32 bits with up to four rows.
     """
-    wide = w.dtype == jnp.float32 and len(x) <= 4
-    if x.dtype == w.dtype and (wide or w.dtype == jnp.bfloat16) and few_rows(x, w):
+    most = {jnp.dtype(jnp.float32): 4, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
+    if x.dtype == w.dtype and few_rows(x, w, most):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
     return x @ w.T

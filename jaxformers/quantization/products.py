@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer, UInt8
 
-from jaxformers.native.operation import operation
+from jaxformers.native.operation import is_fixed, operation
 from jaxformers.native.products import few_rows, shape_of_transpose
 
 # The most rows that are multiplied one after the other. With more, the copy takes less time.
@@ -50,7 +50,7 @@ def product(
         given = jnp.zeros((1, 0), jnp.float32) if offset is None else offset
         return _native(x.astype(jnp.float32), integers, scale, given).astype(x.dtype)
     integers = unpack(integers) if integers.dtype == jnp.uint8 else integers
-    few = x.ndim == 2 and 1 <= len(x) <= FEW
+    few = x.ndim == 2 and is_fixed(x) and 1 <= len(x) <= FEW
     if not few or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
         return _by_copy(x, integers, scale, offset)
     rows = _computed_once(x.astype(jnp.float32))
