@@ -242,6 +242,8 @@ def test_targets_are_continued():
     """
     pieces = {"position": RotaryPositionalEncoding(scaling=LONG)}
     model, masked = make_seq2seq(num_kv_heads=2, **pieces), {"src_padding_mask": SRC_REAL}
+    # Of its doubled weights one unit in the last place moves the log-probs by up to 1e-4.
+    model = jax.tree.map(lambda x: x / 2 if eqx.is_array(x) else x, model)
     first = model.generate(SRC, 6, 3, return_cache=True, **masked, **WITH_END)
     texts = [until_end(row) for row in np.asarray(first.tokens).tolist()]
     check_held(first.cache, texts)
@@ -255,7 +257,7 @@ def test_targets_are_continued():
     for draft in ({}, {"prompt_lookup": 2}):
         out = model.generate(None, 4 + NEW, return_cache=True, **draft, **options)
         np.testing.assert_array_equal(out.tokens[:, 4:], whole.tokens[:, 10:])
-        np.testing.assert_allclose(out.log_probs, whole.log_probs, atol=2e-5)
+        np.testing.assert_allclose(out.log_probs, whole.log_probs, atol=5e-6)
         said = [until_end(row) for row in np.asarray(whole.tokens)[:, 10:].tolist()]
         check_held(out.cache, [text + row for text, row in zip(texts, said, strict=True)])
     for _ in range(2):  # the cache is not used up

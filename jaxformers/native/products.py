@@ -28,7 +28,7 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
     That is measured for weights of 16 bits, and for those of 32 bits with up to eight rows.
     """
     most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
-    if x.dtype == w.dtype and few_rows(x, w, most):
+    if x.dtype == w.dtype and x.shape[-1] == w.shape[0] and few_rows(x, w, most):
         return _rows_times(x.astype(jnp.float32), w).astype(x.dtype)
     return x @ w
 
@@ -39,7 +39,7 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     That is measured for weights of 16 bits, and for those of 32 bits with up to four rows.
     """
     most = {jnp.dtype(jnp.float32): 4, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
-    if x.dtype == w.dtype and few_rows(x, w, most):
+    if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w, most):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
     return x @ w.T

@@ -50,61 +50,89 @@ INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
   return load_int8(some);
 }
 
-/* Multiplies `rows` rows with `outputs` outputs from `o` on. */
-INLINE void transposed_tile(kind kind, int grouped, int rows, int outputs, const product *p,
-                            int64_t row, int64_t o) {
-  vec acc[OUTPUTS][AT_ONCE];
-  int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1, group = p->i / p->k;
-  const float *x = p->x + row * p->i;
-  for (int a = 0; a < outputs; a++)
-    for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
-  if (kind == INT4) {
-    for (int64_t c = 0; c < p->i; c += 2 * LANES) { /* x has the even inputs before the odd ones */
-      for (int a = 0; a < outputs; a++) {
-        const uint8_t *w = (const uint8_t *)p->w + ((o + a) * p->i + c) / 2;
-        vec low, high;
-        if (c % 128 == 0) __builtin_prefetch(w + AHEAD);
-        load_int4(w, &low, &high);
-        int64_t of = (o + a) * p->k + (grouped ? c / group : 0);
-        float scale = p->scale[of], offset = p->offset ? p->offset[of] : 0;
-        low = low * scale + offset, high = high * scale + offset;
-        for (int b = 0; b < rows; b++) {
-          acc[a][b] += low * load(x + b * p->i + c);
-          acc[a][b] += high * load(x + b * p->i + c + LANES);
-        }
-      }
-    }
-  } else {
-    int64_t whole = p->i / LANES * LANES;
-    for (int64_t c = 0; c < p->i; c += LANES) {
-      int64_t n = c < whole ? LANES : p->i - whole;
-      vec inputs[AT_ONCE];
-      for (int b = 0; b < rows; b++)
-        inputs[b] = n == LANES ? load(x + b * p->i + c) : load_some(x + b * p->i + c, n);
-      for (int a = 0; a < outputs; a++) {
-        const char *row = (const char *)p->w + (o + a) * p->i * size;
-        if (c * size % 64 == 0) __builtin_prefetch(row + c * size + AHEAD);
-        vec w = weights_at(kind, row, c, n);
-        if (grouped) {
-          int64_t of = (o + a) * p->k + c / group;
-          w = p->offset ? w * p->scale[of] + p->offset[of] : w * p->scale[of];
-        }
-        for (int b = 0; b < rows; b++) acc[a][b] += w * inputs[b];
-      }
+/* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */
+INLINE void add_inputs(kind kind, int scaled, int rows, int outputs, int width, const product *p,
+                       const float *x, const char *w, int64_t stride, int64_t c, int64_t n,
+                       const vec *scale, const vec *offset, vec acc[OUTPUTS][AT_ONCE]) {
+  int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
+  if (width > 1)
+    for (int a = 0; a < outputs; a++)
+      for (int64_t line = 0; line < width * LANES * size; line += 64)
+        __builtin_prefetch(w + a * stride + c * size + line + AHEAD);
+  for (int i = 0; i < width; i++, c += LANES) {
+    vec inputs[AT_ONCE];
+    for (int b = 0; b < rows; b++)
+      inputs[b] = n == LANES ? load(x + b * p->i + c) : load_some(x + b * p->i + c, n);
+    for (int a = 0; a < outputs; a++) {
+      vec y = weights_at(kind, w + a * stride, c, n);
+      if (scaled) y = y * scale[a] + offset[a];
+      for (int b = 0; b < rows; b++) acc[a][b] += y * inputs[b];
     }
   }
-  int scaled_after = kind == INT8 && !grouped;
+}
+
+/* Adds the products of 32 inputs in four bits; x has the even ones before the odd ones. */
+INLINE void add_halves(int rows, int outputs, const product *p, const float *x, const char *w,
+                       int64_t stride, int64_t c, const vec *scale, const vec *offset,
+                       vec acc[OUTPUTS][AT_ONCE]) {
+  for (int a = 0; a < outputs; a++) {
+    vec low, high;
+    const uint8_t *bytes = (const uint8_t *)w + a * stride + c / 2;
+    __builtin_prefetch(bytes + AHEAD);
+    load_int4(bytes, &low, &high);
+    low = low * scale[a] + offset[a], high = high * scale[a] + offset[a];
+    for (int b = 0; b < rows; b++) {
+      acc[a][b] += low * load(x + b * p->i + c);
+      acc[a][b] += high * load(x + b * p->i + c + LANES);
+    }
+  }
+}
+
+/* Multiplies `rows` rows with `outputs` outputs from `o` on, one group of inputs after the other. */
+INLINE void transposed_tile(kind kind, int grouped, int rows, int outputs, const product *p,
+                            int64_t row, int64_t o) {
+  vec acc[OUTPUTS][AT_ONCE], scale[OUTPUTS], offset[OUTPUTS];
+  const float *x = p->x + row * p->i;
+  int64_t stride = kind == FLOAT32 ? 4 * p->i : kind == BFLOAT16 ? 2 * p->i : p->i;
+  if (kind == INT4) stride = p->i / 2;
+  const char *w = (const char *)p->w + o * stride;
+  for (int a = 0; a < outputs; a++)
+    for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
+  for (int64_t g = 0; g < p->k; g++) {
+    int64_t c = g * (p->i / p->k), end = c + p->i / p->k;
+    if (grouped)
+      for (int a = 0; a < outputs; a++) {
+        scale[a] = splat(p->scale[(o + a) * p->k + g]);
+        offset[a] = splat(p->offset ? p->offset[(o + a) * p->k + g] : 0);
+      }
+    if (kind == INT4) {
+      for (; c < end; c += 2 * LANES)
+        add_halves(rows, outputs, p, x, w, stride, c, scale, offset, acc);
+      continue;
+    }
+    for (; c + 4 * LANES <= end; c += 4 * LANES)
+      add_inputs(kind, grouped, rows, outputs, 4, p, x, w, stride, c, LANES, scale, offset, acc);
+    for (; c + 2 * LANES <= end; c += 2 * LANES)
+      add_inputs(kind, grouped, rows, outputs, 2, p, x, w, stride, c, LANES, scale, offset, acc);
+    for (; c < end; c += LANES) {
+      int64_t n = end - c < LANES ? end - c : LANES;
+      add_inputs(kind, grouped, rows, outputs, 1, p, x, w, stride, c, n, scale, offset, acc);
+    }
+  }
   for (int a = 0; a < outputs; a++)
     for (int b = 0; b < rows; b++)
-      p->y[(row + b) * p->o + o + a] = sum(acc[a][b]) * (scaled_after ? p->scale[o + a] : 1);
+      p->y[(row + b) * p->o + o + a] =
+          sum(acc[a][b]) * (kind == INT8 && !grouped ? p->scale[o + a] : 1);
 }
 
 INLINE void transposed_outputs(kind kind, int grouped, int outputs, const product *p, int64_t o) {
   int64_t row = 0;
   for (; row + AT_ONCE <= p->r; row += AT_ONCE)
     transposed_tile(kind, grouped, AT_ONCE, outputs, p, row, o);
-  if (AT_ONCE > 3 && p->r - row == 3) transposed_tile(kind, grouped, 3, outputs, p, row, o);
-  if (AT_ONCE > 2 && p->r - row == 2) transposed_tile(kind, grouped, 2, outputs, p, row, o);
+  if (AT_ONCE > 2 && p->r - row >= 2) {
+    transposed_tile(kind, grouped, 2, outputs, p, row, o);
+    row += 2;
+  }
   if (p->r - row == 1) transposed_tile(kind, grouped, 1, outputs, p, row, o);
 }
 
@@ -120,8 +148,7 @@ static void transposed_task(const void *arguments, int64_t task) {
   if (p->kind == BFLOAT16) transposed_chunk(BFLOAT16, 0, p, o, end);
   if (p->kind == INT8 && p->k == 1 && !p->offset) transposed_chunk(INT8, 0, p, o, end);
   if (p->kind == INT8 && (p->k > 1 || p->offset)) transposed_chunk(INT8, 1, p, o, end);
-  if (p->kind == INT4 && p->k == 1) transposed_chunk(INT4, 0, p, o, end);
-  if (p->kind == INT4 && p->k > 1) transposed_chunk(INT4, 1, p, o, end);
+  if (p->kind == INT4) transposed_chunk(INT4, 1, p, o, end);
 }
 
 /* (i, o): outputs along the vectors. Sixteen rows of weights are read beside each other, and their
@@ -161,8 +188,10 @@ INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int
   int64_t row = 0;
   for (; row + AT_ONCE <= p->r; row += AT_ONCE)
     plain_tile(kind, AT_ONCE, inputs, p, row, c, o, end);
-  if (AT_ONCE > 3 && p->r - row == 3) plain_tile(kind, 3, inputs, p, row, c, o, end);
-  if (AT_ONCE > 2 && p->r - row == 2) plain_tile(kind, 2, inputs, p, row, c, o, end);
+  if (AT_ONCE > 2 && p->r - row >= 2) {
+    plain_tile(kind, 2, inputs, p, row, c, o, end);
+    row += 2;
+  }
   if (p->r - row == 1) plain_tile(kind, 1, inputs, p, row, c, o, end);
 }
 
