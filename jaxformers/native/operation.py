@@ -89,8 +89,8 @@ def is_spread(x: Any) -> bool:
     if not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) > 1:
         return True
     mesh = getattr(jax.typeof(x).sharding, "mesh", None)
-    if mesh is None or mesh.empty:
-        return False
+    if mesh is None or mesh.empty:  # a mesh that is set divides arrays whose types do not say so
+        return jax.sharding.get_abstract_mesh().size > 1
     return mesh.size > 1 or any(kind != AxisType.Auto for kind in mesh.axis_types)
 
 

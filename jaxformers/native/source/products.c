@@ -55,16 +55,13 @@ INLINE void add_inputs(kind kind, int scaled, int rows, int outputs, int width, 
                        const float *x, const char *w, int64_t stride, int64_t c, int64_t n,
                        const vec *scale, const vec *offset, vec acc[OUTPUTS][AT_ONCE]) {
   int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
-  if (width > 1)
-    for (int a = 0; a < outputs; a++)
-      for (int64_t line = 0; line < width * LANES * size; line += 64)
-        __builtin_prefetch(w + a * stride + c * size + line + AHEAD);
   for (int i = 0; i < width; i++, c += LANES) {
     vec inputs[AT_ONCE];
     for (int b = 0; b < rows; b++)
       inputs[b] = n == LANES ? load(x + b * p->i + c) : load_some(x + b * p->i + c, n);
     for (int a = 0; a < outputs; a++) {
       vec y = weights_at(kind, w + a * stride, c, n);
+      if (i * LANES * size % 64 == 0) __builtin_prefetch(w + a * stride + c * size + AHEAD);
       if (scaled) y = y * scale[a] + offset[a];
       for (int b = 0; b < rows; b++) acc[a][b] += y * inputs[b];
     }
