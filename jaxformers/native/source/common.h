@@ -158,6 +158,15 @@ static void help(void *w) {
   forget(w);
 }
 
+/* Returns whether there is an error, which belongs to the caller and is destroyed. */
+static int failed(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  if (!error) return 0;
+  XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
+                                        .error = error};
+  frame->api->XLA_FFI_Error_Destroy(&destroy);
+  return 1;
+}
+
 /* Returns over how many threads work is worth dividing that one of them needs `cost` bytes for. */
 static int64_t threads_for(XLA_FFI_CallFrame *frame, double cost) {
   int64_t threads = 1;
@@ -166,12 +175,7 @@ static int64_t threads_for(XLA_FFI_CallFrame *frame, double cost) {
                                             .ctx = frame->ctx,
                                             .num_threads = &threads};
   XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&ask);
-  if (error) {
-    XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE,
-                                          .error = error};
-    frame->api->XLA_FFI_Error_Destroy(&destroy);
-    return 1;
-  }
+  if (failed(frame, error)) return 1;
   int64_t most = (int64_t)(cost / 65536) + 1;
   return threads < most ? threads : most;
 }
@@ -195,12 +199,7 @@ static void run_tasks(XLA_FFI_CallFrame *frame, void (*run)(const void *, int64_
                                             .task = help,
                                             .data = w};
     XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&ask);
-    if (error) {
-      XLA_FFI_Error_Destroy_Args destroy = {
-          .struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
-      frame->api->XLA_FFI_Error_Destroy(&destroy);
-      forget(w);
-    }
+    if (failed(frame, error)) forget(w);
   }
   take_tasks(w);
   for (int spins = 0; atomic_load(&w->done) < tasks; spins++)
