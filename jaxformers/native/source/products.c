@@ -21,14 +21,16 @@ typedef struct {
   float *y;
 } product;
 
-/* (o, i): outputs beside each other, inputs along the vectors. */
+/* (o, i): one output after the other, inputs along the vectors. So the weights are read from the
+ * first to the last one. */
 
-/* Outputs and rows at a time: as many sums as there are registers for. */
+/* Vectors of inputs that are added apart, and rows at a time: as many sums as there are registers
+ * for. */
 #ifdef __AVX512F__
-#define OUTPUTS 4
+#define CHAINS 4
 #define AT_ONCE 4
 #else
-#define OUTPUTS 2
+#define CHAINS 2
 #define AT_ONCE 2
 #endif
 
@@ -51,91 +53,83 @@ INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
 }
 
 /* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */
-INLINE void add_inputs(kind kind, int scaled, int rows, int outputs, int width, const product *p,
-                       const float *x, const char *w, int64_t stride, int64_t c, int64_t n,
-                       const vec *scale, const vec *offset, vec acc[OUTPUTS][AT_ONCE]) {
+INLINE void add_inputs(kind kind, int scaled, int rows, int width, const product *p,
+                       const float *x, const char *w, int64_t c, int64_t n, vec scale, vec offset,
+                       vec acc[CHAINS][AT_ONCE]) {
   int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
-  for (int i = 0; i < width; i++, c += LANES) {
-    vec inputs[AT_ONCE];
-    for (int b = 0; b < rows; b++)
-      inputs[b] = n == LANES ? load(x + b * p->i + c) : load_some(x + b * p->i + c, n);
-    for (int a = 0; a < outputs; a++) {
-      vec y = weights_at(kind, w + a * stride, c, n);
-      if (i * LANES * size % 64 == 0) __builtin_prefetch(w + a * stride + c * size + AHEAD);
-      if (scaled) y = y * scale[a] + offset[a];
-      for (int b = 0; b < rows; b++) acc[a][b] += y * inputs[b];
+  for (int a = 0; a < width; a++, c += LANES) {
+    vec y = weights_at(kind, w, c, n);
+    if (a * LANES * size % 64 == 0) __builtin_prefetch(w + c * size + AHEAD);
+    if (scaled) y = y * scale + offset;
+    for (int b = 0; b < rows; b++) {
+      const float *inputs = x + b * p->i + c;
+      acc[a][b] += y * (n == LANES ? load(inputs) : load_some(inputs, n));
     }
   }
 }
 
 /* Adds the products of 32 inputs in four bits; x has the even ones before the odd ones. */
-INLINE void add_halves(int rows, int outputs, const product *p, const float *x, const char *w,
-                       int64_t stride, int64_t c, const vec *scale, const vec *offset,
-                       vec acc[OUTPUTS][AT_ONCE]) {
-  for (int a = 0; a < outputs; a++) {
-    vec low, high;
-    const uint8_t *bytes = (const uint8_t *)w + a * stride + c / 2;
-    __builtin_prefetch(bytes + AHEAD);
-    load_int4(bytes, &low, &high);
-    low = low * scale[a] + offset[a], high = high * scale[a] + offset[a];
-    for (int b = 0; b < rows; b++) {
-      acc[a][b] += low * load(x + b * p->i + c);
-      acc[a][b] += high * load(x + b * p->i + c + LANES);
-    }
+INLINE void add_halves(int rows, const product *p, const float *x, const char *w, int64_t c,
+                       vec scale, vec offset, vec acc[CHAINS][AT_ONCE]) {
+  vec low, high;
+  __builtin_prefetch(w + c / 2 + AHEAD);
+  load_int4((const uint8_t *)w + c / 2, &low, &high);
+  low = low * scale + offset, high = high * scale + offset;
+  for (int b = 0; b < rows; b++) {
+    acc[0][b] += low * load(x + b * p->i + c);
+    acc[1][b] += high * load(x + b * p->i + c + LANES);
   }
 }
 
-/* Multiplies `rows` rows with `outputs` outputs from `o` on, one group of inputs after the other. */
-INLINE void transposed_tile(kind kind, int grouped, int rows, int outputs, const product *p,
-                            int64_t row, int64_t o) {
-  vec acc[OUTPUTS][AT_ONCE], scale[OUTPUTS], offset[OUTPUTS];
+/* Multiplies `rows` rows with output o, one group of inputs after the other. */
+INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, int64_t row,
+                            int64_t o) {
+  vec acc[CHAINS][AT_ONCE], scale = {0}, offset = {0};
   const float *x = p->x + row * p->i;
   int64_t stride = kind == FLOAT32 ? 4 * p->i : kind == BFLOAT16 ? 2 * p->i : p->i;
   if (kind == INT4) stride = p->i / 2;
   const char *w = (const char *)p->w + o * stride;
-  for (int a = 0; a < outputs; a++)
+  for (int a = 0; a < CHAINS; a++)
     for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
   for (int64_t g = 0; g < p->k; g++) {
     int64_t c = g * (p->i / p->k), end = c + p->i / p->k;
-    if (grouped)
-      for (int a = 0; a < outputs; a++) {
-        scale[a] = splat(p->scale[(o + a) * p->k + g]);
-        offset[a] = splat(p->offset ? p->offset[(o + a) * p->k + g] : 0);
-      }
+    if (grouped) {
+      scale = splat(p->scale[o * p->k + g]);
+      offset = splat(p->offset ? p->offset[o * p->k + g] : 0);
+    }
     if (kind == INT4) {
-      for (; c < end; c += 2 * LANES)
-        add_halves(rows, outputs, p, x, w, stride, c, scale, offset, acc);
+      for (; c < end; c += 2 * LANES) add_halves(rows, p, x, w, c, scale, offset, acc);
       continue;
     }
-    for (; c + 4 * LANES <= end; c += 4 * LANES)
-      add_inputs(kind, grouped, rows, outputs, 4, p, x, w, stride, c, LANES, scale, offset, acc);
+    for (; c + CHAINS * LANES <= end; c += CHAINS * LANES)
+      add_inputs(kind, grouped, rows, CHAINS, p, x, w, c, LANES, scale, offset, acc);
     for (; c + 2 * LANES <= end; c += 2 * LANES)
-      add_inputs(kind, grouped, rows, outputs, 2, p, x, w, stride, c, LANES, scale, offset, acc);
+      add_inputs(kind, grouped, rows, 2, p, x, w, c, LANES, scale, offset, acc);
     for (; c < end; c += LANES) {
       int64_t n = end - c < LANES ? end - c : LANES;
-      add_inputs(kind, grouped, rows, outputs, 1, p, x, w, stride, c, n, scale, offset, acc);
+      add_inputs(kind, grouped, rows, 1, p, x, w, c, n, scale, offset, acc);
     }
   }
-  for (int a = 0; a < outputs; a++)
-    for (int b = 0; b < rows; b++)
-      p->y[(row + b) * p->o + o + a] =
-          sum(acc[a][b]) * (kind == INT8 && !grouped ? p->scale[o + a] : 1);
+  for (int b = 0; b < rows; b++) {
+    vec all = acc[0][b];
+    for (int a = 1; a < CHAINS; a++) all += acc[a][b];
+    p->y[(row + b) * p->o + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
+  }
 }
 
-INLINE void transposed_outputs(kind kind, int grouped, int outputs, const product *p, int64_t o) {
+INLINE void transposed_output(kind kind, int grouped, const product *p, int64_t o) {
   int64_t row = 0;
   for (; row + AT_ONCE <= p->r; row += AT_ONCE)
-    transposed_tile(kind, grouped, AT_ONCE, outputs, p, row, o);
+    transposed_tile(kind, grouped, AT_ONCE, p, row, o);
   if (AT_ONCE > 2 && p->r - row >= 2) {
-    transposed_tile(kind, grouped, 2, outputs, p, row, o);
+    transposed_tile(kind, grouped, 2, p, row, o);
     row += 2;
   }
-  if (p->r - row == 1) transposed_tile(kind, grouped, 1, outputs, p, row, o);
+  if (p->r - row == 1) transposed_tile(kind, grouped, 1, p, row, o);
 }
 
 INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o, int64_t end) {
-  for (; o + OUTPUTS <= end; o += OUTPUTS) transposed_outputs(kind, grouped, OUTPUTS, p, o);
-  for (; o < end; o++) transposed_outputs(kind, grouped, 1, p, o);
+  for (; o < end; o++) transposed_output(kind, grouped, p, o);
 }
 
 static void transposed_task(const void *arguments, int64_t task) {
