@@ -5,6 +5,7 @@ The letters of shapes are those of `attention.py`.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from jaxformers.activations import silu
 from jaxformers.checks import check_flag, check_key, check_size
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.layers import GatedFeedForward, as_module, split_key
+from jaxformers.native.products import keeps_products
 from jaxformers.sharding.constraints import by_rows
 from jaxformers.sites import scope, site, unwatched
 from jaxformers.weights import Weight, contract
@@ -178,15 +180,15 @@ class MixtureOfExperts(eqx.Module):
         pairs = jnp.repeat(rows, self.top_k, axis=0)
         blocks = blocks.at[slots].set(pairs, unique_indices=True).reshape(-1, size, d)
 
+        # Without this policy the backward pass keeps a copy of the weights for each block.
+        @partial(jax.checkpoint, policy=keeps_products)
         def through_one(block_and_expert):
             block, i = block_and_expert
             gate = self.activation(contract(block, self.w_gate[i]))
             hidden = gate * contract(block, self.w_up[i])
             return contract(site(hidden, "activations"), self.w_down[i])
 
-        # Without this policy the backward pass keeps a copy of the weights for each block.
-        policy = jax.checkpoint_policies.dots_saveable
-        outputs = lax.map(jax.checkpoint(through_one, policy=policy), (blocks, block_experts))
+        outputs = lax.map(through_one, (blocks, block_experts))
         return outputs.reshape(-1, d)[slots].reshape(*experts.shape, d)
 
 

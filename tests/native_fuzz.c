@@ -1,11 +1,12 @@
 /* Calls the operations in C with random arguments, right and wrong ones, for sanitizers.
  *
- * Each array has exactly its own memory, so that a read beyond it is found. Threads of its own stand
- * for XLA's pool; some of its calls fail. Compiled with the sources in its include path. */
+ * Each array has exactly its own memory, so that a read beyond it is found. Threads of its own
+ * stand for XLA's pool; some of its calls fail. Compiled with the sources in its include path. */
 #include <pthread.h>
 #include <stdio.h>
 
 #include "attention.c"
+#include "matrices.c"
 #include "products.c"
 
 static unsigned long state = 88172645463325252ul;
@@ -59,7 +60,8 @@ static XLA_FFI_Buffer *array(XLA_FFI_DataType type, int64_t rank, const int64_t 
   for (int64_t i = 0; i < n; i++) {
     if (type == XLA_FFI_DataType_F32) ((float *)x->data)[i] = draw(-99, 100) / 33.0f;
     if (size == 2) ((uint16_t *)x->data)[i] = to_bf16(draw(-99, 100) / 33.0f);
-    if (size == 1) ((uint8_t *)x->data)[i] = type == XLA_FFI_DataType_PRED ? draw(0, 2) : draw(0, 256);
+    if (size == 1)
+      ((uint8_t *)x->data)[i] = type == XLA_FFI_DataType_PRED ? draw(0, 2) : draw(0, 256);
   }
   return x;
 }
@@ -85,14 +87,16 @@ static void spoil(XLA_FFI_Buffer **arrays, int n) {
 static int64_t one_or(int64_t n) { return draw(0, 2) ? n : 1; }
 
 int main(int argc, char **argv) {
-  int rounds = argc > 1 ? atoi(argv[1]) : 1000, fine = 0;
+  int rounds = argc > 1 ? atoi(argv[1]) : 1000, fine = 0, units = jaxformers_matrix_units();
   XLA_FFI_Api api = {.XLA_FFI_Error_Create = create,
                      .XLA_FFI_Error_Destroy = destroy,
                      .XLA_FFI_ThreadPool_Schedule = schedule,
                      .XLA_FFI_ThreadPool_NumThreads = num_threads};
   for (int round = 0; round < rounds; round++) {
-    XLA_FFI_Buffer *args[5], *y;
-    int64_t n = 0, what = draw(0, 3);
+    XLA_FFI_Buffer *args[5], *y, *scratch;
+    int64_t n = 0, what = draw(0, units ? 5 : 3), none[] = {0};
+    int64_t left = draw(0, 2), right = draw(0, 2);
+    scratch = array(XLA_FFI_DataType_U8, 1, none);
     XLA_FFI_DataType wide = draw(0, 2) ? XLA_FFI_DataType_F32 : XLA_FFI_DataType_BF16;
     XLA_FFI_Handler *handler;
     float softcap = draw(0, 2) * 5.0f;
@@ -111,6 +115,14 @@ int main(int argc, char **argv) {
       int64_t x[] = {r, i}, w[] = {i, o}, out[] = {r, o};
       args[n++] = array(XLA_FFI_DataType_F32, 2, x), args[n++] = array(wide, 2, w);
       y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_rows_times;
+    } else if (what > 2) {
+      int64_t m = draw(0, 140), k = draw(0, 8) ? draw(0, 140) : draw(1000, 2200);
+      int64_t x[] = {left ? k : m, left ? m : k}, w[] = {right ? o : k, right ? k : o};
+      int64_t out[] = {m, o}, bytes[] = {(m < o ? m + 31 : o + 31) / 32 * ((k + 31) / 32) * 6144};
+      args[n++] = array(wide, 2, x),
+      args[n++] = array(draw(0, 3) ? wide : XLA_FFI_DataType_S8, 2, w);
+      release(scratch), scratch = array(XLA_FFI_DataType_U8, 1, bytes);
+      y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_product;
     } else {
       int64_t k = draw(1, 4), bits = draw(0, 4);
       const XLA_FFI_DataType types[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
@@ -125,20 +137,25 @@ int main(int argc, char **argv) {
     }
     if (draw(0, 2)) spoil(args, (int)n);
     if (draw(0, 8) == 0) spoil(&y, 1);
-    XLA_FFI_Scalar numbers[] = {{XLA_FFI_DataType_S64, &heads}, {XLA_FFI_DataType_F32, &softcap}};
-    XLA_FFI_ByteSpan names[] = {{"heads", 5}, {"softcap", 7}};
-    XLA_FFI_AttrType kinds[] = {XLA_FFI_AttrType_SCALAR, XLA_FFI_AttrType_SCALAR};
-    XLA_FFI_ByteSpan *name_of[] = {&names[0], &names[1]};
-    void *attrs[] = {&numbers[0], &numbers[1]}, *ret = y;
+    if (what > 2 && draw(0, 8) == 0) spoil(&scratch, 1);
+    XLA_FFI_Scalar numbers[] = {{XLA_FFI_DataType_S64, &heads},
+                                {XLA_FFI_DataType_F32, &softcap},
+                                {XLA_FFI_DataType_S64, &left},
+                                {XLA_FFI_DataType_S64, &right}};
+    XLA_FFI_ByteSpan names[] = {{"heads", 5}, {"softcap", 7}, {"left", 4}, {"right", 5}};
+    XLA_FFI_AttrType kinds[4] = {XLA_FFI_AttrType_SCALAR, XLA_FFI_AttrType_SCALAR,
+                                 XLA_FFI_AttrType_SCALAR, XLA_FFI_AttrType_SCALAR};
+    XLA_FFI_ByteSpan *name_of[] = {&names[0], &names[1], &names[2], &names[3]};
+    void *attrs[] = {&numbers[0], &numbers[1], &numbers[2], &numbers[3]}, *rets[] = {y, scratch};
     XLA_FFI_CallFrame frame = {.api = &api};
     frame.args.size = draw(0, 50) ? n : n - 1, frame.args.args = (void **)args;
-    frame.rets.size = 1, frame.rets.rets = &ret;
-    frame.attrs.size = draw(0, 50) ? 2 : 1, frame.attrs.types = kinds;
+    frame.rets.size = what > 2 ? 2 : 1, frame.rets.rets = rets;
+    frame.attrs.size = draw(0, 50) ? 4 : 1, frame.attrs.types = kinds;
     frame.attrs.names = name_of, frame.attrs.attrs = attrs;
     fine += handler(&frame) == NULL;
     while (started) pthread_join(threads[--started], NULL);
     for (int64_t a = 0; a < n; a++) release(args[a]);
-    release(y);
+    release(y), release(scratch);
   }
   printf("%d of %d calls were answered, %d were refused\n", fine, rounds, errors);
   return fine < rounds / 4 || errors < rounds / 8;

@@ -161,6 +161,88 @@ def test_empty_products():
     assert products._rows_times(jnp.ones((2, 3)), jnp.ones((3, 0))).shape == (2, 0)
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_products_of_many_rows(seed):
+    """Their error is that of sums in float32, with and without matrix units."""
+    draw = np.random.default_rng(seed)
+    m, k, n = (int(x) for x in draw.integers(1, [300, 200, 300]))
+    k += 1024 * (seed % 5 == 0)
+    wide, narrow = [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+        (jnp.float32, jnp.int8),
+        (jnp.bfloat16, jnp.int8),
+    ][seed % 4]
+    left, right = seed // 4 % 2, seed // 8 % 2
+    size = 10.0 ** draw.integers(-6, 6, (m, 1))
+    x = jnp.asarray(draw.standard_normal((m, k)) * size, wide)
+    w = normal(draw, k, n, dtype=narrow)
+    if narrow == jnp.int8:
+        w = jnp.asarray(draw.integers(-128, 128, (k, n)), narrow)
+    given = x.T if left else x, w.T if right else w
+    got = products.product(*given, left, right)
+    x, w = (np.asarray(a, np.float64) for a in (x, w))
+    bound = 4e-7 * (abs(x) @ abs(w))
+    assert got.shape == (m, n) and got.dtype == jnp.float32
+    assert (abs(got - x @ w) <= bound).all()
+
+
+def test_a_product_with_one_loses_nothing():
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((70, 90)) * 10.0 ** draw.integers(-20, 20, (70, 90)))
+    x = x.astype(jnp.float32)
+    one = jnp.eye(90)
+    np.testing.assert_array_equal(products.product(x, one), x)
+    np.testing.assert_array_equal(products.product(one, x, right=1), x.T)
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    x = jnp.ones((64, 64)).at[3, 5].set(jnp.nan).at[9, 1].set(jnp.inf)
+    finite = jnp.isfinite(products.product(x, jnp.ones((64, 40))))
+    assert not finite[jnp.array([3, 9])].any() and finite.sum() == 62 * 40
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_derivatives_of_products_of_many_rows(left, right):
+    draw = np.random.default_rng(0)
+    x, w = normal(draw, 40, 50), normal(draw, 50, 60)
+    x, w = x.T if left else x, w.T if right else w
+
+    def f(x, w):
+        return jnp.sin(products.product(x, w, left, right)).sum()
+
+    def g(x, w):
+        return jnp.sin((x.T if left else x) @ (w.T if right else w)).sum()
+
+    for got, want in zip(jax.grad(f, (0, 1))(x, w), jax.grad(g, (0, 1))(x, w), strict=True):
+        close(got, want, 1e-4)
+    direction = normal(draw, *x.shape), normal(draw, *w.shape)
+    got, want = (jax.jvp(jax.grad(a, (0, 1)), (x, w), direction)[1] for a in (f, g))
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 1e-2)
+    each = jax.vmap(jax.grad(f, (0, 1)), (0, None))(jnp.stack([x, 2 * x]), w)
+    close(each[0][0], jax.grad(g)(x, w), 1e-4)
+
+
+def test_gradients_of_a_model_are_those_of_jax(monkeypatch):
+    model = TransformerLM(97, 64, 4, 2, 96, 64, dropout_rate=0.0, key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 40), 0, 97)
+
+    def gradient():
+        loss = eqx.filter_value_and_grad(lambda m: -m.log_probs_of(tokens, tokens).mean())
+        text = str(eqx.filter_make_jaxpr(loss)(model)[0])
+        return text.count("jaxformers_product"), eqx.filter_jit(loss)(model)
+
+    count, got = gradient()
+    monkeypatch.setattr(library, "obstacle", lambda: "turned off")
+    monkeypatch.setattr(products, "many_rows", lambda x, w: False)
+    jax.clear_caches()
+    none, want = gradient()
+    assert none == 0 and (count > 15) == library.has_matrix_units()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        close(a, b, 3e-6)
+
+
 # Where JAX runs instead.
 
 

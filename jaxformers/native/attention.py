@@ -42,7 +42,9 @@ def _plain(
     return out.astype(q.dtype)
 
 
-def _shape(q: Any, k: Any, v: Any, allowed: Any, bias: Any) -> jax.ShapeDtypeStruct:
+def _shape(
+    q: Any, k: Any, v: Any, allowed: Any, bias: Any, heads: int, softcap: float
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)
 
 

@@ -21,7 +21,7 @@ from jaxformers.compilation_cache import user_cache
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
-OPERATIONS = "attend", "rows_times", "rows_times_transpose"
+OPERATIONS = "attend", "rows_times", "rows_times_transpose", "product"
 FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC", "-Wno-psabi"
 _preparing = threading.Lock()  # threads may ask at the same time
 _loaded: list[ctypes.CDLL] = []  # a library that is in use must stay loaded
@@ -50,6 +50,16 @@ def target(operation: str) -> str:
     return f"jaxformers_{operation}_{_key()}"
 
 
+def has_matrix_units() -> bool:
+    """Returns whether a library is in use and the processor has units for products (AMX).
+
+    Example:
+        >>> has_matrix_units() in (True, False)
+        True
+    """
+    return any(library.jaxformers_matrix_units() for library in _loaded)
+
+
 def register(path: Path) -> None:
     """Loads a library, and tells JAX its operations."""
     try:
@@ -57,6 +67,7 @@ def register(path: Path) -> None:
         for name in OPERATIONS:
             handler = jax.ffi.pycapsule(getattr(library, f"jaxformers_{name}"))
             jax.ffi.register_ffi_target(target(name), handler, platform="cpu")
+        library.jaxformers_matrix_units()  # a program from the disk may use them at once
     except (OSError, AttributeError, RuntimeError) as error:
         raise _Unavailable(f"the library {path} cannot be loaded: {error}") from error
     _loaded.append(library)
@@ -138,6 +149,7 @@ def _build(compiler: list[str], path: Path) -> None:
             told = _run(command, "the C compiler")
             if told is None:
                 break
+            logger.info("%s %s: %s", shlex.join(compiler), " ".join(processor), told)
         else:
             raise _Unavailable(told)
         told = _run(

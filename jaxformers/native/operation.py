@@ -15,7 +15,13 @@ from jaxformers.native.library import target
 
 
 def operation(
-    name: str, plain: Callable[..., Array], shape: Callable[..., jax.ShapeDtypeStruct]
+    name: str,
+    plain: Callable[..., Array],
+    shape: Callable[..., jax.ShapeDtypeStruct],
+    *,
+    ready: Callable[[], bool] = lambda: True,
+    scratch: Callable[..., int] | None = None,
+    cotangents: tuple[Callable[..., Array], Callable[..., Array]] | None = None,
 ) -> Callable[..., Array]:
     """Returns a function that runs an operation in C where a program is compiled for a CPU.
 
@@ -25,19 +31,28 @@ def operation(
     Arguments:
         name: the operation, one of `jaxformers.native.library.OPERATIONS`.
         plain: computes the same with JAX, from arrays and from numbers given by name.
-        shape: returns the shape and type of the result, from those of the arrays.
+        shape: returns the shape and type of the result, from the arguments of `plain`.
+        ready: returns whether this processor can run the operation; for `lambda: True` each can.
+        scratch: returns how many bytes the operation needs beside its result, from the same; None
+            is none.
+        cotangents: for an operation on two arrays that is linear in each of them: two functions
+            from the cotangent of the result, both arrays and the numbers to the cotangents of the
+            arrays. Derivatives then run in C as well. None is for other operations.
     """
     primitive = Primitive(f"jaxformers_{name}")
 
     def abstract(*arrays: Any, **numbers: float) -> Any:
-        y = shape(*arrays)
+        y = shape(*arrays, **numbers)
         return jax.core.ShapedArray(y.shape, y.dtype)
 
     def native(*arrays: Array, **numbers: float) -> Array:
         attributes = {
             key: np.int64(x) if isinstance(x, int) else np.float32(x) for key, x in numbers.items()
         }
-        return jax.ffi.ffi_call(target(name), shape(*arrays))(*arrays, **attributes)
+        results = [shape(*arrays, **numbers)]
+        if scratch is not None:
+            results.append(jax.ShapeDtypeStruct((scratch(*arrays, **numbers),), np.uint8))
+        return jax.ffi.ffi_call(target(name), results)(*arrays, **attributes)[0]
 
     def differentiate(primals: Any, tangents: Any, **numbers: float) -> Any:
         moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
@@ -59,7 +74,7 @@ def operation(
     def lower_for_cpu(context: Any, *arrays: Any, **numbers: float) -> Any:
         # A program that is exported runs where there may be no library.
         exported = context.module_context.lowering_parameters.for_export
-        return (in_jax if exported else in_c)(context, *arrays, **numbers)
+        return (in_c if ready() and not exported else in_jax)(context, *arrays, **numbers)
 
     program = jax.jit(
         lambda numbers, *arrays: primitive.bind(*arrays, **dict(numbers)), static_argnums=0
@@ -73,7 +88,10 @@ def operation(
     primitive.def_impl(run)
     mlir.register_lowering(primitive, in_jax)
     mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
-    ad.primitive_jvps[primitive] = differentiate
+    if cotangents is None:
+        ad.primitive_jvps[primitive] = differentiate
+    else:
+        ad.defbilinear(primitive, *cotangents)
     batching.primitive_batchers[primitive] = batch
     return primitive.bind
 

@@ -1,16 +1,20 @@
-"""Products of few rows and a matrix of weights, in C."""
+"""Products of rows and a matrix of weights, in C."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.extend.core import Primitive
+from jaxtyping import Array, Float, Int8
 
 from jaxformers.native import library
 from jaxformers.native.operation import is_fixed, is_spread, operation
 
 # With more rows the products of XLA, which convert a weight once for all of them, are as fast.
 FEW = 16
+
+# Smaller matrices do not fill the matrix units.
+MANY = 32
 
 
 def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
@@ -22,6 +26,25 @@ def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
     return not (is_spread(x) or is_spread(w)) and library.obstacle() is None
 
 
+def many_rows(x: Any, w: Any) -> bool:
+    """Returns whether a product is one for the matrix units, on one CPU.
+
+    Arguments:
+        x: rows, in float32 or bfloat16.
+        w: a matrix in the type of `x` or in int8.
+    """
+    many = x.ndim == 2 and is_fixed(x, w) and min(*x.shape, *w.shape) >= MANY
+    many = many and x.dtype in (jnp.float32, jnp.bfloat16) and w.dtype in (x.dtype, jnp.int8)
+    if not many or jax.default_backend() != "cpu" or is_spread(x) or is_spread(w):
+        return False
+    return library.obstacle() is None and library.has_matrix_units()
+
+
+def keeps_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """Is a policy of `jax.checkpoint` that keeps the results of products alone."""
+    return primitive.name in ("dot_general", "jaxformers_product")
+
+
 def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, "*r o"]:
     """Returns `x w`, by an operation in C where that is faster.
 
@@ -30,7 +53,7 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
     most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
     if x.dtype == w.dtype and x.shape[-1] == w.shape[0] and few_rows(x, w, most):
         return _rows_times(x.astype(jnp.float32), w).astype(x.dtype)
-    return x @ w
+    return product(x, w).astype(x.dtype) if many_rows(x, w) else x @ w
 
 
 def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Float[Array, "*r o"]:
@@ -42,12 +65,31 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w, most):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
-    return x @ w.T
+    return product(x, w, right=1).astype(x.dtype) if many_rows(x, w) else x @ w.T
 
 
 def shape_of_transpose(x: Any, w: Any, scale: Any, offset: Any) -> jax.ShapeDtypeStruct:
     """Returns the shape of `x w^T`; scales and offsets belong to integers."""
     return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+
+
+def product(
+    x: Float[Array, "..."],
+    w: Float[Array, "..."] | Int8[Array, "..."],
+    left: int = 0,
+    right: int = 0,
+) -> Float[Array, "m n"]:
+    """Returns the product of two matrices in float32, by the matrix units where there are any.
+
+    Products of float32 have the error of sums in float32. An infinite number gives NaN.
+
+    Arguments:
+        x: `(m, k)`, or `(k, m)` if `left` is 1.
+        w: `(k, n)`, or `(n, k)` if `right` is 1.
+        left: 1 for the transpose of `x`; 0.
+        right: 1 for the transpose of `w`; 0.
+    """
+    return _product(x, w, left=left, right=right)
 
 
 def _plain(x: Float[Array, "r i"], w: Float[Array, "i o"]) -> Float[Array, "r o"]:
@@ -66,3 +108,43 @@ def _plain_transpose(
 
 _rows_times = operation("rows_times", _plain, _shape)
 _rows_times_transpose = operation("rows_times_transpose", _plain_transpose, shape_of_transpose)
+
+
+def _shape_of_product(x: Any, w: Any, left: int, right: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[left], w.shape[1 - right]), jnp.float32)
+
+
+def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
+    x, w = x.T if left else x, w.T if right else w
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _scratch(x: Any, w: Any, left: int, right: int) -> int:
+    """Returns the bytes of the smaller matrix when it is packed, of which float32 needs three."""
+    m, n = _shape_of_product(x, w, left, right).shape
+    strips, steps = -(-min(m, n) // 32), -(-min(w.shape[right], 1024) // 32)
+    return strips * steps * 2048 * (3 if (x if m < n else w).dtype == jnp.float32 else 1)
+
+
+def _of_left(change: Array, x: Any, w: Array, left: int, right: int) -> Array:
+    """Returns the cotangent of `x`, of which the type is known alone."""
+    change = change.astype(x.aval.dtype)
+    y = product(w, change, right, 1) if left else product(change, w, 0, 1 - right)
+    return y.astype(x.aval.dtype)
+
+
+def _of_right(change: Array, x: Array, w: Any, left: int, right: int) -> Array:
+    """Returns the cotangent of `w`, of which the type is known alone."""
+    change = change.astype(x.dtype)
+    y = product(change, x, 1, left) if right else product(x, change, 1 - left, 0)
+    return y.astype(w.aval.dtype)
+
+
+_product = operation(
+    "product",
+    _plain_product,
+    _shape_of_product,
+    ready=library.has_matrix_units,
+    scratch=_scratch,
+    cotangents=(_of_left, _of_right),
+)

@@ -17,7 +17,8 @@ Integers of 4 bits are unpacked to 8 bits outside of the barrier, so that a deco
 them once and reads 8 bits at each token.
 
 Where there are operations in C (`jaxformers.native`), one of them takes up to 16 rows and reads the
-integers as they are, those of 4 bits too.
+integers as they are, those of 4 bits too. Another one takes many rows and integers of 8 bits on
+processors with matrix units.
 """
 
 import jax
@@ -26,7 +27,13 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, UInt8
 
 from jaxformers.native.operation import is_fixed, operation
-from jaxformers.native.products import few_rows, shape_of_transpose
+from jaxformers.native.products import (
+    few_rows,
+    many_rows,
+    rows_times_transpose,
+    shape_of_transpose,
+)
+from jaxformers.native.products import product as matrix_product
 
 # The most rows that are multiplied one after the other. With more, the copy takes less time.
 FEW = 8
@@ -123,10 +130,13 @@ def _by_copy(
 ) -> Float[Array, "*r o"]:
     integers, x = lax.optimization_barrier((integers, x))
     if scale.shape[1] > 1 or offset is not None:
-        return x @ numbers(integers, scale, offset).astype(x.dtype).T
+        return rows_times_transpose(x, numbers(integers, scale, offset).astype(x.dtype))
     # The integers are exact in 16 bits, and their sum is one in float32.
     wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
+    if many_rows(x, integers):
+        y = matrix_product(x, integers, right=1)
+    else:
+        y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
     return (y * scale[:, 0].astype(wide)).astype(x.dtype)
 
 

@@ -249,18 +249,6 @@ static int fits(const XLA_FFI_Buffer *x, const attention *a, int64_t dims[3]) {
   return x->dims[3] == a->s;
 }
 
-/* Returns a scalar attribute of a type, or NULL if there is none. */
-static void *attribute(XLA_FFI_CallFrame *frame, const char *name, XLA_FFI_DataType type) {
-  for (int64_t i = 0; i < frame->attrs.size; i++) {
-    XLA_FFI_ByteSpan *given = frame->attrs.names[i];
-    if (given->len != strlen(name) || memcmp(given->ptr, name, given->len)) continue;
-    if (frame->attrs.types[i] != XLA_FFI_AttrType_SCALAR) return NULL;
-    XLA_FFI_Scalar *x = frame->attrs.attrs[i];
-    return x->dtype == type ? x->value : NULL;
-  }
-  return NULL;
-}
-
 static int64_t elements(const XLA_FFI_Buffer *x) {
   int64_t n = 1;
   for (int64_t i = 0; i < x->rank; i++) n *= x->dims[i];

@@ -103,6 +103,11 @@ INLINE vec load_some_bf16(const uint16_t *p, int64_t n) {
   memcpy(x, p, n * sizeof(uint16_t));
   return load_bf16(x);
 }
+INLINE vec load_some_int8(const int8_t *p, int64_t n) {
+  int8_t x[LANES] = {0};
+  memcpy(x, p, n);
+  return load_int8(x);
+}
 INLINE void store_some(float *p, vec x, int64_t n) { memcpy(p, &x, n * sizeof(float)); }
 
 INLINE float sum(vec x) {
@@ -221,6 +226,18 @@ static XLA_FFI_Error *refuse(XLA_FFI_CallFrame *frame, const char *message) {
 
 INLINE int is(const XLA_FFI_Buffer *x, XLA_FFI_DataType type, int64_t rank) {
   return x->dtype == type && x->rank == rank;
+}
+
+/* Returns a scalar attribute of a type, or NULL if there is none. */
+INLINE void *attribute(XLA_FFI_CallFrame *frame, const char *name, XLA_FFI_DataType type) {
+  for (int64_t i = 0; i < frame->attrs.size; i++) {
+    XLA_FFI_ByteSpan *given = frame->attrs.names[i];
+    if (given->len != strlen(name) || memcmp(given->ptr, name, given->len)) continue;
+    if (frame->attrs.types[i] != XLA_FFI_AttrType_SCALAR) return NULL;
+    XLA_FFI_Scalar *x = frame->attrs.attrs[i];
+    return x->dtype == type ? x->value : NULL;
+  }
+  return NULL;
 }
 
 /* Returns whether this call only asks which version of the interface the handler speaks. */

@@ -46,10 +46,7 @@ INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
   if (kind == BFLOAT16)
     return n == LANES ? load_bf16((const uint16_t *)w + c)
                       : load_some_bf16((const uint16_t *)w + c, n);
-  if (n == LANES) return load_int8((const int8_t *)w + c);
-  int8_t some[LANES] = {0};
-  memcpy(some, (const int8_t *)w + c, n);
-  return load_int8(some);
+  return n == LANES ? load_int8((const int8_t *)w + c) : load_some_int8((const int8_t *)w + c, n);
 }
 
 /* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */

@@ -1,0 +1,297 @@
+/* The product of two matrices, by the matrix units of processors that have them (AMX).
+ *
+ *   left     (m, k), or (k, m) if `left` is 1     float32 or bfloat16
+ *   right    (k, n), or (n, k) if `right` is 1    float32, bfloat16 or int8
+ *   result   (m, n)                               float32
+ *   scratch  bytes, as many as the smaller matrix needs when it is packed
+ *
+ * The units multiply numbers in bfloat16 and add the products in float32. A number in float32 is
+ * the sum of three numbers in bfloat16, without a rest, and one in int8 is a bfloat16. Of the nine
+ * products of two such sums the three smallest are left out, which lie below the last digit of
+ * float32.
+ *
+ * Both matrices are packed in strips of 32 rows of `left` or columns of `right`. The smaller one is
+ * packed as a whole, for all threads. Each thread packs a block of the other one, which stays in
+ * its cache. */
+#include "common.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE 1024 /* the bytes of a tile: 16 rows of 16 pairs of bfloat16 */
+#define SIDE 32   /* the rows of a strip, and the inputs of a step */
+#define MOST_INPUTS 1024
+#define BLOCK_BYTES (1 << 20) /* bytes of a packed block, which leave room in a cache of 2 MiB */
+
+typedef struct {
+  const char *data;
+  int64_t outer,
+      stride; /* rows of `left` or columns of `right`; numbers from one row to the next */
+  int size, right, across; /* bytes of a number; across: numbers with one k lie beside each other */
+} matrix;
+
+typedef struct {
+  matrix whole, parts;
+  int64_t m, n, k, start, steps, block; /* a task has `block` strips, and SIDE * steps inputs */
+  float *y;
+  char *packed;
+} matmul;
+
+static _Thread_local _Alignas(64) char own[BLOCK_BYTES];
+
+static int64_t strips_of(int64_t outer) { return (outer + SIDE - 1) / SIDE; }
+INLINE int planes_of(const matrix *x) { return x->size == 4 ? 3 : 1; }
+static int64_t strip_bytes(const matmul *p, const matrix *x) {
+  return p->steps * planes_of(x) * 2 * TILE;
+}
+
+/* Returns n numbers of a row from a column on, and zeros after them. */
+INLINE vec numbers(int size, const matrix *x, int64_t row, int64_t column, int64_t n) {
+  if (n <= 0) return (vec){0};
+  const void *p = x->data + (row * x->stride + column) * size;
+  if (size == 4) return n < LANES ? load_some(p, n) : load(p);
+  if (size == 2) return n < LANES ? load_some_bf16(p, n) : load_bf16(p);
+  return n < LANES ? load_some_int8(p, n) : load_int8(p);
+}
+
+/* Returns pairs of the upper halves of numbers, and takes these halves from the numbers. */
+INLINE ivec take_pairs(vec *first, vec *second) {
+  ivec a = (ivec)*first & (int32_t)0xffff0000, b = (ivec)*second & (int32_t)0xffff0000;
+  *first -= (vec)a, *second -= (vec)b;
+  return b | (ivec)_mm512_srli_epi32((__m512i)a, 16);
+}
+
+/* Transposes squares of 2 * s numbers by an exchange of their quarters. */
+INLINE void exchange(ivec x[LANES], int s) {
+  ivec lower, upper;
+  for (int j = 0; j < LANES; j++) {
+    lower[j] = j & s ? LANES + (j ^ s) : j;
+    upper[j] = j & s ? LANES + j : j ^ s;
+  }
+  for (int i = 0; i < LANES; i++) {
+    if (i & s) continue;
+    __m512i a = (__m512i)x[i], b = (__m512i)x[i | s];
+    x[i] = (ivec)_mm512_permutex2var_epi32(a, (__m512i)lower, b);
+    x[i | s] = (ivec)_mm512_permutex2var_epi32(a, (__m512i)upper, b);
+  }
+}
+
+/* Packs 16 rows or columns of 32 inputs in one tile per plane. Input j is paired with j + 16. */
+INLINE void pack_tile(int size, int planes, int across, int turned, const matrix *x, int64_t outer,
+                      int64_t k, int64_t end, char *tile) {
+  ivec tiles[3][LANES];
+  int64_t width = x->outer - outer;
+  for (int i = 0; i < LANES; i++) {
+    vec first, second;
+    if (across) {
+      first = numbers(size, x, k + i, outer, k + i < end ? width : 0);
+      second = numbers(size, x, k + i + LANES, outer, k + i + LANES < end ? width : 0);
+    } else {
+      first = numbers(size, x, outer + i, k, i < width ? end - k : 0);
+      second = numbers(size, x, outer + i, k + LANES, i < width ? end - k - LANES : 0);
+    }
+    for (int plane = 0; plane < planes; plane++) tiles[plane][i] = take_pairs(&first, &second);
+  }
+  for (int plane = 0; plane < planes; plane++) {
+    if (turned) {
+      exchange(tiles[plane], 8);
+      exchange(tiles[plane], 4);
+      exchange(tiles[plane], 2);
+      exchange(tiles[plane], 1);
+    }
+    memcpy(tile + plane * 2 * TILE, tiles[plane], TILE);
+  }
+}
+
+/* A strip holds, for each 32 inputs and each plane, the tiles of two times 16 rows or columns. */
+INLINE void pack_strip_of(int size, int across, int turned, const matmul *p, const matrix *x,
+                          int64_t strip, char *packed) {
+  int planes = size == 4 ? 3 : 1;
+  int64_t end = p->start + SIDE * p->steps < p->k ? p->start + SIDE * p->steps : p->k;
+  for (int64_t s = 0; s < p->steps; s++, packed += planes * 2 * TILE)
+    for (int half = 0; half < 2; half++)
+      pack_tile(size, planes, across, turned, x, strip * SIDE + half * LANES, p->start + s * SIDE,
+                end, packed + half * TILE);
+}
+
+INLINE void pack_strip_with(int size, const matmul *p, const matrix *x, int64_t strip, char *to) {
+  /* A tile of `left` has a row for each row, one of `right` has a row for each pair of inputs. */
+  if (x->right && x->across) pack_strip_of(size, 1, 0, p, x, strip, to);
+  if (x->right && !x->across) pack_strip_of(size, 0, 1, p, x, strip, to);
+  if (!x->right && x->across) pack_strip_of(size, 1, 1, p, x, strip, to);
+  if (!x->right && !x->across) pack_strip_of(size, 0, 0, p, x, strip, to);
+}
+
+static void pack_strip(const matmul *p, const matrix *x, int64_t strip, char *packed) {
+  if (x->size == 4) pack_strip_with(4, p, x, strip, packed);
+  if (x->size == 2) pack_strip_with(2, p, x, strip, packed);
+  if (x->size == 1) pack_strip_with(1, p, x, strip, packed);
+}
+
+static void pack_task(const void *arguments, int64_t task) {
+  const matmul *p = arguments;
+  pack_strip(p, &p->whole, task, p->packed + task * strip_bytes(p, &p->whole));
+}
+
+/* Written out, because some compilers lose what their own functions for tiles load. */
+#define LOAD(tile, p, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(stride) : "memory")
+#define STORE(tile, p, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(p), "r"(stride) : "memory")
+#define MULTIPLY(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+
+/* Multiplies a plane of `left` with one of `right`; -1 is the plane that is loaded already. */
+#define MULTIPLY_PLANES(left, right)                          \
+  do {                                                        \
+    if (left >= 0) LOAD(4, a + left * 2 * TILE, packed);          \
+    if (left >= 0) LOAD(5, a + left * 2 * TILE + TILE, packed);   \
+    if (right >= 0) LOAD(6, b + right * 2 * TILE, packed);        \
+    if (right >= 0) LOAD(7, b + right * 2 * TILE + TILE, packed); \
+    MULTIPLY(0, 4, 6);                                        \
+    MULTIPLY(1, 4, 7);                                        \
+    MULTIPLY(2, 5, 6);                                        \
+    MULTIPLY(3, 5, 7);                                        \
+  } while (0)
+
+/* Multiplies two packed strips. Tiles 0 to 3 are the sums, to which small products come first. */
+INLINE void multiply_strips(int planes, int others, const char *a, const char *b, int64_t steps,
+                            float *y, int64_t stride, int add) {
+  const int64_t packed = 64; /* bytes of a row of a tile */
+  char *lower = (char *)y + LANES * stride;
+  if (add) {
+    LOAD(0, y, stride);
+    LOAD(1, y + LANES, stride);
+    LOAD(2, lower, stride);
+    LOAD(3, lower + 64, stride);
+  } else {
+    __asm__ volatile("tilezero %tmm0\n tilezero %tmm1\n tilezero %tmm2\n tilezero %tmm3");
+  }
+  for (; steps; steps--, a += planes * 2 * TILE, b += others * 2 * TILE) {
+    if (planes == 3) MULTIPLY_PLANES(2, 0);
+    if (planes == 3) MULTIPLY_PLANES(1, -1);
+    if (planes == 3 && others == 3) MULTIPLY_PLANES(-1, 1);
+    if (planes == 3 && others == 3) MULTIPLY_PLANES(0, -1);
+    if (planes == 3 && others == 3) MULTIPLY_PLANES(-1, 2);
+    if (planes == 3 && others == 3) MULTIPLY_PLANES(-1, 0);
+    if (planes == 3 && others == 1) MULTIPLY_PLANES(0, -1);
+    if (planes == 1) MULTIPLY_PLANES(0, 0);
+  }
+  STORE(0, y, stride);
+  STORE(1, y + LANES, stride);
+  STORE(2, lower, stride);
+  STORE(3, lower + 64, stride);
+}
+
+static void multiply_to(int planes, int others, const char *a, const char *b, int64_t steps,
+                        float *y, int64_t stride, int add) {
+  if (planes == 1 && others == 1) multiply_strips(1, 1, a, b, steps, y, stride, add);
+  if (planes == 3 && others == 1) multiply_strips(3, 1, a, b, steps, y, stride, add);
+  if (planes == 3 && others == 3) multiply_strips(3, 3, a, b, steps, y, stride, add);
+}
+
+/* Computes 32 rows and columns of the result, or those that there are. */
+static void multiply_into(const matmul *p, const char *a, const char *b, int64_t row,
+                          int64_t column) {
+  const matrix *left = p->whole.right ? &p->parts : &p->whole;
+  const matrix *right = p->whole.right ? &p->whole : &p->parts;
+  float edge[SIDE][SIDE], *y = p->y + row * p->n + column;
+  int64_t rows = p->m - row, columns = p->n - column;
+  int planes = planes_of(left), others = planes_of(right);
+  if (rows >= SIDE && columns >= SIDE) {
+    multiply_to(planes, others, a, b, p->steps, y, 4 * p->n, p->start > 0);
+    return;
+  }
+  multiply_to(planes, others, a, b, p->steps, edge[0], sizeof edge[0], 0);
+  for (int64_t i = 0; i < rows && i < SIDE; i++)
+    for (int64_t j = 0; j < columns && j < SIDE; j++)
+      y[i * p->n + j] = edge[i][j] + (p->start > 0 ? y[i * p->n + j] : 0);
+}
+
+static void multiply_task(const void *arguments, int64_t task) {
+  const matmul *p = arguments;
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } tiles = {.palette = 1};
+  for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+  __asm__ volatile("ldtilecfg %0" ::"m"(tiles));
+  int64_t first = task * p->block, end = first + p->block, all = strips_of(p->parts.outer);
+  int64_t bytes = strip_bytes(p, &p->parts), of_whole = strip_bytes(p, &p->whole);
+  end = end < all ? end : all;
+  for (int64_t i = first; i < end; i++) pack_strip(p, &p->parts, i, own + (i - first) * bytes);
+  for (int64_t w = 0; w < strips_of(p->whole.outer); w++)
+    for (int64_t i = first; i < end; i++) {
+      const char *whole = p->packed + w * of_whole, *part = own + (i - first) * bytes;
+      if (p->whole.right)
+        multiply_into(p, part, whole, i * SIDE, w * SIDE);
+      else
+        multiply_into(p, whole, part, w * SIDE, i * SIDE);
+    }
+  __asm__ volatile("tilerelease");
+}
+
+static int permitted;
+
+/* Asks the system for the use of the units, and returns whether it is granted. */
+int jaxformers_matrix_units(void) {
+  const int request_permission = 0x1023, tile_data = 18;
+  return permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame, matmul *p, int64_t scratch) {
+  int64_t chunks = (p->k + MOST_INPUTS - 1) / MOST_INPUTS;
+  p->steps = strips_of((p->k + chunks - 1) / chunks);
+  int64_t strips = strips_of(p->parts.outer), others = strips_of(p->whole.outer);
+  if (scratch < others * strip_bytes(p, &p->whole))
+    return refuse(frame, "the scratch of product is too small");
+  int64_t threads = threads_for(frame, (double)p->m * p->n * p->k / 64);
+  int64_t most = BLOCK_BYTES / strip_bytes(p, &p->parts);
+  p->block = threads > 1 ? (strips + 4 * threads - 1) / (4 * threads) : strips;
+  p->block = p->block < most ? p->block : most;
+  for (p->start = 0; p->start < p->k; p->start += SIDE * p->steps) {
+    run_tasks(frame, pack_task, p, others, threads);
+    run_tasks(frame, multiply_task, p, (strips + p->block - 1) / p->block, threads);
+  }
+  return NULL;
+}
+
+static int bytes_of(XLA_FFI_DataType type) {
+  return type == XLA_FFI_DataType_F32    ? 4
+         : type == XLA_FFI_DataType_BF16 ? 2
+                                         : type == XLA_FFI_DataType_S8;
+}
+#else
+int jaxformers_matrix_units(void) { return 0; }
+#endif
+
+XLA_FFI_Error *jaxformers_product(XLA_FFI_CallFrame *frame) {
+  if (answers_query(frame)) return NULL;
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+  if (!permitted) return refuse(frame, "the matrix units of this processor may not be used");
+  const int64_t *left = attribute(frame, "left", XLA_FFI_DataType_S64);
+  const int64_t *right = attribute(frame, "right", XLA_FFI_DataType_S64);
+  if (frame->args.size != 2 || frame->rets.size != 2 || !left || !right)
+    return refuse(frame, "product takes two matrices, and whether each one is transposed");
+  XLA_FFI_Buffer *a = argument(frame, 0), *b = argument(frame, 1);
+  XLA_FFI_Buffer *y = result(frame, 0), *scratch = result(frame, 1);
+  int size = bytes_of(a->dtype), other = bytes_of(b->dtype);
+  if (size < 2 || other == 0 || size < other || a->rank != 2 || b->rank != 2 ||
+      !is(y, XLA_FFI_DataType_F32, 2) || !is(scratch, XLA_FFI_DataType_U8, 1))
+    return refuse(frame,
+                  "product takes matrices, the right one of no wider type than the left one");
+  matmul p = {.y = y->data, .packed = scratch->data};
+  p.m = a->dims[*left != 0], p.k = a->dims[*left == 0], p.n = b->dims[*right == 0];
+  if (b->dims[*right != 0] != p.k || y->dims[0] != p.m || y->dims[1] != p.n)
+    return refuse(frame, "the shapes of product's arguments do not fit together");
+  if (p.k == 0) memset(p.y, 0, p.m * p.n * sizeof(float));
+  if (p.m * p.n * p.k == 0) return NULL;
+  matrix x = {a->data, p.m, a->dims[1], size, 0, *left != 0};
+  matrix w = {b->data, p.n, b->dims[1], other, 1, *right == 0};
+  p.whole = p.m < p.n ? x : w, p.parts = p.m < p.n ? w : x;
+  return multiply(frame, &p, scratch->dims[0]);
+#else
+  return refuse(frame, "this processor has no matrix units");
+#endif
+}
