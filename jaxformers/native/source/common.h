@@ -137,22 +137,30 @@ INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even, as XLA does 
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-/* Threads. Tasks are numbered, and whoever is free takes the next one: the thread of the call, and
- * threads of XLA's own pool. The call never waits for a thread to begin, so that a pool without a
- * free thread only makes it slower. */
+/* Threads: the one of the call, and some of XLA's own pool. Tasks are numbered. Each thread takes
+ * those of its own range one after the other, so that it reads weights that follow each other, and
+ * then those that are left of the other ranges. The call never waits for a thread to begin, so that
+ * a pool without a free thread only makes it slower. */
 
 typedef struct work {
   void (*run)(const void *arguments, int64_t task);
   const void *arguments;
-  int64_t tasks;
-  _Atomic int64_t next, done;
+  int64_t tasks, threads;
+  _Atomic int64_t joined, done;
   _Atomic int references;
+  _Atomic int64_t next[]; /* of the range of each thread */
 } work;
 
+INLINE int64_t start_of(const work *w, int64_t range) { return w->tasks * range / w->threads; }
+
 static void take_tasks(work *w) {
-  for (int64_t i; (i = atomic_fetch_add(&w->next, 1)) < w->tasks;) {
-    w->run(w->arguments, i);
-    atomic_fetch_add(&w->done, 1);
+  int64_t me = atomic_fetch_add(&w->joined, 1);
+  for (int64_t i = 0; i < w->threads; i++) {
+    int64_t range = (me + i) % w->threads, end = start_of(w, range + 1);
+    for (int64_t task; (task = atomic_fetch_add(&w->next[range], 1)) < end;) {
+      w->run(w->arguments, task);
+      atomic_fetch_add(&w->done, 1);
+    }
   }
 }
 static void forget(work *w) {
@@ -188,13 +196,14 @@ static int64_t threads_for(XLA_FFI_CallFrame *frame, double cost) {
 static void run_tasks(XLA_FFI_CallFrame *frame, void (*run)(const void *, int64_t),
                       const void *arguments, int64_t tasks, int64_t threads) {
   threads = threads < tasks ? threads : tasks;
-  work *w = threads > 1 ? malloc(sizeof(work)) : NULL;
+  work *w = threads > 1 ? malloc(sizeof(work) + threads * sizeof(w->next[0])) : NULL;
   if (!w) {
     for (int64_t i = 0; i < tasks; i++) run(arguments, i);
     return;
   }
-  w->run = run, w->arguments = arguments, w->tasks = tasks;
-  atomic_init(&w->next, 0);
+  w->run = run, w->arguments = arguments, w->tasks = tasks, w->threads = threads;
+  for (int64_t i = 0; i < threads; i++) atomic_init(&w->next[i], start_of(w, i));
+  atomic_init(&w->joined, 0);
   atomic_init(&w->done, 0);
   atomic_init(&w->references, (int)threads);
   for (int64_t i = 1; i < threads; i++) {

@@ -34,10 +34,12 @@ typedef struct {
 #define AT_ONCE 2
 #endif
 
-/* How many bytes ahead weights are asked for. The processor itself does not look beyond a page. */
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
+/* Asks for weights that are read later: from memory, and then from the second cache. The processor
+ * itself does not look beyond a page, and to the first cache it brings fewer lines at a time. */
+INLINE void ask_for(const char *w) {
+  __builtin_prefetch(w + 8192, 0, 2);
+  __builtin_prefetch(w + 1024);
+}
 
 /* Returns 16 weights of one output, from input c on; the last ones may be fewer. */
 INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
@@ -56,7 +58,7 @@ INLINE void add_inputs(kind kind, int scaled, int rows, int width, const product
   int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
   for (int a = 0; a < width; a++, c += LANES) {
     vec y = weights_at(kind, w, c, n);
-    if (a * LANES * size % 64 == 0) __builtin_prefetch(w + c * size + AHEAD);
+    if (a * LANES * size % 64 == 0) ask_for(w + c * size);
     if (scaled) y = y * scale + offset;
     for (int b = 0; b < rows; b++) {
       const float *inputs = x + b * p->i + c;
@@ -69,7 +71,7 @@ INLINE void add_inputs(kind kind, int scaled, int rows, int width, const product
 INLINE void add_halves(int rows, const product *p, const float *x, const char *w, int64_t c,
                        vec scale, vec offset, vec acc[CHAINS][AT_ONCE]) {
   vec low, high;
-  __builtin_prefetch(w + c / 2 + AHEAD);
+  ask_for(w + c / 2);
   load_int4((const uint8_t *)w + c / 2, &low, &high);
   low = low * scale + offset, high = high * scale + offset;
   for (int b = 0; b < rows; b++) {
