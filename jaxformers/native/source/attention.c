@@ -67,24 +67,40 @@ INLINE vec exponential(vec x) {
   return (vec)((ivec)(p * (vec)power) & ~tiny);
 }
 
-/* Computes the scores of `rows` queries with the keys from `first` to `last` of a block. */
-INLINE void scores_of(int bf16, int rows, const attention *a, const float *q, int64_t width,
-                      const char *k, int64_t first, int64_t last, float scores[ROWS][BLOCK]) {
+/* Computes the scores of `rows` queries with `keys` keys from i on: with four, or with one. */
+INLINE void scores_with(int bf16, int rows, int keys, const attention *a, const float *q,
+                        int64_t width, const char *k, int64_t i, float scores[ROWS][BLOCK]) {
   int64_t size = bf16 ? 2 : 4, whole = a->h / LANES * LANES;
-  for (int64_t i = first; i < last; i++) {
-    const char *key = k + i * a->h * size;
-    vec acc[ROWS];
-    for (int r = 0; r < rows; r++) acc[r] = (vec){0};
-    for (int64_t c = 0; c < whole; c += LANES) {
-      vec x = load_as(bf16, key, c);
-      for (int r = 0; r < rows; r++) acc[r] += x * load(q + r * width + c);
+  vec acc[ROWS][4];
+  for (int r = 0; r < rows; r++)
+    for (int b = 0; b < keys; b++) acc[r][b] = (vec){0};
+  for (int64_t c = 0; c < width; c += LANES)
+    for (int b = 0; b < keys; b++) {
+      const char *key = k + (i + b) * a->h * size;
+      if (c * size % 64 == 0) ask_for(key + c * size);
+      vec x = c < whole ? load_as(bf16, key, c) : load_some_as(bf16, key, c, a->h - c);
+      for (int r = 0; r < rows; r++) acc[r][b] += x * load(q + r * width + c);
     }
-    if (whole < a->h) {
-      vec x = load_some_as(bf16, key, whole, a->h - whole);
-      for (int r = 0; r < rows; r++) acc[r] += x * load(q + r * width + whole);
-    }
-    for (int r = 0; r < rows; r++) scores[r][i] = sum(acc[r]);
+  for (int r = 0; r < rows; r++) {
+    if (keys == 4)
+      store_sums(scores[r] + i, acc[r]);
+    else
+      scores[r][i] = sum(acc[r][0]);
   }
+}
+
+/* Computes the scores of `rows` queries with the keys from `first` to `last` of a block, and asks
+ * for their values. */
+INLINE void scores_of(int bf16, int rows, const attention *a, const float *q, int64_t width,
+                      const char *k, const char *v, int64_t first, int64_t last,
+                      float scores[ROWS][BLOCK]) {
+  int64_t size = bf16 ? 2 : 4, i = first;
+  for (; i + 4 <= last; i += 4) {
+    for (int64_t c = 0; c < 4 * a->j * size; c += 64)
+      __builtin_prefetch(v + i * a->j * size + c, 0, 2);
+    scores_with(bf16, rows, 4, a, q, width, k, i, scores);
+  }
+  for (; i < last; i++) scores_with(bf16, rows, 1, a, q, width, k, i, scores);
 }
 
 /* Adds up the values from `first` to `last` of a block, with the weights of `rows` queries. */
@@ -115,29 +131,43 @@ INLINE void mix(int bf16, int rows, const attention *a, const char *v, int64_t f
   }
 }
 
-/* Turns the scores of one query into weights; gives their total and the largest score. */
+/* Turns the scores of one query into weights; gives their total and the largest score. Whole vectors
+ * are weighed, and those of their numbers that are no scores count as hidden. */
 INLINE void weigh(const attention *a, const uint8_t *allowed, const float *bias, int64_t first,
                   int64_t last, float *scores, float *total, float *top) {
-  float largest = -INFINITY;
-  int broken = 0;
-  for (int64_t i = first; i < last; i++) {
-    float x = scores[i];
-    if (a->softcap > 0) x = a->softcap * tanhf(x / a->softcap);
-    if (bias) x += bias[i];
-    broken |= allowed[i] && x != x;
-    x = allowed[i] ? x : -INFINITY;
-    scores[i] = x;
-    largest = x > largest ? x : largest;
+  const vec none = splat(-INFINITY);
+  vec highest = none, sums = {0};
+  ivec broken = {0};
+  first = first / LANES * LANES;
+  for (int64_t i = first; i < last; i += LANES) {
+    int64_t n = last - i < LANES ? last - i : LANES;
+    vec x = load(scores + i);
+    if (a->softcap > 0)
+      for (int c = 0; c < LANES; c++) x[c] = a->softcap * tanhf(x[c] / a->softcap);
+    if (bias) x += n == LANES ? load(bias + i) : load_some(bias + i, n);
+    int8_t flags[LANES] = {0};
+    memcpy(flags, allowed + i, n);
+    ivec seen = load_int8(flags) != 0;
+    broken |= seen & (x != x);
+    x = (vec)(((ivec)x & seen) | ((ivec)none & ~seen));
+    store(scores + i, x);
+    ivec more = x > highest;
+    highest = (vec)(((ivec)x & more) | ((ivec)highest & ~more));
   }
-  broken |= largest == INFINITY; /* infinity - infinity is NaN */
+  float largest = -INFINITY;
+  int any = 0;
+  for (int c = 0; c < LANES; c++) {
+    largest = highest[c] > largest ? highest[c] : largest;
+    any |= broken[c];
+  }
+  any |= largest == INFINITY; /* infinity - infinity is NaN */
   float around = largest == -INFINITY ? 0 : largest;
-  vec sums = {0};
-  for (int64_t i = first / LANES * LANES; i < last; i += LANES) {
+  for (int64_t i = first; i < last; i += LANES) {
     vec x = exponential(load(scores + i) - around);
     store(scores + i, x);
     sums += x;
   }
-  *total = broken ? NAN : sum(sums);
+  *total = any ? NAN : sum(sums);
   *top = largest;
 }
 
@@ -175,17 +205,14 @@ INLINE void attend_block(int bf16, const attention *a, int64_t b, int64_t g, int
       }
       continue;
     }
-    for (int r = 0; r < rows; r++) /* whole vectors of scores are read below */
-      for (int64_t i = first / LANES * LANES; i < (last + LANES - 1) / LANES * LANES; i++)
-        scores[r][i] = -INFINITY;
     if (rows == 1)
-      scores_of(bf16, 1, a, q, width, k, first, last, scores);
+      scores_of(bf16, 1, a, q, width, k, v, first, last, scores);
     else if (rows == 2)
-      scores_of(bf16, 2, a, q, width, k, first, last, scores);
+      scores_of(bf16, 2, a, q, width, k, v, first, last, scores);
     else if (rows == 3)
-      scores_of(bf16, 3, a, q, width, k, first, last, scores);
+      scores_of(bf16, 3, a, q, width, k, v, first, last, scores);
     else
-      scores_of(bf16, 4, a, q, width, k, first, last, scores);
+      scores_of(bf16, 4, a, q, width, k, v, first, last, scores);
     for (int r = 0; r < rows; r++) {
       int64_t n = g * (a->n / a->g) + (from + r) / a->t, t = (from + r) % a->t;
       const float *bias = a->bias ? row_of(a->bias, 4, a->bias_dims, a, b, n, t) : NULL;

@@ -110,9 +110,17 @@ INLINE vec load_some_int8(const int8_t *p, int64_t n) {
 }
 INLINE void store_some(float *p, vec x, int64_t n) { memcpy(p, &x, n * sizeof(float)); }
 
-INLINE float sum(vec x) {
+/* Asks for numbers that are read later: from memory, and then from the second cache. The processor
+ * itself does not look beyond a page, and to the first cache it brings fewer lines at a time. */
+INLINE void ask_for(const char *p) {
+  __builtin_prefetch(p + 8192, 0, 2);
+  __builtin_prefetch(p + 1024);
+}
+
+typedef float quarter __attribute__((vector_size(16)));
+
+INLINE quarter quarter_sums(vec x) {
   typedef float half __attribute__((vector_size(32)));
-  typedef float quarter __attribute__((vector_size(16)));
   half a, b;
   memcpy(&a, &x, 32);
   memcpy(&b, (char *)&x + 32, 32);
@@ -120,8 +128,28 @@ INLINE float sum(vec x) {
   quarter c, d;
   memcpy(&c, &a, 16);
   memcpy(&d, (char *)&a + 16, 16);
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
+  return c + d;
+}
+INLINE float sum(vec x) {
+  quarter y = quarter_sums(x);
+  return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+#ifdef __clang__
+#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define PICK(x, y, ...) \
+  __builtin_shuffle(x, y, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+
+/* Stores the sums of four vectors, each as `sum` adds it. */
+INLINE void store_sums(float *p, const vec x[4]) {
+  quarter a = quarter_sums(x[0]), b = quarter_sums(x[1]);
+  quarter c = quarter_sums(x[2]), d = quarter_sums(x[3]);
+  quarter ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7);
+  quarter cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
+  quarter all = PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
+  memcpy(p, &all, sizeof all);
 }
 
 INLINE float from_bf16(uint16_t x) {

@@ -34,13 +34,6 @@ typedef struct {
 #define AT_ONCE 2
 #endif
 
-/* Asks for weights that are read later: from memory, and then from the second cache. The processor
- * itself does not look beyond a page, and to the first cache it brings fewer lines at a time. */
-INLINE void ask_for(const char *w) {
-  __builtin_prefetch(w + 8192, 0, 2);
-  __builtin_prefetch(w + 1024);
-}
-
 /* Returns 16 weights of one output, from input c on; the last ones may be fewer. */
 INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
   if (kind == FLOAT32)
