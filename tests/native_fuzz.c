@@ -116,13 +116,14 @@ int main(int argc, char **argv) {
       args[n++] = array(XLA_FFI_DataType_F32, 2, x), args[n++] = array(wide, 2, w);
       y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_rows_times;
     } else if (what > 2) {
-      int64_t m = draw(0, 140), k = draw(0, 8) ? draw(0, 140) : draw(1000, 2200);
-      int64_t x[] = {left ? k : m, left ? m : k}, w[] = {right ? o : k, right ? k : o};
-      int64_t out[] = {m, o}, bytes[] = {(m < o ? m + 31 : o + 31) / 32 * ((k + 31) / 32) * 6144};
-      args[n++] = array(wide, 2, x),
-      args[n++] = array(draw(0, 3) ? wide : XLA_FFI_DataType_S8, 2, w);
+      int64_t b = draw(0, 4), m = draw(0, 140), k = draw(0, 8) ? draw(0, 140) : draw(1000, 2200);
+      int64_t x[] = {b, left ? k : m, left ? m : k}, w[] = {b, right ? o : k, right ? k : o};
+      int64_t out[] = {b, m, o}, strips = ((m < o ? m : o) + 31) / 32;
+      int64_t bytes[] = {b * strips * ((k + 31) / 32) * 6144};
+      args[n++] = array(wide, 3, x);
+      args[n++] = array(draw(0, 3) ? wide : XLA_FFI_DataType_S8, 3, w);
       release(scratch), scratch = array(XLA_FFI_DataType_U8, 1, bytes);
-      y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_product;
+      y = array(XLA_FFI_DataType_F32, 3, out), handler = jaxformers_product;
     } else {
       int64_t k = draw(1, 4), bits = draw(0, 4);
       const XLA_FFI_DataType types[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,

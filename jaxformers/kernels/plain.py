@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxformers.checks import check_accepts
 from jaxformers.masks import AttentionMask, Mask, as_mask
+from jaxformers.native.products import many_rows, product
 from jaxformers.sites import site
 
 
@@ -94,7 +95,10 @@ def match(q: Float[Array, "*b n t h"], k: Float[Array, "*b g s h"]) -> Float[Arr
     g, s = k.shape[-3:-1]
     # The queries of a group are folded into t, so that shared keys are read once, not repeated.
     grouped = q.reshape(*batch, g, n // g * t, h)
-    scores = jnp.einsum("...gth,...gsh->...gts", grouped, k, preferred_element_type=jnp.float32)
+    if many_rows(grouped, k):
+        scores = product(grouped, k, right=1)
+    else:
+        scores = jnp.einsum("...gth,...gsh->...gts", grouped, k, preferred_element_type=jnp.float32)
     return scores.reshape(*batch, n, t, s)
 
 
@@ -103,7 +107,10 @@ def mix(weights: Float[Array, "*b n t s"], v: Float[Array, "*b g s h"]) -> Float
     *batch, n, t, s = weights.shape
     g, h = v.shape[-3], v.shape[-1]
     grouped = weights.astype(v.dtype).reshape(*batch, g, n // g * t, s)
-    mixed = jnp.einsum("...gts,...gsh->...gth", grouped, v, preferred_element_type=jnp.float32)
+    if many_rows(grouped, v):
+        mixed = product(grouped, v)
+    else:
+        mixed = jnp.einsum("...gts,...gsh->...gth", grouped, v, preferred_element_type=jnp.float32)
     return mixed.reshape(*batch, n, t, h)
 
 

@@ -39,10 +39,10 @@ def main(path: str) -> None:
         none = jnp.zeros((1, 0), jnp.float32)
         transposed = products._rows_times_transpose, products._plain_transpose
         _compare("rows_times_transpose", *transposed, (x, w.T, none, none), 1e-4)
-        x, w = normal(70, 1100, dtype=dtype), normal(1100, 45, dtype=dtype)
+        x, w = normal(2, 70, 1100, dtype=dtype), normal(2, 1100, 45, dtype=dtype)
         many = products._product, products._plain_product
         _compare("product", *many, (x, w), 1e-3, left=0, right=0)
-        _compare("product", *many, (x.T, w.T), 1e-3, left=1, right=1)
+        _compare("product", *many, (x.mT, w.mT), 1e-3, left=1, right=1)
     for dtype, low, high in ((jnp.int8, -127, 128), (jnp.uint8, 0, 256)):
         width = 64 if dtype == jnp.int8 else 32
         w = jnp.asarray(draw.integers(low, high, (21, width)), dtype)

@@ -30,10 +30,11 @@ def many_rows(x: Any, w: Any) -> bool:
     """Returns whether a product is one for the matrix units, on one CPU.
 
     Arguments:
-        x: rows, in float32 or bfloat16.
-        w: a matrix in the type of `x` or in int8.
+        x: `(..., m, k)`, in float32 or bfloat16.
+        w: `(..., k, n)` or `(..., n, k)`, in the type of `x` or in int8.
     """
-    many = x.ndim == 2 and is_fixed(x, w) and min(*x.shape, *w.shape) >= MANY
+    many = x.shape[:-2] == w.shape[:-2] and is_fixed(x, w)
+    many = many and min(*x.shape[-2:], *w.shape[-2:]) >= MANY
     many = many and x.dtype in (jnp.float32, jnp.bfloat16) and w.dtype in (x.dtype, jnp.int8)
     if not many or jax.default_backend() != "cpu" or is_spread(x) or is_spread(w):
         return False
@@ -78,18 +79,22 @@ def product(
     w: Float[Array, "..."] | Int8[Array, "..."],
     left: int = 0,
     right: int = 0,
-) -> Float[Array, "m n"]:
-    """Returns the product of two matrices in float32, by the matrix units where there are any.
+) -> Float[Array, "..."]:
+    """Returns products of matrices in float32, by the matrix units where there are any.
 
     Products of float32 have the error of sums in float32. An infinite number gives NaN.
 
     Arguments:
-        x: `(m, k)`, or `(k, m)` if `left` is 1.
-        w: `(k, n)`, or `(n, k)` if `right` is 1.
+        x: `(..., m, k)`, or `(..., k, m)` if `left` is 1.
+        w: `(..., k, n)`, or `(..., n, k)` if `right` is 1, with the leading axes of `x`.
         left: 1 for the transpose of `x`; 0.
         right: 1 for the transpose of `w`; 0.
+
+    Returns:
+        `(..., m, n)`.
     """
-    return _product(x, w, left=left, right=right)
+    y = _product(*(a.reshape(-1, *a.shape[-2:]) for a in (x, w)), left=left, right=right)
+    return y.reshape(*x.shape[:-2], *y.shape[1:])
 
 
 def _plain(x: Float[Array, "r i"], w: Float[Array, "i o"]) -> Float[Array, "r o"]:
@@ -111,19 +116,19 @@ _rows_times_transpose = operation("rows_times_transpose", _plain_transpose, shap
 
 
 def _shape_of_product(x: Any, w: Any, left: int, right: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((x.shape[left], w.shape[1 - right]), jnp.float32)
+    return jax.ShapeDtypeStruct((x.shape[0], x.shape[1 + left], w.shape[2 - right]), jnp.float32)
 
 
 def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
-    x, w = x.T if left else x, w.T if right else w
+    x, w = x.mT if left else x, w.mT if right else w
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _scratch(x: Any, w: Any, left: int, right: int) -> int:
-    """Returns the bytes of the smaller matrix when it is packed, of which float32 needs three."""
-    m, n = _shape_of_product(x, w, left, right).shape
-    strips, steps = -(-min(m, n) // 32), -(-min(w.shape[right], 1024) // 32)
-    return strips * steps * 2048 * (3 if (x if m < n else w).dtype == jnp.float32 else 1)
+    """Returns the bytes of the smaller matrices when packed, of which float32 needs three times."""
+    pairs, m, n = _shape_of_product(x, w, left, right).shape
+    strips, steps = -(-min(m, n) // 32), -(-min(w.shape[1 + right], 1024) // 32)
+    return pairs * strips * steps * 2048 * (3 if (x if m < n else w).dtype == jnp.float32 else 1)
 
 
 def _of_left(change: Array, x: Any, w: Array, left: int, right: int) -> Array:

@@ -1,18 +1,18 @@
-/* The product of two matrices, by the matrix units of processors that have them (AMX).
+/* Products of b pairs of matrices, by the matrix units of processors that have them (AMX).
  *
- *   left     (m, k), or (k, m) if `left` is 1     float32 or bfloat16
- *   right    (k, n), or (n, k) if `right` is 1    float32, bfloat16 or int8
- *   result   (m, n)                               float32
- *   scratch  bytes, as many as the smaller matrix needs when it is packed
+ *   left     (b, m, k), or (b, k, m) if `left` is 1     float32 or bfloat16
+ *   right    (b, k, n), or (b, n, k) if `right` is 1    float32, bfloat16 or int8
+ *   result   (b, m, n)                                  float32
+ *   scratch  bytes, as many as the smaller matrices need when packed
  *
  * The units multiply numbers in bfloat16 and add the products in float32. A number in float32 is
  * the sum of three numbers in bfloat16, without a rest, and one in int8 is a bfloat16. Of the nine
  * products of two such sums the three smallest are left out, which lie below the last digit of
  * float32.
  *
- * Both matrices are packed in strips of 32 rows of `left` or columns of `right`. The smaller one is
- * packed as a whole, for all threads. Each thread packs a block of the other one, which stays in
- * its cache. */
+ * Both matrices of a pair are packed in strips of 32 rows of `left` or columns of `right`. The
+ * smaller one is packed as a whole, for all threads. Each thread packs a block of the other one,
+ * which stays in its cache. */
 #include "common.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
@@ -22,18 +22,22 @@
 #define TILE 1024 /* the bytes of a tile: 16 rows of 16 pairs of bfloat16 */
 #define SIDE 32   /* the rows of a strip, and the inputs of a step */
 #define MOST_INPUTS 1024
+#define TOGETHER 4            /* strips of the smaller matrix that are packed in one task */
 #define BLOCK_BYTES (1 << 20) /* bytes of a packed block, which leave room in a cache of 2 MiB */
 
 typedef struct {
   const char *data;
-  int64_t outer,
-      stride; /* rows of `left` or columns of `right`; numbers from one row to the next */
-  int size, right, across; /* bytes of a number; across: numbers with one k lie beside each other */
+  int64_t outer;   /* rows of `left`, or columns of `right` */
+  int64_t stride;  /* numbers from one row in memory to the next */
+  int64_t numbers; /* in one matrix */
+  int size, right;
+  int across; /* whether numbers beside each other in memory have the same k */
 } matrix;
 
 typedef struct {
   matrix whole, parts;
-  int64_t m, n, k, start, steps, block; /* a task has `block` strips, and SIDE * steps inputs */
+  int64_t m, n, k, start, steps; /* SIDE * steps inputs are taken at a time, from `start` on */
+  int64_t block, blocks;         /* strips of `parts` in a task, and tasks of a pair */
   float *y;
   char *packed;
 } matmul;
@@ -41,6 +45,7 @@ typedef struct {
 static _Thread_local _Alignas(64) char own[BLOCK_BYTES];
 
 static int64_t strips_of(int64_t outer) { return (outer + SIDE - 1) / SIDE; }
+static int64_t tasks_of(int64_t strips) { return (strips + TOGETHER - 1) / TOGETHER; }
 INLINE int planes_of(const matrix *x) { return x->size == 4 ? 3 : 1; }
 static int64_t strip_bytes(const matmul *p, const matrix *x) {
   return p->steps * planes_of(x) * 2 * TILE;
@@ -84,6 +89,10 @@ INLINE void pack_tile(int size, int planes, int across, int turned, const matrix
   int64_t width = x->outer - outer;
   for (int i = 0; i < LANES; i++) {
     vec first, second;
+    int64_t row = across ? k + i + SIDE : outer + i, column = across ? outer : k + SIDE;
+    const char *next = x->data + (row * x->stride + column) * size;
+    __builtin_prefetch(next);
+    __builtin_prefetch(next + LANES * size * (across ? x->stride : 1));
     if (across) {
       first = numbers(size, x, k + i, outer, k + i < end ? width : 0);
       second = numbers(size, x, k + i + LANES, outer, k + i + LANES < end ? width : 0);
@@ -104,54 +113,76 @@ INLINE void pack_tile(int size, int planes, int across, int turned, const matrix
   }
 }
 
-/* A strip holds, for each 32 inputs and each plane, the tiles of two times 16 rows or columns. */
-INLINE void pack_strip_of(int size, int across, int turned, const matmul *p, const matrix *x,
-                          int64_t strip, char *packed) {
+/* Packs strips. One holds, for each 32 inputs and each plane, the tiles of two times 16 rows or
+ * columns. What lies beside each other in memory is read one after the other. */
+INLINE void pack_strips_of(int size, int across, int turned, const matmul *p, const matrix *x,
+                           int64_t first, int64_t last, char *packed) {
   int planes = size == 4 ? 3 : 1;
+  int64_t strips = last - first, many = across ? p->steps : strips;
   int64_t end = p->start + SIDE * p->steps < p->k ? p->start + SIDE * p->steps : p->k;
-  for (int64_t s = 0; s < p->steps; s++, packed += planes * 2 * TILE)
-    for (int half = 0; half < 2; half++)
-      pack_tile(size, planes, across, turned, x, strip * SIDE + half * LANES, p->start + s * SIDE,
-                end, packed + half * TILE);
+  for (int64_t i = 0; i < many; i++)
+    for (int64_t j = 0; j < strips * p->steps / many; j++) {
+      int64_t step = across ? i : j, strip = across ? j : i;
+      char *tiles = packed + (strip * p->steps + step) * planes * 2 * TILE;
+      int64_t outer = (first + strip) * SIDE, k = p->start + step * SIDE;
+      pack_tile(size, planes, across, turned, x, outer, k, end, tiles);
+      pack_tile(size, planes, across, turned, x, outer + LANES, k, end, tiles + TILE);
+    }
 }
 
-INLINE void pack_strip_with(int size, const matmul *p, const matrix *x, int64_t strip, char *to) {
+INLINE void pack_strips_with(int size, const matmul *p, const matrix *x, int64_t first,
+                             int64_t last, char *packed) {
   /* A tile of `left` has a row for each row, one of `right` has a row for each pair of inputs. */
-  if (x->right && x->across) pack_strip_of(size, 1, 0, p, x, strip, to);
-  if (x->right && !x->across) pack_strip_of(size, 0, 1, p, x, strip, to);
-  if (!x->right && x->across) pack_strip_of(size, 1, 1, p, x, strip, to);
-  if (!x->right && !x->across) pack_strip_of(size, 0, 0, p, x, strip, to);
+  if (x->right && x->across) pack_strips_of(size, 1, 0, p, x, first, last, packed);
+  if (x->right && !x->across) pack_strips_of(size, 0, 1, p, x, first, last, packed);
+  if (!x->right && x->across) pack_strips_of(size, 1, 1, p, x, first, last, packed);
+  if (!x->right && !x->across) pack_strips_of(size, 0, 0, p, x, first, last, packed);
 }
 
-static void pack_strip(const matmul *p, const matrix *x, int64_t strip, char *packed) {
-  if (x->size == 4) pack_strip_with(4, p, x, strip, packed);
-  if (x->size == 2) pack_strip_with(2, p, x, strip, packed);
-  if (x->size == 1) pack_strip_with(1, p, x, strip, packed);
+static void pack_strips(const matmul *p, const matrix *x, int64_t first, int64_t last,
+                        char *packed) {
+  if (x->size == 4) pack_strips_with(4, p, x, first, last, packed);
+  if (x->size == 2) pack_strips_with(2, p, x, first, last, packed);
+  if (x->size == 1) pack_strips_with(1, p, x, first, last, packed);
+}
+
+/* Returns the matrices of one of the pairs. */
+static matmul pair_of(const matmul *p, int64_t pair) {
+  matmul one = *p;
+  one.whole.data += pair * p->whole.numbers * p->whole.size;
+  one.parts.data += pair * p->parts.numbers * p->parts.size;
+  one.y += pair * p->m * p->n;
+  one.packed += pair * strips_of(p->whole.outer) * strip_bytes(p, &p->whole);
+  return one;
 }
 
 static void pack_task(const void *arguments, int64_t task) {
   const matmul *p = arguments;
-  pack_strip(p, &p->whole, task, p->packed + task * strip_bytes(p, &p->whole));
+  int64_t strips = strips_of(p->whole.outer), tasks = tasks_of(strips);
+  int64_t first = task % tasks * TOGETHER, last = first + TOGETHER;
+  matmul one = pair_of(p, task / tasks);
+  pack_strips(&one, &one.whole, first, last < strips ? last : strips,
+              one.packed + first * strip_bytes(p, &p->whole));
 }
 
 /* Written out, because some compilers lose what their own functions for tiles load. */
 #define LOAD(tile, p, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(stride) : "memory")
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(p), "r"(stride) : "memory")
 #define STORE(tile, p, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(p), "r"(stride) : "memory")
-#define MULTIPLY(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+#define MULTIPLY(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
 
 /* Multiplies a plane of `left` with one of `right`; -1 is the plane that is loaded already. */
-#define MULTIPLY_PLANES(left, right)                          \
-  do {                                                        \
+#define MULTIPLY_PLANES(left, right)                              \
+  do {                                                            \
     if (left >= 0) LOAD(4, a + left * 2 * TILE, packed);          \
     if (left >= 0) LOAD(5, a + left * 2 * TILE + TILE, packed);   \
     if (right >= 0) LOAD(6, b + right * 2 * TILE, packed);        \
     if (right >= 0) LOAD(7, b + right * 2 * TILE + TILE, packed); \
-    MULTIPLY(0, 4, 6);                                        \
-    MULTIPLY(1, 4, 7);                                        \
-    MULTIPLY(2, 5, 6);                                        \
-    MULTIPLY(3, 5, 7);                                        \
+    MULTIPLY(0, 4, 6);                                            \
+    MULTIPLY(1, 4, 7);                                            \
+    MULTIPLY(2, 5, 6);                                            \
+    MULTIPLY(3, 5, 7);                                            \
   } while (0)
 
 /* Multiplies two packed strips. Tiles 0 to 3 are the sums, to which small products come first. */
@@ -209,7 +240,7 @@ static void multiply_into(const matmul *p, const char *a, const char *b, int64_t
 }
 
 static void multiply_task(const void *arguments, int64_t task) {
-  const matmul *p = arguments;
+  const matmul *all = arguments, one = pair_of(all, task / all->blocks), *p = &one;
   struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -217,10 +248,10 @@ static void multiply_task(const void *arguments, int64_t task) {
   } tiles = {.palette = 1};
   for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
   __asm__ volatile("ldtilecfg %0" ::"m"(tiles));
-  int64_t first = task * p->block, end = first + p->block, all = strips_of(p->parts.outer);
+  int64_t first = task % p->blocks * p->block, end = strips_of(p->parts.outer);
   int64_t bytes = strip_bytes(p, &p->parts), of_whole = strip_bytes(p, &p->whole);
-  end = end < all ? end : all;
-  for (int64_t i = first; i < end; i++) pack_strip(p, &p->parts, i, own + (i - first) * bytes);
+  end = first + p->block < end ? first + p->block : end;
+  pack_strips(p, &p->parts, first, end, own);
   for (int64_t w = 0; w < strips_of(p->whole.outer); w++)
     for (int64_t i = first; i < end; i++) {
       const char *whole = p->packed + w * of_whole, *part = own + (i - first) * bytes;
@@ -240,19 +271,21 @@ int jaxformers_matrix_units(void) {
   return permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame, matmul *p, int64_t scratch) {
+static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame, matmul *p, int64_t pairs,
+                               int64_t scratch) {
   int64_t chunks = (p->k + MOST_INPUTS - 1) / MOST_INPUTS;
   p->steps = strips_of((p->k + chunks - 1) / chunks);
   int64_t strips = strips_of(p->parts.outer), others = strips_of(p->whole.outer);
-  if (scratch < others * strip_bytes(p, &p->whole))
+  if (scratch < pairs * others * strip_bytes(p, &p->whole))
     return refuse(frame, "the scratch of product is too small");
-  int64_t threads = threads_for(frame, (double)p->m * p->n * p->k / 64);
-  int64_t most = BLOCK_BYTES / strip_bytes(p, &p->parts);
-  p->block = threads > 1 ? (strips + 4 * threads - 1) / (4 * threads) : strips;
+  int64_t threads = threads_for(frame, (double)pairs * p->m * p->n * p->k / 64);
+  int64_t most = BLOCK_BYTES / strip_bytes(p, &p->parts), parts = 4 * threads / pairs + 1;
+  p->block = threads > 1 ? (strips + parts - 1) / parts : strips;
   p->block = p->block < most ? p->block : most;
+  p->blocks = (strips + p->block - 1) / p->block;
   for (p->start = 0; p->start < p->k; p->start += SIDE * p->steps) {
-    run_tasks(frame, pack_task, p, others, threads);
-    run_tasks(frame, multiply_task, p, (strips + p->block - 1) / p->block, threads);
+    run_tasks(frame, pack_task, p, pairs * tasks_of(others), threads);
+    run_tasks(frame, multiply_task, p, pairs * p->blocks, threads);
   }
   return NULL;
 }
@@ -277,20 +310,23 @@ XLA_FFI_Error *jaxformers_product(XLA_FFI_CallFrame *frame) {
   XLA_FFI_Buffer *a = argument(frame, 0), *b = argument(frame, 1);
   XLA_FFI_Buffer *y = result(frame, 0), *scratch = result(frame, 1);
   int size = bytes_of(a->dtype), other = bytes_of(b->dtype);
-  if (size < 2 || other == 0 || size < other || a->rank != 2 || b->rank != 2 ||
-      !is(y, XLA_FFI_DataType_F32, 2) || !is(scratch, XLA_FFI_DataType_U8, 1))
+  if (size < 2 || other == 0 || size < other || a->rank != 3 || b->rank != 3 ||
+      !is(y, XLA_FFI_DataType_F32, 3) || !is(scratch, XLA_FFI_DataType_U8, 1))
     return refuse(frame,
                   "product takes matrices, the right one of no wider type than the left one");
   matmul p = {.y = y->data, .packed = scratch->data};
-  p.m = a->dims[*left != 0], p.k = a->dims[*left == 0], p.n = b->dims[*right == 0];
-  if (b->dims[*right != 0] != p.k || y->dims[0] != p.m || y->dims[1] != p.n)
+  int64_t pairs = a->dims[0];
+  p.m = a->dims[1 + (*left != 0)], p.k = a->dims[2 - (*left != 0)];
+  p.n = b->dims[2 - (*right != 0)];
+  if (b->dims[1 + (*right != 0)] != p.k || b->dims[0] != pairs || y->dims[0] != pairs ||
+      y->dims[1] != p.m || y->dims[2] != p.n)
     return refuse(frame, "the shapes of product's arguments do not fit together");
-  if (p.k == 0) memset(p.y, 0, p.m * p.n * sizeof(float));
-  if (p.m * p.n * p.k == 0) return NULL;
-  matrix x = {a->data, p.m, a->dims[1], size, 0, *left != 0};
-  matrix w = {b->data, p.n, b->dims[1], other, 1, *right == 0};
+  if (p.k == 0) memset(p.y, 0, pairs * p.m * p.n * sizeof(float));
+  if (pairs * p.m * p.n * p.k == 0) return NULL;
+  matrix x = {a->data, p.m, a->dims[2], p.m * p.k, size, 0, *left != 0};
+  matrix w = {b->data, p.n, b->dims[2], p.k * p.n, other, 1, *right == 0};
   p.whole = p.m < p.n ? x : w, p.parts = p.m < p.n ? w : x;
-  return multiply(frame, &p, scratch->dims[0]);
+  return multiply(frame, &p, pairs, scratch->dims[0]);
 #else
   return refuse(frame, "this processor has no matrix units");
 #endif
