@@ -139,6 +139,12 @@ static void transposed_task(const void *arguments, int64_t task) {
 
 #define INPUTS 16
 
+#ifdef __AVX512F__
+#define TOGETHER 8 /* rows, for each of which a vector of sums is kept */
+#else
+#define TOGETHER 4
+#endif
+
 INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
                        int64_t o, int64_t end) {
   const float *x = p->x + row * p->i + c;
@@ -146,7 +152,7 @@ INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_
   const char *w = (const char *)p->w + c * p->o * size;
   for (; o < end; o += LANES) {
     int64_t n = end - o < LANES ? end - o : LANES;
-    vec acc[AT_ONCE];
+    vec acc[TOGETHER];
     for (int b = 0; b < rows; b++) {
       float *y = p->y + (row + b) * p->o + o;
       acc[b] = c == 0 ? (vec){0} : n == LANES ? load(y) : load_some(y, n);
@@ -169,13 +175,11 @@ INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
                          int64_t end) {
   int64_t row = 0;
-  for (; row + AT_ONCE <= p->r; row += AT_ONCE)
-    plain_tile(kind, AT_ONCE, inputs, p, row, c, o, end);
-  if (AT_ONCE > 2 && p->r - row >= 2) {
-    plain_tile(kind, 2, inputs, p, row, c, o, end);
-    row += 2;
-  }
-  if (p->r - row == 1) plain_tile(kind, 1, inputs, p, row, c, o, end);
+  for (; row + TOGETHER <= p->r; row += TOGETHER)
+    plain_tile(kind, TOGETHER, inputs, p, row, c, o, end);
+  for (; row + 4 <= p->r; row += 4) plain_tile(kind, 4, inputs, p, row, c, o, end);
+  for (; row + 2 <= p->r; row += 2) plain_tile(kind, 2, inputs, p, row, c, o, end);
+  if (row < p->r) plain_tile(kind, 1, inputs, p, row, c, o, end);
 }
 
 INLINE void plain_chunk(kind kind, const product *p, int64_t o, int64_t end) {
