@@ -125,10 +125,14 @@ def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
 
 
 def _scratch(x: Any, w: Any, left: int, right: int) -> int:
-    """Returns the bytes of the smaller matrices when packed, of which float32 needs three times."""
+    """Returns the bytes of the smaller matrices when packed, of which float32 needs three times.
+
+    Small ones of many pairs need none.
+    """
     pairs, m, n = _shape_of_product(x, w, left, right).shape
     strips, steps = -(-min(m, n) // 32), -(-min(w.shape[1 + right], 1024) // 32)
-    return pairs * strips * steps * 2048 * (3 if (x if m < n else w).dtype == jnp.float32 else 1)
+    bytes = strips * steps * 2048 * (3 if (x if m < n else w).dtype == jnp.float32 else 1)
+    return pairs * bytes if pairs == 1 or bytes > 2**19 else 0
 
 
 def _of_left(change: Array, x: Any, w: Array, left: int, right: int) -> Array:

@@ -10,9 +10,10 @@
  * products of two such sums the three smallest are left out, which lie below the last digit of
  * float32.
  *
- * Both matrices of a pair are packed in strips of 32 rows of `left` or columns of `right`. The
- * smaller one is packed as a whole, for all threads. Each thread packs a block of the other one,
- * which stays in its cache. */
+ * Both matrices of a pair are packed in strips of 32 rows of `left` or columns of `right`. Each
+ * task packs a block of the larger one, which stays in the cache of its thread, and multiplies it
+ * with all of the smaller one. That is packed before, in the scratch; small ones of many pairs are
+ * packed by each task. */
 #include "common.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
@@ -22,7 +23,7 @@
 #define TILE 1024 /* the bytes of a tile: 16 rows of 16 pairs of bfloat16 */
 #define SIDE 32   /* the rows of a strip, and the inputs of a step */
 #define MOST_INPUTS 1024
-#define TOGETHER 4            /* strips of the smaller matrix that are packed in one task */
+#define STRIPS 4              /* strips of the smaller matrix that are packed in one task */
 #define BLOCK_BYTES (1 << 20) /* bytes of a packed block, which leave room in a cache of 2 MiB */
 
 typedef struct {
@@ -39,13 +40,13 @@ typedef struct {
   int64_t m, n, k, start, steps; /* SIDE * steps inputs are taken at a time, from `start` on */
   int64_t block, blocks;         /* strips of `parts` in a task, and tasks of a pair */
   float *y;
-  char *packed;
+  char *packed; /* all of `whole`, or NULL if tasks pack it */
 } matmul;
 
 static _Thread_local _Alignas(64) char own[BLOCK_BYTES];
 
 static int64_t strips_of(int64_t outer) { return (outer + SIDE - 1) / SIDE; }
-static int64_t tasks_of(int64_t strips) { return (strips + TOGETHER - 1) / TOGETHER; }
+static int64_t tasks_of(int64_t strips) { return (strips + STRIPS - 1) / STRIPS; }
 INLINE int planes_of(const matrix *x) { return x->size == 4 ? 3 : 1; }
 static int64_t strip_bytes(const matmul *p, const matrix *x) {
   return p->steps * planes_of(x) * 2 * TILE;
@@ -152,14 +153,14 @@ static matmul pair_of(const matmul *p, int64_t pair) {
   one.whole.data += pair * p->whole.numbers * p->whole.size;
   one.parts.data += pair * p->parts.numbers * p->parts.size;
   one.y += pair * p->m * p->n;
-  one.packed += pair * strips_of(p->whole.outer) * strip_bytes(p, &p->whole);
+  if (p->packed) one.packed += pair * strips_of(p->whole.outer) * strip_bytes(p, &p->whole);
   return one;
 }
 
 static void pack_task(const void *arguments, int64_t task) {
   const matmul *p = arguments;
   int64_t strips = strips_of(p->whole.outer), tasks = tasks_of(strips);
-  int64_t first = task % tasks * TOGETHER, last = first + TOGETHER;
+  int64_t first = task % tasks * STRIPS, last = first + STRIPS;
   matmul one = pair_of(p, task / tasks);
   pack_strips(&one, &one.whole, first, last < strips ? last : strips,
               one.packed + first * strip_bytes(p, &p->whole));
@@ -250,11 +251,15 @@ static void multiply_task(const void *arguments, int64_t task) {
   __asm__ volatile("ldtilecfg %0" ::"m"(tiles));
   int64_t first = task % p->blocks * p->block, end = strips_of(p->parts.outer);
   int64_t bytes = strip_bytes(p, &p->parts), of_whole = strip_bytes(p, &p->whole);
+  int64_t others = strips_of(p->whole.outer);
+  const char *packed = p->packed ? p->packed : own;
+  char *block = p->packed ? own : own + others * of_whole;
   end = first + p->block < end ? first + p->block : end;
-  pack_strips(p, &p->parts, first, end, own);
-  for (int64_t w = 0; w < strips_of(p->whole.outer); w++)
+  if (!p->packed) pack_strips(p, &p->whole, 0, others, own);
+  pack_strips(p, &p->parts, first, end, block);
+  for (int64_t w = 0; w < others; w++)
     for (int64_t i = first; i < end; i++) {
-      const char *whole = p->packed + w * of_whole, *part = own + (i - first) * bytes;
+      const char *whole = packed + w * of_whole, *part = block + (i - first) * bytes;
       if (p->whole.right)
         multiply_into(p, part, whole, i * SIDE, w * SIDE);
       else
@@ -276,15 +281,18 @@ static XLA_FFI_Error *multiply(XLA_FFI_CallFrame *frame, matmul *p, int64_t pair
   int64_t chunks = (p->k + MOST_INPUTS - 1) / MOST_INPUTS;
   p->steps = strips_of((p->k + chunks - 1) / chunks);
   int64_t strips = strips_of(p->parts.outer), others = strips_of(p->whole.outer);
-  if (scratch < pairs * others * strip_bytes(p, &p->whole))
+  int64_t bytes = others * strip_bytes(p, &p->whole), room = BLOCK_BYTES;
+  if (pairs > 1 && bytes <= BLOCK_BYTES / 2)
+    p->packed = NULL, room -= bytes;
+  else if (scratch < pairs * bytes)
     return refuse(frame, "the scratch of product is too small");
   int64_t threads = threads_for(frame, (double)pairs * p->m * p->n * p->k / 64);
-  int64_t most = BLOCK_BYTES / strip_bytes(p, &p->parts), parts = 4 * threads / pairs + 1;
+  int64_t most = room / strip_bytes(p, &p->parts), parts = 4 * threads / pairs + 1;
   p->block = threads > 1 ? (strips + parts - 1) / parts : strips;
   p->block = p->block < most ? p->block : most;
   p->blocks = (strips + p->block - 1) / p->block;
   for (p->start = 0; p->start < p->k; p->start += SIDE * p->steps) {
-    run_tasks(frame, pack_task, p, pairs * tasks_of(others), threads);
+    if (p->packed) run_tasks(frame, pack_task, p, pairs * tasks_of(others), threads);
     run_tasks(frame, multiply_task, p, pairs * p->blocks, threads);
   }
   return NULL;
