@@ -197,6 +197,13 @@ def test_a_product_with_one_loses_nothing():
     np.testing.assert_array_equal(products.product(one, x, right=1), x.T)
 
 
+@pytest.mark.usefixtures("no_shape_checker")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_widths_that_differ_are_an_error(transposed):
+    with pytest.raises(TypeError, match="33"):
+        contract(jnp.ones((40, 33)), jnp.ones((64, 64)), transposed=transposed)
+
+
 def test_what_is_not_finite_stays_in_its_row():
     x = jnp.ones((64, 64)).at[3, 5].set(jnp.nan).at[9, 1].set(jnp.inf)
     finite = jnp.isfinite(products.product(x, jnp.ones((64, 40))))
@@ -236,7 +243,7 @@ def test_gradients_of_a_model_are_those_of_jax(monkeypatch):
 
     count, got = gradient()
     monkeypatch.setattr(library, "obstacle", lambda: "turned off")
-    monkeypatch.setattr(products, "many_rows", lambda x, w: False)
+    monkeypatch.setattr(products, "many_rows", lambda *_, **__: False)
     jax.clear_caches()
     none, want = gradient()
     assert none == 0 and (count > 15) == library.has_matrix_units()

@@ -95,7 +95,7 @@ def match(q: Float[Array, "*b n t h"], k: Float[Array, "*b g s h"]) -> Float[Arr
     g, s = k.shape[-3:-1]
     # The queries of a group are folded into t, so that shared keys are read once, not repeated.
     grouped = q.reshape(*batch, g, n // g * t, h)
-    if many_rows(grouped, k):
+    if many_rows(grouped, k, right=1):
         scores = product(grouped, k, right=1)
     else:
         scores = jnp.einsum("...gth,...gsh->...gts", grouped, k, preferred_element_type=jnp.float32)

@@ -26,14 +26,16 @@ def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
     return not (is_spread(x) or is_spread(w)) and library.obstacle() is None
 
 
-def many_rows(x: Any, w: Any) -> bool:
+def many_rows(x: Any, w: Any, right: int = 0) -> bool:
     """Returns whether a product is one for the matrix units, on one CPU.
 
     Arguments:
         x: `(..., m, k)`, in float32 or bfloat16.
-        w: `(..., k, n)` or `(..., n, k)`, in the type of `x` or in int8.
+        w: `(..., k, n)`, or `(..., n, k)` if `right` is 1, in the type of `x` or in int8.
+        right: 1 for the transpose of `w`; 0.
     """
-    many = x.shape[:-2] == w.shape[:-2] and is_fixed(x, w)
+    fit = x.ndim > 1 and x.shape[:-2] == w.shape[:-2] and x.shape[-1] == w.shape[right - 2]
+    many = fit and is_fixed(x, w)
     many = many and min(*x.shape[-2:], *w.shape[-2:]) >= MANY
     many = many and x.dtype in (jnp.float32, jnp.bfloat16) and w.dtype in (x.dtype, jnp.int8)
     if not many or jax.default_backend() != "cpu" or is_spread(x) or is_spread(w):
@@ -66,7 +68,7 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w, most):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
-    return product(x, w, right=1).astype(x.dtype) if many_rows(x, w) else x @ w.T
+    return product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else x @ w.T
 
 
 def shape_of_transpose(x: Any, w: Any, scale: Any, offset: Any) -> jax.ShapeDtypeStruct:

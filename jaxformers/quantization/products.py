@@ -133,7 +133,7 @@ def _by_copy(
         return rows_times_transpose(x, numbers(integers, scale, offset).astype(x.dtype))
     # The integers are exact in 16 bits, and their sum is one in float32.
     wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    if many_rows(x, integers):
+    if many_rows(x, integers, right=1):
         y = matrix_product(x, integers, right=1)
     else:
         y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
