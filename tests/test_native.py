@@ -188,6 +188,13 @@ def test_products_of_many_rows(seed):
     assert (abs(got - x @ w) <= bound).all()
 
 
+def test_a_product_of_many_inputs_keeps_its_digits():
+    draw = np.random.default_rng(0)
+    x, w = (draw.random(shape, np.float32) for shape in ((32, 20_000), (20_000, 40)))
+    want = x.astype(np.float64) @ w.astype(np.float64)
+    np.testing.assert_allclose(products.product(jnp.asarray(x), jnp.asarray(w)), want, rtol=2e-6)
+
+
 def test_a_product_with_one_loses_nothing():
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((70, 90)) * 10.0 ** draw.integers(-20, 20, (70, 90)))
@@ -230,6 +237,16 @@ def test_derivatives_of_products_of_many_rows(left, right):
         close(a, b, 1e-2)
     each = jax.vmap(jax.grad(f, (0, 1)), (0, None))(jnp.stack([x, 2 * x]), w)
     close(each[0][0], jax.grad(g)(x, w), 1e-4)
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_gradients_of_products_with_integers(left, right):
+    draw = np.random.default_rng(0)
+    x, w = normal(draw, 40, 50), jnp.asarray(draw.integers(-9, 9, (50, 60)), jnp.int8)
+    given = x.T if left else x, w.T if right else w
+    got = jax.grad(lambda x: jnp.sin(products.product(x, given[1], left, right)).sum())(given[0])
+    want = jax.grad(lambda x: jnp.sin(x @ w.astype(jnp.float32)).sum())(x)
+    close(got, want.T if left else want, 1e-3)
 
 
 def test_gradients_of_a_model_are_those_of_jax(monkeypatch):

@@ -188,17 +188,10 @@ static void pack_task(const void *arguments, int64_t task) {
 
 /* Multiplies two packed strips. Tiles 0 to 3 are the sums, to which small products come first. */
 INLINE void multiply_strips(int planes, int others, const char *a, const char *b, int64_t steps,
-                            float *y, int64_t stride, int add) {
+                            float *y, int64_t stride) {
   const int64_t packed = 64; /* bytes of a row of a tile */
   char *lower = (char *)y + LANES * stride;
-  if (add) {
-    LOAD(0, y, stride);
-    LOAD(1, y + LANES, stride);
-    LOAD(2, lower, stride);
-    LOAD(3, lower + 64, stride);
-  } else {
-    __asm__ volatile("tilezero %tmm0\n tilezero %tmm1\n tilezero %tmm2\n tilezero %tmm3");
-  }
+  __asm__ volatile("tilezero %tmm0\n tilezero %tmm1\n tilezero %tmm2\n tilezero %tmm3");
   for (; steps; steps--, a += planes * 2 * TILE, b += others * 2 * TILE) {
     if (planes == 3) MULTIPLY_PLANES(2, 0);
     if (planes == 3) MULTIPLY_PLANES(1, -1);
@@ -216,28 +209,29 @@ INLINE void multiply_strips(int planes, int others, const char *a, const char *b
 }
 
 static void multiply_to(int planes, int others, const char *a, const char *b, int64_t steps,
-                        float *y, int64_t stride, int add) {
-  if (planes == 1 && others == 1) multiply_strips(1, 1, a, b, steps, y, stride, add);
-  if (planes == 3 && others == 1) multiply_strips(3, 1, a, b, steps, y, stride, add);
-  if (planes == 3 && others == 3) multiply_strips(3, 3, a, b, steps, y, stride, add);
+                        float *y, int64_t stride) {
+  if (planes == 1 && others == 1) multiply_strips(1, 1, a, b, steps, y, stride);
+  if (planes == 3 && others == 1) multiply_strips(3, 1, a, b, steps, y, stride);
+  if (planes == 3 && others == 3) multiply_strips(3, 3, a, b, steps, y, stride);
 }
 
-/* Computes 32 rows and columns of the result, or those that there are. */
+/* Computes 32 rows and columns of the result, or those that there are. Sums of some inputs are
+ * added to those of the inputs before: in one long sum the small products of planes would be lost. */
 static void multiply_into(const matmul *p, const char *a, const char *b, int64_t row,
                           int64_t column) {
   const matrix *left = p->whole.right ? &p->parts : &p->whole;
   const matrix *right = p->whole.right ? &p->whole : &p->parts;
-  float edge[SIDE][SIDE], *y = p->y + row * p->n + column;
-  int64_t rows = p->m - row, columns = p->n - column;
-  int planes = planes_of(left), others = planes_of(right);
-  if (rows >= SIDE && columns >= SIDE) {
-    multiply_to(planes, others, a, b, p->steps, y, 4 * p->n, p->start > 0);
+  float sums[SIDE][SIDE], *y = p->y + row * p->n + column;
+  int64_t rows = p->m - row < SIDE ? p->m - row : SIDE;
+  int64_t columns = p->n - column < SIDE ? p->n - column : SIDE;
+  int planes = planes_of(left), others = planes_of(right), first = p->start == 0;
+  if (first && rows == SIDE && columns == SIDE) {
+    multiply_to(planes, others, a, b, p->steps, y, 4 * p->n);
     return;
   }
-  multiply_to(planes, others, a, b, p->steps, edge[0], sizeof edge[0], 0);
-  for (int64_t i = 0; i < rows && i < SIDE; i++)
-    for (int64_t j = 0; j < columns && j < SIDE; j++)
-      y[i * p->n + j] = edge[i][j] + (p->start > 0 ? y[i * p->n + j] : 0);
+  multiply_to(planes, others, a, b, p->steps, sums[0], sizeof sums[0]);
+  for (int64_t i = 0; i < rows; i++, y += p->n)
+    for (int64_t j = 0; j < columns; j++) y[j] = first ? sums[i][j] : y[j] + sums[i][j];
 }
 
 static void multiply_task(const void *arguments, int64_t task) {
@@ -272,7 +266,7 @@ static int permitted;
 
 /* Asks the system for the use of the units, and returns whether it is granted. */
 int jaxformers_matrix_units(void) {
-  const int request_permission = 0x1023, tile_data = 18;
+  const long request_permission = 0x1023, tile_data = 18;
   return permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
