@@ -21,9 +21,7 @@ def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
     """Returns whether a product is one of few rows, on one CPU, where there are operations in C."""
     few = x.ndim == 2 and is_fixed(x, w) and 1 <= len(x) <= most
     few = few and x.dtype in (jnp.float32, jnp.bfloat16)
-    if not few or 0 in (*x.shape, *w.shape) or jax.default_backend() != "cpu":
-        return False
-    return not (is_spread(x) or is_spread(w)) and library.obstacle() is None
+    return few and 0 not in (*x.shape, *w.shape) and _are_on_one_cpu(x, w)
 
 
 def many_rows(x: Any, w: Any, right: int = 0) -> bool:
@@ -38,9 +36,13 @@ def many_rows(x: Any, w: Any, right: int = 0) -> bool:
     many = fit and is_fixed(x, w)
     many = many and min(*x.shape[-2:], *w.shape[-2:]) >= MANY
     many = many and x.dtype in (jnp.float32, jnp.bfloat16) and w.dtype in (x.dtype, jnp.int8)
-    if not many or jax.default_backend() != "cpu" or is_spread(x) or is_spread(w):
-        return False
-    return library.obstacle() is None and library.has_matrix_units()
+    return many and _are_on_one_cpu(x, w) and library.has_matrix_units()
+
+
+def _are_on_one_cpu(x: Any, w: Any) -> bool:
+    """Returns whether a program would have both on one CPU, where there are operations in C."""
+    spread = is_spread(x) or is_spread(w)
+    return jax.default_backend() == "cpu" and not spread and library.obstacle() is None
 
 
 def keeps_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
@@ -130,7 +132,7 @@ def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
 def _scratch(x: Any, w: Any, left: int, right: int) -> int:
     """Returns the bytes of the smaller matrices when packed, of which float32 needs three times.
 
-    Small ones of many pairs need none.
+    Small ones of many pairs need none. The sizes are those of `source/matrices.c`.
     """
     pairs, m, n = _shape_of_product(x, w, left, right).shape
     strips, steps = -(-min(m, n) // 32), -(-min(w.shape[1 + right], 1024) // 32)
