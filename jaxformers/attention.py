@@ -41,7 +41,7 @@ from jaxformers.norms import build_head_norm
 from jaxformers.positions.scheme import RotatingPosition, acts_as
 from jaxformers.precision import scaled
 from jaxformers.sites import site
-from jaxformers.weights import Weight, contract
+from jaxformers.weights import Weight, contract, contract_each
 
 
 class KV(NamedTuple):
@@ -217,8 +217,27 @@ class MultiHeadAttention(eqx.Module):
         if keys.shape != values.shape:
             raise ValueError(f"keys and values must agree, got {keys.shape} and {values.shape}.")
         mask = as_mask(mask)
-        kv = self.project(keys, values, mask.key_positions(keys.shape[-2]))
-        return self.attend(query, kv, mask, key=key)
+        at, to = mask.query_positions(query.shape[-2]), mask.key_positions(keys.shape[-2])
+        if keys is query and values is query:
+            return self.attend(*self.project_all(query, at, to), mask, key=key)
+        kv = self.project(keys, values, to)
+        return self.attend(self.project_queries(query, at), kv, mask, key=key)
+
+    def project_all(
+        self,
+        x: Float[Array, "*b t d"],
+        positions: Int[Array, "*#b t"],
+        key_positions: Int[Array, "*#b t"],
+    ) -> tuple[Float[Array, "*b n t h"], KV]:
+        """Returns queries, keys and values of one sequence, as self-attention needs them."""
+        q, k, v = contract_each(x, (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
+        return self._queries(q, positions), self._kv(k, v, key_positions)
+
+    def project_queries(
+        self, query: Float[Array, "*b t d"], positions: Int[Array, "*#b t"]
+    ) -> Float[Array, "*b n t h"]:
+        """Returns queries, normed, rotated to their positions and scaled, per head."""
+        return self._queries(contract(query, self.wq, self.bq), positions)
 
     def project(
         self,
@@ -227,22 +246,18 @@ class MultiHeadAttention(eqx.Module):
         positions: Int[Array, "*#b s"],
     ) -> KV:
         """Returns keys, normed and rotated to their positions, and values, per head."""
-        k = self._heads(keys, self.wk, self.bk)
-        k = k if self.k_norm is None else self.k_norm(k)
-        k = k if self.position is None else self.position.rotate(k, positions)
-        v = self._heads(values, self.wv, self.bv)
-        return KV(site(k, "keys"), site(v, "values"))
+        k = contract(keys, self.wk, self.bk)
+        return self._kv(k, contract(values, self.wv, self.bv), positions)
 
     def attend(
         self,
-        query: Float[Array, "*b t d"],
+        q: Float[Array, "*b n t h"],
         kv: KV,
         mask: AttentionMask,
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*b t d"]:
-        """Returns attention from `query` to projected keys and values."""
-        q = self._queries(query, mask.query_positions(query.shape[-2]))
+        """Returns attention from projected queries to projected keys and values."""
         mask.check(q.shape[:-1] + kv.keys.shape[-2:-1])
         if self.window is not None:
             mask = mask.replace(window=min(self.window, mask.window or self.window))
@@ -254,24 +269,30 @@ class MultiHeadAttention(eqx.Module):
         return contract(out, self.wo, self.bo, inputs=2)
 
     def _queries(
-        self, query: Float[Array, "*b t d"], positions: Int[Array, "*#b t"]
+        self, products: Float[Array, "*b t n h"], positions: Int[Array, "*#b t"]
     ) -> Float[Array, "*b n t h"]:
-        """Returns queries, normed, rotated to their positions and scaled, per head."""
-        q = self._heads(query, self.wq, self.bq)
+        """Returns queries, made of their products."""
+        q = self._heads(products)
         q = q if self.q_norm is None else self.q_norm(q)
         q = q if self.position is None else self.position.rotate(q, positions)
         if self.attention_scale is not None:  # kernels divide by sqrt(h)
             q = scaled(q, self.attention_scale * self.head_dim**0.5)
         return site(q, "queries")
 
-    def _heads(
+    def _kv(
         self,
-        x: Float[Array, "*b t d"],
-        w: Float[Weight, "d n h"],
-        b: Float[Weight, "n h"] | None,
-    ) -> Float[Array, "*b n t h"]:
-        """Returns the projection of `x` to one vector per head, with heads before positions."""
-        y = contract(x, w, b)
+        k: Float[Array, "*b s g h"],
+        v: Float[Array, "*b s g h"],
+        positions: Int[Array, "*#b s"],
+    ) -> KV:
+        """Returns keys and values, made of their products."""
+        k, v = self._heads(k), self._heads(v)
+        k = k if self.k_norm is None else self.k_norm(k)
+        k = k if self.position is None else self.position.rotate(k, positions)
+        return KV(site(k, "keys"), site(v, "values"))
+
+    def _heads(self, y: Float[Array, "*b t n h"]) -> Float[Array, "*b n t h"]:
+        """Returns bounded products, with heads before positions."""
         y = y if self.qkv_clip is None else jnp.clip(y, -self.qkv_clip, self.qkv_clip)
         return jnp.swapaxes(y, -2, -3)
 

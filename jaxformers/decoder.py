@@ -145,10 +145,11 @@ class DecoderLayer(eqx.Module):
 
         with scope("self_attention"):
             before, seen = x, self.self_attention_residual.read(x)
-            kv = self.self_attention.project(seen, seen, mask.query_positions(x.shape[-2]))
+            positions = mask.query_positions(x.shape[-2])
+            q, kv = self.self_attention.project_all(seen, positions, positions)
             if cache is not None:
                 cache, kv, mask = remember(cache, kv, mask, slot)
-            y = self.self_attention.attend(seen, kv, mask, key=weights_key)
+            y = self.self_attention.attend(q, kv, mask, key=weights_key)
             x = write(self.self_attention_residual, x, y, self_key)
         x = site(x, "residual_between")
 
@@ -156,7 +157,9 @@ class DecoderLayer(eqx.Module):
             cross_kv = self.project_cross(encoder_output) if cache is None else cache.cross
             if self.cross_attention and self.cross_attention_residual and cross_kv:
                 read = self.cross_attention_residual.read(x)
-                y = self.cross_attention.attend(read, cross_kv, cross_mask, key=cross_weights_key)
+                positions = cross_mask.query_positions(x.shape[-2])
+                q = self.cross_attention.project_queries(read, positions)
+                y = self.cross_attention.attend(q, cross_kv, cross_mask, key=cross_weights_key)
                 x = write(self.cross_attention_residual, x, y, cross_key)
         x = site(x, "residual_between_2") if self.cross_attention and cross_kv else x
 

@@ -19,7 +19,7 @@ from jaxformers.checks import (
 )
 from jaxformers.initializers import Initializer, xavier_uniform
 from jaxformers.sites import site
-from jaxformers.weights import Weight, contract
+from jaxformers.weights import Weight, contract, contract_each
 
 
 @overload
@@ -200,8 +200,8 @@ class GatedFeedForward(eqx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        gate = self.activation(contract(x, self.w_gate, self.b_gate))
-        hidden = gate * contract(x, self.w_up, self.b_up)
+        gate, up = contract_each(x, (self.w_gate, self.b_gate), (self.w_up, self.b_up))
+        hidden = self.activation(gate) * up
         return contract(site(hidden, "activations"), self.w_down, self.b_down)
 
 

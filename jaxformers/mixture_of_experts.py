@@ -20,7 +20,7 @@ from jaxformers.layers import GatedFeedForward, as_module, split_key
 from jaxformers.native.products import keeps_products
 from jaxformers.sharding.constraints import by_rows
 from jaxformers.sites import scope, site, unwatched
-from jaxformers.weights import Weight, contract
+from jaxformers.weights import Weight, contract, contract_each
 
 
 class MixtureOfExperts(eqx.Module):
@@ -184,8 +184,8 @@ class MixtureOfExperts(eqx.Module):
         @partial(jax.checkpoint, policy=keeps_products)
         def through_one(block_and_expert):
             block, i = block_and_expert
-            gate = self.activation(contract(block, self.w_gate[i]))
-            hidden = gate * contract(block, self.w_up[i])
+            gate, up = contract_each(block, (self.w_gate[i], None), (self.w_up[i], None))
+            hidden = self.activation(gate) * up
             return contract(site(hidden, "activations"), self.w_down[i])
 
         outputs = lax.map(through_one, (blocks, block_experts))

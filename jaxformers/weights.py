@@ -9,6 +9,7 @@ Fields that may hold any weight are annotated like `Float[Weight, "d n h"]`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Axes
 from jaxformers.checks import check_key, check_positive, check_size
-from jaxformers.native.products import rows_times, rows_times_transpose
+from jaxformers.native.products import rows_times, rows_times_each, rows_times_transpose
 from jaxformers.precision import add, scaled, widened
 from jaxformers.sharding.mesh import divides_positions
 
@@ -76,6 +77,15 @@ class WeightObject(ABC):
         Activations are rows `(r, i)`. They are `(b, t, i)` on a mesh that divides positions.
         """
 
+    def products_beside(
+        self, x: Float[Array, "*r i"], others: Sequence[Any]
+    ) -> Float[Array, "*r o"] | None:
+        """Returns the products of `x` with this weight and others beside each other.
+
+        None, the default, says that one product after the other is as fast.
+        """
+        return None
+
     @abstractmethod
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
         """Returns rows of a table `(p, d)` as `lookup` does, NaN for a row beyond its end."""
@@ -131,7 +141,6 @@ def contract(
     kept = x.ndim - inputs
     shape = x.shape[:kept]
     rows, size = prod(shape), prod(x.shape[kept:])
-    vector: Any = bias  # an array, or `Replaced` in place of one
     if divides_positions(x):
         # Flat, rows and positions that are both divided over devices would be gathered.
         x = x.reshape(*x.shape[:kept], size)
@@ -145,8 +154,48 @@ def contract(
     else:
         outputs = w.shape[inputs:]
         y = _product(x, w, prod(w.shape[:inputs]))
-    y = y if bias is None else add(y, vector.reshape(-1))
-    return y.reshape(*shape, *outputs)
+    return _with_bias(y, bias).reshape(*shape, *outputs)
+
+
+def contract_each(
+    x: Float[Array, "*r i"], *maps: tuple[Weight, Weight | None]
+) -> list[Float[Array, "..."]]:
+    """Returns what `contract(x, w, bias)` does for each of several pairs of a weight and a bias.
+
+    Few rows take the time to read the weights. Where one operation in C can read all of them, it
+    does so, since each one more would cost the time in which its threads begin.
+
+    Example:
+        >>> x, w = jnp.ones((2, 10, 16)), jnp.ones((16, 4, 8))
+        >>> [y.shape for y in contract_each(x, (w, None), (w, None), (w[:, :2], None))]
+        [(2, 10, 4, 8), (2, 10, 4, 8), (2, 10, 2, 8)]
+    """
+    beside = None if divides_positions(x) else _beside(x.reshape(-1, x.shape[-1]), maps)
+    if beside is None:
+        return [contract(x, w, bias) for w, bias in maps]
+    found, start = [], 0
+    for w, bias in maps:
+        end = start + prod(w.shape[1:])
+        y = _with_bias(beside[:, start:end], bias)
+        found.append(y.reshape(*x.shape[:-1], *w.shape[1:]))
+        start = end
+    return found
+
+
+def _beside(
+    x: Float[Array, "*r i"], maps: Sequence[tuple[Weight, Weight | None]]
+) -> Float[Array, "*r o"] | None:
+    """Returns the products of `x` with several weights beside each other, if one call has them."""
+    first, *others = (w for w, _ in maps)
+    if isinstance(first, WeightObject):
+        return first.products_beside(x, others)
+    arrays = [w.reshape(w.shape[0], -1) for w, _ in maps if not isinstance(w, WeightObject)]
+    return rows_times_each(x, arrays) if len(arrays) == len(maps) else None
+
+
+def _with_bias(y: Float[Array, "*r o"], bias: Weight | None) -> Float[Array, "*r o"]:
+    vector: Any = bias  # an array, or `Replaced` in place of one
+    return y if bias is None else add(y, vector.reshape(-1))
 
 
 def _product(x: Float[Array, "*r i"], w: Weight, size: int) -> Float[Array, "*r o"]:

@@ -93,8 +93,9 @@ int main(int argc, char **argv) {
                      .XLA_FFI_ThreadPool_Schedule = schedule,
                      .XLA_FFI_ThreadPool_NumThreads = num_threads};
   for (int round = 0; round < rounds; round++) {
-    XLA_FFI_Buffer *args[5], *y, *scratch;
+    XLA_FFI_Buffer *args[9 + 3 * 8], *y, *scratch;
     int64_t n = 0, what = draw(0, units ? 5 : 3), none[] = {0};
+    int64_t weights = draw(0, 9) ? draw(1, 4) : 9; /* nine are too many */
     int64_t left = draw(0, 2), right = draw(0, 2);
     scratch = array(XLA_FFI_DataType_U8, 1, none);
     XLA_FFI_DataType wide = draw(0, 2) ? XLA_FFI_DataType_F32 : XLA_FFI_DataType_BF16;
@@ -112,8 +113,9 @@ int main(int argc, char **argv) {
       args[n++] = array(XLA_FFI_DataType_F32, 4, bias), y = array(wide, 4, out);
       handler = jaxformers_attend;
     } else if (what == 1) {
-      int64_t x[] = {r, i}, w[] = {i, o}, out[] = {r, o};
-      args[n++] = array(XLA_FFI_DataType_F32, 2, x), args[n++] = array(wide, 2, w);
+      int64_t x[] = {r, i}, w[] = {i, o}, out[] = {r, 0};
+      args[n++] = array(XLA_FFI_DataType_F32, 2, x);
+      for (; n <= weights; out[1] += w[1], w[1] = draw(0, 90)) args[n++] = array(wide, 2, w);
       y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_rows_times;
     } else if (what > 2) {
       int64_t b = draw(0, 4), m = draw(0, 140), k = draw(0, 8) ? draw(0, 140) : draw(1000, 2200);
@@ -125,15 +127,18 @@ int main(int argc, char **argv) {
       release(scratch), scratch = array(XLA_FFI_DataType_U8, 1, bytes);
       y = array(XLA_FFI_DataType_F32, 3, out), handler = jaxformers_product;
     } else {
-      int64_t k = draw(1, 4), bits = draw(0, 4);
+      int64_t k = draw(1, 4), bits = draw(0, 4), j = 0;
       const XLA_FFI_DataType types[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
                                         XLA_FFI_DataType_S8, XLA_FFI_DataType_U8};
       i = bits == 3 ? 32 * k * draw(0, 4) : k > 1 ? 16 * k * draw(0, 4) : i;
-      int64_t x[] = {r, i}, w[] = {o, bits == 3 ? i / 2 : i}, out[] = {r, o};
-      int64_t scale[] = {o, k}, offset[] = {o, draw(0, 2) * k};
-      args[n++] = array(XLA_FFI_DataType_F32, 2, x), args[n++] = array(types[bits], 2, w);
-      args[n++] = array(XLA_FFI_DataType_F32, 2, scale);
-      args[n++] = array(XLA_FFI_DataType_F32, 2, offset);
+      int64_t x[] = {r, i}, out[] = {r, 0};
+      args[n++] = array(XLA_FFI_DataType_F32, 2, x);
+      for (; j < weights; j++, out[1] += o, o = draw(0, 90)) {
+        int64_t w[] = {o, bits == 3 ? i / 2 : i}, scale[] = {o, k}, offset[] = {o, draw(0, 2) * k};
+        args[n++] = array(types[bits], 2, w), args[n++] = array(XLA_FFI_DataType_F32, 2, scale);
+        args[n++] = array(XLA_FFI_DataType_F32, 2, offset);
+        if (bits > 1 && i % 64 == 0 && i && k <= 2) bits = draw(2, 4); /* eight and four bits */
+      }
       y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_rows_times_transpose;
     }
     if (draw(0, 2)) spoil(args, (int)n);

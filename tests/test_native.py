@@ -18,6 +18,9 @@ import pytest
 
 from jaxformers import (
     AttentionMask,
+    GatedFeedForward,
+    Quantized,
+    RotaryPositionalEncoding,
     TransformerLM,
     choose_attention,
     dot_product_attention,
@@ -28,7 +31,8 @@ from jaxformers.native import library, products
 from jaxformers.native.attention import native_attention
 from jaxformers.positions.bias import ALiBi
 from jaxformers.quantization import products as integers
-from jaxformers.weights import contract
+from jaxformers.quantization.quantized import pack
+from jaxformers.weights import contract, contract_each
 
 # Other processes use the operations even if this one is told not to.
 ENVIRONMENT = {k: x for k, x in os.environ.items() if k != "JAXFORMERS_NATIVE"}
@@ -152,6 +156,58 @@ def test_products_with_integers_of_any_shape(seed):
     want = np.asarray(x, np.float64) @ matrix.T
     assert calls_c(lambda *a: integers.product(*a, offset), x, w, scale)
     close(integers.product(x, w, scale, offset), want, 1e-5 * np.abs(want).max() + 1e-4)
+
+
+def weight_of(draw, kind, i, shape):
+    """Returns a weight `(i, *shape)`: an array, integers of 8 bits in groups or not, or of 4."""
+    if kind == "array":
+        return normal(draw, i, *shape)
+    numbers = jnp.asarray(draw.integers(0, 16, (*shape, i)), jnp.int8)
+    groups = 1 if kind == "whole" else i // 32
+    scale = normal(draw, *shape, groups)
+    if kind != "four":
+        return Quantized(numbers, scale, outputs=2)
+    return Quantized(pack(numbers), scale, normal(draw, *shape, groups), bits=4, outputs=2)
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(24))
+def test_products_beside_each_other(seed):
+    """Rows times several weights are what each of them gives, whatever their kinds."""
+    draw = np.random.default_rng(seed)
+    r, i = int(draw.integers(1, 9)), 32 * int(draw.integers(1, 5))
+    x, count = normal(draw, 1, r, i), int(draw.integers(1, 5))
+    shapes = [(int(n), int(m)) for n, m in draw.integers(1, 12, (count, 2))]
+    some = [["array"], ["whole", "groups", "four"], ["array", "whole"]][seed % 3]
+    kinds = [str(kind) for kind in draw.choice(some, count)]
+    maps = [
+        (weight_of(draw, kind, i, shape), normal(draw, *shape) if draw.integers(0, 2) else None)
+        for kind, shape in zip(kinds, shapes, strict=True)
+    ]
+    found = contract_each(x, *maps)
+    for got, (w, b), shape in zip(found, maps, shapes, strict=True):
+        assert got.shape == (1, r, *shape)
+        wide = w.dense() if isinstance(w, Quantized) else w
+        want = np.einsum("...i,inm->...nm", *(np.asarray(a, np.float64) for a in (x, wide)))
+        close(got, want if b is None else want + b, 1e-5 * np.abs(want).max() + 1e-5)
+    calls = str(jax.make_jaxpr(lambda x: contract_each(x, *maps))(x)).count("jaxformers_rows")
+    assert calls == (1 if len({kind == "array" for kind in kinds}) == 1 else count)
+
+
+@needs_library
+def test_a_layer_reads_weights_of_the_same_input_in_one_call():
+    options = dict(position=RotaryPositionalEncoding(), feed_forward=GatedFeedForward)
+    model = TransformerLM(65, 64, 4, 1, 96, 32, **options, key=jax.random.key(0))
+    for layer in (model.decoder.layers[0], quantize(model).decoder.layers[0]):
+        program = str(jax.make_jaxpr(layer)(jnp.ones((1, 1, 64))))
+        # Queries, keys and values; the output; gate and up; down.
+        assert program.count("jaxformers_rows_times") == 4
+
+
+@needs_library
+def test_many_weights_beside_each_other():
+    x, w = jnp.ones((2, 32)), jnp.ones((32, 5))
+    assert [y.tolist() for y in contract_each(x, *[(w, None)] * 9)] == [[[32.0] * 5] * 2] * 9
 
 
 @needs_library

@@ -13,6 +13,9 @@ from jaxformers.native.operation import is_fixed, is_spread, operation
 # With more rows the products of XLA, which convert a weight once for all of them, are as fast.
 FEW = 16
 
+# Weights in one call, as `source/products.c` has it.
+MOST_WEIGHTS = 8
+
 # Smaller matrices do not fill the matrix units.
 MANY = 32
 
@@ -55,10 +58,23 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
 
     That is measured for weights of 16 bits, and for those of 32 bits with up to eight rows.
     """
-    most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
-    if x.dtype == w.dtype and x.shape[-1] == w.shape[0] and few_rows(x, w, most):
-        return _rows_times(x.astype(jnp.float32), w).astype(x.dtype)
+    beside = rows_times_each(x, [w])
+    if beside is not None:
+        return beside
     return product(x, w).astype(x.dtype) if many_rows(x, w) else x @ w
+
+
+def rows_times_each(
+    x: Float[Array, "*r i"], weights: list[Float[Array, "i _"]]
+) -> Float[Array, "*r o"] | None:
+    """Returns the products `x w` beside each other, by one call of C, or None if that is slower."""
+    most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(x.dtype, 0)
+    if len(weights) > MOST_WEIGHTS:
+        return None
+    for w in weights:
+        if x.dtype != w.dtype or x.shape[-1] != w.shape[0] or not few_rows(x, w, most):
+            return None
+    return _rows_times(x.astype(jnp.float32), *weights).astype(x.dtype)
 
 
 def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Float[Array, "*r o"]:
@@ -73,9 +89,9 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     return product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else x @ w.T
 
 
-def shape_of_transpose(x: Any, w: Any, scale: Any, offset: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of `x w^T`; scales and offsets belong to integers."""
-    return jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+def shape_of_transposes(x: Any, *given: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of products `x w^T`; each weight is given with its scales and offsets."""
+    return jax.ShapeDtypeStruct((x.shape[0], sum(w.shape[0] for w in given[::3])), jnp.float32)
 
 
 def product(
@@ -102,12 +118,12 @@ def product(
     return y.reshape(*x.shape[:-2], *y.shape[1:])
 
 
-def _plain(x: Float[Array, "r i"], w: Float[Array, "i o"]) -> Float[Array, "r o"]:
-    return x @ w.astype(jnp.float32)
+def _plain(x: Float[Array, "r i"], *weights: Float[Array, "i _"]) -> Float[Array, "r o"]:
+    return jnp.concatenate([x @ w.astype(jnp.float32) for w in weights], 1)
 
 
-def _shape(x: Any, w: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.float32)
+def _shape(x: Any, *weights: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[0], sum(w.shape[1] for w in weights)), jnp.float32)
 
 
 def _plain_transpose(
@@ -117,7 +133,7 @@ def _plain_transpose(
 
 
 _rows_times = operation("rows_times", _plain, _shape)
-_rows_times_transpose = operation("rows_times_transpose", _plain_transpose, shape_of_transpose)
+_rows_times_transpose = operation("rows_times_transpose", _plain_transpose, shape_of_transposes)
 
 
 def _shape_of_product(x: Any, w: Any, left: int, right: int) -> jax.ShapeDtypeStruct:

@@ -28,10 +28,11 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from jaxformers.native.operation import is_fixed, operation
 from jaxformers.native.products import (
+    MOST_WEIGHTS,
     few_rows,
     many_rows,
     rows_times_transpose,
-    shape_of_transpose,
+    shape_of_transposes,
 )
 from jaxformers.native.products import product as matrix_product
 
@@ -53,9 +54,9 @@ def product(
         scale: a number for each output and each of k groups of consecutive inputs, in float32.
         offset: of the same shape; None is 0.
     """
-    if few_rows(x, integers) and _are_whole_vectors(x, integers, scale):
-        given = jnp.zeros((1, 0), jnp.float32) if offset is None else offset
-        return _native(x.astype(jnp.float32), integers, scale, given).astype(x.dtype)
+    of_few = products_of_few(x, [(integers, scale, offset)])
+    if of_few is not None:
+        return of_few
     integers = unpack(integers) if integers.dtype == jnp.uint8 else integers
     few = x.ndim == 2 and is_fixed(x) and 1 <= len(x) <= FEW
     if not few or x.dtype.itemsize > 4 or jax.default_backend() != "cpu":
@@ -93,6 +94,24 @@ def unpack(packed: UInt8[Array, "... j"]) -> UInt8[Array, "... 2*j"]:
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
+def products_of_few(
+    x: Float[Array, "*r i"], weights: list[tuple[Array, Array, Array | None]]
+) -> Float[Array, "*r o"] | None:
+    """Returns products beside each other, by one call of C, or None if there is none for these.
+
+    The arguments are those of `product`, for each of several weights.
+    """
+    if len(weights) > MOST_WEIGHTS:
+        return None
+    given = []
+    for integers, scale, offset in weights:
+        if not few_rows(x, integers) or not _are_whole_vectors(x, integers, scale):
+            return None
+        none = jnp.zeros((1, 0), jnp.float32)
+        given += [integers, scale, none if offset is None else offset]
+    return _native(x.astype(jnp.float32), *given).astype(x.dtype)
+
+
 def _are_whole_vectors(x: Array, integers: Array, scale: Array) -> bool:
     """Returns whether inputs with one scale fill the vectors of the operation in C."""
     if integers.dtype == jnp.int8 and scale.shape[1] == 1:
@@ -100,17 +119,15 @@ def _are_whole_vectors(x: Array, integers: Array, scale: Array) -> bool:
     return x.shape[1] // scale.shape[1] % (16 if integers.dtype == jnp.int8 else 32) == 0
 
 
-def _plain(
-    x: Float[Array, "r i"],
-    integers: Integer[Array, "o i"] | UInt8[Array, "o i/2"],
-    scale: Float[Array, "o k"],
-    offset: Float[Array, "..."],
-) -> Float[Array, "r o"]:
-    integers = unpack(integers) if integers.dtype == jnp.uint8 else integers
-    return _by_copy(x, integers, scale, offset if offset.size else None)
+def _plain(x: Float[Array, "r i"], *given: Array) -> Float[Array, "r o"]:
+    ys = []
+    for integers, scale, offset in zip(given[::3], given[1::3], given[2::3], strict=True):
+        whole = unpack(integers) if integers.dtype == jnp.uint8 else integers
+        ys.append(_by_copy(x, whole, scale, offset if offset.size else None))
+    return jnp.concatenate(ys, 1)
 
 
-_native = operation("rows_times_transpose", _plain, shape_of_transpose)
+_native = operation("rows_times_transpose", _plain, shape_of_transposes)
 
 
 def _of_row(

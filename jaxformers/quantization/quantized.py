@@ -1,5 +1,6 @@
 """The weight of eight or four bits, `Quantized`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Integer, UInt8
 
 from jaxformers.axes import Axes
-from jaxformers.quantization.products import numbers, product, unpack
+from jaxformers.quantization.products import numbers, product, products_of_few, unpack
 from jaxformers.weights import WeightObject, lookup
 
 # The name of the axis that counts the groups of inputs with one scale.
@@ -85,10 +86,15 @@ class Quantized(eqx.Module, WeightObject):
     def product(self, x: Float[Array, "*r i"]) -> Float[Array, "*r o"]:
         if self.transposed:
             return x @ self._matrix().astype(x.dtype)
-        integers = self.integers.reshape(prod(self._sizes[1]), -1)
-        scale = _fixed(self.scale).reshape(len(integers), -1)
-        offset = None if self.offset is None else _fixed(self.offset).reshape(scale.shape)
-        return product(x, integers, scale, offset)
+        return product(x, *self._matrices)
+
+    def products_beside(
+        self, x: Float[Array, "*r i"], others: Sequence[Any]
+    ) -> Float[Array, "*r o"] | None:
+        weights = [self, *others]
+        if not all(isinstance(w, Quantized) and not w.transposed for w in weights):
+            return None
+        return products_of_few(x, [w._matrices for w in weights])
 
     def rows(self, rows: Int[Array, "..."]) -> Float[Array, "... d"]:
         if not self.transposed:
@@ -136,6 +142,14 @@ class Quantized(eqx.Module, WeightObject):
         shape, apart, split = self.integers.shape, self._apart, self.scale.ndim - 1
         last = shape[-1] if self.bits == 8 else 2 * shape[-1]
         return shape[:apart], shape[apart:split], (*shape[split:-1], last)
+
+    @property
+    def _matrices(self) -> tuple[Array, Array, Array | None]:
+        """The integers `(o, i)`, and scales and offsets `(o, k)`."""
+        integers = self.integers.reshape(prod(self._sizes[1]), -1)
+        scale = _fixed(self.scale).reshape(len(integers), -1)
+        offset = None if self.offset is None else _fixed(self.offset).reshape(scale.shape)
+        return integers, scale, offset
 
     def _unpacked(self, integers: Array) -> Integer[Array, "..."]:
         return unpack(integers) if self.bits == 4 else integers

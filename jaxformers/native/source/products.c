@@ -1,21 +1,22 @@
-/* Products of few rows and a matrix of weights, which take the time to read the weights.
+/* Products of few rows and matrices of weights, which take the time to read the weights.
  *
  *   rows    (r, i)      float32
  *   weights (i, o)      float32 or bfloat16, for `jaxformers_rows_times`
  *           (o, i)      float32, bfloat16, int8, or uint8 (o, i / 2) for two numbers in a byte, for
- *                       `jaxformers_rows_times_transpose`
+ *                       `jaxformers_rows_times_transpose`, with
  *   scale   (o, k)      float32; each of the k groups of consecutive inputs has one factor
  *   offset  (o, k)      float32, or of no elements: what is added to scale * integer
  *   result  (r, o)      float32
  *
- * All sums are float32, and every weight is converted once for all rows. */
+ * The same rows may have several weights, whose results lie beside each other. All sums are
+ * float32, and every weight is converted once for all rows. */
 #include "common.h"
 
 typedef enum { FLOAT32, BFLOAT16, INT8, INT4 } kind;
 
 typedef struct {
   kind kind;
-  int64_t r, i, o, k, chunk; /* a task has `chunk` outputs */
+  int64_t r, i, o, k, stride; /* numbers from one row of the result to the next */
   const float *x, *scale, *offset;
   const void *w;
   float *y;
@@ -105,7 +106,7 @@ INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, 
   for (int b = 0; b < rows; b++) {
     vec all = acc[0][b];
     for (int a = 1; a < CHAINS; a++) all += acc[a][b];
-    p->y[(row + b) * p->o + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
+    p->y[(row + b) * p->stride + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
   }
 }
 
@@ -124,9 +125,7 @@ INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o
   for (; o < end; o++) transposed_output(kind, grouped, p, o);
 }
 
-static void transposed_task(const void *arguments, int64_t task) {
-  const product *p = arguments;
-  int64_t o = task * p->chunk, end = o + p->chunk < p->o ? o + p->chunk : p->o;
+static void transposed_outputs(const product *p, int64_t o, int64_t end) {
   if (p->kind == FLOAT32) transposed_chunk(FLOAT32, 0, p, o, end);
   if (p->kind == BFLOAT16) transposed_chunk(BFLOAT16, 0, p, o, end);
   if (p->kind == INT8 && p->k == 1 && !p->offset) transposed_chunk(INT8, 0, p, o, end);
@@ -154,7 +153,7 @@ INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_
     int64_t n = end - o < LANES ? end - o : LANES;
     vec acc[TOGETHER];
     for (int b = 0; b < rows; b++) {
-      float *y = p->y + (row + b) * p->o + o;
+      float *y = p->y + (row + b) * p->stride + o;
       acc[b] = c == 0 ? (vec){0} : n == LANES ? load(y) : load_some(y, n);
     }
     for (int a = 0; a < inputs; a++) {
@@ -163,7 +162,7 @@ INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_
       for (int b = 0; b < rows; b++) acc[b] += weights * x[b * p->i + a];
     }
     for (int b = 0; b < rows; b++) {
-      float *y = p->y + (row + b) * p->o + o;
+      float *y = p->y + (row + b) * p->stride + o;
       if (n == LANES)
         store(y, acc[b]);
       else
@@ -188,49 +187,93 @@ INLINE void plain_chunk(kind kind, const product *p, int64_t o, int64_t end) {
   for (; c < p->i; c++) plain_inputs(kind, 1, p, c, o, end);
 }
 
-static void plain_task(const void *arguments, int64_t task) {
-  const product *p = arguments;
-  int64_t o = task * p->chunk, end = o + p->chunk < p->o ? o + p->chunk : p->o;
+static void plain_outputs(const product *p, int64_t o, int64_t end) {
   if (p->kind == FLOAT32)
     plain_chunk(FLOAT32, p, o, end);
   else
     plain_chunk(BFLOAT16, p, o, end);
 }
 
-/* Runs a product in `parts` chunks of outputs for each thread, of at most `most` outputs. */
-static void run_product(XLA_FFI_CallFrame *frame, product *p, void (*task)(const void *, int64_t),
-                        int64_t bytes, int64_t parts, int64_t most) {
-  int64_t threads = threads_for(frame, (double)bytes), chunk = p->o;
-  if (threads > 1) chunk = (p->o + parts * threads - 1) / (parts * threads);
-  chunk = (chunk < most ? chunk : most) + LANES - 1;
-  p->chunk = chunk / LANES * LANES;
-  run_tasks(frame, task, p, (p->o + p->chunk - 1) / p->chunk, threads);
+#define MOST_WEIGHTS 8
+
+typedef struct {
+  void (*run)(const product *p, int64_t o, int64_t end);
+  int n;
+  int64_t bytes, chunk; /* of all weights; a task has `chunk` outputs, be they of several weights */
+  product parts[MOST_WEIGHTS];
+} products;
+
+static void products_task(const void *arguments, int64_t task) {
+  const products *all = arguments;
+  int64_t start = task * all->chunk, end = start + all->chunk;
+  for (const product *p = all->parts; p < all->parts + all->n; p++) {
+    if (start < p->o && end > 0) all->run(p, start > 0 ? start : 0, end < p->o ? end : p->o);
+    start -= p->o, end -= p->o;
+  }
 }
 
-static int are_matrices(const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *w,
-                        const XLA_FFI_Buffer *y) {
-  return is(x, XLA_FFI_DataType_F32, 2) && is(y, XLA_FFI_DataType_F32, 2) && w->rank == 2 &&
+/* Adds a product of the rows with a matrix, beside those before. */
+static product *add_product(products *all, const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *y,
+                            const XLA_FFI_Buffer *w, kind kind, int64_t outputs) {
+  product *p = all->parts + all->n++;
+  int64_t bits = kind == FLOAT32 ? 32 : kind == BFLOAT16 ? 16 : kind == INT8 ? 8 : 4;
+  *p = (product){.kind = kind, .r = x->dims[0], .i = x->dims[1], .o = outputs, .k = 1};
+  p->x = x->data, p->w = w->data, p->stride = y->dims[1];
+  p->y = all->n == 1 ? y->data : p[-1].y + p[-1].o;
+  all->bytes += p->i * outputs * bits / 8;
+  return p;
+}
+
+/* Runs products in `parts` chunks of outputs for each thread, of at most `most` outputs. */
+static void run_products(XLA_FFI_CallFrame *frame, products *all, int64_t parts, int64_t most) {
+  int64_t outputs = all->parts[0].stride, rows = all->parts[0].r;
+  if (all->parts[0].i == 0) memset(all->parts[0].y, 0, rows * outputs * sizeof(float));
+  if (rows * outputs * all->parts[0].i == 0) return;
+  int64_t threads = threads_for(frame, (double)all->bytes), chunk = outputs;
+  if (threads > 1) chunk = (outputs + parts * threads - 1) / (parts * threads);
+  chunk = (chunk < most ? chunk : most) + LANES - 1;
+  all->chunk = chunk / LANES * LANES;
+  run_tasks(frame, products_task, all, (outputs + all->chunk - 1) / all->chunk, threads);
+}
+
+/* Returns whether there are rows, a result, and weights with `each` arrays. */
+static int are_products(const XLA_FFI_CallFrame *frame, int64_t each) {
+  int64_t weights = frame->args.size - 1;
+  return weights > 0 && weights % each == 0 && weights / each <= MOST_WEIGHTS &&
+         frame->rets.size == 1;
+}
+
+static int are_rows(const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *y) {
+  return is(x, XLA_FFI_DataType_F32, 2) && is(y, XLA_FFI_DataType_F32, 2) &&
          y->dims[0] == x->dims[0];
+}
+
+static int have_outputs(const products *all, const XLA_FFI_Buffer *y) {
+  int64_t outputs = 0;
+  for (int i = 0; i < all->n; i++) outputs += all->parts[i].o;
+  return outputs == y->dims[1];
 }
 
 XLA_FFI_Error *jaxformers_rows_times(XLA_FFI_CallFrame *frame) {
   if (answers_query(frame)) return NULL;
-  if (frame->args.size != 2 || frame->rets.size != 1)
-    return refuse(frame, "rows_times takes rows and weights");
-  XLA_FFI_Buffer *x = argument(frame, 0), *w = argument(frame, 1), *y = result(frame, 0);
-  product p = {.kind = w->dtype == XLA_FFI_DataType_F32 ? FLOAT32 : BFLOAT16};
-  if (!are_matrices(x, w, y) ||
-      (w->dtype != XLA_FFI_DataType_F32 && w->dtype != XLA_FFI_DataType_BF16))
-    return refuse(frame, "rows_times takes rows in float32 and weights in float32 or bfloat16");
-  p.r = x->dims[0], p.i = x->dims[1], p.o = w->dims[1];
-  p.x = x->data, p.w = w->data, p.y = y->data;
-  if (w->dims[0] != p.i || y->dims[1] != p.o)
+  if (!are_products(frame, 1)) return refuse(frame, "rows_times takes rows and weights");
+  XLA_FFI_Buffer *x = argument(frame, 0), *y = result(frame, 0);
+  products all = {.run = plain_outputs};
+  if (!are_rows(x, y)) return refuse(frame, "rows_times takes rows in float32");
+  for (int n = 1; n < frame->args.size; n++) {
+    XLA_FFI_Buffer *w = argument(frame, n);
+    int wide = is(w, XLA_FFI_DataType_F32, 2);
+    if (!wide && !is(w, XLA_FFI_DataType_BF16, 2))
+      return refuse(frame, "rows_times takes weights in float32 or bfloat16");
+    if (w->dims[0] != x->dims[1])
+      return refuse(frame, "the shapes of rows_times' arguments do not fit together");
+    add_product(&all, x, y, w, wide ? FLOAT32 : BFLOAT16, w->dims[1]);
+  }
+  if (!have_outputs(&all, y))
     return refuse(frame, "the shapes of rows_times' arguments do not fit together");
-  if (p.i == 0) memset(p.y, 0, p.r * p.o * sizeof(float));
-  if (p.r * p.i * p.o == 0) return NULL;
-  int64_t bytes = p.i * p.o * (p.kind == FLOAT32 ? 4 : 2);
   /* Long chunks are read fast, and the sums of short ones stay near: 32 KiB of them. */
-  run_product(frame, &p, plain_task, bytes, 1, 8192 / (p.r < 8 ? p.r : 8));
+  int64_t rows = x->dims[0] < 1 ? 1 : x->dims[0] < 8 ? x->dims[0] : 8;
+  run_products(frame, &all, 1, 8192 / rows);
   return NULL;
 }
 
@@ -244,37 +287,45 @@ static float *split_pairs(const product *p) {
 
 XLA_FFI_Error *jaxformers_rows_times_transpose(XLA_FFI_CallFrame *frame) {
   if (answers_query(frame)) return NULL;
-  if (frame->args.size != 4 || frame->rets.size != 1)
+  if (!are_products(frame, 3))
     return refuse(frame, "rows_times_transpose takes rows, weights, scales and offsets");
-  XLA_FFI_Buffer *x = argument(frame, 0), *w = argument(frame, 1), *scale = argument(frame, 2);
-  XLA_FFI_Buffer *offset = argument(frame, 3), *y = result(frame, 0);
-  product p = {0};
-  switch (w->dtype) {
-    case XLA_FFI_DataType_F32: p.kind = FLOAT32; break;
-    case XLA_FFI_DataType_BF16: p.kind = BFLOAT16; break;
-    case XLA_FFI_DataType_S8: p.kind = INT8; break;
-    case XLA_FFI_DataType_U8: p.kind = INT4; break;
-    default: return refuse(frame, "rows_times_transpose does not take weights of this type");
+  XLA_FFI_Buffer *x = argument(frame, 0), *y = result(frame, 0);
+  products all = {.run = transposed_outputs};
+  float *pairs = NULL;
+  if (!are_rows(x, y)) return refuse(frame, "rows_times_transpose takes rows in float32");
+  for (int n = 1; n < frame->args.size; n += 3) {
+    XLA_FFI_Buffer *w = argument(frame, n), *scale = argument(frame, n + 1);
+    XLA_FFI_Buffer *offset = argument(frame, n + 2);
+    kind kind;
+    switch (w->dtype) {
+      case XLA_FFI_DataType_F32: kind = FLOAT32; break;
+      case XLA_FFI_DataType_BF16: kind = BFLOAT16; break;
+      case XLA_FFI_DataType_S8: kind = INT8; break;
+      case XLA_FFI_DataType_U8: kind = INT4; break;
+      default: return refuse(frame, "rows_times_transpose does not take weights of this type");
+    }
+    if (w->rank != 2 || !is(scale, XLA_FFI_DataType_F32, 2) ||
+        !is(offset, XLA_FFI_DataType_F32, 2))
+      return refuse(frame, "rows_times_transpose takes matrices, and scales in float32");
+    int64_t i = x->dims[1], o = w->dims[0], k = scale->dims[1];
+    int64_t multiple = kind == INT4 ? 32 : k > 1 ? 16 : 1, added = offset->dims[1];
+    int integers = kind == INT8 || kind == INT4;
+    if (w->dims[1] != (kind == INT4 ? i / 2 : i) ||
+        (integers && (scale->dims[0] != o || k < 1 || i % k || i / k % multiple)) ||
+        (added && (offset->dims[0] != o || added != k)))
+      return refuse(frame, "the shapes of rows_times_transpose's arguments do not fit together");
+    product *p = add_product(&all, x, y, w, kind, o);
+    if (integers) p->k = k, p->scale = scale->data, p->offset = added ? offset->data : NULL;
   }
-  if (!are_matrices(x, w, y) || !is(scale, XLA_FFI_DataType_F32, 2) ||
-      !is(offset, XLA_FFI_DataType_F32, 2))
-    return refuse(frame, "rows_times_transpose takes matrices, and rows and scales in float32");
-  int integers = p.kind == INT8 || p.kind == INT4;
-  p.r = x->dims[0], p.i = x->dims[1], p.o = w->dims[0], p.k = scale->dims[1];
-  p.x = x->data, p.w = w->data, p.y = y->data, p.scale = scale->data;
-  p.offset = offset->dims[1] ? offset->data : NULL;
-  int64_t multiple = p.kind == INT4 ? 32 : p.k > 1 ? 16 : 1;
-  if (w->dims[1] != (p.kind == INT4 ? p.i / 2 : p.i) || y->dims[1] != p.o ||
-      (integers && (scale->dims[0] != p.o || p.k < 1 || p.i % p.k || p.i / p.k % multiple)) ||
-      (p.offset && (offset->dims[0] != p.o || offset->dims[1] != p.k)))
+  if (!have_outputs(&all, y))
     return refuse(frame, "the shapes of rows_times_transpose's arguments do not fit together");
-  if (!integers) p.k = 1, p.scale = p.offset = NULL;
-  if (p.i == 0) memset(p.y, 0, p.r * p.o * sizeof(float));
-  if (p.r * p.i * p.o == 0) return NULL;
-  if (p.kind == INT4 && !(p.x = split_pairs(&p)))
-    return refuse(frame, "rows_times_transpose has no memory left");
-  int64_t bytes = w->dims[0] * w->dims[1] * (p.kind == FLOAT32 ? 4 : p.kind == BFLOAT16 ? 2 : 1);
-  run_product(frame, &p, transposed_task, bytes, 4, p.o);
-  if (p.kind == INT4) free((float *)p.x);
+  for (int n = 0; n < all.n; n++) {
+    if (all.parts[n].kind != INT4) continue;
+    if (!pairs && !(pairs = split_pairs(all.parts)))
+      return refuse(frame, "rows_times_transpose has no memory left");
+    all.parts[n].x = pairs;
+  }
+  run_products(frame, &all, 4, all.parts[0].stride);
+  free(pairs);
   return NULL;
 }
