@@ -58,8 +58,9 @@ class MultiHeadAttention(eqx.Module):
     """Attention by several heads (Vaswani et al. 2017, section 3.2.2).
 
     `mha(x)` is self-attention, and `mha(x, memory)` attends to another sequence. A call projects
-    keys and values to the heads (`project`) and then attends from the queries to them (`attend`).
-    Decoders call the two one by one, since a cache keeps the projected keys and values.
+    queries, keys and values to the heads (`project_all`, or `project_queries` and `project`) and
+    then attends from the queries to the others (`attend`). Decoders call these one by one, since a
+    cache keeps the projected keys and values.
 
     Arguments:
         d_model: width of input and output.
@@ -269,10 +270,10 @@ class MultiHeadAttention(eqx.Module):
         return contract(out, self.wo, self.bo, inputs=2)
 
     def _queries(
-        self, products: Float[Array, "*b t n h"], positions: Int[Array, "*#b t"]
+        self, q: Float[Array, "*b t n h"], positions: Int[Array, "*#b t"]
     ) -> Float[Array, "*b n t h"]:
-        """Returns queries, made of their products."""
-        q = self._heads(products)
+        """Returns queries, from their projection: normed, rotated and scaled, per head."""
+        q = self._heads(q)
         q = q if self.q_norm is None else self.q_norm(q)
         q = q if self.position is None else self.position.rotate(q, positions)
         if self.attention_scale is not None:  # kernels divide by sqrt(h)
@@ -285,14 +286,14 @@ class MultiHeadAttention(eqx.Module):
         v: Float[Array, "*b s g h"],
         positions: Int[Array, "*#b s"],
     ) -> KV:
-        """Returns keys and values, made of their products."""
+        """Returns keys, normed and rotated, and values, per head, from their projections."""
         k, v = self._heads(k), self._heads(v)
         k = k if self.k_norm is None else self.k_norm(k)
         k = k if self.position is None else self.position.rotate(k, positions)
         return KV(site(k, "keys"), site(v, "values"))
 
     def _heads(self, y: Float[Array, "*b t n h"]) -> Float[Array, "*b n t h"]:
-        """Returns bounded products, with heads before positions."""
+        """Returns a projection within `qkv_clip`, with heads before positions."""
         y = y if self.qkv_clip is None else jnp.clip(y, -self.qkv_clip, self.qkv_clip)
         return jnp.swapaxes(y, -2, -3)
 

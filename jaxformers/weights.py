@@ -1,9 +1,9 @@
 """The weights of a model, and the functions through which activations reach them.
 
 A weight is an array, or an object that acts as one, such as `LowRank`. The modules of this package
-multiply activations by a weight with `contract` and read rows of a table with `lookup`, and they do
-nothing else with a weight. A new kind of weight is therefore one class. It derives from
-`WeightObject`, which says what the class must have.
+multiply activations by a weight with `contract`, or by several with `contract_each`, and read rows
+of a table with `lookup`, and they do nothing else with a weight. A new kind of weight is therefore
+one class. It derives from `WeightObject`, which says what the class must have.
 
 Fields that may hold any weight are annotated like `Float[Weight, "d n h"]`.
 """
@@ -20,7 +20,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Axes
 from jaxformers.checks import check_key, check_positive, check_size
-from jaxformers.native.products import rows_times, rows_times_each, rows_times_transpose
+from jaxformers.native.products import (
+    FEW,
+    MOST_WEIGHTS,
+    rows_times,
+    rows_times_each,
+    rows_times_transpose,
+)
 from jaxformers.precision import add, scaled, widened
 from jaxformers.sharding.mesh import divides_positions
 
@@ -82,7 +88,8 @@ class WeightObject(ABC):
     ) -> Float[Array, "*r o"] | None:
         """Returns the products of `x` with this weight and others beside each other.
 
-        None, the default, says that one product after the other is as fast.
+        The others may be arrays or any objects. None, the default, says that there is no faster way
+        than one product after the other.
         """
         return None
 
@@ -170,7 +177,8 @@ def contract_each(
         >>> [y.shape for y in contract_each(x, (w, None), (w, None), (w[:, :2], None))]
         [(2, 10, 4, 8), (2, 10, 4, 8), (2, 10, 2, 8)]
     """
-    beside = None if divides_positions(x) else _beside(x.reshape(-1, x.shape[-1]), maps)
+    few = prod(x.shape[:-1]) <= FEW and 0 < len(maps) <= MOST_WEIGHTS and not divides_positions(x)
+    beside = _beside(x.reshape(-1, x.shape[-1]), maps) if few else None
     if beside is None:
         return [contract(x, w, bias) for w, bias in maps]
     found, start = [], 0

@@ -115,7 +115,10 @@ int main(int argc, char **argv) {
     } else if (what == 1) {
       int64_t x[] = {r, i}, w[] = {i, o}, out[] = {r, 0};
       args[n++] = array(XLA_FFI_DataType_F32, 2, x);
-      for (; n <= weights; out[1] += w[1], w[1] = draw(0, 90)) args[n++] = array(wide, 2, w);
+      for (; n <= weights; out[1] += w[1], w[1] = draw(0, 90)) {
+        args[n++] = array(wide, 2, w);
+        if (draw(0, 4) == 0) wide = XLA_FFI_DataType_F32;
+      }
       y = array(XLA_FFI_DataType_F32, 2, out), handler = jaxformers_rows_times;
     } else if (what > 2) {
       int64_t b = draw(0, 4), m = draw(0, 140), k = draw(0, 8) ? draw(0, 140) : draw(1000, 2200);

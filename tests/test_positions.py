@@ -240,6 +240,23 @@ def test_rotation_is_that_of_llama_gptj_and_gpt_neox():
     assert_close(ours, theirs.transpose(1, 2).numpy())
 
 
+def test_angles_are_computed_once_for_all_heads_and_layers():
+    """XLA joins a cosine with what uses it, and would compute it again for each head and layer."""
+    rotary, x = RotaryPositionalEncoding(), jnp.ones((5, 3, 7, 8))
+
+    def rotate(x, positions):
+        return sum(jnp.sin(rotary.rotate(x * i, positions)) for i in range(1, 4))
+
+    program = jax.jit(rotate).lower(x, jnp.arange(7)).compile().as_text()
+    parts = [part for part in program.split("\n\n") if " cosine(" in part]
+    assert len(parts) == 1 and "f32[5,3,7" not in parts[0]
+    cos, sin = rotary._cos_sin(8, jnp.arange(7))
+    angles = np.arange(7)[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(
+        np.stack([cos[0], sin[0]]), [np.cos(angles), np.sin(angles)], atol=1e-6
+    )
+
+
 def test_rotation_of_a_part_with_an_attention_factor_is_that_of_phi3():
     from transformers.models.phi3 import modeling_phi3 as phi3
 

@@ -10,7 +10,7 @@ from test_generation import KEY, make_lm, prompt_of
 from jaxformers import RotaryPositionalEncoding
 from jaxformers.generation.plan import SAMPLING
 from jaxformers.generation.processors import History, RepetitionPenalty
-from jaxformers.generation.sampling import Warper, draw, per_row, row_keys
+from jaxformers.generation.sampling import Warper, draw, first_highest, per_row, row_keys
 
 FAR = np.array([[0.0, -200.0, -150.0, -120.0, -300.0]], np.float32)
 
@@ -239,3 +239,16 @@ def test_ties_as_in_transformers_but_for_top_p(keep):
             np.testing.assert_array_equal(got.sum(-1), wanted.sum(-1))
         else:
             np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_highest_is_that_of_argmax(seed):
+    draw = np.random.default_rng(seed)
+    b, v = int(draw.integers(1, 6)), int(draw.choice([1, 127, 128, 129, *draw.integers(2, 900, 4)]))
+    x = draw.integers(-4, 5, (b, v)).astype(np.float32)  # with many ties
+    x[draw.random((b, v)) < 0.1] = -np.inf
+    x[0] = [-np.inf, x[0], np.inf][seed % 3]
+    for function in (first_highest, jax.jit(first_highest)):
+        assert function(jnp.asarray(x)).tolist() == x.argmax(-1).tolist()
+    rows = jax.vmap(lambda x: first_highest(x[None])[0])(jnp.asarray(x))
+    assert rows.tolist() == x.argmax(-1).tolist()

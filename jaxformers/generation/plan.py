@@ -20,6 +20,7 @@ from jaxformers.generation.sampling import (
     Keys,
     Warper,
     draw,
+    first_highest,
     per_row,
     row_keys,
 )
@@ -65,7 +66,7 @@ class Plan(eqx.Module):
         states, logits = self.warp(states, logits, history)
         none_left = (logits == -jnp.inf).all(-1)
         if self.keys is None:
-            return states, jnp.argmax(logits, axis=-1).astype(jnp.int32), none_left
+            return states, first_highest(logits), none_left
         return states, draw(logits, self.keys, history.new_count), none_left
 
     def ends(self, states: tuple[Any, ...], history: History) -> Bool[Array, " b"]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from jaxformers.checks import check_key, is_known
+from jaxformers.native.operation import is_spread
 from jaxformers.one_program import bucket
 
 # One number, or one per row.
@@ -33,6 +34,9 @@ FRACTION = np.float32, lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"
 ANY = np.float32, lambda x: x == x, "a number"
 COUNT = np.int32, lambda x: x >= 1, "an integer of at least 1"
 NOT_NEGATIVE = np.int32, lambda x: x >= 0, "an integer of at least 0"
+
+# Numbers of a row that are searched together, see `first_highest`.
+BLOCK = 128
 
 # Below this the likeliest token is certain: one rounding step between two logits, divided by it, is
 # far above any noise. Sums of log-probabilities divided by it are still numbers.
@@ -196,7 +200,30 @@ def draw(
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     # Within the loop of the maximum, XLA's CPU backend would compute the noise one by one.
-    return jnp.argmax(jax.lax.optimization_barrier(noise + logits), axis=-1).astype(jnp.int32)
+    return first_highest(jax.lax.optimization_barrier(noise + logits))
+
+
+def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
+    """Returns the first of the highest numbers of each row; a row with a NaN gives any column.
+
+    XLA's CPU backend compiles `jnp.argmax` to a loop without vectors, which takes 130 microseconds
+    for 50,000 numbers. A maximum has vectors, so the highest number of each block is found first,
+    and then one block is searched.
+
+    Example:
+        >>> first_highest(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 5.0]]))
+        Array([1, 2], dtype=int32)
+    """
+    if jax.default_backend() != "cpu" or is_spread(logits):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    v, block = logits.shape[1], (1, BLOCK)
+    padding = (0, 0), (0, -v % BLOCK)
+    highest = jax.lax.reduce_window(logits, -jnp.inf, jax.lax.max, block, block, padding)
+    start = BLOCK * jnp.argmax(highest, axis=-1)[:, None]
+    # Beyond the end stands the last number, which is not the first of its kind.
+    columns = jnp.minimum(start + jnp.arange(BLOCK), v - 1)
+    within = jnp.argmax(jnp.take_along_axis(logits, columns, axis=1), axis=-1)
+    return (start[:, 0] + within).astype(jnp.int32)
 
 
 def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[Array, " b"] | None:

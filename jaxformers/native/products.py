@@ -67,10 +67,11 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
 def rows_times_each(
     x: Float[Array, "*r i"], weights: list[Float[Array, "i _"]]
 ) -> Float[Array, "*r o"] | None:
-    """Returns the products `x w` beside each other, by one call of C, or None if that is slower."""
+    """Returns the products `x w` beside each other, by one call of C.
+
+    None if there is none for these arrays, or if XLA is as fast. Up to `MOST_WEIGHTS` are taken.
+    """
     most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(x.dtype, 0)
-    if len(weights) > MOST_WEIGHTS:
-        return None
     for w in weights:
         if x.dtype != w.dtype or x.shape[-1] != w.shape[0] or not few_rows(x, w, most):
             return None

@@ -97,8 +97,8 @@ class RotaryPositionalEncoding(eqx.Module):
         frequencies, factor = self.frequencies(head_dim, positions)
         per_row = frequencies.astype(np.float32)[..., None, None, :]
         angles = positions[..., None, :, None].astype(jnp.float32) * per_row
-        # The remainder is the number itself. XLA takes it for costly, so it computes each number
-        # once, and not anew for each head and layer, as it does with a cosine.
+        # The remainder is the number itself, which is at most 1. XLA takes a remainder for costly,
+        # so it computes each one once, and not anew for each head and layer, as with a cosine.
         cos, sin = (lax.rem(f(angles), jnp.float32(2)) for f in (jnp.cos, jnp.sin))
         return factor * cos, factor * sin
 

@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from jaxformers.native.operation import is_fixed, operation
 from jaxformers.native.products import (
-    MOST_WEIGHTS,
     few_rows,
     many_rows,
     rows_times_transpose,
@@ -101,8 +100,6 @@ def products_of_few(
 
     The arguments are those of `product`, for each of several weights.
     """
-    if len(weights) > MOST_WEIGHTS:
-        return None
     given = []
     for integers, scale, offset in weights:
         if not few_rows(x, integers) or not _are_whole_vectors(x, integers, scale):

@@ -21,7 +21,7 @@ from jaxformers.generation.loop import NAN, NONE_LEFT, begin_cache
 from jaxformers.generation.processors import FrequencyPenalty, PresencePenalty, RepetitionPenalty
 from jaxformers.generation.processors.processor import History
 from jaxformers.generation.prompts import Source
-from jaxformers.generation.sampling import Warper, draw
+from jaxformers.generation.sampling import Warper, draw, first_highest
 from jaxformers.row_lengths import at_lengths
 from jaxformers.serving.job import MOST_TOP, Sampling
 
@@ -202,7 +202,7 @@ def choose(
     scores = bias + lax.cond(
         rules.penalizes.any(), lambda: penalize(rules, logits, history), lambda: logits
     )
-    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    best = first_highest(scores)
     token = lax.cond(
         rules.is_greedy.all(),
         lambda: best,

@@ -199,7 +199,8 @@ static void plain_outputs(const product *p, int64_t o, int64_t end) {
 typedef struct {
   void (*run)(const product *p, int64_t o, int64_t end);
   int n;
-  int64_t bytes, chunk; /* of all weights; a task has `chunk` outputs, be they of several weights */
+  int64_t bytes; /* of all weights */
+  int64_t chunk; /* outputs of a task, which may be those of several weights */
   product parts[MOST_WEIGHTS];
 } products;
 
@@ -213,22 +214,25 @@ static void products_task(const void *arguments, int64_t task) {
 }
 
 /* Adds a product of the rows with a matrix, beside those before. */
-static product *add_product(products *all, const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *y,
-                            const XLA_FFI_Buffer *w, kind kind, int64_t outputs) {
+static product *add_product(products *all, const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *w,
+                            kind type, int64_t outputs) {
   product *p = all->parts + all->n++;
-  int64_t bits = kind == FLOAT32 ? 32 : kind == BFLOAT16 ? 16 : kind == INT8 ? 8 : 4;
-  *p = (product){.kind = kind, .r = x->dims[0], .i = x->dims[1], .o = outputs, .k = 1};
-  p->x = x->data, p->w = w->data, p->stride = y->dims[1];
-  p->y = all->n == 1 ? y->data : p[-1].y + p[-1].o;
+  int64_t bits = type == FLOAT32 ? 32 : type == BFLOAT16 ? 16 : type == INT8 ? 8 : 4;
+  *p = (product){.kind = type, .r = x->dims[0], .i = x->dims[1], .o = outputs, .k = 1};
+  p->x = x->data, p->w = w->data;
   all->bytes += p->i * outputs * bits / 8;
   return p;
 }
 
 /* Runs products in `parts` chunks of outputs for each thread, of at most `most` outputs. */
 static void run_products(XLA_FFI_CallFrame *frame, products *all, int64_t parts, int64_t most) {
-  int64_t outputs = all->parts[0].stride, rows = all->parts[0].r;
-  if (all->parts[0].i == 0) memset(all->parts[0].y, 0, rows * outputs * sizeof(float));
+  XLA_FFI_Buffer *y = result(frame, 0);
+  int64_t outputs = y->dims[1], rows = y->dims[0];
+  if (all->parts[0].i == 0) memset(y->data, 0, rows * outputs * sizeof(float));
   if (rows * outputs * all->parts[0].i == 0) return;
+  float *beside = y->data;
+  for (product *p = all->parts; p < all->parts + all->n; beside += p->o, p++)
+    p->y = beside, p->stride = outputs;
   int64_t threads = threads_for(frame, (double)all->bytes), chunk = outputs;
   if (threads > 1) chunk = (outputs + parts * threads - 1) / (parts * threads);
   chunk = (chunk < most ? chunk : most) + LANES - 1;
@@ -256,7 +260,7 @@ static int have_outputs(const products *all, const XLA_FFI_Buffer *y) {
 
 XLA_FFI_Error *jaxformers_rows_times(XLA_FFI_CallFrame *frame) {
   if (answers_query(frame)) return NULL;
-  if (!are_products(frame, 1)) return refuse(frame, "rows_times takes rows and weights");
+  if (!are_products(frame, 1)) return refuse(frame, "rows_times takes rows and up to eight weights");
   XLA_FFI_Buffer *x = argument(frame, 0), *y = result(frame, 0);
   products all = {.run = plain_outputs};
   if (!are_rows(x, y)) return refuse(frame, "rows_times takes rows in float32");
@@ -267,7 +271,7 @@ XLA_FFI_Error *jaxformers_rows_times(XLA_FFI_CallFrame *frame) {
       return refuse(frame, "rows_times takes weights in float32 or bfloat16");
     if (w->dims[0] != x->dims[1])
       return refuse(frame, "the shapes of rows_times' arguments do not fit together");
-    add_product(&all, x, y, w, wide ? FLOAT32 : BFLOAT16, w->dims[1]);
+    add_product(&all, x, w, wide ? FLOAT32 : BFLOAT16, w->dims[1]);
   }
   if (!have_outputs(&all, y))
     return refuse(frame, "the shapes of rows_times' arguments do not fit together");
@@ -288,7 +292,8 @@ static float *split_pairs(const product *p) {
 XLA_FFI_Error *jaxformers_rows_times_transpose(XLA_FFI_CallFrame *frame) {
   if (answers_query(frame)) return NULL;
   if (!are_products(frame, 3))
-    return refuse(frame, "rows_times_transpose takes rows, weights, scales and offsets");
+    return refuse(frame,
+                  "rows_times_transpose takes rows and up to eight weights, scales and offsets");
   XLA_FFI_Buffer *x = argument(frame, 0), *y = result(frame, 0);
   products all = {.run = transposed_outputs};
   float *pairs = NULL;
@@ -296,25 +301,25 @@ XLA_FFI_Error *jaxformers_rows_times_transpose(XLA_FFI_CallFrame *frame) {
   for (int n = 1; n < frame->args.size; n += 3) {
     XLA_FFI_Buffer *w = argument(frame, n), *scale = argument(frame, n + 1);
     XLA_FFI_Buffer *offset = argument(frame, n + 2);
-    kind kind;
+    kind type;
     switch (w->dtype) {
-      case XLA_FFI_DataType_F32: kind = FLOAT32; break;
-      case XLA_FFI_DataType_BF16: kind = BFLOAT16; break;
-      case XLA_FFI_DataType_S8: kind = INT8; break;
-      case XLA_FFI_DataType_U8: kind = INT4; break;
+      case XLA_FFI_DataType_F32: type = FLOAT32; break;
+      case XLA_FFI_DataType_BF16: type = BFLOAT16; break;
+      case XLA_FFI_DataType_S8: type = INT8; break;
+      case XLA_FFI_DataType_U8: type = INT4; break;
       default: return refuse(frame, "rows_times_transpose does not take weights of this type");
     }
     if (w->rank != 2 || !is(scale, XLA_FFI_DataType_F32, 2) ||
         !is(offset, XLA_FFI_DataType_F32, 2))
       return refuse(frame, "rows_times_transpose takes matrices, and scales in float32");
     int64_t i = x->dims[1], o = w->dims[0], k = scale->dims[1];
-    int64_t multiple = kind == INT4 ? 32 : k > 1 ? 16 : 1, added = offset->dims[1];
-    int integers = kind == INT8 || kind == INT4;
-    if (w->dims[1] != (kind == INT4 ? i / 2 : i) ||
+    int64_t multiple = type == INT4 ? 32 : k > 1 ? 16 : 1, added = offset->dims[1];
+    int integers = type == INT8 || type == INT4;
+    if (w->dims[1] != (type == INT4 ? i / 2 : i) ||
         (integers && (scale->dims[0] != o || k < 1 || i % k || i / k % multiple)) ||
         (added && (offset->dims[0] != o || added != k)))
       return refuse(frame, "the shapes of rows_times_transpose's arguments do not fit together");
-    product *p = add_product(&all, x, y, w, kind, o);
+    product *p = add_product(&all, x, w, type, o);
     if (integers) p->k = k, p->scale = scale->data, p->offset = added ? offset->data : NULL;
   }
   if (!have_outputs(&all, y))
@@ -325,7 +330,7 @@ XLA_FFI_Error *jaxformers_rows_times_transpose(XLA_FFI_CallFrame *frame) {
       return refuse(frame, "rows_times_transpose has no memory left");
     all.parts[n].x = pairs;
   }
-  run_products(frame, &all, 4, all.parts[0].stride);
+  run_products(frame, &all, 4, y->dims[1]);
   free(pairs);
   return NULL;
 }
