@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxformers.axes import Axes
 from jaxformers.checks import check_key, check_positive, check_size
+from jaxformers.native.operation import is_fixed
 from jaxformers.native.products import (
     FEW,
     MOST_WEIGHTS,
@@ -177,7 +178,8 @@ def contract_each(
         >>> [y.shape for y in contract_each(x, (w, None), (w, None), (w[:, :2], None))]
         [(2, 10, 4, 8), (2, 10, 4, 8), (2, 10, 2, 8)]
     """
-    few = prod(x.shape[:-1]) <= FEW and 0 < len(maps) <= MOST_WEIGHTS and not divides_positions(x)
+    few = is_fixed(x) and prod(x.shape[:-1]) <= FEW and 0 < len(maps) <= MOST_WEIGHTS
+    few = few and not divides_positions(x)
     beside = _beside(x.reshape(-1, x.shape[-1]), maps) if few else None
     if beside is None:
         return [contract(x, w, bias) for w, bias in maps]

@@ -370,8 +370,9 @@ def test_an_exported_program_is_of_jax():
     exported = jax.export.export(program)(q)
     close(exported.call(q), q, 1e-6)
     (rows,) = jax.export.symbolic_shape("r")
-    of_any = jax.export.export(jax.jit(contract))
-    assert of_any(jax.ShapeDtypeStruct((rows, 8), jnp.float32), jnp.ones((8, 5))).in_avals
+    x, w = jax.ShapeDtypeStruct((rows, 8), jnp.float32), jnp.ones((8, 5))
+    for function in (contract, lambda x, w: contract_each(x, (w, None), (w, None))):
+        assert jax.export.export(jax.jit(function))(x, w).in_avals
 
 
 @needs_library
