@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import trace
 from test_generation import KEY, make_lm, prompt_of
 
 from jaxformers import RotaryPositionalEncoding
@@ -165,12 +164,67 @@ def test_cuts_are_those_of_a_sort(spread):
     np.testing.assert_array_equal(got, [top_of(*row) for row in zip(logits, k, p, strict=True)])
 
 
+@pytest.mark.few(4)
+@pytest.mark.parametrize("seed", range(8))
+def test_cuts_of_many_tokens(seed):
+    """Rows that end among the highest logits and rows that do not, which do not change others."""
+    rng = np.random.default_rng(seed)
+    v = int(rng.choice([127, 128, 129, 1000, 5003]))
+    logits = np.float32(rng.choice([0.3, 2.0, 6.0], (9, 1))) * rng.normal(size=(9, v))
+    logits[1] = np.round(logits[1])  # many are tied, at the border of any cut
+    logits[2] = 0
+    logits[3, rng.random(v) < 0.99] = -np.inf
+    logits[4] += 1e4
+    logits[5, rng.integers(v)] = 40  # certain
+    logits[6:] = np.sort(logits[6:], axis=-1)
+    logits = logits.astype(np.float32)
+    k = rng.choice([1, 2, 50, 126, 127, 128, 129, 400, v], 9).clip(max=v)
+    p = rng.choice([1e-6, 0.1, 0.5, 0.9, 0.99, 1.0], 9).astype(np.float32)
+    for numbers in ({"top_k": k}, {"top_p": p}, {"top_k": k, "top_p": p}):
+        got = warp(logits, **numbers)
+        alone = [
+            warp(row[None], **{n: x[i] for n, x in numbers.items()})[0]
+            for i, row in enumerate(logits)
+        ]
+        np.testing.assert_array_equal(got, alone)
+        ks, ps = numbers.get("top_k", [v] * 9), numbers.get("top_p", [1] * 9)
+        wanted = [top_of(*row) for row in zip(logits, ks, ps, strict=True)]
+        np.testing.assert_array_equal(np.isfinite(got), wanted)
+
+
 def test_cuts_sort_nothing():
     """A sort of 50,000 logits takes a CPU half as long as a small model."""
-    logits, numbers = jnp.zeros((2, 300)), jnp.full(2, 0.5)
+    logits, numbers = jnp.zeros((2, 3000)), jnp.full(2, 0.5)
     warper = Warper(top_k=jnp.array([3, 4]), top_p=numbers, typical_p=numbers, keep=2)
-    names = {equation.primitive.name for equation in trace(warper, logits)}
-    assert "reduce_sum" in names and not names & {"sort", "top_k", "approx_top_k"}
+    program = jax.jit(lambda x: warper(x)).lower(logits).compile().as_text()
+    assert "reduce" in program and " sort(" not in program
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    v, count = 300, 20_000
+    logits = np.random.default_rng(2).normal(size=v).astype(np.float32)
+    logits[[5, 130, 290]] += 5
+    logits[140:250] = -np.inf
+    rows = jnp.broadcast_to(logits, (count, v))
+    tokens = np.asarray(draw(rows, row_keys(jax.random.key(3), count), jnp.asarray(0)))
+    wanted = np.exp(np.float64(logits) - logits.max())
+    wanted *= count / wanted.sum()
+    got = np.bincount(tokens, minlength=v)
+    assert not got[wanted == 0].any()
+    likely = wanted > 5
+    chi_square = ((got - wanted)[likely] ** 2 / wanted[likely]).sum()
+    n = np.count_nonzero(likely)
+    assert n > 80 and abs(chi_square - n) < 4 * np.sqrt(2 * n)
+
+
+def test_a_draw_depends_on_its_row_alone():
+    logits = jnp.asarray(3 * np.random.default_rng(4).normal(size=(5, 700)), jnp.float32)
+    keys, index = row_keys(jax.random.key(0), 5), jnp.arange(3, 8)
+    together = draw(logits, keys, index)
+    alone = [draw(logits[i : i + 1], keys[i : i + 1], index[i])[0] for i in range(5)]
+    np.testing.assert_array_equal(together, alone)
+    others = [draw(logits, keys, index + j) for j in range(1, 4)]
+    assert all((other != together).any() for other in others)
 
 
 # Beams.

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from jaxformers.checks import check_key, is_known
@@ -37,6 +38,9 @@ NOT_NEGATIVE = np.int32, lambda x: x >= 0, "an integer of at least 0"
 
 # Numbers of a row that are searched together, see `first_highest`.
 BLOCK = 128
+
+# Logits of a row among which a cut is sought. For fewer, `lax.top_k` takes hardly less time.
+HIGHEST = 128
 
 # Below this the likeliest token is certain: one rounding step between two logits, divided by it, is
 # far above any noise. Sums of log-probabilities divided by it are still numbers.
@@ -95,13 +99,71 @@ def cut_top(
 ) -> Float[Array, "b v"]:
     """Keeps the `top_k` most probable tokens, and of these the fewest that hold `top_p`.
 
-    Fan et al. 2018 and Holtzman et al. 2020. Both cuts are thresholds, found by bisection: a sort
-    of a large vocabulary would cost more than everything else here.
+    Fan et al. 2018 and Holtzman et al. 2020. Both cuts are thresholds. They are sought among the
+    `HIGHEST` highest logits, and where these do not do, by bisection: a sort of all logits would
+    cost more than everything else here.
 
     Tokens tied with the last one kept are kept as well. For `top_k` transformers does the same.
     For `top_p` it keeps as many of the tied ones as are needed, those with the highest ids, so that
     there a row of equal logits and `top_p` 0.5 leaves half of the tokens, and here all of them.
     """
+    scores = lax.stop_gradient(logits)
+
+    def of_all() -> Float[Array, " b"]:
+        return _last_by_bisection(scores, top_k, top_p, keep)
+
+    if keep > HIGHEST:
+        last = of_all()
+    else:
+        last, found = _last_of_highest(scores, top_k, top_p, keep)
+        # What a row gets does not depend on the other ones.
+        last = lax.cond(found.all(), lambda: last, lambda: jnp.where(found, last, of_all()))
+    return jnp.where(logits < last[:, None], -jnp.inf, logits)
+
+
+def _last_of_highest(
+    logits: Float[Array, "b v"],
+    top_k: Int[Array, " b"] | None,
+    top_p: Float[Array, " b"] | None,
+    keep: int,
+) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
+    """Returns the logit of the last token that `cut_top` keeps, and whether that was found."""
+    v = logits.shape[-1]
+    # XLA would compile a slice of this to a slice of a sort.
+    highest = lax.optimization_barrier(lax.top_k(logits, min(v, HIGHEST))[0])
+    n, end = highest.shape[-1], highest[:, -1:]
+
+    def at(count: Int[Array, " b"]) -> Float[Array, " b"]:
+        return jnp.take_along_axis(highest, count[:, None] - 1, axis=1)[:, 0]
+
+    last, found = jnp.full(len(logits), -jnp.inf), jnp.ones(len(logits), jnp.bool_)
+    if top_k is not None:
+        last = jnp.where(top_k < v, at(jnp.clip(top_k, keep, n)), last)
+        found = (top_k <= n) | (top_k >= v)
+    if top_p is None:
+        return last, found
+    best, least = highest[:, :1], last[:, None]
+    # All that are above the end are among the highest, and those that are tied with it may not be.
+    above = jnp.where((highest > end) & (highest >= least), jnp.exp(highest - best), 0.0)
+    rest = jnp.where((logits <= end) & (logits >= least), jnp.exp(logits - best), 0.0).sum(-1)
+    # The mass of each token and of those after it.
+    mass = rest[:, None] + lax.cumsum(above, axis=1, reverse=True)
+    cut = (1 - top_p) * mass[:, 0]
+    count = (mass > cut[:, None]).sum(-1, dtype=jnp.int32)
+    ends_above = rest <= cut
+    found &= ends_above | (last >= end[:, 0]) | (top_p >= 1) | (n == v)
+    ends_at = jnp.where(ends_above, at(jnp.maximum(count, keep)), -jnp.inf)
+    # Tokens whose probability underflows are not cut by 1.
+    return jnp.where(top_p < 1, jnp.maximum(last, ends_at), last), found
+
+
+def _last_by_bisection(
+    logits: Float[Array, "b v"],
+    top_k: Int[Array, " b"] | None,
+    top_p: Float[Array, " b"] | None,
+    keep: int,
+) -> Float[Array, " b"]:
+    """Returns the logit of the last token that `cut_top` keeps."""
     order = _in_order(logits)
     lowest, highest = order.min(-1), order.max(-1)
 
@@ -113,7 +175,7 @@ def cut_top(
         lowest = best(jnp.clip(top_k, keep, logits.shape[-1]))
     if top_p is not None:
         cut = order < lowest[:, None]
-        probs = jax.lax.stop_gradient(jax.nn.softmax(jnp.where(cut, -jnp.inf, logits)))
+        probs = jax.nn.softmax(jnp.where(cut, -jnp.inf, logits))
         last = _first(
             lowest,
             highest if keep == 1 else best(keep),
@@ -121,7 +183,7 @@ def cut_top(
         )
         # Tokens whose probability underflows are not cut by 1.
         lowest = jnp.where(top_p < 1, last, lowest)
-    return jnp.where(order < lowest[:, None], -jnp.inf, logits)
+    return _of_order(lowest)
 
 
 def cut_min_p(
@@ -156,10 +218,16 @@ def cut_typical(
     return jnp.where(cut, -jnp.inf, logits)
 
 
-def _in_order(numbers: Float[Array, "b v"]) -> Int[Array, "b v"]:
+def _in_order(numbers: Float[Array, "..."]) -> Int[Array, "..."]:
     """Returns the places of float32 numbers, integers of the same order; 0 and -0 share one."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(numbers == 0, 0.0, numbers), jnp.int32)
+    bits = lax.bitcast_convert_type(jnp.where(numbers == 0, 0.0, numbers), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _of_order(order: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the numbers that have some places."""
+    bits = jnp.where(order < 0, order ^ 0x7FFFFFFF, order)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _first(
@@ -178,13 +246,13 @@ def _first(
         found = holds(middle[:, None])
         return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
 
-    return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
+    return lax.fori_loop(0, 32, halve, (low, high))[1]
 
 
 def _best(scores: Float[Array, "b v"], count: int) -> Bool[Array, "b v"]:
     """Returns True at the `count` highest scores of each row; the first of tied ones."""
     rows = jnp.arange(scores.shape[0])[:, None]
-    return jnp.zeros(scores.shape, jnp.bool_).at[rows, jax.lax.top_k(scores, count)[1]].set(True)
+    return jnp.zeros(scores.shape, jnp.bool_).at[rows, lax.top_k(scores, count)[1]].set(True)
 
 
 def draw(
@@ -194,21 +262,39 @@ def draw(
 ) -> Int[Array, " b"]:
     """Draws one token per row, row i with its own key for the `index`-th new token.
 
-    The noise of a token depends on the row's key and the token's index alone (Gumbel-max), never
-    on the batch, on how the loop got there, or on how many tokens a draft proposed.
+    The highest sum of a logit and its noise is drawn (Gumbel-max): first of the blocks of tokens,
+    then of the tokens of one block, which needs few random numbers. They depend on the row's key
+    and the token's index alone, never on the batch, on how the loop got there, or on how many
+    tokens a draft proposed.
     """
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-    # Within the loop of the maximum, XLA's CPU backend would compute the noise one by one.
-    return first_highest(jax.lax.optimization_barrier(noise + logits))
+    highest, blocks = _highest_of_blocks(logits), _by_blocks(logits)
+    n = highest.shape[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (n + BLOCK,), logits.dtype))(keys)
+    # A block without a token that may be drawn has no difference to its highest logit.
+    lower = jnp.where(highest == -jnp.inf, 0.0, highest)[:, :, None]
+    sums = highest + jnp.log(jnp.exp(blocks - lower).sum(-1))
+    block = jnp.argmax(sums + noise[:, :n], axis=-1)
+    return _first_of_block(blocks + noise[:, None, n:], block)
+
+
+def _by_blocks(numbers: Float[Array, "b v"]) -> Float[Array, "b n k"]:
+    """Returns the numbers of each row in blocks, the last of which ends with -inf."""
+    padding = (0, 0), (0, -numbers.shape[1] % BLOCK)
+    return jnp.pad(numbers, padding, constant_values=-jnp.inf).reshape(len(numbers), -1, BLOCK)
+
+
+def _highest_of_blocks(numbers: Float[Array, "b v"]) -> Float[Array, "b n"]:
+    """Returns the highest number of each block."""
+    padding, block = ((0, 0), (0, -numbers.shape[1] % BLOCK)), (1, BLOCK)
+    return lax.reduce_window(numbers, -jnp.inf, lax.max, block, block, padding)
 
 
 def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """Returns the first of the highest numbers of each row; a row with a NaN gives any column.
 
     XLA's CPU backend compiles `jnp.argmax` to a loop without vectors, which takes 130 microseconds
-    for 50,000 numbers. A maximum has vectors, so the highest number of each block is found first,
-    and then one block is searched.
+    for 50,000 numbers. A maximum has vectors.
 
     Example:
         >>> first_highest(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 5.0]]))
@@ -216,14 +302,14 @@ def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """
     if jax.default_backend() != "cpu" or is_spread(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    v, block = logits.shape[1], (1, BLOCK)
-    padding = (0, 0), (0, -v % BLOCK)
-    highest = jax.lax.reduce_window(logits, -jnp.inf, jax.lax.max, block, block, padding)
-    start = BLOCK * jnp.argmax(highest, axis=-1)[:, None]
-    # Beyond the end stands the last number, which is not the first of its kind.
-    columns = jnp.minimum(start + jnp.arange(BLOCK), v - 1)
-    within = jnp.argmax(jnp.take_along_axis(logits, columns, axis=1), axis=-1)
-    return (start[:, 0] + within).astype(jnp.int32)
+    block = jnp.argmax(_highest_of_blocks(logits), axis=-1)
+    return _first_of_block(_by_blocks(logits), block)
+
+
+def _first_of_block(blocks: Float[Array, "b n k"], block: Int[Array, " b"]) -> Int[Array, " b"]:
+    """Returns the column of the first of the highest numbers in one block of each row."""
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (blocks.shape[2] * block + jnp.argmax(within, axis=-1)).astype(jnp.int32)
 
 
 def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[Array, " b"] | None:

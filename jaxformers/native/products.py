@@ -20,9 +20,9 @@ MOST_WEIGHTS = 8
 MANY = 32
 
 
-def few_rows(x: Any, w: Any, most: int = FEW) -> bool:
+def few_rows(x: Any, w: Any) -> bool:
     """Returns whether a product is one of few rows, on one CPU, where there are operations in C."""
-    few = x.ndim == 2 and is_fixed(x, w) and 1 <= len(x) <= most
+    few = x.ndim == 2 and is_fixed(x, w) and 1 <= len(x) <= FEW
     few = few and x.dtype in (jnp.float32, jnp.bfloat16)
     return few and 0 not in (*x.shape, *w.shape) and _are_on_one_cpu(x, w)
 
@@ -54,10 +54,7 @@ def keeps_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
 
 
 def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, "*r o"]:
-    """Returns `x w`, by an operation in C where that is faster.
-
-    That is measured for weights of 16 bits, and for those of 32 bits with up to eight rows.
-    """
+    """Returns `x w`, by an operation in C for few rows, and for many where there are units."""
     beside = rows_times_each(x, [w])
     if beside is not None:
         return beside
@@ -69,22 +66,17 @@ def rows_times_each(
 ) -> Float[Array, "*r o"] | None:
     """Returns the products `x w` beside each other, by one call of C.
 
-    None if there is none for these arrays, or if XLA is as fast. Up to `MOST_WEIGHTS` are taken.
+    None if there is none for these arrays. Up to `MOST_WEIGHTS` are taken.
     """
-    most = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): FEW}.get(x.dtype, 0)
     for w in weights:
-        if x.dtype != w.dtype or x.shape[-1] != w.shape[0] or not few_rows(x, w, most):
+        if x.dtype != w.dtype or x.shape[-1] != w.shape[0] or not few_rows(x, w):
             return None
     return _rows_times(x.astype(jnp.float32), *weights).astype(x.dtype)
 
 
 def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Float[Array, "*r o"]:
-    """Returns `x w^T`, by an operation in C where that is faster.
-
-    That is measured for weights of 16 bits, and for those of 32 bits with up to four rows.
-    """
-    most = {jnp.dtype(jnp.float32): 4, jnp.dtype(jnp.bfloat16): FEW}.get(w.dtype, 0)
-    if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w, most):
+    """Returns `x w^T`, by an operation in C for few rows, and for many where there are units."""
+    if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
     return product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else x @ w.T
