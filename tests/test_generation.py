@@ -20,7 +20,7 @@ from jaxformers import (
 )
 from jaxformers.generation import loop
 from jaxformers.generation.prompts import bucket
-from jaxformers.generation.sampling import row_keys
+from jaxformers.generation.sampling import draw, row_keys
 
 V, D, N, D_FF, MAX = 37, 24, 4, 40, 32
 POSITIONS = {
@@ -191,10 +191,10 @@ def test_sampling_equals_a_loop_that_draws_with_the_rows_keys():
     model, prompt, key = make_lm(), prompt_of(4, 3), jax.random.key(5)
     out = model.generate(prompt, 9, key=key, temperature=1.7)
     for i, row in enumerate(prompt):
-        row_key = jax.random.fold_in(key, i)
+        row_key = jax.random.fold_in(key, i)[None]
 
         def choose(logits, index, row_key=row_key):
-            return int(jax.random.categorical(jax.random.fold_in(row_key, index), logits / 1.7))
+            return int(draw(jnp.asarray(logits / 1.7)[None], row_key, jnp.asarray(index))[0])
 
         np.testing.assert_array_equal(out[i], by_hand(partial(full_logits, model), row, 9, choose))
 

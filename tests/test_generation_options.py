@@ -57,7 +57,7 @@ def cut_after(row, ends):
 def test_several_end_tokens_and_stop_sequences(lm):
     prompt = prompt_of(4, 3)
     free = np.asarray(lm.generate(prompt, NEW, key=KEY))[:, 4:]
-    single, other, pair = int(free[0, 3]), int(free[1, 6]), free[2, 2:4].tolist()
+    single, other, pair = int(free[0, 3]), int(free[1, 5]), free[2, 5:7].tolist()
     assert len({single, other, *pair}) == 4
     out = lm.generate(
         prompt,

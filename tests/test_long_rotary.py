@@ -20,7 +20,7 @@ from jaxformers import (
     scan_layers,
 )
 from jaxformers.cache import CHUNK, SPARE
-from jaxformers.generation.sampling import row_keys
+from jaxformers.generation.sampling import draw, row_keys
 
 ORIGINAL, NEW, WIDTH = 12, 10, 32
 LONG = LongScaling([1.0, 1.3, 2.0], [2.5, 6.0, 30.0], ORIGINAL, attention_factor=1.3)
@@ -92,14 +92,13 @@ def test_sampled_with_penalties_and_as_a_stream(lm):
     options = {"key": KEY, "frequency_penalty": [0.0, 1.5, 0.0], "padding_mask": REAL}
     keys, seen = row_keys(KEY, 3), np.zeros((3, V))
 
-    def draw(log_probs, index):
-        keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    def choose(log_probs, index):
         penalty = 1.5 * seen * np.array([[0], [1], [0]])
-        chosen = jax.vmap(jax.random.categorical)(keys_now, log_probs - penalty.astype("float32"))
+        chosen = draw(log_probs - penalty.astype("float32"), keys, jnp.asarray(index))
         seen[range(3), np.asarray(chosen)] += 1
         return chosen
 
-    wanted = uncached(partial(prefix_log_probs, lm), ROWS, NEW, draw)
+    wanted = uncached(partial(prefix_log_probs, lm), ROWS, NEW, choose)
     assert_same(lm.generate(PROMPT, NEW, return_scores=True, **options), wanted)
     np.testing.assert_array_equal(np.stack([*lm.stream(PROMPT, NEW, **options)], 1), wanted[0])
 

@@ -24,7 +24,7 @@ from jaxformers.text.stop_table import stop_table
 tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("no_shape_checker", "quick_compilation")
 
-KEY = jax.random.key(5)
+KEY = jax.random.key(6)
 V, MAX = 512, 96
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
