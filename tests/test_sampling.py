@@ -192,6 +192,15 @@ def test_cuts_of_many_tokens(seed):
         np.testing.assert_array_equal(np.isfinite(got), wanted)
 
 
+@pytest.mark.parametrize("v", [5, 128, 300])
+def test_an_infinite_logit_has_all_of_the_probability(v):
+    logits = np.random.default_rng(1).normal(size=(3, v)).astype(np.float32)
+    logits[0, 3], logits[1, [1, 4]], logits[2] = np.inf, np.inf, -np.inf
+    for k in (3, v):
+        got = warp(logits, top_k=k, top_p=0.5)
+        np.testing.assert_array_equal(got > -np.inf, logits == np.inf)
+
+
 def test_cuts_sort_nothing():
     """A sort of 50,000 logits takes a CPU half as long as a small model."""
     logits, numbers = jnp.zeros((2, 3000)), jnp.full(2, 0.5)

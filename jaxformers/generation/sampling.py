@@ -36,7 +36,8 @@ ANY = np.float32, lambda x: x == x, "a number"
 COUNT = np.int32, lambda x: x >= 1, "an integer of at least 1"
 NOT_NEGATIVE = np.int32, lambda x: x >= 0, "an integer of at least 0"
 
-# Numbers of a row that are searched together, see `first_highest`.
+# Numbers of a row that are searched together, see `first_highest` and `draw`. With another number
+# a key would draw other tokens.
 BLOCK = 128
 
 # Logits of a row among which a cut is sought. For fewer, `lax.top_k` takes hardly less time.
@@ -116,7 +117,7 @@ def cut_top(
         last = of_all()
     else:
         last, found = _last_of_highest(scores, top_k, top_p, keep)
-        # What a row gets does not depend on the other ones.
+        # Rows that were found keep their cut, so that none depends on the other ones.
         last = lax.cond(found.all(), lambda: last, lambda: jnp.where(found, last, of_all()))
     return jnp.where(logits < last[:, None], -jnp.inf, logits)
 
@@ -142,7 +143,8 @@ def _last_of_highest(
         found = (top_k <= n) | (top_k >= v)
     if top_p is None:
         return last, found
-    best, least = highest[:, :1], last[:, None]
+    # The difference of two logits that are -inf would be no number.
+    best, least = jnp.maximum(highest[:, :1], jnp.finfo(jnp.float32).min), last[:, None]
     # All that are above the end are among the highest, and those that are tied with it may not be.
     above = jnp.where((highest > end) & (highest >= least), jnp.exp(highest - best), 0.0)
     rest = jnp.where((logits <= end) & (logits >= least), jnp.exp(logits - best), 0.0).sum(-1)
@@ -150,8 +152,8 @@ def _last_of_highest(
     mass = rest[:, None] + lax.cumsum(above, axis=1, reverse=True)
     cut = (1 - top_p) * mass[:, 0]
     count = (mass > cut[:, None]).sum(-1, dtype=jnp.int32)
-    ends_above = rest <= cut
-    found &= ends_above | (last >= end[:, 0]) | (top_p >= 1) | (n == v)
+    ends_above, ends_below = rest <= cut, rest > cut  # neither, if a logit is infinite
+    found &= ends_above | ends_below & ((last >= end[:, 0]) | (n == v)) | (top_p >= 1)
     ends_at = jnp.where(ends_above, at(jnp.maximum(count, keep)), -jnp.inf)
     # Tokens whose probability underflows are not cut by 1.
     return jnp.where(top_p < 1, jnp.maximum(last, ends_at), last), found
@@ -268,20 +270,17 @@ def draw(
     tokens a draft proposed.
     """
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
-    highest, blocks = _highest_of_blocks(logits), _by_blocks(logits)
-    n = highest.shape[1]
+    highest = _highest_of_blocks(logits)
+    b, n = highest.shape
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (n + BLOCK,), logits.dtype))(keys)
-    # A block without a token that may be drawn has no difference to its highest logit.
+    # In a block of -inf alone the difference to the highest logit would be no number.
     lower = jnp.where(highest == -jnp.inf, 0.0, highest)[:, :, None]
+    padding = (0, 0), (0, n * BLOCK - logits.shape[1])
+    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(b, n, BLOCK)
     sums = highest + jnp.log(jnp.exp(blocks - lower).sum(-1))
     block = jnp.argmax(sums + noise[:, :n], axis=-1)
-    return _first_of_block(blocks + noise[:, None, n:], block)
-
-
-def _by_blocks(numbers: Float[Array, "b v"]) -> Float[Array, "b n k"]:
-    """Returns the numbers of each row in blocks, the last of which ends with -inf."""
-    padding = (0, 0), (0, -numbers.shape[1] % BLOCK)
-    return jnp.pad(numbers, padding, constant_values=-jnp.inf).reshape(len(numbers), -1, BLOCK)
+    within = _in_block(logits, block) + noise[:, n:]
+    return (BLOCK * block + jnp.argmax(within, axis=-1)).astype(jnp.int32)
 
 
 def _highest_of_blocks(numbers: Float[Array, "b v"]) -> Float[Array, "b n"]:
@@ -294,7 +293,8 @@ def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """Returns the first of the highest numbers of each row; a row with a NaN gives any column.
 
     XLA's CPU backend compiles `jnp.argmax` to a loop without vectors, which takes 130 microseconds
-    for 50,000 numbers. A maximum has vectors.
+    for 50,000 numbers. A maximum has vectors, so the highest number of each block is found first,
+    and then one block is searched.
 
     Example:
         >>> first_highest(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 5.0]]))
@@ -303,13 +303,15 @@ def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     if jax.default_backend() != "cpu" or is_spread(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     block = jnp.argmax(_highest_of_blocks(logits), axis=-1)
-    return _first_of_block(_by_blocks(logits), block)
+    within = jnp.argmax(_in_block(logits, block), axis=-1)
+    return (BLOCK * block + within).astype(jnp.int32)
 
 
-def _first_of_block(blocks: Float[Array, "b n k"], block: Int[Array, " b"]) -> Int[Array, " b"]:
-    """Returns the column of the first of the highest numbers in one block of each row."""
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (blocks.shape[2] * block + jnp.argmax(within, axis=-1)).astype(jnp.int32)
+def _in_block(numbers: Float[Array, "b v"], block: Int[Array, " b"]) -> Float[Array, "b k"]:
+    """Returns the numbers of one block of each row, -inf beyond the last one."""
+    columns, v = BLOCK * block[:, None] + jnp.arange(BLOCK), numbers.shape[1]
+    found = jnp.take_along_axis(numbers, jnp.minimum(columns, v - 1), axis=1)
+    return jnp.where(columns < v, found, -jnp.inf)
 
 
 def row_keys(key: Keys | None, batch_size: int, rows: int | None = None) -> Key[Array, " b"] | None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int8
 from jaxformers.native import library
 from jaxformers.native.operation import is_fixed, is_spread, operation
 
-# With more rows the products of XLA, which convert a weight once for all of them, are as fast.
+# With more rows the products of XLA are nearly as fast.
 FEW = 16
 
 # Weights in one call, as `source/products.c` has it.
@@ -54,7 +54,7 @@ def keeps_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
 
 
 def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, "*r o"]:
-    """Returns `x w`, by an operation in C for few rows, and for many where there are units."""
+    """Returns `x w`, in C for few rows, and for many rows where there are matrix units."""
     beside = rows_times_each(x, [w])
     if beside is not None:
         return beside
@@ -75,7 +75,7 @@ def rows_times_each(
 
 
 def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Float[Array, "*r o"]:
-    """Returns `x w^T`, by an operation in C for few rows, and for many where there are units."""
+    """Returns `x w^T`, in C for few rows, and for many rows where there are matrix units."""
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
