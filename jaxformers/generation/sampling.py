@@ -270,23 +270,13 @@ def draw(
     tokens a draft proposed.
     """
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
-    highest = _highest_of_blocks(logits)
-    b, n = highest.shape
+    padding = (0, 0), (0, -logits.shape[1] % BLOCK)
+    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(len(logits), -1, BLOCK)
+    n = blocks.shape[1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (n + BLOCK,), logits.dtype))(keys)
-    # In a block of -inf alone the difference to the highest logit would be no number.
-    lower = jnp.where(highest == -jnp.inf, 0.0, highest)[:, :, None]
-    padding = (0, 0), (0, n * BLOCK - logits.shape[1])
-    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(b, n, BLOCK)
-    sums = highest + jnp.log(jnp.exp(blocks - lower).sum(-1))
-    block = jnp.argmax(sums + noise[:, :n], axis=-1)
+    block = jnp.argmax(jax.nn.logsumexp(blocks, axis=-1) + noise[:, :n], axis=-1)
     within = _in_block(logits, block) + noise[:, n:]
     return (BLOCK * block + jnp.argmax(within, axis=-1)).astype(jnp.int32)
-
-
-def _highest_of_blocks(numbers: Float[Array, "b v"]) -> Float[Array, "b n"]:
-    """Returns the highest number of each block."""
-    padding, block = ((0, 0), (0, -numbers.shape[1] % BLOCK)), (1, BLOCK)
-    return lax.reduce_window(numbers, -jnp.inf, lax.max, block, block, padding)
 
 
 def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
@@ -302,7 +292,9 @@ def first_highest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """
     if jax.default_backend() != "cpu" or is_spread(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    block = jnp.argmax(_highest_of_blocks(logits), axis=-1)
+    size, padding = (1, BLOCK), ((0, 0), (0, -logits.shape[1] % BLOCK))
+    highest = lax.reduce_window(logits, -jnp.inf, lax.max, size, size, padding)
+    block = jnp.argmax(highest, axis=-1)
     within = jnp.argmax(_in_block(logits, block), axis=-1)
     return (BLOCK * block + within).astype(jnp.int32)
 
