@@ -14,7 +14,7 @@
 #include "common.h"
 
 #define BLOCK 512 /* keys at a time, a multiple of 16 */
-#define ROWS 4    /* queries at a time */
+#define ROWS (LANES == 16 ? 4 : 3) /* queries at a time, by the number of registers */
 #define MOST 512  /* the most features of a head */
 
 typedef struct {
@@ -36,14 +36,6 @@ INLINE const void *row_of(const void *x, size_t size, const int64_t *dims, const
   i = i * dims[1] + (dims[1] == 1 ? 0 : n);
   i = i * dims[2] + (dims[2] == 1 ? 0 : t);
   return (const char *)x + i * a->s * size;
-}
-
-INLINE vec load_as(int bf16, const void *p, int64_t i) {
-  return bf16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
-}
-INLINE vec load_some_as(int bf16, const void *p, int64_t i, int64_t n) {
-  return bf16 ? load_some_bf16((const uint16_t *)p + i, n)
-              : load_some((const float *)p + i, n);
 }
 
 /* exp(x) for x <= 0, to about one unit in the last place; 0 far below. A polynomial of degree 5
@@ -70,7 +62,7 @@ INLINE vec exponential(vec x) {
 /* Computes the scores of `rows` queries with `keys` keys from i on: with four, or with one. */
 INLINE void scores_with(int bf16, int rows, int keys, const attention *a, const float *q,
                         int64_t width, const char *k, int64_t i, float scores[ROWS][BLOCK]) {
-  int64_t size = bf16 ? 2 : 4, whole = a->h / LANES * LANES;
+  int64_t size = bf16 ? 2 : 4;
   vec acc[ROWS][4];
   for (int r = 0; r < rows; r++)
     for (int b = 0; b < keys; b++) acc[r][b] = (vec){0};
@@ -78,7 +70,7 @@ INLINE void scores_with(int bf16, int rows, int keys, const attention *a, const 
     for (int b = 0; b < keys; b++) {
       const char *key = k + (i + b) * a->h * size;
       if (c * size % 64 == 0) ask_for(key + c * size);
-      vec x = c < whole ? load_as(bf16, key, c) : load_some_as(bf16, key, c, a->h - c);
+      vec x = numbers(bf16 ? 2 : 4, key + c * size, a->h - c);
       for (int r = 0; r < rows; r++) acc[r][b] += x * load(q + r * width + c);
     }
   for (int r = 0; r < rows; r++) {
@@ -108,25 +100,20 @@ INLINE void mix(int bf16, int rows, const attention *a, const char *v, int64_t f
                 int64_t last, float weights[ROWS][BLOCK], float *sums[ROWS]) {
   int64_t size = bf16 ? 2 : 4;
   for (int64_t c = 0; c < a->j; c += 2 * LANES) {
-    int64_t here = a->j - c < LANES ? a->j - c : LANES;
-    int64_t next = a->j - c - LANES;
-    next = next < 0 ? 0 : next < LANES ? next : LANES;
     vec acc[ROWS][2];
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (vec){0};
     for (int64_t i = first; i < last; i++) {
-      const char *value = v + i * a->j * size;
-      vec x = here == LANES ? load_as(bf16, value, c) : load_some_as(bf16, value, c, here);
-      vec y = next == LANES ? load_as(bf16, value, c + LANES)
-              : next        ? load_some_as(bf16, value, c + LANES, next)
-                            : (vec){0};
+      const char *value = v + (i * a->j + c) * size;
+      vec x = numbers(bf16 ? 2 : 4, value, a->j - c);
+      vec y = numbers(bf16 ? 2 : 4, value + LANES * size, a->j - c - LANES);
       for (int r = 0; r < rows; r++) {
         acc[r][0] += x * weights[r][i];
         acc[r][1] += y * weights[r][i];
       }
     }
     for (int r = 0; r < rows; r++) {
-      store_some(sums[r] + c, acc[r][0], here);
-      if (next) store_some(sums[r] + c + LANES, acc[r][1], next);
+      store_some(sums[r] + c, acc[r][0], a->j - c);
+      store_some(sums[r] + c + LANES, acc[r][1], a->j - c - LANES);
     }
   }
 }
@@ -144,10 +131,8 @@ INLINE void weigh(const attention *a, const uint8_t *allowed, const float *bias,
     vec x = load(scores + i);
     if (a->softcap > 0)
       for (int c = 0; c < LANES; c++) x[c] = a->softcap * tanhf(x[c] / a->softcap);
-    if (bias) x += n == LANES ? load(bias + i) : load_some(bias + i, n);
-    int8_t flags[LANES] = {0};
-    memcpy(flags, allowed + i, n);
-    ivec seen = load_int8(flags) != 0;
+    if (bias) x += numbers(4, bias + i, n);
+    ivec seen = numbers(1, allowed + i, n) != 0;
     broken |= seen & (x != x);
     x = (vec)(((ivec)x & seen) | ((ivec)none & ~seen));
     store(scores + i, x);
@@ -212,7 +197,7 @@ INLINE void attend_block(int bf16, const attention *a, int64_t b, int64_t g, int
     else if (rows == 3)
       scores_of(bf16, 3, a, q, width, k, v, first, last, scores);
     else
-      scores_of(bf16, 4, a, q, width, k, v, first, last, scores);
+      scores_of(bf16, ROWS, a, q, width, k, v, first, last, scores);
     for (int r = 0; r < rows; r++) {
       int64_t n = g * (a->n / a->g) + (from + r) / a->t, t = (from + r) % a->t;
       const float *bias = a->bias ? row_of(a->bias, 4, a->bias_dims, a, b, n, t) : NULL;
@@ -226,7 +211,7 @@ INLINE void attend_block(int bf16, const attention *a, int64_t b, int64_t g, int
     else if (rows == 3)
       mix(bf16, 3, a, v, first, last, scores, sums);
     else
-      mix(bf16, 4, a, v, first, last, scores, sums);
+      mix(bf16, ROWS, a, v, first, last, scores, sums);
   }
 }
 

@@ -1,7 +1,7 @@
 /* What the operations of this folder share: vectors, threads, and the checks of their arguments.
  *
- * The code is C11 with vectors of 16 floats, which GCC and Clang compile for any processor: to one
- * register of AVX-512, two of AVX2 or four of NEON. Each operation is a handler of XLA's foreign
+ * The code is C11 with vectors of as many floats as a register has: 16 with AVX-512, 8 with AVX2,
+ * and 4 elsewhere. GCC keeps longer ones in memory. Each operation is a handler of XLA's foreign
  * function interface. It returns an error for arguments that it does not take, and it never trusts
  * a shape. */
 #ifndef JAXFORMERS_COMMON_H
@@ -21,94 +21,87 @@
 #include "xla/ffi/api/c_api.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef float loose_vec __attribute__((vector_size(64), aligned(4), may_alias));
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 INLINE void store(float *p, vec x) { *(loose_vec *)p = x; }
 
 /* Loads of narrower types. GCC takes a vector of bytes apart number by number, so these alone are
- * written for each processor. The 16 bits of a bfloat16 are the upper half of a float. */
+ * written for each processor. The 16 bits of a bfloat16 are the upper half of a float. A byte holds
+ * two numbers of four bits. */
 #if defined(__AVX512F__)
-INLINE vec load_bf16(const uint16_t *p) {
-  __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-  return (vec)_mm512_slli_epi32(x, 16);
+INLINE vec load_bf16(const void *p) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
 }
-INLINE vec load_int8(const int8_t *p) {
-  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+INLINE vec load_int8(const void *p) {
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
 }
-INLINE void load_int4(const uint8_t *p, vec *low, vec *high) { /* of 16 bytes */
-  __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+INLINE void load_int4(const void *p, vec *low, vec *high) {
+  __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
   *low = (vec)_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
   *high = (vec)_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
 }
 #elif defined(__AVX2__)
-INLINE vec join(__m256 low, __m256 high) {
-  vec x;
-  memcpy(&x, &low, 32);
-  memcpy((char *)&x + 32, &high, 32);
-  return x;
+INLINE vec load_bf16(const void *p) {
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 }
-INLINE __m256i eight_bytes(const void *p, int sign) {
-  __m128i x = _mm_loadl_epi64((const __m128i *)p);
-  return sign ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x);
+INLINE vec load_int8(const void *p) {
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 }
-INLINE vec load_bf16(const uint16_t *p) {
-  __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-  __m256i y = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
-  return join((__m256)_mm256_slli_epi32(x, 16), (__m256)_mm256_slli_epi32(y, 16));
-}
-INLINE vec load_int8(const int8_t *p) {
-  return join(_mm256_cvtepi32_ps(eight_bytes(p, 1)), _mm256_cvtepi32_ps(eight_bytes(p + 8, 1)));
-}
-INLINE void load_int4(const uint8_t *p, vec *low, vec *high) {
-  __m256i x = eight_bytes(p, 0), y = eight_bytes(p + 8, 0), four = _mm256_set1_epi32(15);
-  *low = join(_mm256_cvtepi32_ps(_mm256_and_si256(x, four)),
-              _mm256_cvtepi32_ps(_mm256_and_si256(y, four)));
-  *high = join(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4)),
-               _mm256_cvtepi32_ps(_mm256_srli_epi32(y, 4)));
+INLINE void load_int4(const void *p, vec *low, vec *high) {
+  __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p));
+  *low = (vec)_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+  *high = (vec)_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4));
 }
 #else
-INLINE vec load_bf16(const uint16_t *p) {
-  uint32_t x[LANES];
-  for (int i = 0; i < LANES; i++) x[i] = (uint32_t)p[i] << 16;
-  vec y;
-  memcpy(&y, x, sizeof y);
-  return y;
+INLINE vec load_bf16(const void *p) {
+  const uint16_t *x = p;
+  ivec y;
+  for (int i = 0; i < LANES; i++) y[i] = (int32_t)((uint32_t)x[i] << 16);
+  return (vec)y;
 }
-INLINE vec load_int8(const int8_t *p) {
-  float x[LANES];
-  for (int i = 0; i < LANES; i++) x[i] = p[i];
-  return load(x);
+INLINE vec load_int8(const void *p) {
+  const int8_t *x = p;
+  ivec y;
+  for (int i = 0; i < LANES; i++) y[i] = x[i];
+  return __builtin_convertvector(y, vec);
 }
-INLINE void load_int4(const uint8_t *p, vec *low, vec *high) {
-  float x[LANES], y[LANES];
-  for (int i = 0; i < LANES; i++) x[i] = p[i] & 15, y[i] = p[i] >> 4;
-  *low = load(x), *high = load(y);
+INLINE void load_int4(const void *p, vec *low, vec *high) {
+  const uint8_t *x = p;
+  ivec y;
+  for (int i = 0; i < LANES; i++) y[i] = x[i];
+  *low = __builtin_convertvector(y & 15, vec), *high = __builtin_convertvector(y >> 4, vec);
 }
 #endif
 
-/* Returns the first n < 16 numbers, and zeros after them. */
-INLINE vec load_some(const float *p, int64_t n) {
-  float x[LANES] = {0};
-  memcpy(x, p, n * sizeof(float));
-  return load(x);
+/* Returns numbers of 4, 2 or 1 bytes: float32, bfloat16 or int8. There are n of them, and zeros
+ * after them if n is less than LANES. */
+INLINE vec numbers(int size, const void *p, int64_t n) {
+  char some[4 * LANES] = {0};
+  if (n <= 0) return (vec){0};
+  if (n < LANES) p = memcpy(some, p, n * size);
+  return size == 4 ? load(p) : size == 2 ? load_bf16(p) : load_int8(p);
 }
-INLINE vec load_some_bf16(const uint16_t *p, int64_t n) {
-  uint16_t x[LANES] = {0};
-  memcpy(x, p, n * sizeof(uint16_t));
-  return load_bf16(x);
+
+/* Stores the first n numbers, or all of them if n is more than LANES. */
+INLINE void store_some(float *p, vec x, int64_t n) {
+  if (n >= LANES)
+    store(p, x);
+  else if (n > 0)
+    memcpy(p, &x, n * sizeof(float));
 }
-INLINE vec load_some_int8(const int8_t *p, int64_t n) {
-  int8_t x[LANES] = {0};
-  memcpy(x, p, n);
-  return load_int8(x);
-}
-INLINE void store_some(float *p, vec x, int64_t n) { memcpy(p, &x, n * sizeof(float)); }
 
 /* Asks for numbers that are read later: from memory, and then from the second cache. The processor
  * itself does not look beyond a page, and to the first cache it brings fewer lines at a time. */
@@ -120,15 +113,17 @@ INLINE void ask_for(const char *p) {
 typedef float quarter __attribute__((vector_size(16)));
 
 INLINE quarter quarter_sums(vec x) {
-  typedef float half __attribute__((vector_size(32)));
-  half a, b;
-  memcpy(&a, &x, 32);
-  memcpy(&b, (char *)&x + 32, 32);
-  a += b;
-  quarter c, d;
-  memcpy(&c, &a, 16);
-  memcpy(&d, (char *)&a + 16, 16);
-  return c + d;
+#if LANES == 16
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
+                           (__m256)_mm512_extractf64x4_pd((__m512d)x, 1));
+#elif LANES == 8
+  __m256 y = (__m256)x;
+#endif
+#if LANES > 4
+  return (quarter)_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+#else
+  return x;
+#endif
 }
 INLINE float sum(vec x) {
   quarter y = quarter_sums(x);

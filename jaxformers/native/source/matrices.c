@@ -53,12 +53,8 @@ static int64_t strip_bytes(const matmul *p, const matrix *x) {
 }
 
 /* Returns n numbers of a row from a column on, and zeros after them. */
-INLINE vec numbers(int size, const matrix *x, int64_t row, int64_t column, int64_t n) {
-  if (n <= 0) return (vec){0};
-  const void *p = x->data + (row * x->stride + column) * size;
-  if (size == 4) return n < LANES ? load_some(p, n) : load(p);
-  if (size == 2) return n < LANES ? load_some_bf16(p, n) : load_bf16(p);
-  return n < LANES ? load_some_int8(p, n) : load_int8(p);
+INLINE vec numbers_of(int size, const matrix *x, int64_t row, int64_t column, int64_t n) {
+  return numbers(size, x->data + (row * x->stride + column) * size, n);
 }
 
 /* Returns pairs of the upper halves of numbers, and takes these halves from the numbers. */
@@ -95,11 +91,11 @@ INLINE void pack_tile(int size, int planes, int across, int turned, const matrix
     __builtin_prefetch(next);
     __builtin_prefetch(next + LANES * size * (across ? x->stride : 1));
     if (across) {
-      first = numbers(size, x, k + i, outer, k + i < end ? width : 0);
-      second = numbers(size, x, k + i + LANES, outer, k + i + LANES < end ? width : 0);
+      first = numbers_of(size, x, k + i, outer, k + i < end ? width : 0);
+      second = numbers_of(size, x, k + i + LANES, outer, k + i + LANES < end ? width : 0);
     } else {
-      first = numbers(size, x, outer + i, k, i < width ? end - k : 0);
-      second = numbers(size, x, outer + i, k + LANES, i < width ? end - k - LANES : 0);
+      first = numbers_of(size, x, outer + i, k, i < width ? end - k : 0);
+      second = numbers_of(size, x, outer + i, k + LANES, i < width ? end - k - LANES : 0);
     }
     for (int plane = 0; plane < planes; plane++) tiles[plane][i] = take_pairs(&first, &second);
   }

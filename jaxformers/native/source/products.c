@@ -22,67 +22,53 @@ typedef struct {
   float *y;
 } product;
 
+INLINE int size_of(kind kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+
 /* (o, i): one output after the other, inputs along the vectors. So the weights are read from the
  * first to the last one. */
 
-/* Vectors of inputs that are added apart, and rows at a time: as many sums as there are registers
- * for. */
-#ifdef __AVX512F__
-#define CHAINS 4
-#define AT_ONCE 4
-#else
-#define CHAINS 2
-#define AT_ONCE 2
-#endif
+#define AT_ONCE 4                   /* rows */
+#define SUMS (LANES == 16 ? 16 : 8) /* vectors, by the number of registers */
 
-/* Returns 16 weights of one output, from input c on; the last ones may be fewer. */
-INLINE vec weights_at(kind kind, const void *w, int64_t c, int64_t n) {
-  if (kind == FLOAT32)
-    return n == LANES ? load((const float *)w + c) : load_some((const float *)w + c, n);
-  if (kind == BFLOAT16)
-    return n == LANES ? load_bf16((const uint16_t *)w + c)
-                      : load_some_bf16((const uint16_t *)w + c, n);
-  return n == LANES ? load_int8((const int8_t *)w + c) : load_some_int8((const int8_t *)w + c, n);
-}
+/* Returns how many vectors of inputs are added apart. */
+INLINE int chains_of(int rows) { return rows * 4 > SUMS ? SUMS / rows : 4; }
 
 /* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */
 INLINE void add_inputs(kind kind, int scaled, int rows, int width, const product *p,
                        const float *x, const char *w, int64_t c, int64_t n, vec scale, vec offset,
-                       vec acc[CHAINS][AT_ONCE]) {
-  int64_t size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
+                       vec acc[4][AT_ONCE]) {
+  int size = size_of(kind);
+  for (int a = 0; a < width * LANES * size; a += 64) ask_for(w + c * size + a);
   for (int a = 0; a < width; a++, c += LANES) {
-    vec y = weights_at(kind, w, c, n);
-    if (a * LANES * size % 64 == 0) ask_for(w + c * size);
+    vec y = numbers(size, w + c * size, n);
     if (scaled) y = y * scale + offset;
-    for (int b = 0; b < rows; b++) {
-      const float *inputs = x + b * p->i + c;
-      acc[a][b] += y * (n == LANES ? load(inputs) : load_some(inputs, n));
-    }
+    for (int b = 0; b < rows; b++) acc[a][b] += y * numbers(4, x + b * p->i + c, n);
   }
 }
 
 /* Adds the products of 32 inputs in four bits; x has the even ones before the odd ones. */
 INLINE void add_halves(int rows, const product *p, const float *x, const char *w, int64_t c,
-                       vec scale, vec offset, vec acc[CHAINS][AT_ONCE]) {
-  vec low, high;
+                       vec scale, vec offset, vec acc[4][AT_ONCE]) {
   ask_for(w + c / 2);
-  load_int4((const uint8_t *)w + c / 2, &low, &high);
-  low = low * scale + offset, high = high * scale + offset;
-  for (int b = 0; b < rows; b++) {
-    acc[0][b] += low * load(x + b * p->i + c);
-    acc[1][b] += high * load(x + b * p->i + c + LANES);
+  for (int a = 0; a < 16; a += LANES) {
+    vec low, high;
+    load_int4(w + c / 2 + a, &low, &high);
+    low = low * scale + offset, high = high * scale + offset;
+    for (int b = 0; b < rows; b++) {
+      acc[0][b] += low * load(x + b * p->i + c + a);
+      acc[1][b] += high * load(x + b * p->i + c + a + 16);
+    }
   }
 }
 
 /* Multiplies `rows` rows with output o, one group of inputs after the other. */
 INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, int64_t row,
                             int64_t o) {
-  vec acc[CHAINS][AT_ONCE], scale = {0}, offset = {0};
+  vec acc[4][AT_ONCE], scale = {0}, offset = {0};
+  int chains = chains_of(rows);
   const float *x = p->x + row * p->i;
-  int64_t stride = kind == FLOAT32 ? 4 * p->i : kind == BFLOAT16 ? 2 * p->i : p->i;
-  if (kind == INT4) stride = p->i / 2;
-  const char *w = (const char *)p->w + o * stride;
-  for (int a = 0; a < CHAINS; a++)
+  const char *w = (const char *)p->w + o * (kind == INT4 ? p->i / 2 : p->i * size_of(kind));
+  for (int a = 0; a < chains; a++)
     for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
   for (int64_t g = 0; g < p->k; g++) {
     int64_t c = g * (p->i / p->k), end = c + p->i / p->k;
@@ -91,38 +77,31 @@ INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, 
       offset = splat(p->offset ? p->offset[o * p->k + g] : 0);
     }
     if (kind == INT4) {
-      for (; c < end; c += 2 * LANES) add_halves(rows, p, x, w, c, scale, offset, acc);
+      for (; c < end; c += 32) add_halves(rows, p, x, w, c, scale, offset, acc);
       continue;
     }
-    for (; c + CHAINS * LANES <= end; c += CHAINS * LANES)
-      add_inputs(kind, grouped, rows, CHAINS, p, x, w, c, LANES, scale, offset, acc);
+    for (; c + chains * LANES <= end; c += chains * LANES)
+      add_inputs(kind, grouped, rows, chains, p, x, w, c, LANES, scale, offset, acc);
     for (; c + 2 * LANES <= end; c += 2 * LANES)
       add_inputs(kind, grouped, rows, 2, p, x, w, c, LANES, scale, offset, acc);
-    for (; c < end; c += LANES) {
-      int64_t n = end - c < LANES ? end - c : LANES;
-      add_inputs(kind, grouped, rows, 1, p, x, w, c, n, scale, offset, acc);
-    }
+    for (; c < end; c += LANES)
+      add_inputs(kind, grouped, rows, 1, p, x, w, c, end - c, scale, offset, acc);
   }
   for (int b = 0; b < rows; b++) {
     vec all = acc[0][b];
-    for (int a = 1; a < CHAINS; a++) all += acc[a][b];
+    for (int a = 1; a < chains; a++) all += acc[a][b];
     p->y[(row + b) * p->stride + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
   }
 }
 
-INLINE void transposed_output(kind kind, int grouped, const product *p, int64_t o) {
-  int64_t row = 0;
-  for (; row + AT_ONCE <= p->r; row += AT_ONCE)
-    transposed_tile(kind, grouped, AT_ONCE, p, row, o);
-  if (AT_ONCE > 2 && p->r - row >= 2) {
-    transposed_tile(kind, grouped, 2, p, row, o);
-    row += 2;
-  }
-  if (p->r - row == 1) transposed_tile(kind, grouped, 1, p, row, o);
-}
-
 INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o, int64_t end) {
-  for (; o < end; o++) transposed_output(kind, grouped, p, o);
+  for (; o < end; o++) {
+    int64_t row = 0;
+    for (; row + AT_ONCE <= p->r; row += AT_ONCE)
+      transposed_tile(kind, grouped, AT_ONCE, p, row, o);
+    for (; row + 2 <= p->r; row += 2) transposed_tile(kind, grouped, 2, p, row, o);
+    if (row < p->r) transposed_tile(kind, grouped, 1, p, row, o);
+  }
 }
 
 static void transposed_outputs(const product *p, int64_t o, int64_t end) {
@@ -137,38 +116,38 @@ static void transposed_outputs(const product *p, int64_t o, int64_t end) {
  * sums are added to the result, of which a chunk lies in the nearest cache. */
 
 #define INPUTS 16
+#define LINE 16                        /* outputs at a time: a line of the cache in float32 */
+#define TOGETHER (LANES == 16 ? 8 : 4) /* rows, for each of which there is a line of sums */
 
-#ifdef __AVX512F__
-#define TOGETHER 8 /* rows, for each of which a vector of sums is kept */
-#else
-#define TOGETHER 4
-#endif
+INLINE void plain_line(kind kind, int rows, int inputs, const product *p, const float *x,
+                       const char *w, float *y, int first, int64_t n) {
+  int size = size_of(kind);
+  vec acc[TOGETHER][LINE / LANES];
+  for (int b = 0; b < rows; b++)
+    for (int c = 0; c < LINE / LANES; c++)
+      acc[b][c] = numbers(4, y + b * p->stride + c * LANES, first ? 0 : n - c * LANES);
+  for (int a = 0; a < inputs; a++, w += p->o * size) {
+    vec weights[LINE / LANES];
+    for (int c = 0; c < LINE / LANES; c++)
+      weights[c] = numbers(size, w + c * LANES * size, n - c * LANES);
+    __builtin_prefetch(w + INPUTS * p->o * size);
+    for (int b = 0; b < rows; b++)
+      for (int c = 0; c < LINE / LANES; c++) acc[b][c] += weights[c] * x[b * p->i + a];
+  }
+  for (int b = 0; b < rows; b++)
+    for (int c = 0; c < LINE / LANES; c++)
+      store_some(y + b * p->stride + c * LANES, acc[b][c], n - c * LANES);
+}
 
 INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
                        int64_t o, int64_t end) {
   const float *x = p->x + row * p->i + c;
-  int64_t size = kind == FLOAT32 ? 4 : 2;
-  const char *w = (const char *)p->w + c * p->o * size;
-  for (; o < end; o += LANES) {
-    int64_t n = end - o < LANES ? end - o : LANES;
-    vec acc[TOGETHER];
-    for (int b = 0; b < rows; b++) {
-      float *y = p->y + (row + b) * p->stride + o;
-      acc[b] = c == 0 ? (vec){0} : n == LANES ? load(y) : load_some(y, n);
-    }
-    for (int a = 0; a < inputs; a++) {
-      vec weights = weights_at(kind, w + a * p->o * size, o, n);
-      if (o * size % 64 == 0) __builtin_prefetch(w + (a + INPUTS) * p->o * size + o * size);
-      for (int b = 0; b < rows; b++) acc[b] += weights * x[b * p->i + a];
-    }
-    for (int b = 0; b < rows; b++) {
-      float *y = p->y + (row + b) * p->stride + o;
-      if (n == LANES)
-        store(y, acc[b]);
-      else
-        store_some(y, acc[b], n);
-    }
-  }
+  const char *w = (const char *)p->w + c * p->o * size_of(kind);
+  float *y = p->y + row * p->stride;
+  for (; o + LINE <= end; o += LINE)
+    plain_line(kind, rows, inputs, p, x, w + o * size_of(kind), y + o, c == 0, LINE);
+  if (o < end)
+    plain_line(kind, rows, inputs, p, x, w + o * size_of(kind), y + o, c == 0, end - o);
 }
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
@@ -235,8 +214,8 @@ static void run_products(XLA_FFI_CallFrame *frame, products *all, int64_t parts,
     p->y = beside, p->stride = outputs;
   int64_t threads = threads_for(frame, (double)all->bytes), chunk = outputs;
   if (threads > 1) chunk = (outputs + parts * threads - 1) / (parts * threads);
-  chunk = (chunk < most ? chunk : most) + LANES - 1;
-  all->chunk = chunk / LANES * LANES;
+  chunk = (chunk < most ? chunk : most) + LINE - 1;
+  all->chunk = chunk / LINE * LINE;
   run_tasks(frame, products_task, all, (outputs + all->chunk - 1) / all->chunk, threads);
 }
 
