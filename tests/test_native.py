@@ -4,6 +4,7 @@ Wrong arguments never end the process.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -503,6 +504,9 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path):
         assert told.startswith("the C compiler ended with 3: no such option")
         assert ("to try again" in told) == again
     assert asked.read_text().count("x") == 2  # with and without -march=native
+    compiler.write_text(compiler.read_text() + "# a newer version\n")
+    obstacle_in({"CC": f"{compiler} -with arguments"}, tmp_path)
+    assert asked.read_text().count("x") == 4
 
 
 def test_a_library_that_does_not_load_or_does_not_agree(tmp_path):
@@ -518,6 +522,7 @@ def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
     directory = tmp_path / "jaxformers" / "native"
     directory.mkdir(parents=True)
     (directory / f"{library._key()}.so").write_text("broken")
+    monkeypatch.delenv("JAXFORMERS_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     with pytest.raises(library._Unavailable, match="the C compiler ended with 1"):
@@ -528,6 +533,7 @@ def test_without_sources_or_a_home(monkeypatch, tmp_path):
     def no_home():
         raise RuntimeError("no home")
 
+    monkeypatch.delenv("JAXFORMERS_NATIVE", raising=False)
     monkeypatch.setattr(library, "user_cache", no_home)
     assert library._prepare.__wrapped__() == "no home"
     monkeypatch.setattr(library, "SOURCES", tmp_path / "package.zip" / "source")
@@ -581,17 +587,42 @@ def test_fast_attention_still_refuses_what_does_not_fit():
         fast_attention(jnp.ones((1, 3, 1, 4)), jnp.ones((1, 2, 5, 4)), jnp.ones((1, 2, 5, 4)), None)
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-@pytest.mark.parametrize("processor", ["-march=native", "-DANY"])
-def test_random_arguments_under_sanitizers(sanitizers, processor, tmp_path):
+def compile_with(options, *files):
     compiler = shutil.which("gcc")
     if compiler is None:
-        pytest.skip("there is no gcc, whose sanitizers are used here")
-    program, here = tmp_path / "fuzz", Path(__file__).parent
-    flags = ["-std=gnu11", "-O1", "-g", "-Wno-psabi", "-fno-sanitize-recover=all"]
+        pytest.skip("there is no gcc, whose warnings and sanitizers are used here")
     include = [f"-I{jax.ffi.include_dir()}", f"-I{library.SOURCES}"]
-    files = [str(here / "native_fuzz.c"), "-o", str(program), "-lm", "-lpthread"]
-    command = [compiler, *flags, f"-fsanitize={sanitizers}", processor, *include, *files]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [compiler, "-std=gnu11", *options, *include, *map(str, files), "-lm", "-lpthread"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("source", sorted(library.SOURCES.glob("*.c")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "processor",
+    ["-march=native", "-DANY", *(["-mavx2", "-march=skylake-avx512"] if IS_X86 else [])],
+)
+def test_vectors_fit_in_the_registers(source, processor, tmp_path):
+    """GCC keeps longer ones in memory, which makes products with integers six times slower."""
+    warning = "-Werror=vector-operation-performance"
+    compile_with(["-O1", processor, warning, "-c", "-o", str(tmp_path / "object")], source)
+
+
+def processors():
+    """Yields options that give vectors of different lengths, and that run here."""
+    yield from ("-march=native", "-DANY")
+    if "avx512" in library._processor():
+        yield "-mavx2"
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize("processor", list(processors()))
+def test_random_arguments_under_sanitizers(sanitizers, processor, tmp_path):
+    program = tmp_path / "fuzz"
+    options = ["-O1", "-g", "-fno-sanitize-recover=all", f"-fsanitize={sanitizers}", processor]
+    compile_with([*options, "-o", str(program)], Path(__file__).parent / "native_fuzz.c")
     told = subprocess.run([program, "1500"], capture_output=True, text=True)
     assert told.returncode == 0, told.stdout + told.stderr

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
 OPERATIONS = "attend", "rows_times", "rows_times_transpose", "product"
-FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC", "-Wno-psabi"
+FLAGS = "-std=gnu11", "-O3", "-shared", "-fPIC"
 _preparing = threading.Lock()  # threads may ask at the same time
 _loaded: list[ctypes.CDLL] = []  # a library that is in use must stay loaded
 
@@ -103,7 +103,7 @@ def _load() -> None:
             logger.info("%s. It is built again.", error)
     compiler = _compiler()
     _check_writable(path.parent)
-    failure = path.with_name(f"{path.stem}-{_digest(*compiler)}.failed")
+    failure = path.with_name(f"{path.stem}-{_identity(compiler)}.failed")
     if failure.exists():
         raise _Unavailable(f"{failure.read_text()} (delete {failure} to try again)")
     try:
@@ -123,6 +123,12 @@ def _compiler() -> list[str]:
     if not found:
         raise _Unavailable("there is no C compiler (cc) on this machine")
     return [found]
+
+
+def _identity(compiler: list[str]) -> str:
+    """Returns a name for a compiler, which is another one after an upgrade."""
+    files = [Path(x).stat() for x in map(shutil.which, compiler) if x]
+    return _digest(*compiler, *(f"{x.st_size} {x.st_mtime_ns}" for x in files))
 
 
 def _check_writable(directory: Path) -> None:

@@ -13,9 +13,9 @@
  * depends neither on the number of threads nor on the other rows of the batch. */
 #include "common.h"
 
-#define BLOCK 512 /* keys at a time, a multiple of 16 */
+#define BLOCK 512                  /* keys at a time, a multiple of 16 */
 #define ROWS (LANES == 16 ? 4 : 3) /* queries at a time, by the number of registers */
-#define MOST 512  /* the most features of a head */
+#define MOST 512                   /* the most features of a head */
 
 typedef struct {
   XLA_FFI_DataType type;

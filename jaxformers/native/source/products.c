@@ -119,35 +119,34 @@ static void transposed_outputs(const product *p, int64_t o, int64_t end) {
 #define LINE 16                        /* outputs at a time: a line of the cache in float32 */
 #define TOGETHER (LANES == 16 ? 8 : 4) /* rows, for each of which there is a line of sums */
 
-INLINE void plain_line(kind kind, int rows, int inputs, const product *p, const float *x,
-                       const char *w, float *y, int first, int64_t n) {
+/* Computes n outputs of a line, from o on. */
+INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
+                       int64_t o, int64_t n) {
   int size = size_of(kind);
-  vec acc[TOGETHER][LINE / LANES];
+  const float *x = p->x + row * p->i + c;
+  const char *w = (const char *)p->w + (c * p->o + o) * size;
+  float *y = p->y + row * p->stride + o;
+  vec sums[TOGETHER][LINE / LANES];
   for (int b = 0; b < rows; b++)
-    for (int c = 0; c < LINE / LANES; c++)
-      acc[b][c] = numbers(4, y + b * p->stride + c * LANES, first ? 0 : n - c * LANES);
+    for (int v = 0; v < LINE / LANES; v++)
+      sums[b][v] = numbers(4, y + b * p->stride + v * LANES, c == 0 ? 0 : n - v * LANES);
   for (int a = 0; a < inputs; a++, w += p->o * size) {
     vec weights[LINE / LANES];
-    for (int c = 0; c < LINE / LANES; c++)
-      weights[c] = numbers(size, w + c * LANES * size, n - c * LANES);
-    __builtin_prefetch(w + INPUTS * p->o * size);
+    for (int v = 0; v < LINE / LANES; v++)
+      weights[v] = numbers(size, w + v * LANES * size, n - v * LANES);
+    if (o * size % 64 == 0) __builtin_prefetch(w + INPUTS * p->o * size);
     for (int b = 0; b < rows; b++)
-      for (int c = 0; c < LINE / LANES; c++) acc[b][c] += weights[c] * x[b * p->i + a];
+      for (int v = 0; v < LINE / LANES; v++) sums[b][v] += weights[v] * x[b * p->i + a];
   }
   for (int b = 0; b < rows; b++)
-    for (int c = 0; c < LINE / LANES; c++)
-      store_some(y + b * p->stride + c * LANES, acc[b][c], n - c * LANES);
+    for (int v = 0; v < LINE / LANES; v++)
+      store_some(y + b * p->stride + v * LANES, sums[b][v], n - v * LANES);
 }
 
 INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
                        int64_t o, int64_t end) {
-  const float *x = p->x + row * p->i + c;
-  const char *w = (const char *)p->w + c * p->o * size_of(kind);
-  float *y = p->y + row * p->stride;
-  for (; o + LINE <= end; o += LINE)
-    plain_line(kind, rows, inputs, p, x, w + o * size_of(kind), y + o, c == 0, LINE);
-  if (o < end)
-    plain_line(kind, rows, inputs, p, x, w + o * size_of(kind), y + o, c == 0, end - o);
+  for (; o + LINE <= end; o += LINE) plain_line(kind, rows, inputs, p, row, c, o, LINE);
+  if (o < end) plain_line(kind, rows, inputs, p, row, c, o, end - o);
 }
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
