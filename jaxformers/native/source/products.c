@@ -119,9 +119,9 @@ static void transposed_outputs(const product *p, int64_t o, int64_t end) {
 #define LINE 16                        /* outputs at a time: a line of the cache in float32 */
 #define TOGETHER (LANES == 16 ? 8 : 4) /* rows, for each of which there is a line of sums */
 
-/* Computes n outputs of a line, from o on. */
+/* Computes n outputs of a line, from o on, and asks for weights that are read later. */
 INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
-                       int64_t o, int64_t n) {
+                       int64_t o, int64_t n, int64_t later) {
   int size = size_of(kind);
   const float *x = p->x + row * p->i + c;
   const char *w = (const char *)p->w + (c * p->o + o) * size;
@@ -134,7 +134,7 @@ INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_
     vec weights[LINE / LANES];
     for (int v = 0; v < LINE / LANES; v++)
       weights[v] = numbers(size, w + v * LANES * size, n - v * LANES);
-    if (o * size % 64 == 0) __builtin_prefetch(w + INPUTS * p->o * size);
+    if (o * size % 64 == 0) __builtin_prefetch(w + later * size);
     for (int b = 0; b < rows; b++)
       for (int v = 0; v < LINE / LANES; v++) sums[b][v] += weights[v] * x[b * p->i + a];
   }
@@ -145,8 +145,14 @@ INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_
 
 INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
                        int64_t o, int64_t end) {
-  for (; o + LINE <= end; o += LINE) plain_line(kind, rows, inputs, p, row, c, o, LINE);
-  if (o < end) plain_line(kind, rows, inputs, p, row, c, o, end - o);
+  /* Later is further on in the row, and in the row after INPUTS others when this one ends. With
+   * AVX-512 it is always the latter. */
+  int64_t width = end - o, next = INPUTS * p->o, far = LANES == 16 ? width : 64;
+  for (; o + LINE <= end; o += LINE) {
+    int64_t later = o + far < end ? far : next + far - width;
+    plain_line(kind, rows, inputs, p, row, c, o, LINE, later);
+  }
+  if (o < end) plain_line(kind, rows, inputs, p, row, c, o, end - o, next);
 }
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
