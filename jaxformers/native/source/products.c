@@ -143,26 +143,24 @@ INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_
       store_some(y + b * p->stride + v * LANES, sums[b][v], n - v * LANES);
 }
 
-INLINE void plain_tile(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
-                       int64_t o, int64_t end) {
-  /* Later is further on in the row, and in the row after INPUTS others when this one ends. With
-   * AVX-512 it is always the latter. */
-  int64_t width = end - o, next = INPUTS * p->o, far = LANES == 16 ? width : 64;
-  for (; o + LINE <= end; o += LINE) {
-    int64_t later = o + far < end ? far : next + far - width;
-    plain_line(kind, rows, inputs, p, row, c, o, LINE, later);
-  }
-  if (o < end) plain_line(kind, rows, inputs, p, row, c, o, end - o, next);
+INLINE void plain_lines(kind kind, int inputs, const product *p, int64_t c, int64_t o, int64_t n,
+                        int64_t later) {
+  int64_t row = 0;
+  for (; row + TOGETHER <= p->r; row += TOGETHER)
+    plain_line(kind, TOGETHER, inputs, p, row, c, o, n, later);
+  for (; row + 4 <= p->r; row += 4) plain_line(kind, 4, inputs, p, row, c, o, n, later);
+  for (; row + 2 <= p->r; row += 2) plain_line(kind, 2, inputs, p, row, c, o, n, later);
+  if (row < p->r) plain_line(kind, 1, inputs, p, row, c, o, n, later);
 }
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
                          int64_t end) {
-  int64_t row = 0;
-  for (; row + TOGETHER <= p->r; row += TOGETHER)
-    plain_tile(kind, TOGETHER, inputs, p, row, c, o, end);
-  for (; row + 4 <= p->r; row += 4) plain_tile(kind, 4, inputs, p, row, c, o, end);
-  for (; row + 2 <= p->r; row += 2) plain_tile(kind, 2, inputs, p, row, c, o, end);
-  if (row < p->r) plain_tile(kind, 1, inputs, p, row, c, o, end);
+  /* Later is further on in the row, and in the row after INPUTS others when this one ends. With
+   * AVX-512 it is always the latter. */
+  int64_t width = end - o, next = INPUTS * p->o, far = LANES == 16 ? width : 64;
+  for (; o + LINE <= end; o += LINE)
+    plain_lines(kind, inputs, p, c, o, LINE, o + far < end ? far : next + far - width);
+  if (o < end) plain_lines(kind, inputs, p, c, o, end - o, next);
 }
 
 INLINE void plain_chunk(kind kind, const product *p, int64_t o, int64_t end) {
