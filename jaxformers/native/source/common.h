@@ -86,13 +86,18 @@ INLINE void load_int4(const void *p, vec *low, vec *high) {
 }
 #endif
 
+INLINE vec whole(int size, const void *p) {
+  return size == 4 ? load(p) : size == 2 ? load_bf16(p) : load_int8(p);
+}
+
 /* Returns numbers of 4, 2 or 1 bytes: float32, bfloat16 or int8. There are n of them, and zeros
  * after them if n is less than LANES. */
 INLINE vec numbers(int size, const void *p, int64_t n) {
-  char some[4 * LANES] = {0};
+  if (n >= LANES) return whole(size, p);
   if (n <= 0) return (vec){0};
-  if (n < LANES) p = memcpy(some, p, n * size);
-  return size == 4 ? load(p) : size == 2 ? load_bf16(p) : load_int8(p);
+  _Alignas(4) char some[4 * LANES] = {0};
+  memcpy(some, p, n * size);
+  return whole(size, some);
 }
 
 /* Stores the first n numbers, or all of them if n is more than LANES. */

@@ -30,7 +30,8 @@ INLINE int size_of(kind kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 
 #define AT_ONCE 4                   /* rows */
 #define SUMS (LANES == 16 ? 16 : 8) /* vectors, by the number of registers */
 
-/* Returns how many vectors of inputs are added apart. */
+/* Returns how many vectors of inputs are added apart. Without AVX-512 the last digits of a row's sums
+ * therefore depend on the number of rows. */
 INLINE int chains_of(int rows) { return rows * 4 > SUMS ? SUMS / rows : 4; }
 
 /* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */
