@@ -133,7 +133,7 @@ int main(int argc, char **argv) {
       int64_t k = draw(1, 4), bits = draw(0, 4), j = 0;
       const XLA_FFI_DataType types[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
                                         XLA_FFI_DataType_S8, XLA_FFI_DataType_U8};
-      i = bits == 3 ? 32 * k * draw(0, 4) : k > 1 ? 16 * k * draw(0, 4) : i;
+      i = bits == 3 ? 32 * k * draw(0, 12) : k > 1 ? 16 * k * draw(0, 12) : i;
       int64_t x[] = {r, i}, out[] = {r, 0};
       args[n++] = array(XLA_FFI_DataType_F32, 2, x);
       for (; j < weights; j++, out[1] += o, o = draw(0, 90)) {

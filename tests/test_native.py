@@ -145,7 +145,7 @@ def test_products_with_integers_of_any_shape(seed):
     unit = 32 if bits == 4 else 16 if k > 1 else 7
     r, i, o = (
         int(draw.integers(1, 17)),
-        unit * k * int(draw.integers(1, 4)),
+        unit * k * int(draw.integers(1, 4 if k > 1 else 20)),
         int(draw.integers(1, 40)),
     )
     x, scale = normal(draw, r, i), normal(draw, o, k)
@@ -589,21 +589,24 @@ def test_fast_attention_still_refuses_what_does_not_fit():
 
 def compile_with(options, *files):
     compiler = shutil.which("gcc")
-    if compiler is None:
+    version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    if not version or "Free Software Foundation" not in version.stdout:  # on macOS it is clang
         pytest.skip("there is no gcc, whose warnings and sanitizers are used here")
     include = [f"-I{jax.ffi.include_dir()}", f"-I{library.SOURCES}"]
     command = [compiler, "-std=gnu11", *options, *include, *map(str, files), "-lm", "-lpthread"]
     told = subprocess.run(command, capture_output=True, text=True)
+    if "bad value" in told.stderr:
+        pytest.skip("this gcc does not know the processor")
     assert told.returncode == 0, told.stderr
 
 
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
+X86 = ["-mavx2", "-march=skylake-avx512", "-march=sapphirerapids"]  # the last has matrix units
 
 
 @pytest.mark.parametrize("source", sorted(library.SOURCES.glob("*.c")), ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     "processor",
-    ["-march=native", "-DANY", *(["-mavx2", "-march=skylake-avx512"] if IS_X86 else [])],
+    ["-march=native", "-DANY", *(X86 if platform.machine() in ("x86_64", "AMD64") else [])],
 )
 def test_vectors_fit_in_the_registers(source, processor, tmp_path):
     """GCC keeps longer ones in memory, which makes products with integers six times slower."""

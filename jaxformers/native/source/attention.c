@@ -62,7 +62,7 @@ INLINE vec exponential(vec x) {
 /* Computes the scores of `rows` queries with `keys` keys from i on: with four, or with one. */
 INLINE void scores_with(int bf16, int rows, int keys, const attention *a, const float *q,
                         int64_t width, const char *k, int64_t i, float scores[ROWS][BLOCK]) {
-  int64_t size = bf16 ? 2 : 4;
+  int size = bf16 ? 2 : 4;
   vec acc[ROWS][4];
   for (int r = 0; r < rows; r++)
     for (int b = 0; b < keys; b++) acc[r][b] = (vec){0};
@@ -70,7 +70,7 @@ INLINE void scores_with(int bf16, int rows, int keys, const attention *a, const 
     for (int b = 0; b < keys; b++) {
       const char *key = k + (i + b) * a->h * size;
       if (c * size % 64 == 0) ask_for(key + c * size);
-      vec x = numbers(bf16 ? 2 : 4, key + c * size, a->h - c);
+      vec x = numbers(size, key + c * size, a->h - c);
       for (int r = 0; r < rows; r++) acc[r][b] += x * load(q + r * width + c);
     }
   for (int r = 0; r < rows; r++) {
@@ -98,14 +98,14 @@ INLINE void scores_of(int bf16, int rows, const attention *a, const float *q, in
 /* Adds up the values from `first` to `last` of a block, with the weights of `rows` queries. */
 INLINE void mix(int bf16, int rows, const attention *a, const char *v, int64_t first,
                 int64_t last, float weights[ROWS][BLOCK], float *sums[ROWS]) {
-  int64_t size = bf16 ? 2 : 4;
+  int size = bf16 ? 2 : 4;
   for (int64_t c = 0; c < a->j; c += 2 * LANES) {
     vec acc[ROWS][2];
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (vec){0};
     for (int64_t i = first; i < last; i++) {
       const char *value = v + (i * a->j + c) * size;
-      vec x = numbers(bf16 ? 2 : 4, value, a->j - c);
-      vec y = numbers(bf16 ? 2 : 4, value + LANES * size, a->j - c - LANES);
+      vec x = numbers(size, value, a->j - c);
+      vec y = numbers(size, value + LANES * size, a->j - c - LANES);
       for (int r = 0; r < rows; r++) {
         acc[r][0] += x * weights[r][i];
         acc[r][1] += y * weights[r][i];
@@ -127,7 +127,7 @@ INLINE void weigh(const attention *a, const uint8_t *allowed, const float *bias,
   ivec broken = {0};
   first = first / LANES * LANES;
   for (int64_t i = first; i < last; i += LANES) {
-    int64_t n = last - i < LANES ? last - i : LANES;
+    int64_t n = last - i;
     vec x = load(scores + i);
     if (a->softcap > 0)
       for (int c = 0; c < LANES; c++) x[c] = a->softcap * tanhf(x[c] / a->softcap);

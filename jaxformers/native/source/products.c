@@ -120,7 +120,8 @@ static void transposed_outputs(const product *p, int64_t o, int64_t end) {
 #define LINE 16                        /* outputs at a time: a line of the cache in float32 */
 #define TOGETHER (LANES == 16 ? 8 : 4) /* rows, for each of which there is a line of sums */
 
-/* Computes n outputs of a line, from o on, and asks for weights that are read later. */
+/* Computes n outputs of a line, from o on. For the first rows it asks for weights that are read later,
+ * which lie `later` numbers after these. */
 INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
                        int64_t o, int64_t n, int64_t later) {
   int size = size_of(kind);
@@ -135,7 +136,7 @@ INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_
     vec weights[LINE / LANES];
     for (int v = 0; v < LINE / LANES; v++)
       weights[v] = numbers(size, w + v * LANES * size, n - v * LANES);
-    if (o * size % 64 == 0) __builtin_prefetch(w + later * size);
+    if (row == 0 && o * size % 64 == 0) __builtin_prefetch(w + later * size);
     for (int b = 0; b < rows; b++)
       for (int v = 0; v < LINE / LANES; v++) sums[b][v] += weights[v] * x[b * p->i + a];
   }
@@ -156,8 +157,8 @@ INLINE void plain_lines(kind kind, int inputs, const product *p, int64_t c, int6
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
                          int64_t end) {
-  /* Later is further on in the row, and in the row after INPUTS others when this one ends. With
-   * AVX-512 it is always the latter. */
+  /* Weights that are asked for lie further on in the row, and in the row after INPUTS others when this
+   * one ends. With AVX-512 it is always the latter. */
   int64_t width = end - o, next = INPUTS * p->o, far = LANES == 16 ? width : 64;
   for (; o + LINE <= end; o += LINE)
     plain_lines(kind, inputs, p, c, o, LINE, o + far < end ? far : next + far - width);
