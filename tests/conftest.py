@@ -12,9 +12,10 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-# Most programs here run once: compiled with less optimizing, the tests take three quarters of the
-# time. Read when the first device starts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+from quick import xla_flags
+
+# Read when the first device starts.
+os.environ["XLA_FLAGS"] = xla_flags()
 
 import jax
 import jaxtyping

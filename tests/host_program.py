@@ -9,7 +9,9 @@ import os
 import sys
 import time
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+from quick import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags()
 
 import jax
 import numpy as np

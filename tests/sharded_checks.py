@@ -10,15 +10,11 @@ import sys
 import tempfile
 import traceback
 from functools import partial
-from importlib.metadata import version
 from unittest.mock import patch
 
-# Programs here are compiled often and run once. The second flag halves the time to compile, and is
-# unknown to newer versions.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-    + ["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10.")
-)
+from quick import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags()
 
 import equinox as eqx
 import jax
