@@ -24,32 +24,42 @@ typedef struct {
 
 INLINE int size_of(kind kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
 
-/* (o, i): one output after the other, inputs along the vectors. So the weights are read from the
- * first to the last one. */
+/* (o, i): inputs along the vectors. Memory is read faster in several places at once, so outputs that
+ * lie far from each other are computed together. With AVX-512, where this was not tried, and with
+ * groups, whose weights are scaled again for each few rows, it is one output after the other. */
 
 #define AT_ONCE 4                   /* rows */
 #define SUMS (LANES == 16 ? 16 : 8) /* vectors, by the number of registers */
 
-/* Returns how many vectors of inputs are added apart. Without AVX-512 the last digits of a row's sums
- * therefore depend on the number of rows. */
-INLINE int chains_of(int rows) { return rows * 4 > SUMS ? SUMS / rows : 4; }
+INLINE int in_places(int grouped) { return LANES < 16 && !grouped; }
 
-/* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. */
-INLINE void add_inputs(kind kind, int scaled, int rows, int width, const product *p,
-                       const float *x, const char *w, int64_t c, int64_t n, vec scale, vec offset,
-                       vec acc[4][AT_ONCE]) {
+/* Returns how many vectors of inputs are added apart. With groups and without AVX-512 the last digits
+ * of a row's sums therefore depend on the number of rows. */
+INLINE int chains_of(int grouped, int rows) {
+  return in_places(grouped) ? 1 : rows * 4 > SUMS ? SUMS / rows : 4;
+}
+
+typedef vec tile_sums[8][AT_ONCE]; /* of a place or a chain, and of a row */
+
+/* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. The
+ * weights of a place lie `apart` bytes after those of the place before. */
+INLINE void add_inputs(kind kind, int grouped, int rows, int places, int width, const product *p,
+                       const float *x, const char *w, int64_t apart, int64_t c, int64_t n, vec scale,
+                       vec offset, tile_sums acc) {
   int size = size_of(kind);
-  for (int a = 0; a < width * LANES * size; a += 64) ask_for(w + c * size + a);
-  for (int a = 0; a < width; a++, c += LANES) {
-    vec y = numbers(size, w + c * size, n);
-    if (scaled) y = y * scale + offset;
-    for (int b = 0; b < rows; b++) acc[a][b] += y * numbers(4, x + b * p->i + c, n);
-  }
+  for (int a = 0; !in_places(grouped) && a < width * LANES * size; a += 64)
+    ask_for(w + c * size + a);
+  for (int a = 0; a < width; a++, c += LANES)
+    for (int s = 0; s < places; s++) {
+      vec y = numbers(size, w + s * apart + c * size, n);
+      if (grouped) y = y * scale + offset;
+      for (int b = 0; b < rows; b++) acc[s + a][b] += y * numbers(4, x + b * p->i + c, n);
+    }
 }
 
 /* Adds the products of 32 inputs in four bits; x has the even ones before the odd ones. */
 INLINE void add_halves(int rows, const product *p, const float *x, const char *w, int64_t c,
-                       vec scale, vec offset, vec acc[4][AT_ONCE]) {
+                       vec scale, vec offset, tile_sums acc) {
   ask_for(w + c / 2);
   for (int a = 0; a < 16; a += LANES) {
     vec low, high;
@@ -62,14 +72,16 @@ INLINE void add_halves(int rows, const product *p, const float *x, const char *w
   }
 }
 
-/* Multiplies `rows` rows with output o, one group of inputs after the other. */
-INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, int64_t row,
-                            int64_t o) {
-  vec acc[4][AT_ONCE], scale = {0}, offset = {0};
-  int chains = chains_of(rows);
+/* Multiplies `rows` rows with outputs o, o + next and so on, one group of inputs after the other. */
+INLINE void transposed_tile(kind kind, int grouped, int rows, int places, const product *p,
+                            int64_t row, int64_t o, int64_t next) {
+  tile_sums acc;
+  vec scale = {0}, offset = {0};
+  int chains = chains_of(grouped, rows);
+  int64_t bytes = kind == INT4 ? p->i / 2 : p->i * size_of(kind), apart = next * bytes;
   const float *x = p->x + row * p->i;
-  const char *w = (const char *)p->w + o * (kind == INT4 ? p->i / 2 : p->i * size_of(kind));
-  for (int a = 0; a < chains; a++)
+  const char *w = (const char *)p->w + o * bytes;
+  for (int a = 0; a < places * chains; a++)
     for (int b = 0; b < rows; b++) acc[a][b] = (vec){0};
   for (int64_t g = 0; g < p->k; g++) {
     int64_t c = g * (p->i / p->k), end = c + p->i / p->k;
@@ -82,27 +94,44 @@ INLINE void transposed_tile(kind kind, int grouped, int rows, const product *p, 
       continue;
     }
     for (; c + chains * LANES <= end; c += chains * LANES)
-      add_inputs(kind, grouped, rows, chains, p, x, w, c, LANES, scale, offset, acc);
-    for (; c + 2 * LANES <= end; c += 2 * LANES)
-      add_inputs(kind, grouped, rows, 2, p, x, w, c, LANES, scale, offset, acc);
+      add_inputs(kind, grouped, rows, places, chains, p, x, w, apart, c, LANES, scale, offset, acc);
+    for (; chains > 2 && c + 2 * LANES <= end; c += 2 * LANES)
+      add_inputs(kind, grouped, rows, places, 2, p, x, w, apart, c, LANES, scale, offset, acc);
     for (; c < end; c += LANES)
-      add_inputs(kind, grouped, rows, 1, p, x, w, c, end - c, scale, offset, acc);
+      add_inputs(kind, grouped, rows, places, 1, p, x, w, apart, c, end - c, scale, offset, acc);
   }
-  for (int b = 0; b < rows; b++) {
-    vec all = acc[0][b];
-    for (int a = 1; a < chains; a++) all += acc[a][b];
-    p->y[(row + b) * p->stride + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
-  }
+  for (int s = 0; s < places; s++, o += next)
+    for (int b = 0; b < rows; b++) {
+      vec all = acc[s][b];
+      for (int a = 1; a < chains; a++) all += acc[s + a][b];
+      p->y[(row + b) * p->stride + o] = sum(all) * (kind == INT8 && !grouped ? p->scale[o] : 1);
+    }
+}
+
+/* Multiplies all rows with these outputs. */
+INLINE void transposed_tiles(kind kind, int grouped, int places, const product *p, int64_t o,
+                             int64_t next) {
+  int64_t row = 0;
+  for (; !in_places(grouped) && row + AT_ONCE <= p->r; row += AT_ONCE)
+    transposed_tile(kind, grouped, AT_ONCE, places, p, row, o, next);
+  for (; places < 8 && row + 2 <= p->r; row += 2)
+    transposed_tile(kind, grouped, 2, places, p, row, o, next);
+  if (row < p->r) transposed_tile(kind, grouped, 1, places, p, row, o, next);
+}
+
+/* Divides the outputs into as many ranges as places; what is left over comes after them. */
+INLINE void transposed_ranges(kind kind, int grouped, int places, const product *p, int64_t o,
+                              int64_t end) {
+  int64_t next = (end - o) / places, last = o + next;
+  for (; o < last; o++) transposed_tiles(kind, grouped, places, p, o, next);
+  for (o += (places - 1) * next; o < end; o++) transposed_tiles(kind, grouped, 1, p, o, 0);
 }
 
 INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o, int64_t end) {
-  for (; o < end; o++) {
-    int64_t row = 0;
-    for (; row + AT_ONCE <= p->r; row += AT_ONCE)
-      transposed_tile(kind, grouped, AT_ONCE, p, row, o);
-    for (; row + 2 <= p->r; row += 2) transposed_tile(kind, grouped, 2, p, row, o);
-    if (row < p->r) transposed_tile(kind, grouped, 1, p, row, o);
-  }
+  if (in_places(grouped) && p->r == 1)
+    transposed_ranges(kind, grouped, 8, p, o, end);
+  else
+    transposed_ranges(kind, grouped, in_places(grouped) ? 4 : 1, p, o, end);
 }
 
 static void transposed_outputs(const product *p, int64_t o, int64_t end) {
