@@ -138,6 +138,16 @@ def test_products_of_any_shape(seed):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("i, o", [(64, 1), (65, 17), (127, 300), (1003, 8190), (71, 8193)])
+def test_products_of_one_row_in_blocks_of_inputs(i, o, dtype):
+    draw = np.random.default_rng(i)
+    x, w = normal(draw, 1, i), normal(draw, i, o, dtype=dtype)
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    close(products._rows_times(x, w), want, 1e-3)
+
+
+@needs_library
 @pytest.mark.parametrize("seed", range(20))
 def test_products_with_integers_of_any_shape(seed):
     draw = np.random.default_rng(seed)

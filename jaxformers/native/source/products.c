@@ -149,10 +149,10 @@ static void transposed_outputs(const product *p, int64_t o, int64_t end) {
 #define LINE 16                        /* outputs at a time: a line of the cache in float32 */
 #define TOGETHER (LANES == 16 ? 8 : 4) /* rows, for each of which there is a line of sums */
 
-/* Computes n outputs of a line, from o on. For the first rows it asks for weights that are read later,
- * which lie `later` numbers after these. */
+/* Adds the products of inputs c, c + step and so on for n outputs of a line, from o on. For the first
+ * rows it asks for weights that are read later, which lie `later` numbers after these. */
 INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_t row, int64_t c,
-                       int64_t o, int64_t n, int64_t later) {
+                       int64_t step, int64_t o, int64_t n, int64_t later) {
   int size = size_of(kind);
   const float *x = p->x + row * p->i + c;
   const char *w = (const char *)p->w + (c * p->o + o) * size;
@@ -161,13 +161,13 @@ INLINE void plain_line(kind kind, int rows, int inputs, const product *p, int64_
   for (int b = 0; b < rows; b++)
     for (int v = 0; v < LINE / LANES; v++)
       sums[b][v] = numbers(4, y + b * p->stride + v * LANES, c == 0 ? 0 : n - v * LANES);
-  for (int a = 0; a < inputs; a++, w += p->o * size) {
+  for (int a = 0; a < inputs; a++, w += step * p->o * size) {
     vec weights[LINE / LANES];
     for (int v = 0; v < LINE / LANES; v++)
       weights[v] = numbers(size, w + v * LANES * size, n - v * LANES);
-    if (row == 0 && o * size % 64 == 0) __builtin_prefetch(w + later * size);
+    if (later && row == 0 && o * size % 64 == 0) __builtin_prefetch(w + later * size);
     for (int b = 0; b < rows; b++)
-      for (int v = 0; v < LINE / LANES; v++) sums[b][v] += weights[v] * x[b * p->i + a];
+      for (int v = 0; v < LINE / LANES; v++) sums[b][v] += weights[v] * x[b * p->i + a * step];
   }
   for (int b = 0; b < rows; b++)
     for (int v = 0; v < LINE / LANES; v++)
@@ -178,10 +178,10 @@ INLINE void plain_lines(kind kind, int inputs, const product *p, int64_t c, int6
                         int64_t later) {
   int64_t row = 0;
   for (; row + TOGETHER <= p->r; row += TOGETHER)
-    plain_line(kind, TOGETHER, inputs, p, row, c, o, n, later);
-  for (; row + 4 <= p->r; row += 4) plain_line(kind, 4, inputs, p, row, c, o, n, later);
-  for (; row + 2 <= p->r; row += 2) plain_line(kind, 2, inputs, p, row, c, o, n, later);
-  if (row < p->r) plain_line(kind, 1, inputs, p, row, c, o, n, later);
+    plain_line(kind, TOGETHER, inputs, p, row, c, 1, o, n, later);
+  for (; row + 4 <= p->r; row += 4) plain_line(kind, 4, inputs, p, row, c, 1, o, n, later);
+  for (; row + 2 <= p->r; row += 2) plain_line(kind, 2, inputs, p, row, c, 1, o, n, later);
+  if (row < p->r) plain_line(kind, 1, inputs, p, row, c, 1, o, n, later);
 }
 
 INLINE void plain_inputs(kind kind, int inputs, const product *p, int64_t c, int64_t o,
@@ -207,6 +207,24 @@ static void plain_outputs(const product *p, int64_t o, int64_t end) {
     plain_chunk(BFLOAT16, p, o, end);
 }
 
+/* One row and weights (i, o). Without AVX-512 the threads do not divide the outputs but the inputs, in
+ * blocks, whose sums are added up in the end: memory is read faster in several places at once, in each
+ * of them without gaps. How the inputs are divided depends on their number alone. */
+
+#define BLOCKS 8
+#define PLACES 8 /* inputs at a time */
+
+INLINE void plain_block(kind kind, const product *p) {
+  int64_t step = p->i / PLACES, c = 0, o;
+  for (; c < step; c++) {
+    for (o = 0; o + LINE <= p->o; o += LINE)
+      plain_line(kind, 1, PLACES, p, 0, c, step, o, LINE, 0);
+    if (o < p->o) plain_line(kind, 1, PLACES, p, 0, c, step, o, p->o - o, 0);
+  }
+  for (c *= PLACES; c < p->i; c++)
+    for (o = 0; o < p->o; o += LINE) plain_line(kind, 1, 1, p, 0, c, 1, o, p->o - o, 0);
+}
+
 #define MOST_WEIGHTS 8
 
 typedef struct {
@@ -214,6 +232,7 @@ typedef struct {
   int n;
   int64_t bytes; /* of all weights */
   int64_t chunk; /* outputs of a task, which may be those of several weights */
+  float *sums;   /* (BLOCKS, outputs), where tasks are blocks of inputs */
   product parts[MOST_WEIGHTS];
 } products;
 
@@ -253,6 +272,42 @@ static void run_products(XLA_FFI_CallFrame *frame, products *all, int64_t parts,
   run_tasks(frame, products_task, all, (outputs + all->chunk - 1) / all->chunk, threads);
 }
 
+static void block_task(const void *arguments, int64_t block) {
+  const products *all = arguments;
+  const product *last = all->parts + all->n - 1;
+  int64_t start = last->i * block / BLOCKS, end = last->i * (block + 1) / BLOCKS;
+  float *sums = all->sums + block * last->stride;
+  for (const product *p = all->parts; p <= last; sums += p->o, p++) {
+    product q = *p;
+    q.x += start, q.i = end - start, q.y = sums;
+    q.w = (const char *)p->w + start * p->o * size_of(p->kind);
+    if (p->kind == FLOAT32)
+      plain_block(FLOAT32, &q);
+    else
+      plain_block(BFLOAT16, &q);
+  }
+}
+
+/* Runs products of one row with weights (i, o) in blocks of inputs; returns whether it did. */
+static int run_blocks(XLA_FFI_CallFrame *frame, products *all) {
+  XLA_FFI_Buffer *y = result(frame, 0);
+  int64_t outputs = y->dims[1];
+  float *to = y->data;
+  if (LANES == 16 || y->dims[0] != 1 || outputs < 1 || outputs > 8192 ||
+      all->parts[0].i < BLOCKS * PLACES || !(all->sums = malloc(BLOCKS * outputs * sizeof(float))))
+    return 0;
+  for (int n = 0; n < all->n; n++) all->parts[n].stride = outputs;
+  run_tasks(frame, block_task, all, BLOCKS, threads_for(frame, (double)all->bytes));
+  for (int64_t o = 0; o < outputs; o += LANES) {
+    vec sum = {0};
+    for (int block = 0; block < BLOCKS; block++)
+      sum += numbers(4, all->sums + block * outputs + o, outputs - o);
+    store_some(to + o, sum, outputs - o);
+  }
+  free(all->sums);
+  return 1;
+}
+
 /* Returns whether there are rows, a result, and weights with `each` arrays. */
 static int are_products(const XLA_FFI_CallFrame *frame, int64_t each) {
   int64_t weights = frame->args.size - 1;
@@ -288,6 +343,7 @@ XLA_FFI_Error *jaxformers_rows_times(XLA_FFI_CallFrame *frame) {
   }
   if (!have_outputs(&all, y))
     return refuse(frame, "the shapes of rows_times' arguments do not fit together");
+  if (run_blocks(frame, &all)) return NULL;
   /* Long chunks are read fast, and the sums of short ones stay near: 32 KiB of them. */
   int64_t rows = x->dims[0] < 1 ? 1 : x->dims[0] < 8 ? x->dims[0] : 8;
   run_products(frame, &all, 1, 8192 / rows);
