@@ -30,7 +30,9 @@ INLINE int size_of(kind kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 
 
 #define AT_ONCE 4                   /* rows */
 #define SUMS (LANES == 16 ? 16 : 8) /* vectors, by the number of registers */
+#define PLACES 8                    /* in memory that are read at once for one row */
 
+/* Returns whether outputs are computed together that lie far from each other. */
 INLINE int in_places(int grouped) { return LANES < 16 && !grouped; }
 
 /* Returns how many vectors of inputs are added apart. With groups and without AVX-512 the last digits
@@ -39,7 +41,7 @@ INLINE int chains_of(int grouped, int rows) {
   return in_places(grouped) ? 1 : rows * 4 > SUMS ? SUMS / rows : 4;
 }
 
-typedef vec tile_sums[8][AT_ONCE]; /* of a place or a chain, and of a row */
+typedef vec tile_sums[PLACES][AT_ONCE]; /* of a place or a chain, and of a row */
 
 /* Adds the products of `width` vectors of inputs, from c on, of which the last may have n inputs. The
  * weights of a place lie `apart` bytes after those of the place before. */
@@ -114,7 +116,7 @@ INLINE void transposed_tiles(kind kind, int grouped, int places, const product *
   int64_t row = 0;
   for (; !in_places(grouped) && row + AT_ONCE <= p->r; row += AT_ONCE)
     transposed_tile(kind, grouped, AT_ONCE, places, p, row, o, next);
-  for (; places < 8 && row + 2 <= p->r; row += 2)
+  for (; places < PLACES && row + 2 <= p->r; row += 2)
     transposed_tile(kind, grouped, 2, places, p, row, o, next);
   if (row < p->r) transposed_tile(kind, grouped, 1, places, p, row, o, next);
 }
@@ -129,9 +131,9 @@ INLINE void transposed_ranges(kind kind, int grouped, int places, const product 
 
 INLINE void transposed_chunk(kind kind, int grouped, const product *p, int64_t o, int64_t end) {
   if (in_places(grouped) && p->r == 1)
-    transposed_ranges(kind, grouped, 8, p, o, end);
+    transposed_ranges(kind, grouped, PLACES, p, o, end);
   else
-    transposed_ranges(kind, grouped, in_places(grouped) ? 4 : 1, p, o, end);
+    transposed_ranges(kind, grouped, in_places(grouped) ? PLACES / 2 : 1, p, o, end);
 }
 
 static void transposed_outputs(const product *p, int64_t o, int64_t end) {
@@ -212,7 +214,6 @@ static void plain_outputs(const product *p, int64_t o, int64_t end) {
  * of them without gaps. How the inputs are divided depends on their number alone. */
 
 #define BLOCKS 8
-#define PLACES 8 /* inputs at a time */
 
 INLINE void plain_block(kind kind, const product *p) {
   int64_t step = p->i / PLACES, c = 0, o;
@@ -272,6 +273,7 @@ static void run_products(XLA_FFI_CallFrame *frame, products *all, int64_t parts,
   run_tasks(frame, products_task, all, (outputs + all->chunk - 1) / all->chunk, threads);
 }
 
+/* Adds up the products of one block of inputs with all weights. */
 static void block_task(const void *arguments, int64_t block) {
   const products *all = arguments;
   const product *last = all->parts + all->n - 1;
