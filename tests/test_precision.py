@@ -58,7 +58,8 @@ def sums_in_16_bits(loss, model, *args):
         return loss(cast_floating(model, jnp.bfloat16), *args)
 
     program = trace(eqx.filter_value_and_grad(half), model)
-    products = {x.outvars[0].aval.dtype for x in program if x.primitive.name == "dot_general"}
+    multiplied = [x for x in program if x.primitive.name in ("dot_general", "jaxformers_product")]
+    products = {x.invars[0].aval.dtype for x in multiplied}
     assert jnp.dtype(jnp.bfloat16) in products
     names = "reduce_sum", "scatter-add", "cumsum", "cumlogsumexp", "reduce_window_sum"
     sums = [

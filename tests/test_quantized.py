@@ -357,6 +357,62 @@ def test_a_loop_keeps_no_copy_of_the_weights_in_float32(options, rows):
     assert_close(compiled(w, x, 1), copied(w.dense(), x, 1))
 
 
+def in_sixteen_bits(size):
+    return jax.random.normal(KEY, (size, size)).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("what", ["product", "gradient"])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("options", [dict(), dict(groups=4), dict(bits=4, groups=4), None])
+def test_many_rows_keep_one_copy_of_the_weights_in_float32(options, native, what, request):
+    """XLA would convert the weights of all layers at once, at the beginning."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("the fast spelling is that of XLA's CPU backend")
+    if not native:
+        request.getfixturevalue("no_native")
+    size, layers, rows = 192, 12, 48
+    ws = [quantized((size, size), seed=i, **options) if options is not None
+          else in_sixteen_bits(size) for i in range(layers)]  # fmt: skip
+    dtype = jnp.bfloat16 if options is None else jnp.float32
+
+    def through(x, ws):
+        for w in ws:
+            x = jnp.tanh(0.1 * contract(x, w))
+        return x.astype(jnp.float32).sum() if what == "gradient" else x
+
+    run = jax.jit(jax.grad(through) if what == "gradient" else through)
+    x = jax.random.normal(KEY, (rows, size)).astype(dtype)
+    compiled = run.lower(x, ws).compile()
+    activations = (layers if what == "gradient" else 0) * 2 * rows * size * 4
+    # A gradient may have the integers twice.
+    kept = layers * size * size if what == "gradient" and options is not None else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * size * size * 4 + activations + kept
+    dense = [(w.dense() if options is not None else w).astype(jnp.float32) for w in ws]
+    expected = jax.jit(jax.grad(through) if what == "gradient" else through)(
+        x.astype(jnp.float32), dense
+    )
+    bound = 1e-4 if options is not None else 0.05
+    difference = jnp.abs(compiled(x, ws).astype(jnp.float32) - expected).max()
+    assert difference < bound * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize("first", [jnp.nan, jnp.inf, -jnp.inf])
+def test_products_of_rows_that_begin_with_what_is_no_number(first):
+    w = quantized((12, 5), groups=3)
+    x = jax.random.normal(KEY, (17, 12)).at[0, 0].set(first)
+    y = contract(x, w)
+    assert not jnp.isfinite(y[0]).any()
+    assert_close(y[1:], x[1:] @ w.dense())
+
+
+def test_many_rows_under_vmap_and_forward_mode():
+    w = quantized((12, 5), groups=3)
+    x = jax.random.normal(KEY, (2, 17, 12))
+    assert_close(jax.vmap(lambda x: contract(x, w))(x), x @ w.dense())
+    _, change = jax.jvp(lambda x: contract(x, w), (x,), (2 * x,))
+    assert_close(change, 2 * x @ w.dense())
+
+
 def test_quantize_takes_linear_maps_and_tables_of_tokens():
     kept = {
         "encoder": ["position.weight", "type_embedding.weight"],

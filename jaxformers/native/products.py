@@ -1,11 +1,13 @@
 """Products of rows and a matrix of weights, in C."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Bool, Float, Int8
 
 from jaxformers.native import library
 from jaxformers.native.operation import is_fixed, is_spread, operation
@@ -44,8 +46,36 @@ def many_rows(x: Any, w: Any, right: int = 0) -> bool:
 
 def _are_on_one_cpu(x: Any, w: Any) -> bool:
     """Returns whether a program would have both on one CPU, where there are operations in C."""
-    spread = is_spread(x) or is_spread(w)
-    return jax.default_backend() == "cpu" and not spread and library.obstacle() is None
+    return _is_for_one_cpu(x, w) and library.obstacle() is None
+
+
+def _is_for_one_cpu(*arrays: Any) -> bool:
+    """Returns whether a program with these arrays would be compiled for one CPU."""
+    return jax.default_backend() == "cpu" and not any(is_spread(x) for x in arrays)
+
+
+def is_true(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Returns True, of which XLA knows no more than that `x` has to be there first."""
+    first = x[(0,) * x.ndim]
+    return jnp.isnan(first) | (first <= jnp.inf)
+
+
+def in_turn(f: Callable[..., Array], x: Float[Array, "..."], *weights: Array) -> Array:
+    """Returns `f(x, *weights)`, where `f` converts the weights to a wider type.
+
+    XLA's CPU backend has no products of narrow types. It converts the weights of all layers when a
+    program begins, and keeps them in float32 until they are used. A branch of `lax.cond` runs when
+    its condition is known, which depends on `x`, so the converted weights of one product are there
+    at a time. A gradient keeps the weights as they are and converts them again.
+    """
+    if not _is_for_one_cpu(x, *weights) or not is_fixed(x) or 0 in x.shape:
+        return f(x, *weights)
+    y = jax.eval_shape(f, x, *weights)
+
+    def none(*_: Array) -> Array:
+        return jnp.zeros(y.shape, y.dtype)
+
+    return lax.cond(is_true(x), jax.checkpoint(f), none, x, *weights)
 
 
 def keeps_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
@@ -58,7 +88,8 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
     beside = rows_times_each(x, [w])
     if beside is not None:
         return beside
-    return product(x, w).astype(x.dtype) if many_rows(x, w) else x @ w
+    by_product = many_rows(x, w) or _is_converted(x, w)
+    return product(x, w).astype(x.dtype) if by_product else x @ w
 
 
 def rows_times_each(
@@ -79,7 +110,15 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
-    return product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else x @ w.T
+    by_product = many_rows(x, w, right=1) or _is_converted(x, w)
+    return product(x, w, right=1).astype(x.dtype) if by_product else x @ w.T
+
+
+def _is_converted(x: Any, w: Any) -> bool:
+    """Returns whether XLA's CPU backend would convert the weights of a product of many rows."""
+    many = x.ndim == 2 and is_fixed(x, w) and len(x) > FEW and 0 not in (*x.shape, *w.shape)
+    many = many and x.dtype == w.dtype == jnp.bfloat16
+    return many and _is_for_one_cpu(x, w) and not library.has_matrix_units()
 
 
 def shape_of_transposes(x: Any, *given: Any) -> jax.ShapeDtypeStruct:
@@ -134,8 +173,11 @@ def _shape_of_product(x: Any, w: Any, left: int, right: int) -> jax.ShapeDtypeSt
 
 
 def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
-    x, w = x.mT if left else x, w.mT if right else w
-    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    def multiply(x: Array, w: Array) -> Array:
+        x, w = x.mT if left else x, w.mT if right else w
+        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    return in_turn(multiply, x, w) if w.dtype.itemsize < 4 else multiply(x, w)
 
 
 def _scratch(x: Any, w: Any, left: int, right: int) -> int:

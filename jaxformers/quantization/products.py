@@ -29,6 +29,8 @@ from jaxtyping import Array, Float, Integer, UInt8
 from jaxformers.native.operation import is_fixed, operation
 from jaxformers.native.products import (
     few_rows,
+    in_turn,
+    is_true,
     many_rows,
     rows_times_transpose,
     shape_of_transposes,
@@ -144,18 +146,26 @@ def _by_copy(
 ) -> Float[Array, "*r o"]:
     integers, x = lax.optimization_barrier((integers, x))
     if scale.shape[1] > 1 or offset is not None:
-        return rows_times_transpose(x, numbers(integers, scale, offset).astype(x.dtype))
+        given = (scale,) if offset is None else (scale, offset)
+        return in_turn(_of_numbers, x, integers, *given)
     # The integers are exact in 16 bits, and their sum is one in float32.
     wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
     if many_rows(x, integers, right=1):
         y = matrix_product(x, integers, right=1)
     else:
-        y = jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
+        y = in_turn(_of_integers, x, integers)
     return (y * scale[:, 0].astype(wide)).astype(x.dtype)
+
+
+def _of_numbers(x: Array, integers: Array, scale: Array, offset: Array | None = None) -> Array:
+    return rows_times_transpose(x, numbers(integers, scale, offset).astype(x.dtype))
+
+
+def _of_integers(x: Array, integers: Array) -> Array:
+    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    return jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
 
 
 def _computed_once(x: Float[Array, "r i"]) -> Float[Array, "r i"]:
     """Returns `x`, which XLA then does not compute within other operations."""
-    first = x[0, 0]
-    always = jnp.isnan(first) | (first <= jnp.inf)
-    return lax.cond(always, lambda x: x, lambda x: x + 1, x)
+    return lax.cond(is_true(x), lambda x: x, lambda x: x + 1, x)
