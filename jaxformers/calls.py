@@ -165,7 +165,7 @@ def with_targets(rows: TokenRows, targets: Tokens, vocab_size: int) -> TokenRows
         ids, where = np.asarray(targets), getattr(targets, "sharding", None)
         counted = differ(ids) & (True if positions is None else np.asarray(positions) >= 0)
         check_targets(ids[counted], vocab_size)
-        ids = jax.device_put(np.where(counted, ids, IGNORED).astype(np.int32), where)
+        ids = jax.device_put(np.where(counted, ids.astype(np.int32), IGNORED), where)
     else:
         counted = differ(targets) & (True if positions is None else positions >= 0)
         ids = targets.astype(jnp.int32)

@@ -237,7 +237,7 @@ def check_traffic():
 
 def check_gather():
     """Where a weight is not gathered, in a layer or outside of all, more is sent."""
-    model, batch = decoder(1, 256, **LLAMA, width=64), text(8, 4)
+    model, batch = decoder(1, 96, **LLAMA, width=64), text(8, 4)
 
     def sent():
         program, _ = step_program(model, mesh_of("all"), batch, partial(language_model_loss))
