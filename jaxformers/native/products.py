@@ -60,7 +60,7 @@ def is_true(x: Float[Array, "..."]) -> Bool[Array, ""]:
     return jnp.isnan(first) | (first <= jnp.inf)
 
 
-def in_turn(f: Callable[..., Array], x: Float[Array, "..."], *weights: Array) -> Array:
+def in_turn(f: Callable[..., Array], x: Float[Array, "..."], *weights: Array | None) -> Array:
     """Returns `f(x, *weights)`, where `f` converts the weights to a wider type.
 
     XLA's CPU backend has no products of narrow types. It converts the weights of all layers when a

@@ -146,22 +146,25 @@ def _by_copy(
 ) -> Float[Array, "*r o"]:
     integers, x = lax.optimization_barrier((integers, x))
     if scale.shape[1] > 1 or offset is not None:
-        given = (scale,) if offset is None else (scale, offset)
-        return in_turn(_of_numbers, x, integers, *given)
-    # The integers are exact in 16 bits, and their sum is one in float32.
-    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+        return in_turn(_of_numbers, x, integers, scale, offset)
     if many_rows(x, integers, right=1):
         y = matrix_product(x, integers, right=1)
     else:
         y = in_turn(_of_integers, x, integers)
-    return (y * scale[:, 0].astype(wide)).astype(x.dtype)
+    return (y * scale[:, 0].astype(y.dtype)).astype(x.dtype)
 
 
-def _of_numbers(x: Array, integers: Array, scale: Array, offset: Array | None = None) -> Array:
+def _of_numbers(
+    x: Float[Array, "*r i"],
+    integers: Integer[Array, "o i"],
+    scale: Float[Array, "o k"],
+    offset: Float[Array, "o k"] | None,
+) -> Float[Array, "*r o"]:
     return rows_times_transpose(x, numbers(integers, scale, offset).astype(x.dtype))
 
 
-def _of_integers(x: Array, integers: Array) -> Array:
+def _of_integers(x: Float[Array, "*r i"], integers: Integer[Array, "o i"]) -> Float[Array, "*r o"]:
+    # The integers are exact in 16 bits, and their sum is one in float32.
     wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
     return jnp.matmul(x, integers.T.astype(x.dtype), preferred_element_type=wide)
 
