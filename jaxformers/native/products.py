@@ -1,6 +1,7 @@
 """Products of rows and a matrix of weights, in C."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -88,8 +89,7 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
     beside = rows_times_each(x, [w])
     if beside is not None:
         return beside
-    by_product = many_rows(x, w) or _is_converted(x, w)
-    return product(x, w).astype(x.dtype) if by_product else x @ w
+    return product(x, w).astype(x.dtype) if many_rows(x, w) else _by_xla(x, w, False)
 
 
 def rows_times_each(
@@ -110,15 +110,30 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
-    by_product = many_rows(x, w, right=1) or _is_converted(x, w)
-    return product(x, w, right=1).astype(x.dtype) if by_product else x @ w.T
+    return (
+        product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else _by_xla(x, w, True)
+    )
 
 
-def _is_converted(x: Any, w: Any) -> bool:
-    """Returns whether XLA's CPU backend would convert the weights of a product of many rows."""
-    many = x.ndim == 2 and is_fixed(x, w) and len(x) > FEW and 0 not in (*x.shape, *w.shape)
-    many = many and x.dtype == w.dtype == jnp.bfloat16
-    return many and _is_for_one_cpu(x, w) and not library.has_matrix_units()
+def _by_xla(x: Float[Array, "*r i"], w: Float[Array, "..."], transposed: bool) -> Array:
+    """Returns `x w` or `x w^T` by XLA; many rows and weights in bfloat16 are multiplied in turn."""
+    many = is_fixed(x, w) and x.ndim == 2 and len(x) > FEW and x.dtype == w.dtype == jnp.bfloat16
+    return (_multiply_in_turn if many else _multiply)(x, w, transposed)
+
+
+def _multiply(x: Array, w: Array, transposed: bool) -> Array:
+    return x @ w.T if transposed else x @ w
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _multiply_in_turn(x: Array, w: Array, transposed: bool) -> Array:
+    return in_turn(partial(_multiply, transposed=transposed), x, w)
+
+
+@_multiply_in_turn.defjvp
+def _differentiate(transposed: bool, given: Any, change: Any) -> Any:
+    # A training step would take longer with many branches.
+    return jax.jvp(partial(_multiply, transposed=transposed), given, change)
 
 
 def shape_of_transposes(x: Any, *given: Any) -> jax.ShapeDtypeStruct:
@@ -173,11 +188,8 @@ def _shape_of_product(x: Any, w: Any, left: int, right: int) -> jax.ShapeDtypeSt
 
 
 def _plain_product(x: Array, w: Array, left: int, right: int) -> Array:
-    def multiply(x: Array, w: Array) -> Array:
-        x, w = x.mT if left else x, w.mT if right else w
-        return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-
-    return in_turn(multiply, x, w) if w.dtype.itemsize < 4 else multiply(x, w)
+    x, w = x.mT if left else x, w.mT if right else w
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _scratch(x: Any, w: Any, left: int, right: int) -> int:
