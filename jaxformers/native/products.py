@@ -89,7 +89,7 @@ def rows_times(x: Float[Array, "*r i"], w: Float[Array, "i o"]) -> Float[Array, 
     beside = rows_times_each(x, [w])
     if beside is not None:
         return beside
-    return product(x, w).astype(x.dtype) if many_rows(x, w) else _by_xla(x, w, False)
+    return _times(x, w, 0)
 
 
 def rows_times_each(
@@ -110,30 +110,30 @@ def rows_times_transpose(x: Float[Array, "*r i"], w: Float[Array, "o i"]) -> Flo
     if x.dtype == w.dtype and x.shape[-1] == w.shape[1] and few_rows(x, w):
         none = jnp.zeros((1, 0), jnp.float32)
         return _rows_times_transpose(x.astype(jnp.float32), w, none, none).astype(x.dtype)
-    return (
-        product(x, w, right=1).astype(x.dtype) if many_rows(x, w, right=1) else _by_xla(x, w, True)
-    )
+    return _times(x, w, 1)
 
 
-def _by_xla(x: Float[Array, "*r i"], w: Float[Array, "..."], transposed: bool) -> Array:
-    """Returns `x w` or `x w^T` by XLA; many rows and weights in bfloat16 are multiplied in turn."""
+def _times(x: Float[Array, "*r i"], w: Float[Array, "..."], right: int) -> Float[Array, "*r o"]:
+    """Returns `x w`, or `x w^T` if `right` is 1, where there is no operation for few rows."""
+    if many_rows(x, w, right):
+        return product(x, w, right=right).astype(x.dtype)
     many = is_fixed(x, w) and x.ndim == 2 and len(x) > FEW and x.dtype == w.dtype == jnp.bfloat16
-    return (_multiply_in_turn if many else _multiply)(x, w, transposed)
+    return (_multiply_in_turn if many else _multiply)(x, w, right)
 
 
-def _multiply(x: Array, w: Array, transposed: bool) -> Array:
-    return x @ w.T if transposed else x @ w
+def _multiply(x: Array, w: Array, right: int) -> Array:
+    return x @ w.T if right else x @ w
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _multiply_in_turn(x: Array, w: Array, transposed: bool) -> Array:
-    return in_turn(partial(_multiply, transposed=transposed), x, w)
+def _multiply_in_turn(x: Array, w: Array, right: int) -> Array:
+    return in_turn(partial(_multiply, right=right), x, w)
 
 
 @_multiply_in_turn.defjvp
-def _differentiate(transposed: bool, given: Any, change: Any) -> Any:
+def _differentiate(right: int, given: Any, change: Any) -> Any:
     # A training step would take longer with many branches.
-    return jax.jvp(partial(_multiply, transposed=transposed), given, change)
+    return jax.jvp(partial(_multiply, right=right), given, change)
 
 
 def shape_of_transposes(x: Any, *given: Any) -> jax.ShapeDtypeStruct:
